@@ -1,0 +1,124 @@
+"""The model bound to parameters, random keys and mode: what an objective calls."""
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+from flax import linen as nn
+
+from big_vision_lite.types import Array, Model
+
+
+class BoundModel:
+    """What an objective calls as `forward(**inputs)`; see types.Forward.
+
+    Each call folds its ordinal into the random key, so that two views get two dropout
+    masks, and hands the collections it changed to the next call.
+    """
+
+    def __init__(
+        self,
+        model: Model,
+        params: Any,
+        collections: Any,
+        *,
+        rng: Array | None = None,
+        ema: Any = None,
+        frozen_modules: frozenset[str] = frozenset(),
+    ):
+        self.collections = collections
+        self._model = model
+        self._params = params
+        self._ema = ema
+        self._rng = rng
+        self._train = rng is not None
+        self._frozen_modules = frozen_modules
+        self._calls = 0
+        self._trace = jax.core.get_opaque_trace_state(convention="flax")
+
+    def __call__(
+        self,
+        *,
+        method: str | None = None,
+        capture: tuple[str, ...] = (),
+        params: str = "online",
+        **inputs: Any,
+    ) -> dict[str, Any]:
+        """Runs the model (or its `method`) on `inputs`.
+
+        `capture` names modules ("encoder/block_03") whose outputs come back under
+        "captured". `params="ema"` uses the averaged parameters without gradient.
+
+        Raises:
+            ValueError: called inside scan, vmap, grad or checkpoint; `params="ema"`
+                without an average; a name in `capture` that is no module.
+        """
+        if self._trace != jax.core.get_opaque_trace_state(convention="flax"):
+            raise ValueError(
+                "forward() was called inside jax.lax.scan, vmap, grad or checkpoint, "
+                "where its random keys and collections would be wrong; call it outside "
+                "and transform what comes after."
+            )
+        variables = {"params": self._choose(params), **self.collections}
+        rngs = {}
+        if self._rng is not None:
+            key = jax.random.fold_in(self._rng, self._calls)
+            rngs = {
+                name: jax.random.fold_in(key, index)
+                for index, name in enumerate(("dropout", "mask"))
+            }
+        self._calls += 1
+        mutable = list(self.collections) if self._train else []
+        with nn.intercept_methods(self._evaluate_frozen):
+            outputs, changed = self._model.apply(
+                variables,
+                **inputs,
+                train=self._train,
+                method=method,
+                rngs=rngs,
+                mutable=[*mutable, "intermediates"] if capture else mutable,
+                capture_intermediates=_captures(capture) if capture else False,
+            )
+        changed = dict(changed)
+        if capture:
+            captured = _captured(changed.pop("intermediates", {}), capture)
+            outputs = {**outputs, "captured": captured}
+        self.collections = {**self.collections, **changed}
+        return outputs
+
+    def _choose(self, params: str) -> Any:
+        if params == "online":
+            return self._params
+        if params == "ema" and self._ema is not None:
+            return jax.lax.stop_gradient(self._ema)
+        raise ValueError(
+            f'forward(params="{params}"): allowed are "online" and, when the recipe '
+            'sets ema=<decay>, "ema".'
+        )
+
+    def _evaluate_frozen(self, call: Any, args: Any, kwargs: Any, context: Any) -> Any:
+        path = "/".join(context.module.path)
+        if kwargs.get("train") and path in self._frozen_modules:
+            kwargs = {**kwargs, "train": False}
+        return call(*args, **kwargs)
+
+
+def _captures(names: tuple[str, ...]) -> Callable[[nn.Module, str], bool]:
+    return lambda module, method: (
+        method == "__call__" and "/".join(module.path) in names
+    )
+
+
+def _captured(intermediates: Any, names: tuple[str, ...]) -> dict[str, Any]:
+    found = {}
+    for name in names:
+        node = intermediates
+        for part in name.split("/"):
+            node = node.get(part, {})
+        if "__call__" not in node:
+            raise ValueError(
+                f'capture="{name}" is no module of the model. Modules are named like '
+                '"encoder/block_03".'
+            )
+        found[name] = node["__call__"][0]
+    return found

@@ -1,0 +1,282 @@
+"""Saves and restores a run: asynchronous, checked, and complete or not there."""
+
+import dataclasses
+import functools
+import threading
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import jax
+from etils import epath
+from orbax.checkpoint import v1 as ocp
+
+from big_vision_lite import integrity, trees
+from big_vision_lite.state import TrainState
+
+FOLDER = "checkpoints"
+TRASH = "trash"
+CONFIG = "config.json"
+
+
+@dataclasses.dataclass(kw_only=True)
+class Checkpoints:
+    """When to save, and what to keep.
+
+    The newest `keep_latest` steps stay, and every step that is a multiple of
+    `keep_every_steps` (0: none) stays for good.
+    """
+
+    every_steps: int = 1000
+    keep_latest: int = 1
+    keep_every_steps: int = 0
+
+    def __post_init__(self):
+        if self.every_steps < 1 or self.keep_latest < 1 or self.keep_every_steps < 0:
+            raise ValueError(
+                f"checkpoints: every_steps={self.every_steps} and keep_latest="
+                f"{self.keep_latest} must be at least 1, keep_every_steps="
+                f"{self.keep_every_steps} at least 0."
+            )
+
+
+class Checkpointer:
+    """Writes `workdir/checkpoints/<step>/`, one save at a time, in the background.
+
+    Use as a context: leaving it waits for the last save. `metadata` goes into every
+    manifest, `config_text` is the run's config.json, which every step folder carries
+    so that a copy of the folder alone is enough to predict with.
+    """
+
+    def __init__(
+        self,
+        workdir: epath.Path,
+        policy: Checkpoints,
+        *,
+        config_text: str,
+        metadata: Mapping[str, Any],
+        log: Callable[[str], None] = print,
+    ):
+        self._folder = workdir / FOLDER
+        self._trash = workdir / TRASH
+        self._policy = policy
+        self._config_text = config_text
+        self._metadata = dict(metadata)
+        self._log = log
+        self._thread: threading.Thread | None = None
+        self._error: BaseException | None = None
+        self.last_saved: int | None = None
+
+    def __enter__(self) -> "Checkpointer":
+        if jax.process_index() == 0:
+            self._folder.mkdir(parents=True, exist_ok=True)
+            self._discard_unfinished()
+        barrier("checkpoints_opened")
+        return self
+
+    def __exit__(self, *unused: Any) -> None:
+        self.wait()
+
+    def due(self, step: int) -> bool:
+        """Says whether `step` is one to save at."""
+        return step % self._policy.every_steps == 0
+
+    def save(self, step: int, state: TrainState) -> None:
+        """Starts to save `state`; returns as soon as it may be donated.
+
+        Raises:
+            OSError: the *previous* save failed, for example because the disk is full.
+        """
+        self.wait()
+        if self.last_saved == step:
+            return
+        # Enqueued before the next step donates the state; fetched by the thread.
+        sums = integrity.checksums(state)
+        leaves = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), state)
+        folder = self._folder / str(step)
+        pending = ocp.save_async(folder, state)
+        finish = functools.partial(self._finish, folder, step, pending, leaves, sums)
+        self._thread = threading.Thread(target=finish, name=f"save-{step}")
+        self._thread.start()
+        self.last_saved = step
+
+    def wait(self) -> None:
+        """Blocks until the pending save is complete; raises what went wrong in it."""
+        if self._thread is not None:
+            self._thread.join()
+            self._thread = None
+        if self._error is not None:
+            error, self._error = self._error, None
+            raise error
+
+    def restore_latest(self, abstract: TrainState) -> TrainState | None:
+        """Returns the newest complete state in the shardings of `abstract`, or None.
+
+        Raises:
+            DamagedCheckpoint: the newest step is damaged; names the file or leaf, and
+                the newest step that is intact.
+            ValueError: it holds other parameters than `abstract`.
+        """
+        steps = complete_steps(self._folder)
+        if not steps:
+            return None
+        newest = steps[-1]
+        folder = self._folder / str(newest)
+        try:
+            manifest = verified_manifest(folder)
+            check_leaves(trees.flatten(abstract), manifest, folder)
+            state = restore(folder, abstract, manifest)
+        except integrity.DamagedCheckpoint as error:
+            raise integrity.DamagedCheckpoint(
+                f"{error}\n{self._offer(steps[:-1], folder)}"
+            ) from error
+        self.last_saved = newest
+        saved_on, now = manifest["devices"], jax.device_count()
+        if saved_on != now:
+            self._log(f"saved on {saved_on} devices, restoring on {now}")
+        return state
+
+    def _finish(
+        self, folder: epath.Path, step: int, pending: Any, leaves: Any, sums: Any
+    ) -> None:
+        try:
+            pending.result()
+            if jax.process_index() == 0:
+                (folder / CONFIG).write_text(self._config_text)
+                manifest = self._metadata | {
+                    "step": step,
+                    "devices": jax.device_count(),
+                    "leaves": integrity.describe_leaves(leaves, jax.device_get(sums)),
+                    "files": integrity.digest_files(folder),
+                }
+                integrity.write_manifest(folder, manifest)
+                self._prune()
+        except BaseException as error:  # handed to the training thread by wait()
+            self._error = error
+
+    def _prune(self) -> None:
+        # Only after the new step's manifest is there, so that a kill at any moment
+        # leaves a complete step behind.
+        steps = complete_steps(self._folder)
+        every = self._policy.keep_every_steps
+        for step in steps[: -self._policy.keep_latest]:
+            if not every or step % every:
+                # The manifest goes first: a half-deleted step must not look complete.
+                (self._folder / str(step) / integrity.MANIFEST).unlink()
+                (self._folder / str(step)).rmtree()
+
+    def _discard_unfinished(self) -> None:
+        complete = complete_steps(self._folder)
+        for path in sorted(self._folder.iterdir(), key=str):
+            if path.name.isdigit() and int(path.name) in complete:
+                continue
+            self._trash.mkdir(parents=True, exist_ok=True)
+            target = self._trash / path.name
+            if target.exists():
+                target.rmtree() if target.is_dir() else target.unlink()
+            path.rename(target)
+            newest = f"Newest complete: {complete[-1]}." if complete else "None before."
+            self._log(
+                f"step {path.name.split('.')[0]} was left unfinished by a killed run: "
+                f"moved to {target}. {newest}"
+            )
+
+    def _offer(self, steps: list[int], damaged: epath.Path) -> str:
+        for step in reversed(steps):
+            try:
+                verified_manifest(self._folder / str(step))
+            except integrity.DamagedCheckpoint:
+                continue
+            return (
+                f"Step {step} is intact. To continue from it: mkdir -p '{self._trash}' "
+                f"&& mv '{damaged}' '{self._trash}'/ and run the same command again."
+            )
+        return (
+            "No other complete step is there. Restore the folder from a copy, or start "
+            "again with a new --workdir."
+        )
+
+
+def complete_steps(folder: epath.Path) -> list[int]:
+    """Lists the steps below `folder` that have a manifest, in increasing order."""
+    if not folder.exists():
+        return []
+    return sorted(
+        int(path.name)
+        for path in folder.iterdir()
+        if path.name.isdigit() and (path / integrity.MANIFEST).exists()
+    )
+
+
+def verified_manifest(folder: epath.Path) -> dict[str, Any]:
+    """Reads a step's manifest and compares every file with it."""
+    manifest = integrity.read_manifest(folder)
+    integrity.verify_files(folder, manifest)
+    return manifest
+
+
+def check_leaves(
+    expected: Mapping[str, Any], manifest: Mapping[str, Any], folder: epath.Path
+) -> None:
+    """Refuses a checkpoint whose leaves differ from the expected in name or shape."""
+    saved = {
+        name: jax.ShapeDtypeStruct(leaf["shape"], leaf["dtype"])
+        for name, leaf in manifest["leaves"].items()
+    }
+    lines = trees.difference(expected, saved, "this recipe", "the checkpoint")
+    if lines:
+        more = f"\n  ... and {len(lines) - 20} more" if len(lines) > 20 else ""
+        raise ValueError(
+            f"{folder} and the recipe differ:\n" + "\n".join(lines[:20]) + more + "\n"
+            "Use a new --workdir, or start from its weights with --config.init.path="
+            f"{folder}"
+        )
+
+
+def restore(folder: epath.Path, abstract: Any, manifest: Mapping[str, Any]) -> Any:
+    """Loads a step's leaves in the shardings of `abstract` and checks every one.
+
+    Raises:
+        DamagedCheckpoint: a leaf's checksum differs; it is named.
+    """
+    state = ocp.load(folder, abstract)
+    damaged = integrity.damaged_leaves(manifest["leaves"], state)
+    if damaged:
+        raise integrity.DamagedCheckpoint(
+            f"{folder}: {', '.join(damaged[:5])} differ from what was saved."
+        )
+    return state
+
+
+def find(path: str | epath.Path, log: Callable[[str], None] = print) -> epath.Path:
+    """Finds a step folder from a run folder, its checkpoints folder or a step folder.
+
+    Raises:
+        FileNotFoundError: there is none; says what was looked at.
+    """
+    given = epath.Path(path).expanduser().resolve()
+    if (given / integrity.MANIFEST).exists():
+        return given
+    for folder in (given / FOLDER, given):
+        steps = complete_steps(folder)
+        if steps:
+            chosen = folder / str(steps[-1])
+            log(f"{path}: using step {steps[-1]}, the newest of {len(steps)} complete")
+            return chosen
+    seen = sorted(p.name for p in given.iterdir())[:5] if given.exists() else []
+    what = (
+        f"it holds {', '.join(seen) or 'nothing'}"
+        if given.exists()
+        else ("it does not exist")
+    )
+    raise FileNotFoundError(
+        f"No complete checkpoint in {path}: {what}. Give a run folder, its "
+        f"{FOLDER}/ folder, or one step folder with its {integrity.MANIFEST}."
+    )
+
+
+def barrier(name: str) -> None:
+    """Waits until all processes are here."""
+    if jax.process_count() > 1:
+        from jax.experimental import multihost_utils
+
+        multihost_utils.sync_global_devices(name)

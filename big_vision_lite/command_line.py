@@ -1,0 +1,178 @@
+"""What a user types and what he sees when it is wrong."""
+
+import contextlib
+import dataclasses
+import datetime
+import enum
+import importlib
+import os
+import pathlib
+import re
+import sys
+import traceback
+import warnings
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from absl import flags, logging
+from ml_collections.config_flags import config_flags, config_path
+
+from big_vision_lite import mistakes, serialize, trees
+from big_vision_lite.stop import Stopped
+
+# What a user can mend: shown as one message, the trace goes to a file.
+USER_ERRORS = (ValueError, OSError, FloatingPointError, ImportError, flags.Error)
+
+
+@dataclasses.dataclass(kw_only=True)
+class Command:
+    """A parsed command line: the rebuilt configuration (or None) and other flags."""
+
+    config: Any
+    recipe: str | None
+    flags: flags.FlagValues
+
+
+def parse(argv: Sequence[str], define: Callable[[flags.FlagValues], None]) -> Command:
+    """Reads `--config FILE[:arg] --config.a.b=value` and what `define` adds.
+
+    The configuration is rebuilt once through its constructors, so that what runs is
+    exactly what config.json says.
+
+    Raises:
+        ValueError: an unknown name (with the closest one), or a value that is refused.
+    """
+    values = flags.FlagValues()
+    define(values)
+    flags.DEFINE_multi_string(
+        "allow_module",
+        [],
+        "A module of your own whose components a recipe may use.",
+        flag_values=values,
+    )
+    argv, cleared = _take_none(argv)
+    config_flags.DEFINE_config_file(
+        "config", help_string="Recipe.", flag_values=values, sys_argv=list(argv)
+    )
+    recipe = _recipe(argv)
+    for module in _flag_values(argv, "allow_module"):
+        importlib.import_module(module)
+    try:
+        rest = values(list(argv))
+    except Exception as error:
+        raise ValueError(mistakes.explain(error, recipe, argv, values)) from error
+    if len(rest) > 1:
+        raise ValueError(
+            f'What is "{rest[1]}"? Flags go as --name=value; overrides as '
+            "--config.optimizer.weight_decay=0.1."
+        )
+    config = values["config"].value
+    if config is None:
+        return Command(config=None, recipe=None, flags=values)
+    for path in cleared:
+        _clear(config, path, recipe)
+    return Command(
+        config=serialize.rebuild(config, values["allow_module"].value),
+        recipe=recipe,
+        flags=values,
+    )
+
+
+def run(main: Callable[[Sequence[str]], None], argv: Sequence[str]) -> int:
+    """Calls `main(argv)` and returns the exit code; a user's mistake is one message."""
+    quiet()
+    try:
+        main(argv)
+        return 0
+    except Stopped as stopped:
+        print(stopped)
+        return stopped.exit_code
+    except KeyboardInterrupt:
+        print("\nInterrupted.", file=sys.stderr)
+        return 130
+    except USER_ERRORS as error:
+        where = _write_trace(argv)
+        print(f"\nerror: {error}\n(the trace is in {where})", file=sys.stderr)
+        return 1
+
+
+def quiet() -> None:
+    """Keeps libraries from talking over our own lines."""
+    logging.set_verbosity(logging.ERROR)
+    logging.use_absl_handler()
+    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
+    os.environ.setdefault("GRPC_VERBOSITY", "ERROR")
+    warnings.filterwarnings("ignore", category=DeprecationWarning)
+
+
+def _take_none(argv: Sequence[str]) -> tuple[list[str], list[str]]:
+    """Splits off `--config.a.b=none`: ml_collections would parse "none" as a number."""
+    kept, cleared = [], []
+    for word in argv:
+        found = re.fullmatch(r"--?config\.(.+)=none", word, re.IGNORECASE)
+        cleared.append(found.group(1)) if found else kept.append(word)
+    return kept, cleared
+
+
+def _clear(config: Any, path: str, recipe: str | None) -> None:
+    try:
+        declared = config_path.get_type(path, config, normalize=False)
+    except (KeyError, IndexError, AttributeError) as error:
+        raise ValueError(
+            mistakes.unknown_key(recipe, [f"--config.{path}=none"], error)
+        ) from (error)
+    kind, optional = serialize.without_none(declared)
+    if optional:
+        config_path.set_value(path, config, None)
+    elif (
+        isinstance(kind, type)
+        and issubclass(kind, enum.StrEnum)
+        and "none" in (list(kind))
+    ):
+        config_path.set_value(path, config, kind("none"))
+    else:
+        raise ValueError(
+            f"--config.{path}=none: {path} is a {getattr(kind, '__name__', kind)} and "
+            "may not be none."
+        )
+
+
+def _recipe(argv: Sequence[str]) -> str | None:
+    given = _flag_values(argv, "config")
+    if not given:
+        return None
+    path = pathlib.Path(given[-1].split(":", 1)[0])
+    if not path.is_file():
+        folder = path.parent if path.parent.is_dir() else pathlib.Path("configs")
+        recipes = sorted(str(p) for p in folder.glob("*.py"))
+        raise FileNotFoundError(
+            f'There is no recipe "{path}".{trees.did_you_mean(str(path), recipes)} '
+            f"Recipes there: {', '.join(recipes) or 'none'}."
+        )
+    return given[-1]
+
+
+def _flag_values(argv: Sequence[str], name: str) -> list[str]:
+    found = []
+    for index, word in enumerate(argv):
+        if word in (f"--{name}", f"-{name}") and index + 1 < len(argv):
+            found.append(argv[index + 1])
+        elif match := re.fullmatch(rf"--?{name}=(.*)", word):
+            found.append(match.group(1))
+    return found
+
+
+def _write_trace(argv: Sequence[str]) -> pathlib.Path:
+    """Puts the trace into the run folder, or beside it where that cannot be written."""
+    text = f"{datetime.datetime.now().isoformat()} {' '.join(argv)}\n"
+    text += traceback.format_exc() + "\n"
+    given = _flag_values(argv, "workdir")
+    folders = [pathlib.Path(given[-1])] if given else []
+    for folder in (*folders, pathlib.Path(os.environ.get("TMPDIR", "/tmp"))):
+        path = folder / "error.txt"
+        with contextlib.suppress(OSError):
+            if folder.is_dir():
+                with path.open("a") as file:
+                    file.write(text)
+                return path
+    return pathlib.Path("nowhere: no folder could be written")

@@ -1,0 +1,97 @@
+"""`TrainConfig`: what a recipe returns and a run folder records."""
+
+import dataclasses
+import enum
+
+from flax import linen as nn
+
+from big_vision_lite.adapt import Init
+from big_vision_lite.checkpoint import Checkpoints
+from big_vision_lite.data.pipeline import Stream
+from big_vision_lite.sharding import Mesh, ShardingRule
+from big_vision_lite.types import Evaluator, Model, Objective, Op, Optimizer
+
+
+class Platform(enum.StrEnum):
+    """The kind of device to run on."""
+
+    CPU = "cpu"
+    GPU = "gpu"
+    TPU = "tpu"
+
+
+@dataclasses.dataclass(kw_only=True)
+class TrainConfig:
+    """One training run, whole.
+
+    The length is `num_epochs` or `num_steps`; the latter wins when both are set.
+    `preprocess` is the deterministic road from file bytes to model input: the default
+    of every evaluator and what predict uses. `freeze` holds patterns of parameter
+    names that do not train, `ema` the decay of an average of the parameters.
+    `profile_steps` is empty or (first, last), written for TensorBoard's profiler.
+    """
+
+    model: Model
+    objective: Objective
+    data: Stream
+    preprocess: tuple[Op, ...]
+    optimizer: Optimizer
+    evaluators: dict[str, Evaluator] = dataclasses.field(default_factory=dict)
+    seed: int = 0
+    num_epochs: float | None = None
+    num_steps: int | None = None
+    init: Init | None = None
+    freeze: tuple[str, ...] = ()
+    ema: float | None = None
+    micro_batches: int = 1
+    mesh: Mesh = dataclasses.field(default_factory=Mesh)
+    sharding: tuple[ShardingRule, ...] = dataclasses.field(
+        default_factory=lambda: (ShardingRule(pattern=".*"),)
+    )
+    checkpoints: Checkpoints = dataclasses.field(default_factory=Checkpoints)
+    log_every_steps: int = 50
+    platform: Platform | None = None
+    deterministic: bool = False
+    profile_steps: tuple[int, ...] = ()
+
+    def __post_init__(self):
+        if not isinstance(self.model, nn.Module):
+            raise ValueError(
+                f"model is a {type(self.model).__name__}, not a Linen module."
+            )
+        if self.num_epochs is None and self.num_steps is None:
+            raise ValueError("num_epochs and num_steps are both none; set one.")
+        for name in ("num_epochs", "num_steps"):
+            value = getattr(self, name)
+            if value is not None and value <= 0:
+                raise ValueError(f"{name}={value} must be above 0.")
+        if self.log_every_steps < 1 or self.micro_batches < 1:
+            raise ValueError(
+                f"log_every_steps={self.log_every_steps} and micro_batches="
+                f"{self.micro_batches} must be at least 1."
+            )
+        if self.ema is not None and not 0 < self.ema < 1:
+            raise ValueError(f"ema={self.ema} must lie between 0 and 1, or be none.")
+        if self.data.batch_size % self.micro_batches:
+            raise ValueError(
+                f"data.batch_size={self.data.batch_size} does not divide into "
+                f"micro_batches={self.micro_batches} equal parts."
+            )
+        if len(self.profile_steps) not in (0, 2):
+            raise ValueError(
+                f"profile_steps={self.profile_steps} must be empty or (first, last)."
+            )
+        for name in self.evaluators:
+            if not name.isidentifier():
+                raise ValueError(
+                    f'evaluators: "{name}" must be an identifier, so that flags reach '
+                    "it: letters, digits and _."
+                )
+
+    def resolve_steps(self, num_examples: int) -> int:
+        """Returns the number of steps: num_steps, or num_epochs over the examples."""
+        if self.num_steps is not None:
+            return self.num_steps
+        assert self.num_epochs is not None, "checked by the constructor"
+        steps = self.num_epochs * num_examples / self.data.batch_size
+        return max(1, round(steps))

@@ -1,0 +1,99 @@
+"""The words of the console: log lines, scores, tables, advice."""
+
+import datetime
+from collections.abc import Mapping
+
+from rich.table import Table
+from rich.text import Text
+
+# The share of the time above which waiting for data is worth a word.
+INPUT_BOUND_ABOVE = 0.2
+
+
+def format_line(step: int, num_steps: int, metrics: Mapping[str, float]) -> str:
+    """Returns "step  200/400  loss 0.1234  lr 1.0e-03  812 img/s ..."."""
+    formats = (
+        ("train/loss", lambda x: f"loss {x:.4f}"),
+        ("train/accuracy", lambda x: f"acc {x:6.1%}"),
+        ("train/learning_rate", lambda x: f"lr {x:.2e}"),
+        ("train/gradient_norm", lambda x: f"grad {x:.3g}"),
+        ("images_per_second", lambda x: f"{x:,.0f} img/s"),
+        ("data_wait", lambda x: f"wait {x:.0%}"),
+        ("mfu", lambda x: f"mfu {x:.1%}"),
+        ("eta_seconds", lambda x: f"eta {datetime.timedelta(seconds=round(x))}"),
+    )
+    width = len(str(num_steps))
+    parts = [f"step {step:{width}d}/{num_steps}"]
+    parts += [text(metrics[name]) for name, text in formats if name in metrics]
+    return "  ".join(parts)
+
+
+def format_scores(scores: Mapping[str, float]) -> dict[str, str]:
+    """Returns {name: "90.1 ± 0.6 %"}: accuracies in percent, spreads beside them."""
+    texts = {}
+    for name, value in scores.items():
+        leaf = name.rpartition("/")[2]
+        spread = scores.get(f"{name}_sd")
+        if leaf.endswith("_sd") or (leaf == "unreadable" and not value):
+            continue
+        if leaf.startswith(("accuracy", "control_")):
+            middle = "" if spread is None else f" ± {100 * spread:.1f}"
+            texts[name] = f"{100 * value:.1f}{middle} %"
+        elif float(value).is_integer() and abs(value) >= 1:
+            texts[name] = f"{value:,.0f}"
+        else:
+            middle = "" if spread is None else f" ± {spread:.4g}"
+            texts[name] = f"{value:.4g}{middle}"
+    return texts
+
+
+def score_table(scores: Mapping[str, float]) -> Table:
+    """Builds the table of the last scores, the controls in columns of their own."""
+    texts = format_scores(scores)
+    controls = {name: text for name, text in texts.items() if "/control_" in name}
+    table = Table("score", "", title="Scores", title_justify="left")
+    columns = ("raw_pixels", "untrained") if controls else ()
+    for column in columns:
+        table.add_column(column.replace("_", " "))
+    for name, text in texts.items():
+        if name in controls:
+            continue
+        group, _, leaf = name.rpartition("/")
+        kind = leaf.removeprefix("accuracy")
+        beside = [controls.get(f"{group}/control_{c}{kind}", "") for c in columns]
+        table.add_row(Text(name), text, *beside)
+    return table
+
+
+def input_bound_message(
+    wait: float,
+    steps: int,
+    stages: Mapping[str, tuple[float, int]],
+    threads: int,
+    cores: int,
+) -> str | None:
+    """Says what to do when waiting for data took more than a fifth of the time.
+
+    `wait` is the share over the last `steps`; `stages` gives the seconds spent and the
+    images done by name, summed over threads; `cores` is what this process may use.
+    """
+    if wait <= INPUT_BOUND_ABOVE:
+        return None
+    text = f"Input-bound: {wait:.0%} of the last {steps} steps was waiting for data."
+    cost = {name: s / images for name, (s, images) in stages.items() if images}
+    if cost:
+        slowest = max(cost, key=lambda name: cost[name])
+        milliseconds = 1e3 * cost[slowest]
+        text += f" Slowest stage: {slowest} ({milliseconds:.1f} ms/img, "
+        text += f"{threads} threads)."
+    if threads < cores:
+        text += (
+            f" {cores - threads} of {cores} cores are free: "
+            f"--config.data.threads={cores}"
+        )
+    else:
+        text += (
+            f" All {cores} cores are taken: store smaller images, choose cheaper ops, "
+            "or give the run more cores."
+        )
+    return text

@@ -1,0 +1,1 @@
+"""Sources, ops and the pipeline that turns them into global batches."""

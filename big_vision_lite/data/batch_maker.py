@@ -1,0 +1,207 @@
+"""Makes the rows of a batch on the host: reads, decodes, augments, replaces.
+
+A row is a function of the seed and its position alone, so any number of threads,
+processes and hosts makes the same batch.
+"""
+
+import itertools
+import time
+from collections.abc import Iterator
+from typing import NoReturn, Protocol
+
+import numpy as np
+
+from big_vision_lite.data.host_batch import HostBatch, Report
+from big_vision_lite.data.ops import UndecodableImage
+from big_vision_lite.data.order import (
+    EVALUATION,
+    ExampleGenerator,
+    Order,
+    replacement,
+)
+from big_vision_lite.data.unreadable import Unreadable
+from big_vision_lite.types import Example, Op, Source
+
+# With a thousandth of the images unreadable, chance does not give 8 in a row.
+ATTEMPTS = 8
+# One image in 8 is timed: reading the CPU clock costs as much as a tiny op.
+TIMED_EVERY = 8
+
+
+class BatchMaker(Protocol):
+    """Fills the rows of host batches; called from many threads, pickled to workers."""
+
+    def fill(self, batch: HostBatch, rows: range) -> None:
+        """Fills `rows` of the batch, or returns early once it is cancelled.
+
+        Raises:
+            ValueError: an example does not fit, or the set does not decode at all.
+            OSError: a file cannot be read.
+        """
+        ...
+
+    def complete(self, batch: HostBatch) -> None:
+        """Adds what needs the whole batch, when all its rows are filled."""
+        ...
+
+
+class TrainingBatches:
+    """Batch of step n: positions (n-1)·B to n·B-1 of the shuffled endless stream.
+
+    An unreadable image gives way to another one, and the report names it.
+    """
+
+    def __init__(self, source: Source, ops: tuple[Op, ...], seed: int, batch_size: int):
+        self._source = source
+        self._ops = ops
+        self._size = len(source)
+        self._order = Order(self._size, seed)
+        self._seed = seed
+        self._batch_size = batch_size
+
+    def fill(self, batch: HostBatch, rows: range) -> None:
+        examples = _Examples(self._source, self._ops, self._seed, batch)
+        first = (batch.step - 1) * self._batch_size
+        for row in rows:
+            if batch.cancelled:
+                return
+            position = first + row
+            for index in self._candidates(position):
+                if examples.make(row, index, position):
+                    break
+            else:
+                _refuse(examples.unreadable[-ATTEMPTS:])
+        examples.hand_in()
+
+    def complete(self, batch: HostBatch) -> None:
+        pass
+
+    def _candidates(self, position: int) -> Iterator[int]:
+        """Yields the index of a position, then those that may replace it."""
+        yield self._order[position]
+        for attempt in range(1, ATTEMPTS):
+            yield replacement(self._seed, position, attempt, self._size)
+
+
+class EvaluationBatches:
+    """Batch b: examples b·B to (b+1)·B-1 in the order of the source, then zeros.
+
+    "valid" says which rows hold an example that decoded.
+    """
+
+    def __init__(self, source: Source, ops: tuple[Op, ...], batch_size: int):
+        self._source = source
+        self._ops = ops
+        self._size = len(source)
+        self._batch_size = batch_size
+
+    def fill(self, batch: HostBatch, rows: range) -> None:
+        examples = _Examples(self._source, self._ops, EVALUATION, batch)
+        first = batch.step * self._batch_size
+        for row in rows:
+            if batch.cancelled or first + row >= self._size:
+                break
+            examples.make(row, first + row, first + row)
+        examples.hand_in()
+
+    def complete(self, batch: HostBatch) -> None:
+        if not batch.arrays:
+            batch.zeros_like(self._some_example())
+        batch.arrays["valid"] = batch.filled
+
+    def _some_example(self) -> HostBatch:
+        """Returns a batch of one, for the shapes where a host has no example."""
+        batch = HostBatch(step=0, rows=range(1))
+        examples = _Examples(self._source, self._ops, EVALUATION, batch)
+        for index in range(min(self._size, 100)):
+            if examples.make(0, index, index):
+                return batch
+        _refuse(examples.unreadable)
+
+
+class _Examples:
+    """One thread's share of a batch: makes examples, notes what it saw."""
+
+    def __init__(
+        self, source: Source, ops: tuple[Op, ...], seed: int, batch: HostBatch
+    ):
+        self.unreadable: list[Unreadable] = []
+        self._source = source
+        self._ops = ops
+        self._batch = batch
+        self._generator = ExampleGenerator(seed)
+        self._num_classes = len(source.class_names)
+        self._seconds = np.zeros(len(ops) + 1)
+        self._timed = 0
+
+    def make(self, row: int, index: int, position: int) -> bool:
+        """Makes example `index` into its row; False, and noted, if it is unreadable."""
+        rng = self._generator.at(position)
+        try:
+            if row % TIMED_EVERY:
+                example = self._read(index)
+                for op in self._ops:
+                    example = op(example, rng)
+            else:
+                example = self._timed_example(index, rng)
+            self._batch.store(row, example)
+        except UndecodableImage as error:
+            name = self._source.name(index)
+            self.unreadable.append(Unreadable(index, name, str(error)))
+            return False
+        except (ValueError, OSError) as error:
+            # A mistake in the data or a fault of the disk: one line, with the name.
+            kind = OSError if isinstance(error, OSError) else ValueError
+            name = self._source.name(index)
+            if name in str(error):
+                raise
+            raise kind(f"{name}: {error}") from error
+        except Exception as error:
+            error.add_note(f"while example {self._source.name(index)} was made")
+            raise
+        return True
+
+    def hand_in(self) -> None:
+        """Adds what was noted to the batch."""
+        names = ("read", *(type(op).__name__ for op in self._ops))
+        report = Report(unreadable=self.unreadable)
+        for name, seconds in zip(names, self._seconds.tolist(), strict=True):
+            report.add(Report(stages={name: (seconds, self._timed)}))
+        self._batch.add(report)
+
+    def _read(self, index: int) -> Example:
+        example = self._source[index]
+        label = example.get("label")
+        if not self._num_classes:
+            return example
+        if isinstance(label, int | np.integer):
+            if not 0 <= label < self._num_classes:
+                self._refuse_label(f"label {label}")
+        elif isinstance(label, np.ndarray) and label.shape != (self._num_classes,):
+            self._refuse_label(f"a label of shape {label.shape}")
+        return example
+
+    def _refuse_label(self, came: str) -> NoReturn:
+        raise ValueError(
+            f"{came}, but the source has {self._num_classes} classes: labels 0 to "
+            f"{self._num_classes - 1}. Audit it with python tools/check_dataset.py."
+        )
+
+    def _timed_example(self, index: int, rng: np.random.Generator) -> Example:
+        clock = [time.thread_time()]
+        example = self._read(index)
+        clock.append(time.thread_time())
+        for op in self._ops:
+            example = op(example, rng)
+            clock.append(time.thread_time())
+        self._seconds += [end - start for start, end in itertools.pairwise(clock)]
+        self._timed += 1
+        return example
+
+
+def _refuse(unreadable: list[Unreadable]) -> NoReturn:
+    names = "".join(f"\n  {bad.name}: {bad.reason}" for bad in unreadable[:ATTEMPTS])
+    raise ValueError(
+        f"{len(unreadable)} images drawn in a row do not decode:{names}\n"
+        "Audit the set with python tools/check_dataset.py."
+    )

@@ -1,0 +1,220 @@
+"""Encoded bytes or arrays in, uint8 images [H, W, C] out; everything else refused."""
+
+from collections.abc import Callable
+from typing import Any
+
+import cv2
+import numpy as np
+import simplejpeg
+
+# Many ops run side by side in worker threads: OpenCV's own pool would fight them.
+cv2.setNumThreads(0)
+# What OpenCV would print about a damaged file is said by UndecodableImage instead.
+cv2.utils.logging.setLogLevel(cv2.utils.logging.LOG_LEVEL_SILENT)
+
+# The Example of types.py, which ops cannot import: worker processes load no jax.
+Example = dict[str, Any]
+
+# 600 MB as RGB: above any camera, below what eight threads could not hold.
+MAX_PIXELS = 200_000_000
+
+
+class UndecodableImage(ValueError):
+    """These bytes are complete as stored, but no usable image; `reason` says why.
+
+    The one error that the pipeline answers by skipping the example and counting it.
+    """
+
+    def __init__(self, reason: str):
+        super().__init__(reason)
+        self.reason = reason
+
+    def __reduce__(self):  # Survives the way back from a worker process.
+        return type(self), (self.reason,)
+
+
+def decode(
+    data: bytes | bytearray | memoryview | np.ndarray, channels: int = 3
+) -> np.ndarray:
+    """Returns uint8 [H, W, channels], 1 (gray) or 3 (RGB), from a file's bytes.
+
+    Reads JPEG (accurate DCT, as PIL does), PNG, WebP, BMP and GIF, told apart by their
+    first bytes; uint8 arrays [H, W] and [H, W, 1|3|4] pass through with their channels
+    converted. EXIF rotation is ignored, as in TensorFlow. Transparency is composited
+    on white, what a viewer shows: the colour below it is often plain black. 16-bit
+    samples keep their high byte, as in TensorFlow; CMYK becomes RGB; an animation
+    gives its first frame. Raises UndecodableImage for bytes that are damaged, cut
+    short, no image, or larger than MAX_PIXELS; ValueError for another kind of array.
+    """
+    if channels not in (1, 3):
+        raise ValueError(f"channels={channels}: use 1 (gray) or 3 (RGB).")
+    if isinstance(data, np.ndarray):
+        return _convert(_check_array(data), channels)
+    head = bytes(data[:32])
+    if not head:
+        raise UndecodableImage("0 bytes: the file is empty")
+    if head.startswith(b"\xff\xd8\xff"):
+        return _decode_jpeg(data, channels)
+    for name, is_format, read_size in _FORMATS:
+        if is_format(head):
+            return _convert(_decode_other(data, name, read_size(head)), channels)
+    raise UndecodableImage(
+        f"not a JPEG, PNG, WebP, BMP or GIF: the first bytes are {head[:8]!r}"
+    )
+
+
+def image_of(example: Example, op: Any) -> np.ndarray:
+    """Returns the image of `example`; raises ValueError if it is not decoded yet."""
+    image = example.get("image")
+    if isinstance(image, np.ndarray) and image.ndim == 3 and image.dtype == np.uint8:
+        return image
+    name = type(op).__name__
+    if image is None:
+        raise ValueError(f'{name} needs the key "image", got {sorted(example)}.')
+    if isinstance(image, np.ndarray):
+        got = f"{image.dtype} {list(image.shape)}"
+    else:
+        got = type(image).__name__
+    raise ValueError(
+        f"{name} needs a uint8 image [H, W, C], got {got}: put Decode() before it."
+    )
+
+
+def check_pixels(height: int, width: int, what: str) -> None:
+    """Raises UndecodableImage for a picture that would not fit into memory."""
+    if height < 1 or width < 1:
+        raise UndecodableImage(f"{what} has no pixels: {height} x {width}")
+    if height * width > MAX_PIXELS:
+        raise UndecodableImage(
+            f"{what} has {height} x {width} = {height * width:,} pixels, above the "
+            f"limit of {MAX_PIXELS:,}; store it smaller"
+        )
+
+
+def _decode_jpeg(data: bytes | bytearray | memoryview, channels: int) -> np.ndarray:
+    try:
+        height, width, *_ = simplejpeg.decode_jpeg_header(data, strict=False)
+    except ValueError as error:
+        raise UndecodableImage(f"JPEG header is damaged: {error}") from error
+    check_pixels(int(height), int(width), "JPEG")
+    colorspace = "GRAY" if channels == 1 else "RGB"
+    try:
+        return simplejpeg.decode_jpeg(data, colorspace)
+    except ValueError as error:
+        # Padding bytes between picture and end marker, as some cameras write them,
+        # are no damage; whatever else libjpeg warns about is (missing data above all).
+        if "extraneous bytes before marker 0xd9" not in str(error):
+            raise UndecodableImage(f"JPEG is damaged or cut short: {error}") from error
+    try:
+        return simplejpeg.decode_jpeg(data, colorspace, strict=False)
+    except ValueError as error:
+        raise UndecodableImage(f"JPEG is damaged: {error}") from error
+
+
+def _decode_other(
+    data: bytes | bytearray | memoryview, name: str, size: tuple[int, int]
+) -> np.ndarray:
+    # OpenCV's own limit is a gigapixel, and it allocates before it reads.
+    check_pixels(*size, name)
+    try:
+        image = cv2.imdecode(
+            np.frombuffer(data, np.uint8),
+            # Ignores EXIF, keeps 16 bit, gray and alpha; colours come as BGR.
+            cv2.IMREAD_UNCHANGED,
+        )
+    except cv2.error as error:
+        raise UndecodableImage(f"{name} is damaged: {error.err}") from error
+    if image is None:
+        raise UndecodableImage(f"{name} is damaged or cut short")
+    if image.dtype == np.uint16:
+        image = np.right_shift(image, 8).astype(np.uint8)
+    if image.dtype != np.uint8:
+        raise UndecodableImage(f"{name} holds {image.dtype} samples, not 8 or 16 bit")
+    if image.ndim == 2:
+        return image[..., None]
+    to_rgb = cv2.COLOR_BGR2RGB if image.shape[-1] == 3 else cv2.COLOR_BGRA2RGBA
+    return cv2.cvtColor(image, to_rgb)
+
+
+def _check_array(image: np.ndarray) -> np.ndarray:
+    if image.dtype != np.uint8:
+        raise ValueError(
+            f"An image array must be uint8 in 0..255, got {image.dtype}"
+            f"{_describe_values(image)}. Convert it in the source, for values in 0..1 "
+            "by np.rint(255 * image).astype(np.uint8)."
+        )
+    if image.ndim == 2:
+        image = image[..., None]
+    if image.ndim != 3 or image.shape[-1] not in (1, 3, 4) or 0 in image.shape:
+        raise ValueError(
+            "An image array must be [H, W] or [H, W, C] with 1, 3 or 4 channels and "
+            f"at least one pixel, got {list(image.shape)}."
+        )
+    return image
+
+
+def _describe_values(image: np.ndarray) -> str:
+    if image.size == 0 or not np.issubdtype(image.dtype, np.number):
+        return ""
+    if not np.isfinite(image).all():
+        return f" with {np.isnan(image).sum()} NaN and {np.isinf(image).sum()} infinite"
+    return f" in {image.min():g}..{image.max():g}"
+
+
+def _convert(image: np.ndarray, channels: int) -> np.ndarray:
+    if image.shape[-1] == 4:
+        image = _on_white(image)
+    if image.shape[-1] == channels:
+        return image
+    if channels == 3:
+        return cv2.cvtColor(image, cv2.COLOR_GRAY2RGB)
+    return cv2.cvtColor(image, cv2.COLOR_RGB2GRAY)[..., None]
+
+
+def _on_white(image: np.ndarray) -> np.ndarray:
+    alpha = image[..., 3:].astype(np.uint16)
+    if alpha.min() == 255:
+        return cv2.cvtColor(image, cv2.COLOR_RGBA2RGB)
+    # At most 255 * 255 + 127, which uint16 just holds: rounds to the nearest.
+    mixed = image[..., :3] * alpha + 255 * (255 - alpha) + 127
+    return (mixed // 255).astype(np.uint8)
+
+
+def _webp_size(head: bytes) -> tuple[int, int]:
+    if head[12:16] == b"VP8 ":
+        width, height = head[26:28], head[28:30]
+        low = int.from_bytes(height, "little"), int.from_bytes(width, "little")
+        return low[0] & 0x3FFF, low[1] & 0x3FFF
+    if head[12:16] == b"VP8L":
+        bits = int.from_bytes(head[21:25], "little")
+        return (bits >> 14 & 0x3FFF) + 1, (bits & 0x3FFF) + 1
+    size = int.from_bytes(head[27:30], "little"), int.from_bytes(head[24:27], "little")
+    return size[0] + 1, size[1] + 1
+
+
+def _gif_size(head: bytes) -> tuple[int, int]:
+    return int.from_bytes(head[8:10], "little"), int.from_bytes(head[6:8], "little")
+
+
+def _png_size(head: bytes) -> tuple[int, int]:
+    return int.from_bytes(head[20:24], "big"), int.from_bytes(head[16:20], "big")
+
+
+def _bmp_size(head: bytes) -> tuple[int, int]:
+    if head[14:18] == b"\x0c\0\0\0":  # OS/2: 16-bit sides.
+        width, height = head[18:20], head[20:22]
+    else:
+        width, height = head[18:22], head[22:26]
+    # A negative height means rows from the top.
+    rows = int.from_bytes(height, "little", signed=True)
+    return abs(rows), int.from_bytes(width, "little")
+
+
+_FORMATS: tuple[
+    tuple[str, Callable[[bytes], bool], Callable[[bytes], tuple[int, int]]], ...
+] = (
+    ("PNG", lambda head: head.startswith(b"\x89PNG\r\n\x1a\n"), _png_size),
+    ("WebP", lambda head: head[:4] == b"RIFF" and head[8:12] == b"WEBP", _webp_size),
+    ("GIF", lambda head: head[:6] in (b"GIF87a", b"GIF89a"), _gif_size),
+    ("BMP", lambda head: head.startswith(b"BM"), _bmp_size),
+)

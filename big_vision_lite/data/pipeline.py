@@ -1,0 +1,319 @@
+"""From a source to global batches on the devices, in order, a few batches ahead.
+
+The batch of step n is a function of (seed, n): see `order` and `batch_maker`.
+"""
+
+import collections
+import concurrent.futures
+import contextlib
+import dataclasses
+import math
+import time
+from collections.abc import Iterator
+
+import jax
+import numpy as np
+from etils import epath
+
+from big_vision_lite import layout
+from big_vision_lite.data.batch_maker import EvaluationBatches, TrainingBatches
+from big_vision_lite.data.host_batch import HostBatch, Report
+from big_vision_lite.data.unreadable import UnreadableImages
+from big_vision_lite.data.workers import (
+    ProcessWorkers,
+    ThreadWorkers,
+    resolve_threads,
+)
+from big_vision_lite.types import Array, DeviceOp, Op, Source
+
+# Batches being made or waiting, beside the one in use.
+AHEAD = 3
+
+
+@dataclasses.dataclass(kw_only=True)
+class Stream:
+    """Training data: where examples come from and what becomes of them.
+
+    `ops` run on the host for each example, `device_ops` on the global batch inside the
+    train step. `threads` decode in this process, or in each of `processes` worker
+    processes; None chooses by the cores. Neither changes any batch.
+    """
+
+    source: Source
+    batch_size: int
+    ops: tuple[Op, ...] = ()
+    device_ops: tuple[DeviceOp, ...] = ()
+    threads: int | None = None
+    processes: int = 0
+
+    def __post_init__(self):
+        # By class: to ask the object itself would open a source that is lazy.
+        for method in ("__getitem__", "__len__", "name", "class_names"):
+            if not hasattr(type(self.source), method):
+                raise ValueError(
+                    f"data.source is a {type(self.source).__name__} without {method}; "
+                    "give a source such as Digits(), Tfds(...) or ImageFolder(...)."
+                )
+        for field in ("ops", "device_ops"):
+            for op in getattr(self, field):
+                if not callable(op) or isinstance(op, type):
+                    raise ValueError(
+                        f"data.{field} holds {op!r}, not an op; give objects such as "
+                        "FlipLeftRight(), with the parentheses."
+                    )
+        if self.batch_size < 1:
+            raise ValueError(
+                f"data.batch_size={self.batch_size} is not a number of images; use 1 "
+                "or more, for example --config.data.batch_size=128."
+            )
+        if self.threads is not None and self.threads < 1:
+            raise ValueError(
+                f"data.threads={self.threads} cannot decode; use 1 or more, or none "
+                "to choose by the cores."
+            )
+        if self.processes < 0:
+            raise ValueError(
+                f"data.processes={self.processes} is not a number of processes; use 0 "
+                "for threads of this process only."
+            )
+
+
+@contextlib.contextmanager
+def open_batches(
+    stream: Stream,
+    seed: int,
+    mesh: jax.sharding.Mesh,
+    bad_images_path: epath.Path | None = None,
+) -> Iterator["Batches"]:
+    """Opens the training batches of a run; no thread or process outlives the context.
+
+    Unreadable images are listed in `bad_images_path`, usually WORKDIR/bad_files.txt,
+    one such file a process.
+
+    Raises:
+        ValueError: the batch is larger than the set, or does not divide over the mesh.
+    """
+    total = len(stream.source)
+    if stream.batch_size > total:
+        raise ValueError(
+            f"data.batch_size={stream.batch_size} is larger than the data set, "
+            f"{total} images. Use --config.data.batch_size={_power_of_two(total)}, or "
+            "a larger split."
+        )
+    unreadable = UnreadableImages(total, bad_images_path, jax.process_index())
+    batches = Batches(stream, seed, mesh, unreadable)
+    try:
+        yield batches
+    finally:
+        batches.close()
+
+
+class Batches:
+    """The endless global batches of a run, and what making them cost.
+
+    `wait_seconds` is how long the consumer has waited for data so far, `threads` the
+    number that decode in each process, `unreadable` what was skipped.
+    """
+
+    def __init__(
+        self,
+        stream: Stream,
+        seed: int,
+        mesh: jax.sharding.Mesh,
+        unreadable: UnreadableImages,
+    ):
+        self.wait_seconds = 0.0
+        self.unreadable = unreadable
+        self.threads = resolve_threads(stream.threads, stream.processes)
+        self._processes = stream.processes
+        self._put = _Placement(mesh, stream.batch_size)
+        self._maker = TrainingBatches(
+            stream.source, stream.ops, seed, stream.batch_size
+        )
+        self._report = Report()
+        self._workers: ThreadWorkers | ProcessWorkers | None = None
+
+    def starting_at(self, step: int) -> Iterator[dict[str, Array]]:
+        """Returns the endless iterator of the batches of `step`, `step` + 1, ...
+
+        Steps count from 1. An earlier iterator ends.
+        """
+        if step < 1:
+            raise ValueError(f"step={step}; steps count from 1.")
+        self.close()
+        if self._processes:
+            workers = ProcessWorkers(
+                self._maker,
+                self._put.rows,
+                self.threads,
+                self._put,
+                processes=self._processes,
+                first_step=step,
+            )
+        else:
+            workers = ThreadWorkers(
+                self._maker, self._put.rows, self.threads, self._put
+            )
+        self._workers = workers
+        return self._iterate(workers, step)
+
+    def spec(self) -> dict[str, jax.ShapeDtypeStruct]:
+        """Returns shape, dtype and sharding of every array of a global batch."""
+        probe = HostBatch(1, range(1))
+        self._maker.fill(probe, range(1))
+        return self._put.spec(probe.arrays)
+
+    def stages(self) -> dict[str, tuple[float, int]]:
+        """Returns CPU seconds and images of each stage, of the images that were timed.
+
+        Their ratio is the cost of an image; waiting for a disk does not count.
+        """
+        return dict(self._report.stages)
+
+    def close(self) -> None:
+        """Ends all threads and processes; `starting_at` may begin anew."""
+        if self._workers is not None:
+            self._workers.close()
+            self._workers = None
+
+    def _iterate(
+        self, workers: ThreadWorkers | ProcessWorkers, step: int
+    ) -> Iterator[dict[str, Array]]:
+        ahead: collections.deque[concurrent.futures.Future] = collections.deque()
+        while True:
+            while len(ahead) < AHEAD:
+                ahead.append(workers.submit(step))
+                step += 1
+            start = time.perf_counter()
+            arrays, report = ahead.popleft().result()
+            self.wait_seconds += time.perf_counter() - start
+            self._report.add(Report(stages=report.stages))
+            self.unreadable.add(report.unreadable)
+            yield arrays
+
+
+class EvaluationSet:
+    """All examples of a source, once each, in its order; iterate as often as needed.
+
+    Batches are full: rows past the end, and images that do not decode, are zeros with
+    "valid" False. Every process sees the same number of batches. After a pass
+    `unreadable` holds the names of this process's images that do not decode.
+    """
+
+    def __init__(
+        self,
+        source: Source,
+        ops: tuple[Op, ...],
+        batch_size: int,
+        mesh: jax.sharding.Mesh,
+        threads: int | None = None,
+    ):
+        self.unreadable: tuple[str, ...] = ()
+        self._size = len(source)
+        if not self._size:
+            raise ValueError("the evaluation set is empty; give a split with images.")
+        self._batch_size = batch_size
+        self._threads = resolve_threads(threads)
+        self._put = _Placement(mesh, batch_size)
+        self._maker = EvaluationBatches(source, ops, batch_size)
+
+    def __len__(self) -> int:
+        return math.ceil(self._size / self._batch_size)
+
+    def __iter__(self) -> Iterator[dict[str, Array]]:
+        ahead: collections.deque[concurrent.futures.Future] = collections.deque()
+        report = Report()
+        workers = ThreadWorkers(self._maker, self._put.rows, self._threads, self._put)
+        try:
+            for index in range(len(self) + AHEAD):
+                if index < len(self):
+                    ahead.append(workers.submit(index))
+                if index >= AHEAD:
+                    arrays, made = ahead.popleft().result()
+                    report.add(made)
+                    yield arrays
+        finally:
+            workers.close()
+        self.unreadable = tuple(bad.name for bad in report.unreadable)
+
+
+def eval_batches(
+    source: Source,
+    ops: tuple[Op, ...],
+    batch_size: int,
+    mesh: jax.sharding.Mesh,
+    threads: int | None = None,
+) -> EvaluationSet:
+    """Returns the batches of an evaluation, with "valid" [B], last one padded.
+
+    Raises:
+        ValueError: the source is empty, or the batch does not divide over the mesh.
+    """
+    return EvaluationSet(source, ops, batch_size, mesh, threads)
+
+
+def rows_of_devices(
+    sharding: jax.sharding.Sharding, batch_size: int, devices: set[jax.Device]
+) -> range:
+    """Returns the contiguous rows of a batch that `devices` hold together.
+
+    Raises:
+        ValueError: they are not contiguous; the mesh is not in the order of processes.
+    """
+    slices = {
+        indices[0].indices(batch_size)[:2]
+        for device, indices in sharding.devices_indices_map((batch_size,)).items()
+        if device in devices
+    }
+    bounds = sorted(slices)
+    for (_, end), (start, _) in zip(bounds, bounds[1:], strict=False):
+        if end != start:
+            raise ValueError(
+                f"this process holds rows to {end} and from {start} of a batch: the "
+                "mesh is not in the order of processes. Use sharding.make_mesh."
+            )
+    return range(bounds[0][0], bounds[-1][1])
+
+
+class _Placement:
+    """Turns this process's rows of a batch into global arrays, rows over the mesh."""
+
+    def __init__(self, mesh: jax.sharding.Mesh, batch_size: int):
+        devices = mesh.size
+        if batch_size < 1 or batch_size % devices:
+            low = max(devices, batch_size - batch_size % devices)
+            raise ValueError(
+                f"batch_size={batch_size} does not divide over {devices} devices; use "
+                f"{low} or {low + devices}."
+            )
+        self._batch_size = batch_size
+        self._sharding = layout.batch_sharding(mesh)
+        self.rows = rows_of_devices(
+            self._sharding, batch_size, self._sharding.addressable_devices
+        )
+
+    def spec(self, rows: dict[str, np.ndarray]) -> dict[str, jax.ShapeDtypeStruct]:
+        """Returns what a whole batch of such rows is on the devices."""
+        return {
+            key: jax.ShapeDtypeStruct(
+                (self._batch_size, *array.shape[1:]),
+                array.dtype,
+                sharding=self._sharding,
+            )
+            for key, array in rows.items()
+        }
+
+    def __call__(
+        self, arrays: dict[str, np.ndarray], report: Report
+    ) -> tuple[dict[str, Array], Report]:
+        placed = {
+            key: jax.make_array_from_process_local_data(
+                self._sharding, array, (self._batch_size, *array.shape[1:])
+            )
+            for key, array in arrays.items()
+        }
+        return placed, report
+
+
+def _power_of_two(size: int) -> int:
+    return 1 << max(0, size.bit_length() - 1)

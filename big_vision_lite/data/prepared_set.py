@@ -1,0 +1,296 @@
+"""The folder of a prepared TFDS set: where it lies, what it holds, what a split means.
+
+Read straight from dataset_info.json and features.json: that takes milliseconds, while
+importing tensorflow_datasets takes a second and 60 MB. The layout and the grammar of
+splits are TFDS's (https://www.tensorflow.org/datasets/splits); a test compares both.
+"""
+
+import dataclasses
+import json
+import os
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from big_vision_lite.data.closest import did_you_mean, some
+from big_vision_lite.data.records import ArrayRecordFile, Records, TFRecordFile
+from big_vision_lite.data.tfds_features import children
+
+RECORD_FILES = {"tfrecord": TFRecordFile, "array_record": ArrayRecordFile}
+FILE_TEMPLATE = "{DATASET}-{SPLIT}.{FILEFORMAT}-{SHARD_X_OF_Y}"
+# What TFDS cannot download: the user must have brought it.
+BROUGHT_FILES = {"imagenet2012": ("ILSVRC2012_img_train.tar", "ILSVRC2012_img_val.tar")}
+
+# A set of at most so many files is checked whole when it is opened.
+FEW_FILES = 16
+
+_VERSION = re.compile(r"\d+\.\d+\.\d+")
+_PART = re.compile(r"(?P<split>[\w-]+)(\[(?P<slice>[\d\w%:.-]+)\])?")
+_BOUND = re.compile(r"((?P<value>-?[\d_.]+)(?P<unit>%|shard)?)?")
+_BAD_SPLIT = (
+    "cannot read split={!r}; write a split or a slice of one, joined by '+': "
+    "'train', 'train[:99%]', 'train[1000:2000]', 'train[:2shard]', 'train+test'."
+)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Split:
+    """One split: its files, the number of records in each, the bytes in all."""
+
+    name: str
+    shards: tuple[tuple[Path, int], ...]
+    num_bytes: int
+
+    @property
+    def length(self) -> int:
+        return sum(length for _, length in self.shards)
+
+    def between(
+        self, start: float | None, stop: float | None, unit: str | None
+    ) -> "Range":
+        """Turns a slice in percent, shards or examples (None) into examples."""
+        if unit == "%":
+            bounds = [
+                x if x is None else round(x * self.length / 100.0)
+                for x in (start, stop)
+            ]
+        elif unit == "shard":
+            lengths = [length for _, length in self.shards]
+            # TFDS: an end of 0 or less counts from the last shard.
+            if stop is not None and stop <= 0:
+                stop += len(lengths)
+            bounds = [x if x is None else sum(lengths[: int(x)]) for x in (start, stop)]
+        else:
+            bounds = [x if x is None else int(x) for x in (start, stop)]
+        first = 0 if bounds[0] is None else bounds[0]
+        last = self.length if bounds[1] is None else bounds[1]
+        if max(abs(first), abs(last)) > self.length:
+            raise ValueError(
+                f"a slice [{first}:{last}] of split {self.name!r} goes beyond its "
+                f"{self.length} examples; use a smaller one, or percent: "
+                f'"{self.name}[:10%]".'
+            )
+        first, last = (x + self.length if x < 0 else x for x in (first, last))
+        return Range(split=self.name, start=first, stop=last)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Range:
+    """Examples `start` to `stop` of one split."""
+
+    split: str
+    start: int
+    stop: int
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class PreparedSet:
+    """What the JSON files of one version folder say."""
+
+    folder: Path
+    version: str
+    file_format: str
+    splits: Mapping[str, Split]
+    features: Mapping[str, Any]
+
+    def ranges(self, spec: str) -> list[Range]:
+        """Resolves `train[:99%]+test` as TFDS does; ValueError if unknown or empty."""
+        parts = re.split(r"\s*\+\s*", "+".join(self.splits) if spec == "all" else spec)
+        ranges = [r for r in map(self._range, parts) if r.start < r.stop]
+        if not ranges:
+            sizes = ", ".join(f"{s.name} {s.length}" for s in self.splits.values())
+            raise ValueError(
+                f"split={spec!r} of {self.folder} holds no example; the splits hold: "
+                f"{sizes}."
+            )
+        return ranges
+
+    def _range(self, part: str) -> Range:
+        match = _PART.fullmatch(part)
+        if not match:
+            raise ValueError(_BAD_SPLIT.format(part))
+        split = self.splits.get(match["split"])
+        if split is None:
+            raise ValueError(
+                f"{self.folder} has no split {match['split']!r}"
+                f"{did_you_mean(match['split'], self.splits)}; its splits: "
+                f"{', '.join(self.splits)}."
+            )
+        if match["slice"] is None:
+            return Range(split=split.name, start=0, stop=split.length)
+        bounds = [_BOUND.fullmatch(bound) for bound in match["slice"].split(":")]
+        units = [bound["unit"] for bound in bounds if bound and bound["unit"]]
+        unit = units[0] if units else None
+        if None in bounds or not any(b and b["value"] for b in bounds):
+            raise ValueError(_BAD_SPLIT.format(part))
+        # `train[3shard]` is one shard; one example is always written `train[3:4]`.
+        if len(bounds) > 2 or (len(bounds) == 1 and unit != "shard"):
+            raise ValueError(_BAD_SPLIT.format(part))
+        number = float if unit == "%" else int
+        try:
+            ends = [number(b["value"]) if b and b["value"] else None for b in bounds]
+        except ValueError as error:
+            raise ValueError(_BAD_SPLIT.format(part)) from error
+        if len(ends) == 1:
+            ends.append(int(ends[0] or 0) + 1)
+        return split.between(ends[0], ends[1], unit)
+
+    def records(self, ranges: list[Range]) -> Records:
+        """Joins the records of `ranges`; raises when files are missing or cut short."""
+        kind = RECORD_FILES[self.file_format]
+        files = {
+            path: kind(path, length)
+            for split in {r.split for r in ranges}
+            for path, length in self.splits[split].shards
+        }
+        parts = []
+        for each in ranges:
+            first = 0
+            for path, length in self.splits[each.split].shards:
+                start, stop = max(each.start, first), min(each.stop, first + length)
+                parts.append((files[path], start - first, stop - start))
+                first += length
+        parts = [part for part in parts if part[2] > 0]
+        used = {file.path: file for file, _, _ in parts}
+        missing = [path.name for path in used if not path.is_file()]
+        if missing:
+            raise FileNotFoundError(
+                f"{len(missing)} of {len(used)} record files are missing in "
+                f"{self.folder}, the first is {missing[0]}; copy them, or prepare the "
+                "set again."
+            )
+        if len(used) <= FEW_FILES:
+            for file in used.values():
+                file.open()
+        return Records(parts)
+
+
+def find(name: str, data_dir: str | None) -> Path:
+    """Returns the version folder of `name[/config][:version]`, the newest by default.
+
+    Looks in `data_dir`, else in $TFDS_DATA_DIR, else in ~/tensorflow_datasets; raises
+    FileNotFoundError that says what is there.
+    """
+    if data_dir and "://" in data_dir:
+        raise ValueError(
+            f"data_dir={data_dir!r} is not a local path; copy the set to a local disk "
+            "or mount the bucket, and name that folder."
+        )
+    chosen = data_dir or os.environ.get("TFDS_DATA_DIR") or "~/tensorflow_datasets"
+    root = Path(chosen).expanduser()
+    plain, _, version = name.partition(":")
+    folder = root / plain
+    if not plain or not folder.is_dir():
+        raise FileNotFoundError(_not_prepared(plain, root))
+    versions = {
+        path.name: path
+        for path in folder.iterdir()
+        if _VERSION.fullmatch(path.name) and (path / "dataset_info.json").is_file()
+    }
+    if version and version not in versions:
+        raise FileNotFoundError(
+            f"{plain} has no version {version!r} in {folder}; prepared there: "
+            f"{', '.join(sorted(versions)) or 'none'}."
+        )
+    if not versions:
+        configs = [f"{plain}/{config}" for config in _prepared_in(folder)]
+        if configs:
+            raise FileNotFoundError(
+                f"{plain} in {root} has configs; name one of them: {some(configs)}."
+            )
+        raise FileNotFoundError(_not_prepared(plain, root))
+    newest = max(versions, key=lambda v: tuple(map(int, v.split("."))))
+    return versions[version or newest]
+
+
+def _prepared_in(folder: Path) -> list[str]:
+    files = folder.glob("*/*/dataset_info.json")
+    return sorted({path.parent.parent.name for path in files})
+
+
+def _not_prepared(name: str, root: Path) -> str:
+    message = f"{name} is not prepared in {root}: "
+    if root.is_dir():
+        found = _prepared_in(root)
+        message += f"sets there: {some(found)}"
+        message += did_you_mean(name, found)
+    else:
+        message += "that folder does not exist"
+    brought = BROUGHT_FILES.get(name, ())
+    if brought:
+        manual = root / "downloads" / "manual"
+        states = (
+            f"{x} ({'found' if (manual / x).is_file() else 'missing'})" for x in brought
+        )
+        message += f"; to prepare it, {manual} needs {' and '.join(states)}"
+    return (
+        f"{message}. Prepare it: python tools/prepare_dataset.py tfds {name or 'NAME'} "
+        f"--data_dir {root}; or name another place: data_dir=..., TFDS_DATA_DIR=..."
+    )
+
+
+def load(folder: Path) -> PreparedSet:
+    """Reads the JSON files of a version folder; ValueError for what we cannot read."""
+    info = _json(folder / "dataset_info.json")
+    file_format = info.get("fileFormat") or "tfrecord"
+    if file_format not in RECORD_FILES:
+        raise ValueError(
+            f"{folder} stores {file_format!r} files; read are "
+            f"{', '.join(RECORD_FILES)}: prepare it again as array_record."
+        )
+    splits = {}
+    for entry in info.get("splits", ()):
+        lengths = [int(length) for length in entry.get("shardLengths", ())]
+        template = entry.get("filepathTemplate") or FILE_TEMPLATE
+        name, count = entry["name"], len(lengths)
+        names = [
+            _file_name(template, info["name"], name, file_format, index, count)
+            for index in range(count)
+        ]
+        splits[name] = Split(
+            name=name,
+            shards=tuple((folder / f, n) for f, n in zip(names, lengths, strict=True)),
+            num_bytes=int(entry.get("numBytes", 0)),
+        )
+    features = children(_json(folder / "features.json"))
+    if not features:
+        raise ValueError(
+            f"{folder}/features.json does not describe a dict of features."
+        )
+    return PreparedSet(
+        folder=folder,
+        version=info.get("version", folder.name),
+        file_format=file_format,
+        splits=splits,
+        features=features,
+    )
+
+
+def _file_name(
+    template: str, name: str, split: str, file_format: str, index: int, count: int
+) -> str:
+    width = max(5, len(str(count)))
+    number, total = f"{index:0{width}d}", f"{count:0{width}d}"
+    return template.format(
+        DATASET=name,
+        SPLIT=split,
+        FILEFORMAT=file_format,
+        SHARD_INDEX=number,
+        NUM_SHARDS=total,
+        SHARD_X_OF_Y=f"{number}-of-{total}",
+    )
+
+
+def _json(path: Path) -> Any:
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError as error:
+        raise FileNotFoundError(
+            f"{path} is missing; the set was made by a very old TFDS or copied only in "
+            "part: copy it, or prepare the set again."
+        ) from error
+    except ValueError as error:
+        raise ValueError(
+            f"{path} is not JSON ({error}); prepare the set again."
+        ) from error

@@ -1,0 +1,107 @@
+"""Images whose bytes do not decode: skipped, listed in the run folder, few allowed."""
+
+import dataclasses
+from collections.abc import Iterable
+
+from etils import epath
+
+# Above this share of distinct files a run stops: the set is broken, not a file.
+LARGEST_SHARE = 0.001
+
+
+@dataclasses.dataclass(frozen=True)
+class Unreadable:
+    """One example whose complete bytes do not decode."""
+
+    index: int
+    name: str
+    reason: str
+
+    @property
+    def line(self) -> str:
+        """One line of the list: index, name and reason between tabs."""
+        fields = (str(self.index), self.name, self.reason)
+        return "\t".join(" ".join(field.split()) for field in fields) + "\n"
+
+
+class UnreadableImages:
+    """Counts distinct unreadable images of a run, over its restarts and its hosts.
+
+    Every process keeps a file of its own beside `path` and reads those of all: process
+    0 has `path` itself, process 3 `<stem>_3<suffix>`. Without a path the count is of
+    this process and this run only.
+    """
+
+    def __init__(self, total: int, path: epath.Path | None = None, process: int = 0):
+        self._total = total
+        self._list = path
+        self._own = path
+        if path is not None and process > 0:
+            self._own = path.with_name(f"{path.stem}_{process}{path.suffix}")
+        self._mine = {} if self._own is None else _read(self._own)
+        self._found = self._mine | self._others()
+
+    @property
+    def count(self) -> int:
+        """Number of distinct unreadable images known to this process."""
+        return len(self._found)
+
+    def add(self, found: Iterable[Unreadable]) -> None:
+        """Records what a batch skipped; raises ValueError above 0.1 % of the images."""
+        found = list(found)
+        if not found:
+            return
+        new = {bad.index: bad for bad in found if bad.index not in self._found}
+        if new:
+            self._mine |= new
+            self._write()
+            self._found |= new | self._others()
+        if self.count > LARGEST_SHARE * self._total:
+            first = list(self._found.values())[:5]
+            rows = "".join(f"\n  {bad.name}: {bad.reason}" for bad in first)
+            listed = "" if self._list is None else f"\nAll of them: {self._list}."
+            raise ValueError(
+                f"{self.count} of {self._total} images do not decode "
+                f"({self.count / self._total:.3%}); at most {LARGEST_SHARE:.1%} are "
+                f"skipped. The first:{rows}{listed}\nAudit the set with "
+                "python tools/check_dataset.py, then repair or remove these files."
+            )
+
+    def message(self) -> str:
+        """Returns what to tell the user, or "" when every image decoded."""
+        if not self.count:
+            return ""
+        images = "image" if self.count == 1 else "images"
+        listed = "" if self._list is None else f", list in {self._list}"
+        share = f"{100 * self.count / self._total:.3f} %"
+        return f"Skipped {self.count} unreadable {images} ({share}){listed}."
+
+    def _others(self) -> dict[int, Unreadable]:
+        if self._list is None or not self._list.parent.exists():
+            return {}
+        found = {}
+        pattern = f"{self._list.stem}*{self._list.suffix}"
+        for path in sorted(self._list.parent.glob(pattern)):
+            if path != self._own:
+                found |= _read(path)
+        return found
+
+    def _write(self) -> None:
+        # Rewritten whole and renamed: no half line after a kill, and object stores
+        # cannot append. At most a thousandth of the images are listed.
+        if self._own is None:
+            return
+        self._own.parent.mkdir(parents=True, exist_ok=True)
+        temporary = self._own.with_name(f".{self._own.name}.new")
+        temporary.write_text("".join(bad.line for bad in self._mine.values()))
+        temporary.replace(self._own)
+
+
+def _read(path: epath.Path) -> dict[int, Unreadable]:
+    if not path.exists():
+        return {}
+    found = {}
+    for line in path.read_text().splitlines():
+        index, name, reason = line.split("\t")
+        found[int(index)] = Unreadable(int(index), name, reason)
+    return found

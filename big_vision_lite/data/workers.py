@@ -1,0 +1,174 @@
+"""Threads, or worker processes with threads, that make batches ahead of their use."""
+
+import concurrent.futures
+import threading
+from collections.abc import Callable
+from typing import Any
+
+import grain
+import numpy as np
+from absl import flags
+
+from big_vision_lite.data.batch_maker import BatchMaker
+from big_vision_lite.data.host_batch import HostBatch, Report
+from big_vision_lite.data.order import available_cores
+
+# Past this many, threads of one process mostly wait for Python's lock.
+MOST_THREADS = 8
+# What is done with the arrays of a finished batch, in the thread that finished it.
+Finish = Callable[[dict[str, np.ndarray], Report], Any]
+
+
+def resolve_threads(threads: int | None, processes: int = 0) -> int:
+    """Returns the decoding threads of each process: as given, or by the cores."""
+    if threads is not None:
+        return threads
+    return max(1, min(MOST_THREADS, available_cores() // max(1, processes)))
+
+
+class ThreadWorkers:
+    """Threads that share the rows of each batch among them.
+
+    Each takes one contiguous part of the rows, so a batch costs `threads` tasks and
+    not one for every image; the last to end hands the batch on.
+    """
+
+    def __init__(self, maker: BatchMaker, rows: range, threads: int, finish: Finish):
+        self._maker = maker
+        self._finish = finish
+        self._rows = rows
+        self._parts = _split(rows, threads)
+        self._open: set[HostBatch] = set()
+        self._pool = concurrent.futures.ThreadPoolExecutor(threads, "data")
+
+    def submit(self, step: int) -> concurrent.futures.Future:
+        """Starts the batch of a step; the future holds what `finish` returned."""
+        batch = HostBatch(step, self._rows)
+        task = _Task(batch, len(self._parts))
+        self._open.add(batch)
+        task.future.add_done_callback(lambda _: self._open.discard(batch))
+        for part in self._parts:
+            self._pool.submit(self._run, task, part)
+        return task.future
+
+    def close(self) -> None:
+        """Ends the threads after the image each is at."""
+        for batch in tuple(self._open):
+            batch.cancelled = True
+        self._pool.shutdown(wait=True, cancel_futures=True)
+
+    def _run(self, task: "_Task", rows: range) -> None:
+        batch = task.batch
+        try:
+            self._maker.fill(batch, rows)
+            if task.is_last() and not batch.cancelled:
+                self._maker.complete(batch)
+                task.future.set_result(self._finish(batch.arrays, batch.report))
+        except BaseException as error:
+            task.fail(error)
+
+
+class _Task:
+    """A batch on its way: the last of its parts completes it, an error ends it."""
+
+    def __init__(self, batch: HostBatch, parts: int):
+        self.batch = batch
+        self.future = concurrent.futures.Future()
+        self._left = parts
+        self._lock = threading.Lock()
+
+    def is_last(self) -> bool:
+        """Counts one part as filled; True for the last."""
+        with self._lock:
+            self._left -= 1
+            return self._left == 0
+
+    def fail(self, error: BaseException) -> None:
+        """Ends the batch with an error, the first one if there are several."""
+        with self._lock:
+            self.batch.cancelled = True
+            if not self.future.done():
+                self.future.set_exception(error)
+
+
+class ProcessWorkers:
+    """Grain worker processes that make whole batches, each with its own threads.
+
+    For hosts with so many cores that one Python cannot keep them busy; they take some
+    ten seconds to start. Batches travel through /dev/shm.
+    """
+
+    def __init__(
+        self,
+        maker: BatchMaker,
+        rows: range,
+        threads: int,
+        finish: Finish,
+        *,
+        processes: int,
+        first_step: int,
+    ):
+        if not flags.FLAGS.is_parsed():
+            # Grain reads its debug flags, also in programs that parse none.
+            flags.FLAGS.mark_as_parsed()
+        steps = grain.MapDataset.range(first_step, 2**62)
+        batches = steps.map(WholeBatches(maker, rows, threads)).to_iter_dataset(
+            grain.ReadOptions(num_threads=0, prefetch_buffer_size=0)
+        )
+        options = grain.MultiprocessingOptions(
+            num_workers=processes, per_worker_buffer_size=1
+        )
+        self._iterator: Any = iter(batches.mp_prefetch(options))
+        self._finish = finish
+        # One thread takes the batches from the workers, so their order is kept.
+        self._pool = concurrent.futures.ThreadPoolExecutor(1, "data")
+
+    def submit(self, step: int) -> concurrent.futures.Future:
+        """Waits in the background for the next batch, which is that of `step`."""
+        return self._pool.submit(self._take, step)
+
+    def close(self) -> None:
+        """Ends the worker processes after the batch each is at."""
+        self._pool.shutdown(wait=True, cancel_futures=True)
+        if self._iterator is not None:
+            self._iterator.close()
+        self._iterator = None
+
+    def _take(self, step: int) -> Any:
+        made = next(self._iterator)
+        assert made["step"] == step, (made["step"], step)
+        # Copied, so that shared memory is free again however long JAX, which may
+        # alias a host array, or the user keeps the batch.
+        arrays = {key: np.array(array) for key, array in made["arrays"].items()}
+        return self._finish(arrays, made["report"])
+
+
+class WholeBatches:
+    """What a worker process runs: makes the whole batch of one step."""
+
+    def __init__(self, maker: BatchMaker, rows: range, threads: int):
+        self._maker = maker
+        self._rows = rows
+        self._threads = threads
+        self._workers: ThreadWorkers | None = None
+
+    def __call__(self, step: int) -> dict[str, Any]:
+        if self._workers is None:
+            self._workers = ThreadWorkers(
+                self._maker, self._rows, self._threads, _as_element
+            )
+        return self._workers.submit(int(step)).result() | {"step": int(step)}
+
+    def __getstate__(self) -> dict[str, Any]:
+        return self.__dict__ | {"_workers": None}
+
+
+def _as_element(arrays: dict[str, np.ndarray], report: Report) -> dict[str, Any]:
+    return {"arrays": arrays, "report": report}
+
+
+def _split(rows: range, parts: int) -> list[range]:
+    """Splits rows into at most `parts` contiguous ranges of nearly equal length."""
+    parts = max(1, min(parts, len(rows)))
+    bounds = [rows.start + len(rows) * part // parts for part in range(parts + 1)]
+    return [range(a, b) for a, b in zip(bounds, bounds[1:], strict=False)]

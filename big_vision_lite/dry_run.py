@@ -1,0 +1,143 @@
+"""What a recipe would do, without doing it: `train --dry_run`."""
+
+from typing import Any
+
+import cv2
+import jax
+import numpy as np
+from etils import epath
+
+from big_vision_lite import flops, sharding, trees
+from big_vision_lite import state as state_lib
+from big_vision_lite.config import TrainConfig
+from big_vision_lite.data import pipeline
+from big_vision_lite.state import TrainState
+from big_vision_lite.step import make_train_step
+
+GIGA = 1e9
+GRID = 8
+
+
+def dry_run(config: TrainConfig, workdir: epath.Path) -> str:
+    """Returns a report of shapes, sizes, lengths and memory of the run.
+
+    Compiles the train step but runs nothing on the device. Writes the first batch as
+    `workdir/first_batch.png`.
+    """
+    mesh = sharding.make_mesh(config.mesh)
+    sharding.check_batch_size(config.data.batch_size, mesh, config.micro_batches)
+    examples = len(config.data.source)
+    num_steps = config.resolve_steps(examples)
+    optimizer = config.optimizer.build(num_steps)
+    with (
+        jax.set_mesh(mesh),
+        pipeline.open_batches(config.data, config.seed, mesh) as (batches),
+    ):
+        spec = batches.spec()
+        initialize = state_lib.make_initializer(
+            config.model,
+            spec,
+            optimizer,
+            freeze=config.freeze,
+            ema=config.ema is not None,
+        )
+        abstract = state_lib.blueprint(initialize, config.sharding, mesh)
+        step = make_train_step(
+            config.model,
+            config.objective,
+            optimizer,
+            mesh,
+            abstract,
+            device_ops=config.data.device_ops,
+            micro_batches=config.micro_batches,
+            ema=config.ema,
+        )
+        memory = step.lower(abstract, spec).compile().memory_analysis()
+        batch = next(iter(batches.starting_at(1)))
+        picture = workdir / "first_batch.png"
+        write_grid(batch["image"], picture)
+    per_epoch = examples / config.data.batch_size
+    lines = [
+        *_parameter_lines(abstract),
+        "",
+        *_batch_lines(spec),
+        f"classes      {len(config.data.source.class_names)}",
+        f"examples     {examples:,} in {config.data.source.fingerprint}",
+        f"steps        {num_steps:,} of {config.data.batch_size} "
+        f"({per_epoch:.1f} an epoch, {num_steps / per_epoch:.2f} epochs)",
+        f"model FLOPs  {forward_flops(config, abstract, spec) / GIGA:.2f} G "
+        "forward an image",
+        f"mesh         {dict(mesh.shape)} of {jax.devices()[0].device_kind}",
+        f"memory       {_memory(memory)} a device",
+        f"first batch  {picture}",
+    ]
+    return "\n".join(lines)
+
+
+def forward_flops(config: TrainConfig, abstract: TrainState, spec: Any) -> float:
+    """Returns the model's matmul and convolution FLOPs forward, for one image."""
+    one = {
+        name: jax.ShapeDtypeStruct((1, *leaf.shape[1:]), leaf.dtype)
+        for name, leaf in spec.items()
+    }
+    params = state_lib.merge(abstract.params, abstract.frozen)
+
+    def forward(params: Any, collections: Any, batch: Any) -> Any:
+        variables = {"params": params, **collections}
+        return config.model.apply(variables, **config.model.inputs(batch), train=False)
+
+    return flops.count(forward, params, abstract.collections, one)
+
+
+def write_grid(images: Any, path: epath.Path, side: int = GRID) -> None:
+    """Writes the first `side` * `side` images [B, H, W, C] of 0..255 as one PNG."""
+    shown = np.asarray(images[: side * side])
+    shown = np.clip(np.round(shown), 0, 255).astype(np.uint8)
+    count, height, width, channels = shown.shape
+    columns = min(side, count)
+    rows = -(-count // columns)
+    sheet = np.zeros((rows * (height + 2), columns * (width + 2), channels), np.uint8)
+    for index, image in enumerate(shown):
+        row, column = divmod(index, columns)
+        top, left = row * (height + 2), column * (width + 2)
+        sheet[top : top + height, left : left + width] = image
+    if channels == 3:
+        sheet = sheet[..., ::-1]
+    encoded, data = cv2.imencode(".png", sheet)
+    assert encoded, f"PNG of {sheet.shape}"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_bytes(data.tobytes())
+
+
+def _parameter_lines(abstract: TrainState) -> list[str]:
+    params = trees.flatten(state_lib.merge(abstract.params, abstract.frozen))
+    trained = set(trees.names(abstract.params))
+    width = max(map(len, params))
+    lines = [
+        f"{name:{width}}  {trees.describe(leaf)}"
+        + ("" if name in trained else "  frozen")
+        for name, leaf in params.items()
+    ]
+    total = sum(leaf.size for leaf in params.values())
+    kept = sum(params[name].size for name in trained)
+    return [*lines, f"parameters   {total:,} ({kept:,} trained)"]
+
+
+def _batch_lines(spec: Any) -> list[str]:
+    return [
+        f"batch        {name} {trees.describe(leaf)}" for name, leaf in spec.items()
+    ]
+
+
+def _memory(memory: Any) -> str:
+    """Says what the compiled step needs at its peak."""
+    if memory is None:
+        return "not told by this backend"
+    state = memory.argument_size_in_bytes
+    rest = memory.temp_size_in_bytes
+    fresh = memory.output_size_in_bytes - memory.alias_size_in_bytes
+    total = (state + rest + fresh) / GIGA
+    return (
+        f"{total:.2f} GB (state and batch {state / GIGA:.2f}, activations and gradients "
+        f"{rest / GIGA:.2f})"
+    )

@@ -1,0 +1,95 @@
+"""When evaluators run, on what, and where their scores are recorded."""
+
+import functools
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import jax
+from etils import epath
+
+from big_vision_lite import step as step_lib
+from big_vision_lite.config import TrainConfig
+from big_vision_lite.data import pipeline
+from big_vision_lite.evaluators.context import Context
+from big_vision_lite.metrics import Writer
+from big_vision_lite.state import TrainState
+from big_vision_lite.types import Runner
+
+
+class Evaluations:
+    """The evaluators of a run, each prepared when it first runs.
+
+    A score is named `<evaluator>/<score>`, `<evaluator>_ema/...` when the averaged
+    parameters were evaluated.
+    """
+
+    def __init__(
+        self,
+        config: TrainConfig,
+        make_context: Callable[[str], Context],
+        writer: Writer,
+        num_steps: int,
+        *,
+        show: Callable[[int, Mapping[str, float]], None],
+    ):
+        self._evaluators = {n: e for n, e in config.evaluators.items() if e.every_steps}
+        self._make_context = make_context
+        self._writer = writer
+        self._num_steps = num_steps
+        self._show = show
+        self._suffix = "" if config.ema is None else "_ema"
+        self._runners: dict[str, Runner] = {}
+
+    def due(self, name: str, step: int) -> bool:
+        """Says whether an evaluator runs after `step`: the last step is always due."""
+        every = self._evaluators[name].every_steps
+        return step > 0 and (step % every == 0 or step == self._num_steps)
+
+    def run_due(self, step: int, state: TrainState) -> None:
+        """Runs what is due at `step` and not on record, and records the scores."""
+        for name in self._evaluators:
+            prefix = f"{name}{self._suffix}"
+            if self.due(name, step) and not self._writer.recorded(step, prefix):
+                scores = self.run(name, state)
+                named = {f"{prefix}/{k}": v for k, v in scores.items()}
+                self._writer.write(step, named)
+                self._show(step, named)
+
+    def run(self, name: str, state: TrainState) -> dict[str, float]:
+        """Runs one evaluator and returns its scores."""
+        if name not in self._runners:
+            evaluator = self._evaluators[name]
+            self._runners[name] = evaluator.prepare(self._make_context(name))
+        return self._runners[name](state)
+
+
+def make_context(
+    name: str,
+    *,
+    config: TrainConfig,
+    mesh: jax.sharding.Mesh,
+    workdir: epath.Path,
+    untrained_state: Callable[[], TrainState],
+    log: Callable[[str], None],
+) -> Context:
+    """Builds what one evaluator may know of the run."""
+
+    def eval_batches(source: Any, ops: Any, batch_size: int) -> Any:
+        return pipeline.eval_batches(
+            source, tuple(ops), batch_size, mesh, threads=config.data.threads
+        )
+
+    return Context(
+        name=name,
+        model=config.model,
+        mesh=mesh,
+        preprocess=config.preprocess,
+        class_names=tuple(config.data.source.class_names),
+        workdir=workdir,
+        seed=config.seed,
+        objective=config.objective,
+        make_eval_step=functools.partial(step_lib.make_eval_step, config.model),
+        eval_batches=eval_batches,
+        untrained_state=untrained_state,
+        log=log,
+    )

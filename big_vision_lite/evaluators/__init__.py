@@ -1,0 +1,1 @@
+"""What a state is worth: one file an evaluator."""

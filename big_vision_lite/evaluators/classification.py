@@ -1,0 +1,172 @@
+"""How many images get the right class, over all and class by class, and the loss."""
+
+import csv
+import dataclasses
+import io
+import math
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from etils import epath
+
+from big_vision_lite import metrics
+from big_vision_lite.evaluators.context import Context, class_table
+from big_vision_lite.types import Array, Batch, Forward, Runner, Source
+
+TOP = 5
+COLUMNS = ("step", "class", "count", "correct", "accuracy")
+
+
+@dataclasses.dataclass(kw_only=True)
+class Classification:
+    """Scores "logits" on every image of `source`, once, on any number of devices.
+
+    Gives accuracy, accuracy_top5 with more than 5 classes, loss (the objective's own),
+    examples and unreadable. Labels are matched to the model's classes by name. With
+    several labels an image counts as correct if the predicted class is among them; one
+    without any label is left out. `per_class` keeps WORKDIR/<name>_per_class.csv.
+    """
+
+    source: Source
+    every_steps: int = 1000
+    batch_size: int = 256
+    per_class: bool = True
+
+    def __post_init__(self) -> None:
+        if self.batch_size < 1 or self.every_steps < 0:
+            raise ValueError(
+                f"Classification(every_steps={self.every_steps}, batch_size="
+                f"{self.batch_size}): batch_size starts at 1, every_steps at 1, and 0 "
+                "switches the evaluator off."
+            )
+
+    def prepare(self, context: Context) -> Runner:
+        names = context.class_names or self.source.class_names
+        table = class_table(
+            self.source.class_names, names, name=context.name, ours_is="train"
+        )
+        if table.message is not None:
+            context.log(table.message)
+        indices = None if table.is_identity else jnp.asarray(table.indices)
+        key = jax.random.key(context.seed)
+
+        def judge(forward: Forward, batch: Batch) -> dict[str, Array]:
+            label = _translate(batch["label"], indices, len(names))
+            batch = {**batch, "label": label}
+            losses, _ = context.objective(forward, batch, key)
+            # The objective may have run the model in another way; where it ran it like
+            # this, the compiler finds both to be the same and computes them once.
+            outputs = forward(**context.model.inputs(batch))
+            _check_logits(outputs, len(names), context.name)
+            top = jax.lax.top_k(outputs["logits"], min(TOP, len(names)))[1]
+            return {
+                "loss": losses.astype(jnp.float32),
+                "label": label,
+                "predicted": top[:, 0],
+                **_hits(top, label),
+            }
+
+        step = context.make_eval_step(judge)
+
+        def run(state: Any) -> dict[str, float]:
+            read = list(
+                context.rows(
+                    step, state, self.source, context.preprocess, self.batch_size
+                )
+            )
+            rows = {n: np.concatenate([r[n] for r in read]) for n in read[0]}
+            num_read = len(rows["loss"])
+            if rows["label"].ndim == 2:
+                labelled = (rows["label"] > 0).any(axis=1)
+                rows = {name: value[labelled] for name, value in rows.items()}
+            examples = len(rows["loss"])
+            if not examples:
+                raise ValueError(
+                    f"{context.name}: not one of {len(self.source)} images could be "
+                    "read and has a label; look at them with tools/check_dataset.py."
+                )
+            if self.per_class and jax.process_index() == 0:
+                _write_per_class(
+                    context.workdir / f"{context.name}_per_class.csv",
+                    int(state.step),
+                    names,
+                    rows["label"],
+                    rows["predicted"],
+                )
+            unreadable = len(self.source) - num_read
+            if unreadable:
+                context.log(
+                    f"{context.name}: {unreadable} of {len(self.source)} images are "
+                    "unreadable and not counted; tools/check_dataset.py lists them."
+                )
+            scores = {"accuracy": int(rows["top1"].sum()) / examples}
+            if len(names) > TOP:
+                scores["accuracy_top5"] = int(rows["top5"].sum()) / examples
+            return scores | {
+                # fsum is exact, so the batch size cannot matter.
+                "loss": math.fsum(rows["loss"].tolist()) / examples,
+                "examples": examples,
+                "unreadable": unreadable,
+            }
+
+        return run
+
+
+def _translate(label: Array, indices: Array | None, num_classes: int) -> Array:
+    if label.ndim == 1:
+        return label if indices is None else indices[label]
+    if indices is None:
+        return label
+    empty = jnp.zeros((label.shape[0], num_classes), label.dtype)
+    return empty.at[:, indices].set(label)
+
+
+def _hits(top: Array, label: Array) -> dict[str, Array]:
+    if label.ndim == 1:
+        hit = top == label[:, None]
+    else:
+        hit = jnp.take_along_axis(label, top, axis=1) > 0
+    return {"top1": hit[:, 0], "top5": hit.any(axis=1)}
+
+
+def _check_logits(outputs: dict[str, Any], num_classes: int, name: str) -> None:
+    if "logits" not in outputs:
+        raise ValueError(
+            f"{name}: the model gives {', '.join(sorted(outputs))} but no logits; give "
+            "it a head, or evaluate it with FewShot."
+        )
+    width = outputs["logits"].shape[-1]
+    if width != num_classes:
+        raise ValueError(
+            f"{name}: the model has {width} logits, but there are {num_classes} "
+            "classes; give its head as many outputs as there are classes."
+        )
+
+
+def _write_per_class(
+    path: epath.Path,
+    step: int,
+    names: tuple[str, ...],
+    labels: np.ndarray,
+    predicted: np.ndarray,
+) -> None:
+    """Adds the rows of `step`, instead of those a killed run wrote from there on."""
+    if labels.ndim == 2:
+        count = (labels > 0).sum(axis=0)
+        hit = labels[np.arange(len(predicted)), predicted] > 0
+    else:
+        count = np.bincount(labels, minlength=len(names))
+        hit = labels == predicted
+    correct = np.bincount(predicted[hit], minlength=len(names))
+    text = io.StringIO()
+    writer = csv.writer(text, lineterminator="\n")
+    writer.writerow(COLUMNS)
+    if path.exists():
+        old = list(csv.reader(io.StringIO(path.read_text())))[1:]
+        writer.writerows(row for row in old if int(row[0]) < step)
+    for name, n, c in zip(names, count.tolist(), correct.tolist(), strict=True):
+        writer.writerow((step, name, n, c, c / n if n else ""))
+    path.parent.mkdir(parents=True, exist_ok=True)
+    metrics.replace_file(path, text.getvalue().encode())

@@ -1,0 +1,242 @@
+"""Few-shot transfer: a ridge regression on frozen features of k images a class."""
+
+import dataclasses
+import hashlib
+import json
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import numpy as np
+
+from big_vision_lite import metrics
+from big_vision_lite.data.ops import CentralCrop, Decode, Resize
+from big_vision_lite.data.sources import Tfds
+from big_vision_lite.evaluators import features
+from big_vision_lite.evaluators.context import Context, class_table
+from big_vision_lite.evaluators.features import Features
+from big_vision_lite.evaluators.ridge import Ridge, shuffled_classes
+from big_vision_lite.types import Op, Runner, Source
+
+L2_GRID = tuple(2.0**power for power in range(-6, 13))
+# Validation images a class: those that follow the k shots in their shuffled list.
+VALIDATION_PER_CLASS = 25
+
+
+@dataclasses.dataclass(kw_only=True)
+class FewShotSet:
+    """A pool for shots and a test set; `preprocess=None` takes the recipe's."""
+
+    name: str
+    train: Source
+    test: Source
+    preprocess: tuple[Op, ...] | None = None
+
+
+@dataclasses.dataclass(kw_only=True)
+class FewShot:
+    """Top-1 on the test images of each set after k labelled images a class.
+
+    For every set and k: "<set>/<k>_shot/accuracy" at the fixed penalty `l2` and
+    "accuracy_l2_chosen" at the one of 2^-6..2^12 ("l2_chosen") with the best accuracy,
+    mean over seeds, on validation images: per class the up to 25 of the training pool
+    that follow the seed's k shots, never test images; left out where none follow. Ties
+    go to the larger penalty. Means over `seeds`, beside each "..._sd", the sample
+    standard deviation. The protocol: big_vision (arXiv:2205.01580, section 3).
+
+    With `controls` the same for the pixels themselves ("control_raw_pixels", at most 32
+    px a side) and the network before step 1 ("control_untrained"), computed once a run
+    and kept in WORKDIR/<name>_controls.json.
+    """
+
+    sets: tuple[FewShotSet, ...]
+    shots: tuple[int, ...] = (1, 5, 10, 25)
+    seeds: tuple[int, ...] = (0, 1, 2, 3, 4)
+    l2: float = 1024.0
+    every_steps: int = 25_000
+    batch_size: int = 256
+    controls: bool = True
+
+    def __post_init__(self) -> None:
+        names = [few.name for few in self.sets]
+        problem = None
+        if not names or len(set(names)) < len(names) or not all(names):
+            problem = f"sets={names} must be there, each with a name of its own"
+        elif not self.shots or min(self.shots) < 1:
+            problem = f"shots={self.shots} must be at least 1, for example (1, 5, 10)"
+        elif not self.seeds or len(set(self.seeds)) < len(self.seeds):
+            problem = f"seeds={self.seeds} must differ, for example (0, 1, 2)"
+        elif self.l2 <= 0:
+            problem = f"l2={self.l2} must be above 0, for example 1024"
+        elif self.batch_size < 1 or self.every_steps < 0:
+            problem = (
+                f"batch_size={self.batch_size} must be at least 1 and every_steps="
+                f"{self.every_steps} at least 0, which switches the evaluator off"
+            )
+        if problem is not None:
+            raise ValueError(f"FewShot: {problem}.")
+
+    def prepare(self, context: Context) -> Runner:
+        tables = {few.name: self._test_labels(few, context) for few in self.sets}
+        of_model = context.make_eval_step(features.pooled(context.model))
+        of_pixels = context.make_eval_step(features.raw_pixels)
+
+        def score(step: Any, state: Any, kind: str) -> dict[str, float]:
+            scores = {}
+            for few in self.sets:
+                ops = context.preprocess if few.preprocess is None else few.preprocess
+                train, test = (
+                    features.extract(context, step, state, source, ops, self.batch_size)
+                    for source in (few.train, few.test)
+                )
+                test.labels = tables[few.name][test.labels]
+                found = self._few_shot(train, test, len(few.train.class_names), kind)
+                scores |= {f"{few.name}/{name}": x for name, x in found.items()}
+            return scores
+
+        def control_scores(state: Any) -> dict[str, float]:
+            pixels = score(of_pixels, state, "control_raw_pixels")
+            untrained = score(of_model, context.untrained_state(), "control_untrained")
+            return pixels | untrained
+
+        def run(state: Any) -> dict[str, float]:
+            scores = score(of_model, state, "accuracy")
+            if self.controls:
+                protocol = self._protocol(context)
+                scores |= _once(context, protocol, lambda: control_scores(state))
+            return scores
+
+        return run
+
+    def _few_shot(
+        self, train: Features, test: Features, num_classes: int, kind: str
+    ) -> dict[str, float]:
+        lists = [
+            shuffled_classes(train.labels, num_classes, seed) for seed in self.seeds
+        ]
+        scores = {}
+        for shots in self.shots:
+            ridges, validation = [], []
+            for images in lists:
+                chosen = np.concatenate([of_class[:shots] for of_class in images])
+                held = np.concatenate(
+                    [
+                        of_class[shots : shots + VALIDATION_PER_CLASS]
+                        for of_class in images
+                    ]
+                )
+                x, y = train.vectors, train.labels
+                ridges.append(Ridge(x[chosen], y[chosen], num_classes))
+                if len(held):
+                    validation.append(ridges[-1].accuracies(x[held], y[held], L2_GRID))
+            l2s = {"": self.l2}
+            if validation:
+                mean = np.mean(validation, axis=0)
+                best = float(np.array(L2_GRID)[mean == mean.max()].max())
+                l2s["_l2_chosen"] = best
+                suffix = "" if kind == "accuracy" else f"_{kind}"
+                scores[f"{shots}_shot/l2_chosen{suffix}"] = best
+            accuracies = np.array(
+                [
+                    ridge.accuracies(test.vectors, test.labels, list(l2s.values()))
+                    for ridge in ridges
+                ]
+            )
+            for name, of_seeds in zip(l2s, accuracies.T, strict=True):
+                scores[f"{shots}_shot/{kind}{name}"] = float(of_seeds.mean())
+                if len(self.seeds) > 1:
+                    sd = float(of_seeds.std(ddof=1))
+                    scores[f"{shots}_shot/{kind}{name}_sd"] = sd
+        return scores
+
+    def _test_labels(self, few: FewShotSet, context: Context) -> np.ndarray:
+        # Lengths are asked for now, so that a set that is not there stops the run at
+        # its start and not at its first evaluation.
+        if not len(few.train) or not len(few.test):
+            raise ValueError(
+                f"{context.name}: {few.name} has {len(few.train)} training and "
+                f"{len(few.test)} test images; both are needed."
+            )
+        table = class_table(
+            few.test.class_names,
+            few.train.class_names,
+            name=f"{few.name} test",
+            ours_is=f"{few.name} train",
+        )
+        if table.message is not None:
+            context.log(table.message)
+        return table.indices
+
+    def _protocol(self, context: Context) -> dict[str, Any]:
+        """Says all that the controls depend on."""
+        return {
+            "sets": [
+                {
+                    "name": few.name,
+                    "train": few.train.fingerprint,
+                    "test": few.test.fingerprint,
+                    "preprocess": repr(
+                        context.preprocess if few.preprocess is None else few.preprocess
+                    ),
+                }
+                for few in self.sets
+            ],
+            "shots": list(self.shots),
+            "seeds": list(self.seeds),
+            "l2": self.l2,
+            "l2_grid": list(L2_GRID),
+            "validation_per_class": VALIDATION_PER_CLASS,
+            "raw_pixels_side": features.RAW_PIXELS_SIDE,
+            "model": repr(context.model),
+            "seed": context.seed,
+        }
+
+
+def natural_sets() -> tuple[FewShotSet, ...]:
+    """Returns the six sets of natural and aerial images big_vision watches.
+
+    Squeezed to 256 x 256 without antialias and cropped to 224; all must be prepared by
+    tensorflow_datasets.
+    """
+    splits = {
+        "caltech101": ("train", "test"),
+        "cars196": ("train", "test"),
+        "cifar100": ("train", "test"),
+        "dtd": ("train", "test"),
+        "oxford_iiit_pet": ("train", "test"),
+        "uc_merced": ("train[:1000]", "train[1000:]"),
+    }
+    return tuple(_natural_set(name, *parts) for name, parts in splits.items())
+
+
+def imagenet_set() -> FewShotSet:
+    """Returns ImageNet-1k as a few-shot set: the pool has at least 30 of each class."""
+    return _natural_set("imagenet2012", "train[:65000]", "validation")
+
+
+def _natural_set(name: str, train: str, test: str) -> FewShotSet:
+    return FewShotSet(
+        name=name,
+        train=Tfds(dataset=name, split=train),
+        test=Tfds(dataset=name, split=test),
+        preprocess=(Decode(), Resize(size=256), CentralCrop(size=224)),
+    )
+
+
+def _once(
+    context: Context, protocol: dict[str, Any], compute: Callable[[], dict[str, float]]
+) -> dict[str, float]:
+    """Returns the scores kept in the run folder, if their protocol is this one."""
+    path = context.workdir / f"{context.name}_controls.json"
+    text = json.dumps(protocol, sort_keys=True)
+    key = hashlib.sha256(text.encode()).hexdigest()
+    kept = json.loads(path.read_text()) if path.exists() else {}
+    # Only process 0 records scores, and only its disk is sure to hold the file.
+    if context.agreed(kept.get("key") == key):
+        return kept.get("scores", {})
+    scores = compute()
+    if jax.process_index() == 0:
+        context.workdir.mkdir(parents=True, exist_ok=True)
+        content = {"key": key, "protocol": protocol, "scores": scores}
+        metrics.replace_file(path, json.dumps(content, indent=1).encode())
+    return scores

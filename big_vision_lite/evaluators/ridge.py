@@ -1,0 +1,101 @@
+"""Few-shot linear evaluation: nested shots, ridge regression for many penalties.
+
+After the few-shot protocol of big_vision (arXiv:2205.01580, section 3): regression of
+targets -1 and +1 on standardised features, solved by one eigendecomposition.
+"""
+
+from collections.abc import Iterator, Sequence
+
+import numpy as np
+from jaxtyping import Float, Int
+
+# N training images, M images, D features and one constant, C classes, R rank.
+SIGMA_FLOOR = 1e-5
+# So large that the penalty hardly touches the bias.
+CONSTANT = 100.0
+CHUNK_ROWS = 8192
+
+
+def shuffled_classes(
+    labels: Int[np.ndarray, " N"], num_classes: int, seed: int
+) -> list[Int[np.ndarray, " n"]]:
+    """Lists every class's images in a random order; k shots are the first k of each.
+
+    So 5 shots contain those of 1 shot of the same seed.
+    """
+    generator = np.random.default_rng(seed)
+    return [
+        generator.permutation(np.flatnonzero(labels == index))
+        for index in range(num_classes)
+    ]
+
+
+class Ridge:
+    """Linear classifiers on `vectors`, one for any penalty l2, at the price of one."""
+
+    def __init__(
+        self,
+        vectors: Float[np.ndarray, "N d"],
+        labels: Int[np.ndarray, " N"],
+        num_classes: int,
+    ):
+        x = vectors.astype(np.float64)
+        self._mean = x.mean(axis=0)
+        self._sigma = x.std(axis=0) + SIGMA_FLOOR
+        x = self._standardise(x)
+        y = np.where(labels[:, None] == np.arange(num_classes), 1.0, -1.0)
+        solve = primal if x.shape[0] >= x.shape[1] else dual
+        self._eigenvalues, self._left, self._right = solve(x, y)
+
+    def weights(self, l2: float) -> Float[np.ndarray, "D C"]:
+        """Returns the weights of the standardised features, the constant's last."""
+        return self._left @ (self._right / (self._eigenvalues + l2)[:, None])
+
+    def scores(self, vectors: Float[np.ndarray, "M d"], l2: float) -> np.ndarray:
+        """Returns scores [M, C]; the class of the highest is the prediction."""
+        return self._standardise(vectors.astype(np.float64)) @ self.weights(l2)
+
+    def accuracies(
+        self,
+        vectors: Float[np.ndarray, "M d"],
+        labels: Int[np.ndarray, " M"],
+        l2s: Sequence[float],
+    ) -> Float[np.ndarray, " penalties"]:
+        """Returns the share of right predictions at each penalty."""
+        correct = np.zeros(len(l2s), np.int64)
+        for x, y in _chunks(vectors, labels):
+            projected = self._standardise(x) @ self._left
+            for index, l2 in enumerate(l2s):
+                weights = self._right / (self._eigenvalues + l2)[:, None]
+                predicted = (projected @ weights).argmax(axis=1)
+                correct[index] += (predicted == y).sum()
+        return correct / len(labels)
+
+    def _standardise(self, x: Float[np.ndarray, "M d"]) -> Float[np.ndarray, "M D"]:
+        x = (x - self._mean) / self._sigma
+        return np.concatenate([x, np.full((len(x), 1), CONSTANT)], axis=1)
+
+
+def primal(
+    x: Float[np.ndarray, "N D"], y: Float[np.ndarray, "N C"]
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Factors (X'X + l2)^-1 X'Y: eigenvalues, left and right."""
+    eigenvalues, vectors = np.linalg.eigh(x.T @ x)
+    return eigenvalues, vectors, vectors.T @ (x.T @ y)
+
+
+def dual(
+    x: Float[np.ndarray, "N D"], y: Float[np.ndarray, "N C"]
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Factors X'(XX' + l2)^-1 Y, the same weights, smaller when images are few."""
+    eigenvalues, vectors = np.linalg.eigh(x @ x.T)
+    return eigenvalues, x.T @ vectors, vectors.T @ y
+
+
+def _chunks(
+    vectors: Float[np.ndarray, "M d"], labels: Int[np.ndarray, " M"]
+) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    # Standardised features are float64 copies: a whole test set would be gigabytes.
+    for begin in range(0, len(labels), CHUNK_ROWS):
+        rows = slice(begin, begin + CHUNK_ROWS)
+        yield vectors[rows].astype(np.float64), labels[rows]

@@ -1,0 +1,153 @@
+"""What to say when a recipe or an override is wrong: where, and what was meant."""
+
+import dataclasses
+import difflib
+import pathlib
+import re
+import traceback
+import types
+import typing
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+from absl import flags
+from ml_collections.config_flags import config_flags, config_path
+
+from big_vision_lite import serialize, trees
+
+
+def explain(
+    error: Exception, recipe: str | None, argv: Sequence[str], values: flags.FlagValues
+) -> str:
+    """Turns what parsing raised into one message."""
+    mistake = _mistake_in_recipe(error, recipe)
+    if mistake is not None:
+        return mistake
+    if isinstance(error, flags.UnrecognizedFlagError):
+        return _unknown_flag(error.flagname, values)
+    if isinstance(error, KeyError | IndexError | AttributeError | TypeError):
+        return unknown_key(recipe, argv, error)
+    return str(error)
+
+
+def _mistake_in_recipe(error: BaseException | None, recipe: str | None) -> str | None:
+    """Says which line of the recipe raised, or returns None if none did."""
+    if recipe is None:
+        return None
+    file = recipe.split(":", 1)[0]
+    while error is not None:
+        frames = list(traceback.walk_tb(error.__traceback__))
+        inside = [(f, line) for f, line in frames if f.f_code.co_filename == file]
+        if inside:
+            frame, line = inside[-1]
+            return f"{file}:{line}: {error}{_meant_field(error, frame.f_globals)}"
+        error = error.__cause__ or error.__context__
+    return None
+
+
+def _meant_field(error: BaseException, names: dict[str, Any]) -> str:
+    """Suggests a field for "Stream.__init__() got an unexpected keyword argument"."""
+    found = re.match(r"(\w+)\.__init__\(\) got an unexpected .*'(\w+)'", str(error))
+    if found is None:
+        return ""
+    kinds = [v for v in names.values() if isinstance(v, type)]
+    kinds += [
+        kind
+        for module in names.values()
+        if isinstance(module, types.ModuleType)
+        for kind in vars(module).values()
+        if isinstance(kind, type)
+    ]
+    for kind in kinds:
+        if kind.__name__ == found.group(1) and dataclasses.is_dataclass(kind):
+            known = [field.name for field in serialize.fields(kind)]
+            meant = trees.did_you_mean(found.group(2), known)
+            return f".{meant} Fields: {', '.join(known)}."
+    return ""
+
+
+def _unknown_flag(name: str, values: flags.FlagValues) -> str:
+    if name.startswith("config."):
+        return (
+            f"--{name} needs a recipe before it: --config configs/NAME.py --{name}=..."
+        )
+    known = [n for n in values if values[n].help]
+    close = difflib.get_close_matches(name, known, n=1)
+    meant = f" Did you mean --{close[0]}?" if close else ""
+    return (
+        f"There is no flag --{name}.{meant} Flags: "
+        f"{', '.join(f'--{n}' for n in sorted(known))}; overrides of the recipe go as "
+        "--config.optimizer.weight_decay=0.1."
+    )
+
+
+def unknown_key(recipe: str | None, argv: Sequence[str], error: Exception) -> str:
+    """Says which override failed, what was meant and where the recipe sets it."""
+    if recipe is None:
+        return str(error)
+    config = _load(recipe)
+    for word in argv:
+        found = re.match(r"--?(?:no)?config\.([^=]+)", word)
+        if found is None:
+            continue
+        path = found.group(1)
+        known = [leaf for leaf, _, _ in list_leaves(config)]
+        try:
+            config_path.get_value(path, config)
+        except (KeyError, IndexError, AttributeError, TypeError):
+            meant = _closest(path, known)
+            where = _line_of(recipe, meant) if meant else ""
+            hint = f" Did you mean {meant}{where}?" if meant else ""
+            names = ", ".join(f.name for f in serialize.fields(config))
+            return (
+                f'No config key "{path}".{hint} Overrides go as '
+                f"--config.{meant or 'optimizer.weight_decay'}=VALUE. At the top: "
+                f"{names}."
+            )
+    return f"{type(error).__name__}: {error}"
+
+
+def _closest(path: str, known: Sequence[str]) -> str | None:
+    close = difflib.get_close_matches(path, known, n=1, cutoff=0.6)
+    if close:
+        return close[0]
+    last = re.split(r"[.\[]", path)[-1]
+    ends = {re.split(r"[.\[]", leaf)[-1]: leaf for leaf in reversed(known)}
+    close = difflib.get_close_matches(last, list(ends), n=1, cutoff=0.6)
+    return ends[close[0]] if close else None
+
+
+def _line_of(recipe: str, path: str) -> str:
+    file = recipe.split(":", 1)[0]
+    name = re.split(r"[.\[]", path)[-1]
+    for number, line in enumerate(pathlib.Path(file).read_text().splitlines(), 1):
+        if re.search(rf"\b{re.escape(name)}\s*=", line):
+            return f" ({file}:{number})"
+    return ""
+
+
+def _load(recipe: str) -> Any:
+    config = config_flags.ConfigFileFlagParser(name="config").parse(recipe)
+    return config
+
+
+def list_leaves(config: Any, prefix: str = "") -> Iterator[tuple[str, Any, Any]]:
+    """Yields (path, value, declared type) of everything a flag can override."""
+    for field in serialize.fields(config):
+        value = getattr(config, field.name)
+        declared = serialize.field_types(type(config))[field.name]
+        yield from _leaves(value, declared, f"{prefix}{field.name}")
+
+
+def _leaves(value: Any, declared: Any, path: str) -> Iterator[tuple[str, Any, Any]]:
+    kind, _ = serialize.without_none(declared)
+    if dataclasses.is_dataclass(value):
+        yield from list_leaves(value, f"{path}.")
+    elif isinstance(value, dict):
+        for key, inner in value.items():
+            yield from _leaves(inner, typing.get_args(kind)[1], f"{path}.{key}")
+    elif isinstance(value, tuple) and any(map(dataclasses.is_dataclass, value)):
+        for index, inner in enumerate(value):
+            yield from _leaves(inner, typing.get_args(kind)[0], f"{path}[{index}]")
+    else:
+        yield path, value, declared

@@ -1,0 +1,1 @@
+"""Model files: one a family, each reads like its paper."""

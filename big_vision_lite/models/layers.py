@@ -1,0 +1,91 @@
+"""What every model family shares: compute dtype, pixel scaling, residual stream."""
+
+import enum
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Num, Shaped
+
+from big_vision_lite import layout
+
+
+class Dtype(enum.StrEnum):
+    """Compute dtype; parameters, norm statistics, pooled and logits stay float32."""
+
+    FLOAT32 = "float32"
+    BFLOAT16 = "bfloat16"
+
+
+class Remat(enum.StrEnum):
+    """What the backward pass recomputes instead of keeping it in memory."""
+
+    NONE = "none"
+    # Keeps the results of matrix products with weights, recomputes the cheap rest.
+    DOTS = "dots"
+    # Keeps the input of every block and recomputes the block: +33 % of the FLOPs.
+    FULL = "full"
+
+
+def scale_pixels(
+    image: Num[Array, "B H W C"], mean: tuple[float, ...], std: tuple[float, ...]
+) -> Float[Array, "B H W C"]:
+    """Returns (image - mean) / std in float32; all three are in units of 0..255.
+
+    Raises:
+        ValueError: integers other than uint8, or `mean` or `std` fit no channel count.
+    """
+    if image.dtype != jnp.uint8 and not jnp.issubdtype(image.dtype, jnp.floating):
+        raise ValueError(
+            f"The model got an image of {image.dtype}; it takes uint8, or floats in "
+            "the same units 0..255. Convert it with image.astype(np.uint8)."
+        )
+    channels = image.shape[-1]
+    for name, values in (("mean", mean), ("std", std)):
+        if len(values) not in (1, channels):
+            raise ValueError(
+                f"model.{name} has {len(values)} values for images of {channels} "
+                f"channels; give 1 value or {channels}."
+            )
+    scaled = image.astype(jnp.float32) - jnp.asarray(mean, jnp.float32)
+    return scaled / jnp.asarray(std, jnp.float32)
+
+
+def residual_stream(x: Shaped[Array, "B *rest"]) -> Shaped[Array, "B *rest"]:
+    """Keeps the sum that runs through all blocks a value of its own, in its place.
+
+    Rows stay on the batch axes of the mesh, so that FSDP gathers weights and not
+    activations. On CPU the sum is also cut off from the blocks before it: XLA:CPU
+    would fuse it into each later consumer and compute it again there, a cost that
+    grows faster than the depth. XLA for GPU and TPU does not, and fusing the sum with
+    the next norm is what one wants there.
+    """
+    x = layout.pin_batch(x)
+    if jax.default_backend() == "cpu":
+        x = jax.lax.optimization_barrier(x)
+    return x
+
+
+def rematerialised(block: type[nn.Module], remat: Remat) -> type[nn.Module]:
+    """Wraps a block class called as `block(...)(x, train)`."""
+    match remat:
+        case Remat.NONE:
+            return block
+        case Remat.DOTS:
+            policy = jax.checkpoint_policies.dots_with_no_batch_dims_saveable
+        case Remat.FULL:
+            policy = jax.checkpoint_policies.nothing_saveable
+    return nn.remat(block, policy=policy, static_argnums=(2,))
+
+
+def check_rate(name: str, rate: float) -> None:
+    """Raises ValueError unless 0 <= rate < 1."""
+    if not 0 <= rate < 1:
+        raise ValueError(f"{name}={rate} is not a probability; use 0 <= {name} < 1.")
+
+
+def check_positive(**numbers: int) -> None:
+    """Raises ValueError for the first number below 1."""
+    for name, number in numbers.items():
+        if number < 1:
+            raise ValueError(f"{name}={number}: must be at least 1.")

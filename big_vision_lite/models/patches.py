@@ -1,0 +1,59 @@
+"""Images as sequences of patches."""
+
+import flax.linen as nn
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Shaped
+
+from big_vision_lite.models.layers import Dtype
+
+
+def grid_size(height: int, width: int, patch_size: int) -> tuple[int, int]:
+    """Returns (rows, columns) of patches; ValueError names sizes that divide."""
+    if height % patch_size or width % patch_size or not (height and width):
+        smaller, larger = (
+            "x".join(
+                str(max(1, side // patch_size + more * bool(side % patch_size)) * patch_size)
+                for side in (height, width)
+            )
+            for more in (0, 1)
+        )
+        raise ValueError(
+            f"An image of {height}x{width} px does not divide into patches of "
+            f"{patch_size} px; resize to {smaller} or {larger}, or change "
+            "model.patch_size."
+        )
+    return height // patch_size, width // patch_size
+
+
+def patchify(
+    image: Shaped[Array, "B H W C"], patch_size: int
+) -> Shaped[Array, "B h w P"]:
+    """Cuts images into h x w patches of P = patch_size**2 * C values each."""
+    batch, height, width, channels = image.shape
+    rows, columns = grid_size(height, width, patch_size)
+    x = image.reshape(batch, rows, patch_size, columns, patch_size, channels)
+    x = x.transpose(0, 1, 3, 2, 4, 5)
+    return x.reshape(batch, rows, columns, patch_size * patch_size * channels)
+
+
+class PatchEmbedding(nn.Module, kw_only=True):
+    """Projects every patch to a token: a convolution with stride = kernel size.
+
+    The kernel has the layout of that convolution, [p, p, C, D]; the product is a
+    matrix product, which every backend does best.
+    """
+
+    patch_size: int
+    width: int
+    dtype: Dtype = Dtype.FLOAT32
+
+    @nn.compact
+    def __call__(self, image: Float[Array, "B H W C"]) -> Float[Array, "B h w D"]:
+        patch = (self.patch_size, self.patch_size, image.shape[-1])
+        kernel = self.param(
+            "kernel", nn.initializers.lecun_normal(), (*patch, self.width)
+        )
+        bias = self.param("bias", nn.initializers.zeros, (self.width,))
+        patches = patchify(image, self.patch_size).astype(self.dtype)
+        kernel = kernel.reshape(-1, self.width).astype(self.dtype)
+        return patches @ kernel + jnp.asarray(bias, self.dtype)

@@ -1,0 +1,43 @@
+"""From tokens to one vector an image."""
+
+import enum
+
+import flax.linen as nn
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+
+from big_vision_lite.models.attention import Attention, MultiHeadAttention
+from big_vision_lite.models.layers import Dtype
+from big_vision_lite.models.mlp import Mlp
+
+
+class Pooling(enum.StrEnum):
+    """How a ViT makes one vector of its tokens."""
+
+    AVERAGE = "average"
+    CLASS_TOKEN = "class_token"
+    ATTENTION = "attention"
+
+
+class AttentionPooling(nn.Module, kw_only=True):
+    """One learned probe attends to all tokens, then an MLP (arXiv:1810.00825)."""
+
+    num_heads: int
+    mlp_dim: int
+    dtype: Dtype = Dtype.FLOAT32
+    attention: Attention = Attention.XLA
+
+    @nn.compact
+    def __call__(self, tokens: Float[Array, "B N D"]) -> Float[Array, "B D"]:
+        batch, _, width = tokens.shape
+        probe = self.param("probe", nn.initializers.xavier_uniform(), (1, 1, width))
+        probe = jnp.broadcast_to(probe, (batch, 1, width)).astype(self.dtype)
+        z = MultiHeadAttention(
+            num_heads=self.num_heads,
+            dtype=self.dtype,
+            attention=self.attention,
+            name="attention",
+        )(probe, tokens)
+        y = nn.LayerNorm(epsilon=1e-6, dtype=self.dtype, name="norm")(z)
+        y = Mlp(hidden_dim=self.mlp_dim, dtype=self.dtype, name="mlp")(y)
+        return (z + y)[:, 0]

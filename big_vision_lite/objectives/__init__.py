@@ -1,0 +1,1 @@
+"""Losses as functions of the batch; one file a family."""

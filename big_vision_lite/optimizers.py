@@ -1,0 +1,294 @@
+"""AdamW, SGD and Adafactor in one chain: clip, direction, learning rate, decay.
+
+With lr(step) the schedule, d the optimiser's direction from the clipped gradient and
+name-wise multipliers m (learning rate) and w (decay), every parameter p moves by
+
+    p <- p - lr(step) * m * d - lr(step) / peak * weight_decay * w * p
+
+so `weight_decay` is what a parameter loses per step at the peak: it follows the shape
+of the schedule but is not multiplied by its height (big_vision's convention). torch's
+AdamW multiplies by the learning rate: its value times `peak` is ours, for example
+torch's 0.1 at 1e-3 is 1e-4 here. By default only names that end in "kernel" decay.
+"""
+
+import dataclasses
+import enum
+from typing import Any, Protocol, runtime_checkable
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from big_vision_lite import trees
+from big_vision_lite.types import Params, Schedule
+
+
+class MomentumDtype(enum.StrEnum):
+    """How the average of gradients is stored; the second moment is always float32.
+
+    Optax also multiplies the stored average in this dtype: in bfloat16 a decay of 0.9
+    acts as 0.8984 (published big_vision runs have the same).
+    """
+
+    FLOAT32 = "float32"
+    BFLOAT16 = "bfloat16"
+
+
+@dataclasses.dataclass(kw_only=True)
+class Rule:
+    """Changes learning rate and decay of the parameters whose whole name matches.
+
+    `learning_rate` multiplies the schedule; 0 leaves the parameters untouched, decay
+    included (`freeze=` in the recipe does the same and saves their gradient and
+    state). `weight_decay` multiplies the optimiser's; None keeps the default: 1 for
+    names that end in "kernel", 0 for others.
+    """
+
+    pattern: str
+    learning_rate: float = 1.0
+    weight_decay: float | None = None
+
+    def __post_init__(self) -> None:
+        if not self.learning_rate >= 0:
+            raise ValueError(
+                f'optimizer.rules "{self.pattern}": learning_rate='
+                f"{self.learning_rate} is a multiplier; use 0.0 or more."
+            )
+        if self.weight_decay is not None and not self.weight_decay >= 0:
+            raise ValueError(
+                f'optimizer.rules "{self.pattern}": weight_decay={self.weight_decay} '
+                "is a multiplier; use 0.0 or more, or None for the default."
+            )
+        if self.learning_rate == 0 and self.weight_decay:
+            raise ValueError(
+                f'optimizer.rules "{self.pattern}": learning_rate=0.0 freezes the '
+                f"parameters, so weight_decay={self.weight_decay} would do nothing; "
+                "leave it out."
+            )
+
+
+@dataclasses.dataclass(kw_only=True)
+class AdamW:
+    """Adam with decoupled weight decay (see the top of this file for its unit).
+
+    `layer_decay` scales the whole update at depth d of L blocks by
+    layer_decay^(L + 1 - d), as in BEiT's and MAE's fine-tuning: embeddings have depth
+    0, block i has i + 1, what follows the blocks L + 1 (`trees.layers_above`).
+    """
+
+    schedule: Schedule
+    beta1: float = 0.9
+    beta2: float = 0.999
+    epsilon: float = 1e-8
+    weight_decay: float = 1e-4
+    clip_norm: float | None = 1.0
+    rules: tuple[Rule, ...] = ()
+    layer_decay: float | None = None
+    momentum_dtype: MomentumDtype = MomentumDtype.FLOAT32
+
+    def __post_init__(self) -> None:
+        _check(self)
+        _check_fraction("beta1", self.beta1)
+        _check_fraction("beta2", self.beta2)
+
+    def build(self, num_steps: int) -> optax.GradientTransformation:
+        """Returns the chain for a run of `num_steps` updates."""
+        direction = optax.scale_by_adam(
+            b1=self.beta1,
+            b2=self.beta2,
+            eps=self.epsilon,
+            mu_dtype=jnp.dtype(self.momentum_dtype.value),
+        )
+        return _chain(self, direction, num_steps)
+
+
+@dataclasses.dataclass(kw_only=True)
+class SGD:
+    """Stochastic gradient descent with momentum; decay is decoupled, as in AdamW.
+
+    `momentum=0.0` is plain gradient descent without any state.
+    """
+
+    schedule: Schedule
+    momentum: float = 0.9
+    nesterov: bool = False
+    weight_decay: float = 0.0
+    clip_norm: float | None = 1.0
+    rules: tuple[Rule, ...] = ()
+    layer_decay: float | None = None
+    momentum_dtype: MomentumDtype = MomentumDtype.FLOAT32
+
+    def __post_init__(self) -> None:
+        _check(self)
+        _check_fraction("momentum", self.momentum)
+        if self.nesterov and self.momentum == 0:
+            raise ValueError(
+                "optimizer.nesterov=True does nothing with momentum=0.0; "
+                "use momentum=0.9 or nesterov=False."
+            )
+
+    def build(self, num_steps: int) -> optax.GradientTransformation:
+        """Returns the chain for a run of `num_steps` updates."""
+        direction = optax.identity()
+        if self.momentum:
+            direction = optax.trace(
+                decay=self.momentum,
+                nesterov=self.nesterov,
+                accumulator_dtype=jnp.dtype(self.momentum_dtype.value),
+            )
+        return _chain(self, direction, num_steps)
+
+
+@dataclasses.dataclass(kw_only=True)
+class Adafactor:
+    """Adafactor as big_vision trains large ViTs with it (arXiv:2106.04560).
+
+    The second moment of parameters with two dimensions of at least
+    `min_factored_size` is kept as a row and a column; its decay 1 - t^-0.8 stops at
+    `beta2_cap`. Updates are not clipped by block; momentum is a plain average without
+    bias correction, in bfloat16: 2 bytes of state a parameter instead of Adam's 8.
+    """
+
+    schedule: Schedule
+    momentum: float = 0.9
+    beta2_cap: float = 0.999
+    min_factored_size: int = 32
+    weight_decay: float = 0.0
+    clip_norm: float | None = 1.0
+    rules: tuple[Rule, ...] = ()
+    layer_decay: float | None = None
+    momentum_dtype: MomentumDtype = MomentumDtype.BFLOAT16
+
+    def __post_init__(self) -> None:
+        _check(self)
+        _check_fraction("momentum", self.momentum)
+        _check_fraction("beta2_cap", self.beta2_cap)
+
+    def build(self, num_steps: int) -> optax.GradientTransformation:
+        """Returns the chain for a run of `num_steps` updates."""
+
+        def beta2(step: Any, power: Any) -> Any:
+            t = jnp.asarray(step, jnp.float32) + 1.0
+            return jnp.minimum(self.beta2_cap, 1.0 - t**-power)
+
+        direction = optax.chain(
+            optax.scale_by_factored_rms(
+                min_dim_size_to_factor=self.min_factored_size, decay_rate_fn=beta2
+            ),
+            optax.ema(
+                self.momentum,
+                debias=False,
+                accumulator_dtype=jnp.dtype(self.momentum_dtype.value),
+            ),
+        )
+        return _chain(self, direction, num_steps)
+
+
+@runtime_checkable
+class _Config(Protocol):
+    """What the optimisers of this file share."""
+
+    schedule: Schedule
+    weight_decay: float
+    clip_norm: float | None
+    rules: tuple[Rule, ...]
+    layer_decay: float | None
+
+
+@dataclasses.dataclass
+class _Multiplier:
+    learning_rate: float
+    weight_decay: float
+
+
+def _chain(
+    config: _Config, direction: optax.GradientTransformation, num_steps: int
+) -> optax.GradientTransformation:
+    learning_rate, peak = config.schedule.build(num_steps), config.schedule.peak
+    clip = optax.identity()
+    if config.clip_norm is not None:
+        clip = optax.clip_by_global_norm(config.clip_norm)
+    return optax.chain(
+        clip,
+        direction,
+        optax.scale(peak),
+        _multiply_and_decay(config),
+        # After the decay, which so follows the schedule but not the peak.
+        optax.scale_by_schedule(lambda step: learning_rate(step) / peak),
+        optax.scale(-1.0),
+    )
+
+
+def _multiply_and_decay(config: _Config) -> optax.GradientTransformation:
+    """Multiplies updates and adds decay, both by the names of the parameters."""
+
+    def init(params: Any) -> optax.EmptyState:
+        _multipliers(config, params)  # so that a wrong rule fails before the first step
+        return optax.EmptyState()
+
+    def update(updates: Any, state: Any, params: Any = None) -> tuple[Any, Any]:
+        assert params is not None, "optimizer.update needs the parameters"
+        by_name = _multipliers(config, params)
+
+        def one(multiplier: _Multiplier, update: Any, param: Any) -> Any:
+            if multiplier.learning_rate == 0:
+                return jnp.zeros_like(update)
+            update = update * multiplier.learning_rate
+            decay = config.weight_decay * multiplier.weight_decay
+            return update + decay * param if decay else update
+
+        multipliers = trees.map_named(lambda name, _: by_name[name], params)
+        return jax.tree.map(one, multipliers, updates, params), state
+
+    return optax.GradientTransformation(init, update)
+
+
+def _multipliers(config: _Config, params: Params) -> dict[str, _Multiplier]:
+    names = trees.names(params)
+    rules = trees.match(
+        [(rule.pattern, rule) for rule in config.rules], names, what="optimizer.rules"
+    )
+    scales = dict.fromkeys(names, 1.0)
+    if config.layer_decay is not None:
+        above = trees.layers_above(names)
+        scales = {name: config.layer_decay ** above[name] for name in names}
+    multipliers = {}
+    for name in names:
+        rule = rules[name] or Rule(pattern=name)
+        decay = rule.weight_decay
+        if decay is None:
+            decay = float(name.endswith("kernel"))
+        # The layer's scale is on the decay too, as in torch, where decay comes with the
+        # group's learning rate: MAE's 0.65 leaves the lowest layers 0.4 % of it, and
+        # undiminished decay would shrink them to nothing.
+        multipliers[name] = _Multiplier(
+            learning_rate=rule.learning_rate * scales[name],
+            weight_decay=decay * scales[name],
+        )
+    return multipliers
+
+
+def _check(config: _Config) -> None:
+    if not 0 <= config.weight_decay < float("inf"):
+        raise ValueError(
+            f"optimizer.weight_decay={config.weight_decay} must be 0.0 or more. It is "
+            "not multiplied by the learning rate: torch's value times the peak is ours."
+        )
+    if config.clip_norm is not None and not config.clip_norm > 0:
+        raise ValueError(
+            f"optimizer.clip_norm={config.clip_norm} must be above 0; "
+            "--config.optimizer.clip_norm=none switches clipping off."
+        )
+    if config.layer_decay is not None and not 0 < config.layer_decay <= 1:
+        raise ValueError(
+            f"optimizer.layer_decay={config.layer_decay} must be above 0 and at most "
+            "1, for example 0.75; none switches it off."
+        )
+
+
+def _check_fraction(field: str, value: float) -> None:
+    if not 0 <= value < 1:
+        raise ValueError(
+            f"optimizer.{field}={value} must be at least 0.0 and below 1.0, for "
+            "example 0.9."
+        )

@@ -1,0 +1,250 @@
+"""What a run shows while it lasts: speed, waiting for data, MFU, time left, scores."""
+
+import contextlib
+import contextvars
+import os
+import time
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from typing import Any
+
+import jax
+from rich.console import Console, Group
+from rich.live import Live
+from rich.text import Text
+
+from big_vision_lite import console as texts
+from big_vision_lite.clocks import Clock, DeviceClock
+from big_vision_lite.peaks import peak_flops
+
+REDRAW_SECONDS = 0.5
+ADVISE_AFTER_STEPS = 100
+
+# A terminal has one live line: a run inside a run (fine-tuning as an evaluator) shows
+# itself through the outer one.
+_outer: contextvars.ContextVar["Progress | None"] = contextvars.ContextVar(
+    "outer_progress", default=None
+)
+
+
+class Progress:
+    """Counts and times the steps of a run and shows them: a live line, or log lines.
+
+    Used as a context, in which it draws the live line of a terminal; a run inside that
+    context shows itself below that line. Only process 0 shows anything.
+    """
+
+    def __init__(
+        self,
+        num_steps: int,
+        batch_size: int,
+        *,
+        quiet: bool = False,
+        console: Console | None = None,
+    ):
+        self._num_steps = num_steps
+        self._batch_size = batch_size
+        self._flops_per_step: float | None = None
+        self._outer = _outer.get()
+        self._console = console or (self._outer._console if self._outer else Console())
+        self._quiet = quiet or jax.process_index() > 0
+        self._live: Live | None = None
+        self._step = 0
+        self._shown: Mapping[str, float] = {}
+        self._inner: str | None = None
+        self._drawn = 0.0
+        self._device = DeviceClock()
+        self._clock: Clock | None = None  # from the second step on
+        self._since_log: Clock | None = None
+        self._since_advice: Clock | None = None
+        self._advise_after = ADVISE_AFTER_STEPS
+
+    def __enter__(self) -> "Progress":
+        self._token = _outer.set(self)
+        if self._outer is None and not self._quiet and self._console.is_terminal:
+            # No refreshing thread: it would take its share of the host's time.
+            self._live = Live(console=self._console, auto_refresh=False, transient=True)
+            self._live.start()
+            self._draw()
+        return self
+
+    def __exit__(self, *_: Any) -> None:
+        _outer.reset(self._token)
+        if self._live is not None:
+            self._live.stop()
+            self._live = None
+        if self._outer is not None:
+            self._outer._show_inner(None)
+
+    def begin(self, start: int, flops_per_step: float | None = None) -> None:
+        """Says how many steps are done already, and what a step costs.
+
+        `flops_per_step` are the model's for the whole batch, on all devices together.
+        """
+        self._step = start
+        self._flops_per_step = flops_per_step
+        self._draw()
+
+    def watch(self, batches: Iterable[Any], until: int) -> Iterator[tuple[int, Any]]:
+        """Yields (step, batch) up to step `until`, timing how long each batch took."""
+        source = iter(batches)
+        try:
+            while self._step < until:
+                asked = time.perf_counter()
+                try:
+                    batch = next(source)
+                except StopIteration:
+                    return
+                came = time.perf_counter()
+                idle = came - max(asked, self._device.idle_since(asked))
+                for clock in self._clocks():
+                    clock.waited += max(0.0, idle)
+                    clock.steps += 1
+                self._step += 1
+                if came - self._drawn > REDRAW_SECONDS:
+                    self._draw()
+                yield self._step, batch
+                if self._clock is None:  # the first step holds the compilation
+                    self._clock, self._since_log = Clock(), Clock()
+                    self._since_advice = Clock()
+        finally:
+            self._device.close()
+
+    def pace(self, outputs: Any) -> None:
+        """Holds the host back until all but the last steps' `outputs` are computed.
+
+        Otherwise it runs ahead: batches pile up on the device, and waiting for data
+        while the device still computes looks like waiting in vain.
+        """
+        self._device.dispatched(outputs)
+
+    @contextlib.contextmanager
+    def paused(self) -> Iterator[None]:
+        """Keeps an evaluation or a save out of images_per_second, data_wait and mfu."""
+        began = time.perf_counter()
+        try:
+            yield
+        finally:
+            seconds = time.perf_counter() - began
+            for clock in self._clocks():
+                clock.paused += seconds
+
+    def rates(self, step: int) -> dict[str, float]:
+        """Returns the speed since the last call; nothing while only compiling.
+
+        images_per_second; data_wait, the share of time in which the device had nothing
+        to do but wait for a batch; mfu, model FLOPs over the devices' data-sheet
+        bfloat16 peak, if that is known; eta_seconds, pauses included.
+        """
+        clock, whole = self._since_log, self._clock
+        if clock is None or whole is None or not clock.steps:
+            return {}
+        self._since_log = Clock()
+        seconds = clock.active_seconds()
+        rates = {
+            "images_per_second": clock.steps * self._batch_size / seconds,
+            "data_wait": clock.wait(),
+        }
+        peak = peak_flops(jax.devices()[0].device_kind)
+        if peak is not None and self._flops_per_step is not None:
+            flops = clock.steps * self._flops_per_step / seconds
+            rates["mfu"] = flops / (peak * jax.device_count())
+        left = max(0, self._num_steps - step)
+        rates["eta_seconds"] = left * whole.seconds() / whole.steps
+        return rates
+
+    def show(
+        self, step: int, metrics: Mapping[str, float], batches: Any = None
+    ) -> None:
+        """Shows one log record: in the live line, or as a line of its own.
+
+        With `batches` (their `threads` and `stages()`) it says what to do when the
+        device mostly waits for them.
+        """
+        self._shown = dict(metrics)
+        if self._quiet:
+            return
+        line = texts.format_line(step, self._num_steps, metrics)
+        if self._outer is not None:
+            self._outer._show_inner(line)
+        elif self._live is not None:
+            self._draw()
+        else:
+            self._print(line)
+        if batches is not None:
+            self._advise(batches)
+
+    def scores(self, step: int, scores: Mapping[str, float]) -> None:
+        """Shows what an evaluator found: a line a group of scores, without controls."""
+        lines: dict[str, list[str]] = {}
+        for name, text in texts.format_scores(scores).items():
+            group, _, leaf = name.rpartition("/")
+            if not leaf.startswith("control_"):
+                lines.setdefault(group, []).append(f"{leaf} {text}")
+        for group, parts in lines.items():
+            self.message(f"step {step}  {group}  {'  '.join(parts)}")
+
+    def message(self, text: str) -> None:
+        """Prints lines that stay, above the live line."""
+        if self._quiet or not text:
+            return
+        if self._outer is not None:
+            self._outer.message("\n".join(f"  {line}" for line in text.splitlines()))
+        else:
+            self._print(text)
+
+    def summary(
+        self, scores: Mapping[str, float], next_commands: Sequence[str]
+    ) -> None:
+        """Prints the table of all scores and what to type next."""
+        if self._quiet or self._outer is not None:
+            return
+        self._console.print(texts.score_table(scores))
+        if next_commands:
+            self._print("Next:\n" + "\n".join(f"  {line}" for line in next_commands))
+
+    def _advise(self, batches: Any) -> None:
+        clock = self._since_advice
+        if clock is None or clock.steps < self._advise_after:
+            return
+        self._since_advice = Clock()
+        advice = texts.input_bound_message(
+            clock.wait(),
+            clock.steps,
+            batches.stages(),
+            batches.threads,
+            _cores(),
+        )
+        if advice is not None:
+            self._advise_after *= 10  # said once, it is known
+            self.message(advice)
+
+    def _clocks(self) -> list[Clock]:
+        clocks = (self._clock, self._since_log, self._since_advice)
+        return [clock for clock in clocks if clock is not None]
+
+    def _draw(self) -> None:
+        if self._live is None:
+            return
+        self._drawn = time.perf_counter()
+        lines = [texts.format_line(self._step, self._num_steps, self._shown)]
+        if self._inner is not None:
+            lines.append(f"  {self._inner}")
+        drawn = [Text(line, no_wrap=True, overflow="ellipsis") for line in lines]
+        self._live.update(Group(*drawn), refresh=True)
+
+    def _show_inner(self, line: str | None) -> None:
+        if self._outer is not None:
+            self._outer._show_inner(line)
+            return
+        self._inner = line
+        self._draw()
+
+    def _print(self, text: str) -> None:
+        # Text, not markup: brackets in file names and recipes are just brackets.
+        self._console.print(Text(text), soft_wrap=True)
+
+
+def _cores() -> int:
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1

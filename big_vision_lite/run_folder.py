@@ -1,0 +1,246 @@
+"""The folder of one run: locked while it trains, and tied to one configuration."""
+
+import fcntl
+import hashlib
+import importlib.metadata
+import json
+import os
+import platform
+import subprocess
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import jax
+from etils import epath
+
+from big_vision_lite import checkpoint, integrity, serialize
+from big_vision_lite.config import TrainConfig
+
+# What may change between the start of a run and its resumption: nothing here changes
+# which examples are seen or how parameters move.
+FREE = (
+    "log_every_steps",
+    "checkpoints",
+    "evaluators",
+    "platform",
+    "mesh",
+    "sharding",
+    "profile_steps",
+    "data.threads",
+    "data.processes",
+    "data.source.data_dir",
+    "data.source.path",
+)
+LENGTH = ("num_steps", "num_epochs")
+LIBRARIES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "numpy")
+
+
+class RunFolder:
+    """Opens `workdir` for training: makes it, locks it, compares its configuration.
+
+    Use as a context. A killed process leaves no lock behind: the operating system
+    drops it.
+
+    Raises:
+        OSError: the folder cannot be written; nothing was trained.
+        ValueError: another process trains here, or the folder belongs to another
+            configuration.
+    """
+
+    def __init__(
+        self,
+        workdir: epath.Path,
+        config: TrainConfig,
+        *,
+        log: Callable[[str], None] = print,
+        lengths: Callable[[TrainConfig, TrainConfig, int], str] | None = None,
+    ):
+        self.path = workdir
+        self._config = config
+        self._log = log
+        self._lengths = lengths
+        self._lock: Any = None
+
+    def __enter__(self) -> "RunFolder":
+        if jax.process_index() == 0:
+            self._open()
+        checkpoint.barrier("run_folder_opened")
+        return self
+
+    def __exit__(self, *unused: Any) -> None:
+        if self._lock is not None:
+            self._lock.close()
+
+    def config_text(self) -> str:
+        """Returns what config.json holds: the configuration, versions, machine."""
+        return serialize.to_json(
+            self._config, versions=versions(), machine=describe_machine()
+        )
+
+    def _open(self) -> None:
+        try:
+            self.path.mkdir(parents=True, exist_ok=True)
+            self._acquire()
+            known = self.path / checkpoint.CONFIG
+            if known.exists():
+                self._compare(known)
+            integrity.write_atomically(known, self.config_text())
+        except OSError as error:
+            raise OSError(
+                f"Cannot write {self.path}: {error.strerror or error}. Checked at the "
+                "start, nothing was trained. Use another --workdir or free the disk."
+            ) from error
+
+    def _acquire(self) -> None:
+        # Cloud paths have no locks; there the launcher must see to it.
+        if "://" in str(self.path):
+            return
+        file = open(self.path / "lock", "a+")  # noqa: SIM115 (held until __exit__)
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            file.seek(0)
+            holder = file.read().strip() or "another process"
+            file.close()
+            raise ValueError(
+                f"{self.path} is in use by {holder}. Wait for it, end it, or use "
+                "another --workdir."
+            ) from None
+        file.truncate(0)
+        file.write(f"process {os.getpid()} on {platform.node()}")
+        file.flush()
+        self._lock = file
+
+    def _compare(self, known: epath.Path) -> None:
+        old = read_config_document(self.path)
+        new = json.loads(self.config_text())
+        changed = differences(old["config"], new["config"])
+        steps = checkpoint.complete_steps(self.path / checkpoint.FOLDER)
+        binding = [line for line in changed if not _is_free(line[0])]
+        if steps and binding and all(line[0] in LENGTH for line in binding):
+            raise ValueError(self._length_message(old, binding, steps[-1]))
+        if steps and binding:
+            shown = "; ".join(f"{key} {a} -> {b}" for key, a, b in binding[:6])
+            raise ValueError(
+                f"{self.path} belongs to another configuration (sha "
+                f"{_sha(old['config'])}), you pass (sha {_sha(new['config'])}): "
+                f"{shown}. Use a new --workdir, or --config.init.path={self.path} with "
+                "a new --workdir to start from its weights."
+            )
+        then, now = old.get("machine", {}), describe_machine()
+        moved = [
+            f"{k} {then.get(k)} -> {v}" for k, v in now.items() if then.get(k) != v
+        ]
+        if steps and then and moved:
+            self._log(
+                f"resuming on another machine ({'; '.join(moved)}): the same batches, "
+                "but the last bits of the results may differ"
+            )
+
+    def _length_message(
+        self, old: Mapping[str, Any], binding: Sequence[Any], step: int
+    ) -> str:
+        shown = "; ".join(f"{key} {a} -> {b}" for key, a, b in binding)
+        rates = ""
+        if self._lengths is not None:
+            before = serialize.from_json(json.dumps(old), _modules(self._config))
+            rates = " " + self._lengths(before, self._config, step)
+        return (
+            f"{self.path} was started with another length: {shown}.{rates} Choose the "
+            "old length, or start a new run with a new --workdir and "
+            f"--config.init.path={self.path}"
+        )
+
+
+def read_config_document(folder: epath.Path) -> dict[str, Any]:
+    """Reads config.json of a run folder or step folder as plain JSON.
+
+    Raises:
+        FileNotFoundError: there is none.
+        DamagedCheckpoint: it is no configuration.
+    """
+    path = folder / checkpoint.CONFIG
+    if not path.exists():
+        raise FileNotFoundError(
+            f"{path} is missing: {folder} is no run folder and no step folder."
+        )
+    try:
+        document = json.loads(path.read_text())
+        document["version"], document["config"]
+    except (ValueError, KeyError, TypeError) as error:
+        raise integrity.DamagedCheckpoint(f"{path} is damaged: {error}.") from error
+    return document
+
+
+def read_config(folder: epath.Path, allowed_modules: Sequence[str] = ()) -> TrainConfig:
+    """Builds the configuration that a run folder or step folder carries."""
+    document = read_config_document(folder)
+    return serialize.from_json(json.dumps(document), allowed_modules)
+
+
+def differences(old: Any, new: Any, path: str = "") -> list[tuple[str, Any, Any]]:
+    """Lists (path, old, new) of all leaves in which two JSON trees differ."""
+    if isinstance(old, dict) and isinstance(new, dict):
+        found = []
+        for key in [*old, *(k for k in new if k not in old)]:
+            inner = f"{path}.{key}" if path else key
+            found += differences(old.get(key), new.get(key), inner)
+        return found
+    if isinstance(old, list) and isinstance(new, list) and len(old) == len(new):
+        pairs = zip(old, new, strict=True)
+        return [
+            line
+            for i, (a, b) in enumerate(pairs)
+            for line in differences(a, b, f"{path}[{i}]")
+        ]
+    if old == new:
+        return []
+    return [(path, _short(old), _short(new))]
+
+
+def versions() -> dict[str, str]:
+    """Returns the versions of this code and of the libraries that decide results."""
+    found = {name: importlib.metadata.version(name) for name in LIBRARIES}
+    found["python"] = platform.python_version()
+    commit = subprocess.run(
+        ["git", "-C", str(epath.Path(__file__).parent), "rev-parse", "HEAD"],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    if commit.returncode == 0:
+        found["commit"] = commit.stdout.strip()
+    return found
+
+
+def describe_machine() -> dict[str, Any]:
+    """Returns what bit-exactness depends on: devices, processes, visible cores."""
+    return {
+        "platform": jax.default_backend(),
+        "device_kind": jax.devices()[0].device_kind,
+        "devices": jax.device_count(),
+        "processes": jax.process_count(),
+        "cores": len(os.sched_getaffinity(0)),
+    }
+
+
+def _is_free(path: str) -> bool:
+    return any(path == f or path.startswith((f"{f}.", f"{f}[")) for f in FREE)
+
+
+def _short(value: Any) -> str:
+    if isinstance(value, dict) and serialize.CLASS in value:
+        return value[serialize.CLASS].rpartition(".")[2]
+    text = json.dumps(value)
+    return text if len(text) < 60 else text[:57] + "..."
+
+
+def _sha(config: Any) -> str:
+    return hashlib.sha256(json.dumps(config).encode()).hexdigest()[:8]
+
+
+def _modules(config: TrainConfig) -> list[str]:
+    return [
+        type(part).__module__
+        for part in (config.model, config.objective, config.optimizer)
+    ]

@@ -1,0 +1,200 @@
+"""The train step and the eval step, written as if there were one device."""
+
+import dataclasses
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+from jax.sharding import PartitionSpec
+
+from big_vision_lite import layout, trees
+from big_vision_lite import state as state_lib
+from big_vision_lite.bound_model import BoundModel
+from big_vision_lite.state import TrainState
+from big_vision_lite.types import Array, Batch, DeviceOp, Forward, Model, Objective
+
+
+def make_train_step(
+    model: Model,
+    objective: Objective,
+    optimizer: optax.GradientTransformation,
+    mesh: jax.sharding.Mesh,
+    abstract: TrainState,
+    *,
+    seed: int = 0,
+    device_ops: Sequence[DeviceOp] = (),
+    micro_batches: int = 1,
+    ema: float | None = None,
+) -> Any:
+    """Returns the jitted `train_step(state, batch) -> (state, metrics)`.
+
+    The state is donated. `metrics` are scalars of this step: the objective's means,
+    "loss", "gradient_norm" (before clipping) and "finite". A step whose loss or
+    gradient is not finite leaves everything but the counter as it was, so that what
+    went wrong can still be looked at.
+    """
+    frozen = set(trees.names(abstract.frozen))
+    named = [*trees.names(abstract.params), *frozen]
+    modules = frozenset(state_lib.frozen_modules(frozen, named))
+
+    def loss_of(params: Any, frozen: Any, collections: Any, ema: Any, batch: Any, rng):
+        forward = BoundModel(
+            model,
+            state_lib.merge(params, frozen),
+            collections,
+            rng=jax.random.fold_in(rng, 0),
+            ema=None if ema is None else state_lib.merge(ema, frozen),
+            frozen_modules=modules,
+        )
+        losses, metrics = objective(forward, batch, jax.random.fold_in(rng, 1))
+        sums = {name: weighted_sum(x, batch) for name, x in metrics.items()}
+        sums["loss"] = weighted_sum(losses, batch)
+        weight = weighted_sum(jnp.ones(losses.shape[:1]), batch)
+        return sums["loss"] / weight, (sums, weight, forward.collections)
+
+    gradient = jax.value_and_grad(loss_of, has_aux=True)
+
+    if micro_batches > 1 and jax.tree.leaves(abstract.collections):
+        raise ValueError(
+            f"micro_batches={micro_batches} with a model that keeps "
+            f"{', '.join(abstract.collections)}: batch statistics of a part are not "
+            "those of the batch. Use --config.micro_batches=1."
+        )
+
+    def whole_batch(
+        params: Any, frozen: Any, collections: Any, ema: Any, batch: Batch, rng: Array
+    ) -> Any:
+        (_, (sums, weight, collections)), gradients = gradient(
+            params, frozen, collections, ema, batch, rng
+        )
+        return gradients, sums, weight, collections
+
+    accumulate = accumulate_gradients(gradient, mesh, micro_batches)
+
+    def train_step(state: TrainState, batch: Batch) -> tuple[TrainState, Any]:
+        rng = jax.random.fold_in(jax.random.key(seed), state.step)
+        for index, op in enumerate(device_ops):
+            batch = op(batch, jax.random.fold_in(rng, 2 + index))
+        compute = whole_batch if micro_batches == 1 else accumulate
+        gradients, sums, weight, collections = compute(
+            state.params, state.frozen, state.collections, state.ema, batch, rng
+        )
+        metrics = {name: total / weight for name, total in sums.items()}
+        metrics["gradient_norm"] = optax.tree.norm(gradients)
+        updates, opt_state = optimizer.update(gradients, state.opt_state, state.params)
+        params = optax.apply_updates(state.params, updates)
+        average = state.ema
+        if ema is not None:
+            average = jax.tree.map(
+                lambda old, new: ema * old + (1 - ema) * new, state.ema, params
+            )
+        finite = jnp.isfinite(metrics["loss"]) & jnp.isfinite(metrics["gradient_norm"])
+        stepped = dataclasses.replace(
+            state,
+            params=params,
+            opt_state=opt_state,
+            collections=collections,
+            ema=average,
+        )
+        kept = jax.tree.map(
+            lambda new, old: jnp.where(finite, new, old), stepped, state
+        )
+        metrics["finite"] = finite
+        return dataclasses.replace(kept, step=state.step + 1), metrics
+
+    shardings = jax.tree.map(lambda leaf: leaf.sharding, abstract)
+    return jax.jit(
+        train_step,
+        donate_argnums=0,
+        in_shardings=(shardings, layout.batch_sharding(mesh)),
+        out_shardings=(shardings, layout.replicated(mesh)),
+    )
+
+
+def accumulate_gradients(
+    gradient: Callable[..., Any], mesh: jax.sharding.Mesh, micro_batches: int
+) -> Callable[..., Any]:
+    """Returns gradients of the whole batch computed in `micro_batches` parts.
+
+    Every device walks through its own rows, part i taking rows i, i + m, i + 2m...,
+    so that no image moves and the parts are the same on any number of devices; the
+    gradients are summed over devices once, after the last part.
+    """
+
+    def local(
+        params: Any, frozen: Any, collections: Any, ema: Any, batch: Batch, rng: Array
+    ) -> Any:
+        shard = jax.lax.axis_index(layout.BATCH_AXES)
+        parts = jax.tree.map(
+            lambda x: jnp.swapaxes(
+                x.reshape(x.shape[0] // micro_batches, micro_batches, *x.shape[1:]),
+                0,
+                1,
+            ),
+            dict(batch),
+        )
+
+        def one(collections: Any, index: Array, part: Batch) -> Any:
+            key = jax.random.fold_in(jax.random.fold_in(rng, shard), index)
+            (_, (sums, weight, collections)), gradients = gradient(
+                params, frozen, collections, ema, part, key
+            )
+            # Means weigh by their examples, so that padded rows count for nothing.
+            return (
+                jax.tree.map(lambda g: g * weight, gradients),
+                sums,
+                weight,
+                (collections),
+            )
+
+        def body(carry: Any, inputs: Any) -> Any:
+            *totals, collections = carry
+            *new, collections = one(collections, *inputs)
+            totals = jax.tree.map(jnp.add, totals, list(new))
+            return (*totals, collections), None
+
+        indices = jnp.arange(micro_batches)
+        first = jax.tree.map(lambda x: x[0], (indices, parts))
+        rest = jax.tree.map(lambda x: x[1:], (indices, parts))
+        carry = one(collections, *first)
+        (gradients, sums, weight, collections), _ = jax.lax.scan(body, carry, rest)
+        gradients, sums, weight = jax.lax.psum(
+            (gradients, sums, weight), layout.BATCH_AXES
+        )
+        gradients = jax.tree.map(lambda g: g / weight, gradients)
+        return gradients, sums, weight, collections
+
+    rows = PartitionSpec(layout.BATCH_AXES)
+    return jax.shard_map(
+        local,
+        mesh=mesh,
+        in_specs=(*[PartitionSpec()] * 4, rows, PartitionSpec()),
+        out_specs=PartitionSpec(),
+        check_vma=False,
+    )
+
+
+def make_eval_step(
+    model: Model, function: Callable[[Forward, Batch], Any]
+) -> Callable[[TrainState, Batch], Any]:
+    """Jits `function(forward, batch)` with the state's parameters in evaluation mode.
+
+    The averaged parameters are used when the state has them.
+    """
+
+    def eval_step(state: TrainState, batch: Batch) -> Any:
+        params = state.params if state.ema is None else state.ema
+        merged = state_lib.merge(params, state.frozen)
+        return function(BoundModel(model, merged, state.collections), batch)
+
+    return jax.jit(eval_step)
+
+
+def weighted_sum(values: Array, batch: Batch) -> Array:
+    """Sums one value an example [B] in float32, leaving out rows that are not valid."""
+    values = values.astype(jnp.float32)
+    if "valid" in batch:
+        values = jnp.where(batch["valid"], values, 0)
+    return values.sum()

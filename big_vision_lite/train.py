@@ -1,0 +1,247 @@
+"""Trains a recipe: `python -m big_vision_lite.train --config FILE --workdir FOLDER`."""
+
+import functools
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import jax
+from absl import flags
+from etils import epath
+
+from big_vision_lite import (
+    adapt,
+    checkpoint,
+    command_line,
+    devices,
+    dry_run,
+    evaluation,
+    run_folder,
+    serialize,
+    sharding,
+    trees,
+)
+from big_vision_lite import (
+    state as state_lib,
+)
+from big_vision_lite.config import TrainConfig
+from big_vision_lite.data import pipeline
+from big_vision_lite.metrics import Writer
+from big_vision_lite.monitor import Monitor
+from big_vision_lite.progress import Progress
+from big_vision_lite.state import TrainState
+from big_vision_lite.step import make_train_step
+from big_vision_lite.stop import Stopped, StopSignal
+
+
+def train(
+    config: TrainConfig,
+    workdir: epath.Path,
+    *,
+    first_params: Mapping[str, Any] | None = None,
+    recipe: str = "RECIPE",
+    quiet: bool = False,
+) -> TrainState:
+    """Runs `config` to its last step, resuming from `workdir` if it holds a checkpoint.
+
+    `first_params` {name: array} start the run in place of `config.init`'s checkpoint.
+    `recipe` is named in what to type next.
+
+    Raises:
+        ValueError, OSError: a mistake in the recipe, the data or the folder; the
+            message says what came, what is allowed and what to type.
+        FloatingPointError: the loss is not finite; says where it began.
+        Stopped: a signal came; the state is saved.
+    """
+    mesh = sharding.make_mesh(config.mesh)
+    sharding.check_batch_size(config.data.batch_size, mesh, config.micro_batches)
+    num_steps = config.resolve_steps(len(config.data.source))
+    optimizer = config.optimizer.build(num_steps)
+    with (
+        jax.set_mesh(mesh),
+        StopSignal() as stop,
+        Progress(num_steps, config.data.batch_size, quiet=quiet) as progress,
+        run_folder.RunFolder(workdir, config, log=progress.message) as folder,
+        checkpoint.Checkpointer(
+            workdir,
+            config.checkpoints,
+            config_text=folder.config_text(),
+            metadata=describe(config, num_steps),
+            log=progress.message,
+        ) as checkpointer,
+        Writer(workdir) as writer,
+        pipeline.open_batches(
+            config.data, config.seed, mesh, workdir / "bad_files.txt"
+        ) as batches,
+    ):
+        spec = batches.spec()
+        initialize = state_lib.make_initializer(
+            config.model,
+            spec,
+            optimizer,
+            freeze=config.freeze,
+            ema=config.ema is not None,
+        )
+        abstract = state_lib.blueprint(initialize, config.sharding, mesh)
+        fresh = functools.partial(state_lib.create, initialize, abstract, config.seed)
+        state = checkpointer.restore_latest(abstract)
+        if state is None:
+            state = start(config, fresh(), first_params, progress.message)
+        # Anything else would compile the step a second time.
+        state_lib.check_same(abstract, state)
+        first_step = int(state.step) + 1
+        writer.resume_at(int(state.step))
+        train_step = make_train_step(
+            config.model,
+            config.objective,
+            optimizer,
+            mesh,
+            abstract,
+            seed=config.seed,
+            device_ops=config.data.device_ops,
+            micro_batches=config.micro_batches,
+            ema=config.ema,
+        )
+        evaluations = evaluation.Evaluations(
+            config,
+            functools.partial(
+                evaluation.make_context,
+                config=config,
+                mesh=mesh,
+                workdir=workdir,
+                untrained_state=fresh,
+                log=progress.message,
+            ),
+            writer,
+            num_steps,
+            show=progress.scores,
+        )
+        monitor = Monitor(
+            config, num_steps, workdir, lambda step: next(batches.starting_at(step))
+        )
+        # A run killed between a save and its evaluations makes up for them.
+        evaluations.run_due(first_step - 1, state)
+        progress.begin(first_step - 1, step_flops(config, abstract, spec))
+        for step, batch in progress.watch(batches.starting_at(first_step), num_steps):
+            state, metrics = train_step(state, batch)
+            progress.pace(metrics)
+            monitor.add(step, metrics)
+            last = step == num_steps
+            leaving = stop.agreed(step, config.log_every_steps)
+            logging = last or step % config.log_every_steps == 0
+            saving = last or leaving or checkpointer.due(step)
+            # The order matters: the record of a step, then its checkpoint, then its
+            # evaluations, so that a score can be traced to a file.
+            if logging or saving:
+                record = monitor.look(state)
+            if logging:
+                record |= progress.rates(step)
+                writer.write(step, record)
+                progress.show(step, record, batches)
+            with progress.paused():
+                if saving:
+                    checkpointer.save(step, state)
+                if last or not leaving:
+                    evaluations.run_due(step, state)
+            if leaving and not last:
+                checkpointer.wait()
+                raise Stopped(stop.requested(), step, workdir)
+        progress.message(batches.unreadable.message())
+    progress.summary(writer.latest(), next_commands(workdir, recipe))
+    return state
+
+
+def start(
+    config: TrainConfig,
+    fresh: TrainState,
+    first_params: Mapping[str, Any] | None,
+    log: Callable[[str], None],
+) -> TrainState:
+    """Returns the state before step 1: fresh, or with parameters from elsewhere."""
+    if config.init is None and first_params is None:
+        return fresh
+    init = config.init or adapt.Init(path="memory")
+    same_classes = True
+    loaded = first_params
+    if loaded is None:
+        folder = checkpoint.find(init.path, log)
+        loaded, manifest = adapt.load_params(folder)
+        classes = list(config.data.source.class_names)
+        same_classes = manifest["class_names"] == classes
+    ours = trees.flatten(state_lib.merge(fresh.params, fresh.frozen))
+    adapted = adapt.adapt(loaded, ours, init, same_classes=same_classes, log=log)
+    return state_lib.with_params(fresh, adapted)
+
+
+def describe(config: TrainConfig, num_steps: int) -> dict[str, Any]:
+    """Returns what every manifest says of the run beside its leaves and files."""
+    return {
+        "num_steps": num_steps,
+        "class_names": list(config.data.source.class_names),
+        "source": config.data.source.fingerprint,
+        "versions": run_folder.versions(),
+    }
+
+
+def step_flops(config: TrainConfig, abstract: TrainState, spec: Any) -> float:
+    """Returns the model FLOPs of a step: three times forward (gradients cost two)."""
+    return 3 * config.data.batch_size * dry_run.forward_flops(config, abstract, spec)
+
+
+def next_commands(workdir: epath.Path, recipe: str) -> list[str]:
+    """Lists what one may type after a run."""
+    program = "python -m big_vision_lite"
+    return [
+        f"{program}.predict --workdir {workdir} --images FOLDER --out preds.csv",
+        f"{program}.evaluate --workdir {workdir}",
+        f"{program}.train --config configs/finetune.py:init={workdir},data=FOLDER "
+        f"--workdir {workdir}_finetuned",
+        f"tensorboard --logdir {workdir}",
+    ]
+
+
+def main(argv: Sequence[str]) -> None:
+    """Parses the command line, sets the devices up and trains."""
+    command = command_line.parse(argv, define_flags)
+    values = command.flags
+    if command.config is None:
+        raise ValueError(
+            "Which recipe? For example: python -m big_vision_lite.train "
+            "--config configs/quickstart.py --workdir runs/first"
+        )
+    config: TrainConfig = command.config
+    if values["print_config"].value:
+        print(serialize.to_json(config), end="")
+        return
+    if not values["workdir"].value:
+        raise ValueError("Where to? Add --workdir FOLDER, for example runs/first.")
+    devices.set_up(
+        config.platform,
+        deterministic=config.deterministic,
+        coordinator=values["coordinator"].value,
+        num_processes=values["num_processes"].value,
+        process_id=values["process_id"].value,
+    )
+    workdir = epath.Path(values["workdir"].value).expanduser().resolve()
+    if values["dry_run"].value:
+        print(dry_run.dry_run(config, workdir))
+        return
+    train(config, workdir, recipe=command.recipe or "RECIPE")
+
+
+def define_flags(values: flags.FlagValues) -> None:
+    """Adds the flags of this program."""
+    string, boolean, integer = (
+        functools.partial(define, flag_values=values)
+        for define in (flags.DEFINE_string, flags.DEFINE_bool, flags.DEFINE_integer)
+    )
+    string("workdir", None, "Run folder; the same folder resumes the run.")
+    boolean("dry_run", False, "Print shapes, sizes and memory; train nothing.")
+    boolean("print_config", False, "Print the resolved configuration as JSON.")
+    string("coordinator", None, "host:port of process 0, for several processes.")
+    integer("num_processes", None, "Number of processes.")
+    integer("process_id", None, "This process, from 0.")
+
+
+if __name__ == "__main__":
+    sys.exit(command_line.run(main, sys.argv))

@@ -2,6 +2,7 @@
 
 import dataclasses
 import enum
+import math
 import re
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -105,7 +106,8 @@ def adapt(
     wanted = {name: leaf for name, leaf in fresh.items() if name not in dropped}
     for name in wanted.keys() & kept.keys():
         if name.endswith(POSITIONS) and kept[name].shape != wanted[name].shape:
-            kept[name] = _resample(kept[name], wanted[name].shape, init, log)
+            shape = wanted[name].shape
+            kept[name] = _resample(name, kept[name], shape, init, log)
     lines = trees.difference(wanted, kept, "the model", "the checkpoint")
     if lines:
         hint = lines[0].split()[1].rpartition("/")[0] or lines[0].split()[1]
@@ -179,13 +181,17 @@ def _dropped(
 
 
 def _resample(
-    positions: Any, shape: tuple[int, ...], init: Init, log: Callable[[str], None]
+    name: str,
+    positions: Any,
+    shape: tuple[int, ...],
+    init: Init,
+    log: Callable[[str], None],
 ) -> Any:
     if positions.ndim != len(shape) or positions.shape[-1] != shape[-1]:
         return positions  # another width: reported with the other differences
-    (old_rows, old_columns, _), (rows, columns, _) = positions.shape, shape
+    old, new = _grid(name, positions.shape), _grid(name, shape)
     line = (
-        f"Checkpoint grid {old_rows}x{old_columns}, model grid {rows}x{columns}: "
+        f"Checkpoint grid {old[0]}x{old[1]}, model grid {new[0]}x{new[1]}: "
         "resizing position embedding (bilinear)."
     )
     if init.position_resize == PositionResize.ERROR:
@@ -194,4 +200,17 @@ def _resample(
             "--config.init.position_resize=bilinear."
         )
     log(f"{line} --config.init.position_resize=error to forbid.")
-    return resample_positions(positions, (rows, columns))
+    resized = resample_positions(np.reshape(positions, (*old, shape[-1])), new)
+    return resized.reshape(shape)
+
+
+def _grid(name: str, shape: tuple[int, ...]) -> tuple[int, int]:
+    """Returns (rows, columns) of positions stored as [1, N, D], N a square."""
+    side = math.isqrt(shape[1])
+    if len(shape) != 3 or shape[0] != 1 or side * side != shape[1]:
+        raise ValueError(
+            f"{name} {tuple(shape)} is no square grid of positions, so its rows and "
+            "columns are not known and it cannot be resized. To start it from scratch: "
+            f"--config.init.drop='{name}'"
+        )
+    return side, side

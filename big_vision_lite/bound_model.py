@@ -1,5 +1,6 @@
 """The model bound to parameters, random keys and mode: what an objective calls."""
 
+import inspect
 from collections.abc import Callable
 from typing import Any
 
@@ -97,8 +98,15 @@ class BoundModel:
         )
 
     def _evaluate_frozen(self, call: Any, args: Any, kwargs: Any, context: Any) -> Any:
-        path = "/".join(context.module.path)
-        if kwargs.get("train") and path in self._frozen_modules:
+        if "/".join(context.module.path) not in self._frozen_modules:
+            return call(*args, **kwargs)
+        # By position too: rematerialised blocks cannot take it by name.
+        names = list(inspect.signature(context.orig_method).parameters)
+        args = [
+            False if name == "train" else value
+            for name, value in zip(names, args, strict=False)
+        ] + list(args[len(names) :])
+        if "train" in kwargs:
             kwargs = {**kwargs, "train": False}
         return call(*args, **kwargs)
 

@@ -94,7 +94,8 @@ class Checkpointer:
         leaves = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), state)
         folder = self._folder / str(step)
         pending = ocp.save_async(folder, state)
-        finish = functools.partial(self._finish, folder, step, pending, leaves, sums)
+        about = self._metadata | {"step": step, "devices": count_devices(state)}
+        finish = functools.partial(self._finish, folder, about, pending, leaves, sums)
         self._thread = threading.Thread(target=finish, name=f"save-{step}")
         self._thread.start()
         self.last_saved = step
@@ -130,28 +131,27 @@ class Checkpointer:
                 f"{error}\n{self._offer(steps[:-1], folder)}"
             ) from error
         self.last_saved = newest
-        saved_on, now = manifest["devices"], jax.device_count()
+        saved_on, now = manifest["devices"], count_devices(state)
         if saved_on != now:
             self._log(f"saved on {saved_on} devices, restoring on {now}")
         return state
 
     def _finish(
-        self, folder: epath.Path, step: int, pending: Any, leaves: Any, sums: Any
+        self, folder: epath.Path, about: dict, pending: Any, leaves: Any, sums: Any
     ) -> None:
         try:
             pending.result()
             if jax.process_index() == 0:
                 (folder / CONFIG).write_text(self._config_text)
-                manifest = self._metadata | {
-                    "step": step,
-                    "devices": jax.device_count(),
+                manifest = about | {
                     "leaves": integrity.describe_leaves(leaves, jax.device_get(sums)),
                     "files": integrity.digest_files(folder),
                 }
                 integrity.write_manifest(folder, manifest)
                 self._prune()
-        except BaseException as error:  # handed to the training thread by wait()
-            self._error = error
+        except Exception as error:  # handed to the training thread by wait()
+            self._error = OSError(self._failure(about["step"], error))
+            self._error.__cause__ = error
 
     def _prune(self) -> None:
         # Only after the new step's manifest is there, so that a kill at any moment
@@ -179,6 +179,16 @@ class Checkpointer:
                 f"step {path.name.split('.')[0]} was left unfinished by a killed run: "
                 f"moved to {target}. {newest}"
             )
+
+    def _failure(self, step: int, error: Exception) -> str:
+        # A full disk comes as ValueError from tensorstore, with a trace in its text.
+        reason = str(error).strip().splitlines()[0] if str(error) else repr(error)
+        steps = complete_steps(self._folder)
+        kept = f"Step {steps[-1]} is complete" if steps else "No step is saved yet"
+        return (
+            f"Could not save step {step} in {self._folder}: {reason}. {kept}. Free "
+            "disk space or mend the folder; the same command continues from there."
+        )
 
     def _offer(self, steps: list[int], damaged: epath.Path) -> str:
         for step in reversed(steps):
@@ -272,6 +282,11 @@ def find(path: str | epath.Path, log: Callable[[str], None] = print) -> epath.Pa
         f"No complete checkpoint in {path}: {what}. Give a run folder, its "
         f"{FOLDER}/ folder, or one step folder with its {integrity.MANIFEST}."
     )
+
+
+def count_devices(state: TrainState) -> int:
+    """Counts the devices over which a state is spread."""
+    return len(state.step.sharding.device_set)
 
 
 def barrier(name: str) -> None:

@@ -10,7 +10,7 @@ from rich.text import Text
 INPUT_BOUND_ABOVE = 0.2
 
 
-def format_line(step: int, num_steps: int, metrics: Mapping[str, float]) -> str:
+def format_line(step: int, num_steps: int, metrics: Mapping[str, float | int]) -> str:
     """Returns "step  200/400  loss 0.1234  lr 1.0e-03  812 img/s ..."."""
     formats = (
         ("train/loss", lambda x: f"loss {x:.4f}"),
@@ -28,7 +28,7 @@ def format_line(step: int, num_steps: int, metrics: Mapping[str, float]) -> str:
     return "  ".join(parts)
 
 
-def format_scores(scores: Mapping[str, float]) -> dict[str, str]:
+def format_scores(scores: Mapping[str, float | int]) -> dict[str, str]:
     """Returns {name: "90.1 ± 0.6 %"}: accuracies in percent, spreads beside them."""
     texts = {}
     for name, value in scores.items():
@@ -47,7 +47,7 @@ def format_scores(scores: Mapping[str, float]) -> dict[str, str]:
     return texts
 
 
-def score_table(scores: Mapping[str, float]) -> Table:
+def score_table(scores: Mapping[str, float | int]) -> Table:
     """Builds the table of the last scores, the controls in columns of their own."""
     texts = format_scores(scores)
     controls = {name: text for name, text in texts.items() if "/control_" in name}

@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from etils import epath
+from flax import linen as nn
 from orbax.checkpoint import v1 as ocp
 
 from big_vision_lite import state as state_lib
@@ -58,40 +59,46 @@ def _first_bad(state: TrainState, batch: Batch, model: Model) -> str:
         if not _finite(leaf):
             return f"parameter {name}"
 
+    order: list[str] = []
+
+    def note(call: Any, args: Any, kwargs: Any, context: Any) -> Any:
+        outputs = call(*args, **kwargs)
+        if context.method_name == "__call__":
+            order.append("/".join(context.module.path))
+        return outputs
+
     @jax.jit
     def forward(params: Any, collections: Any, batch: Batch) -> Any:
-        _, changed = model.apply(
-            {"params": params, **collections},
-            **model.inputs(batch),
-            train=False,
-            capture_intermediates=True,
-            mutable=["intermediates"],
-        )
-        summary = jax.tree.map(
+        with nn.intercept_methods(note):
+            _, changed = model.apply(
+                {"params": params, **collections},
+                **model.inputs(batch),
+                train=False,
+                capture_intermediates=True,
+                mutable=["intermediates"],
+            )
+        return jax.tree.map(
             lambda x: (jnp.isfinite(x).all(), jnp.abs(x).max().astype(jnp.float32)),
             changed["intermediates"],
         )
-        # One number a module, in the order in which the modules ran.
-        return summary
 
+    seen: dict[str, list[tuple[bool, float]]] = {}
     found = trees.flatten(forward(params, state.collections, batch))
-    outputs = [name[:-2] for name in found if name.endswith("/0")]
-    bad = [name for name in outputs if not bool(found[f"{name}/0"])]
-    if bad:
-        # Inner modules end before outer ones; the deepest name is the closest cause.
-        first = max(bad, key=lambda name: name.count("/"))
-        largest = {n: float(found[f"{n}/1"]) for n in outputs if n not in bad}
-        top = max(largest, key=lambda n: largest[n], default=None)
-        seen = f" (largest finite: {top}, max {largest[top]:.2g})" if top else ""
-        return f"the output of {_module(first)}{seen}"
+    for name in (n.removesuffix("/0") for n in found if n.endswith("/0")):
+        module = name.partition("__call__")[0].rstrip("/")
+        values = bool(found[f"{name}/0"]), float(found[f"{name}/1"])
+        seen.setdefault(module, []).append(values)
+    # In the order in which the modules ended: inner before outer, early before late.
+    largest = ""
+    for module in (module for module in order if module in seen):
+        if not all(finite for finite, _ in seen[module]):
+            return f"the output of {module or 'the model'}{largest}"
+        top = max(value for _, value in seen[module])
+        largest = f" (the one before, {module}, has max {top:.2g})"
     return (
         "none in a forward pass without dropout and augmentation, so it arose in the "
         "loss, the gradient or the augmented images"
     )
-
-
-def _module(name: str) -> str:
-    return name.split("/__call__")[0] or "the model"
 
 
 def _finite(x: Any) -> bool:

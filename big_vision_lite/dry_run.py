@@ -7,12 +7,11 @@ import jax
 import numpy as np
 from etils import epath
 
-from big_vision_lite import flops, sharding, trees
+from big_vision_lite import sharding, trees
 from big_vision_lite import state as state_lib
 from big_vision_lite.config import TrainConfig
 from big_vision_lite.data import pipeline
 from big_vision_lite.state import TrainState
-from big_vision_lite.step import make_train_step
 
 GIGA = 1e9
 GRID = 8
@@ -25,68 +24,32 @@ def dry_run(config: TrainConfig, workdir: epath.Path) -> str:
     `workdir/first_batch.png`.
     """
     mesh = sharding.make_mesh(config.mesh)
-    sharding.check_batch_size(config.data.batch_size, mesh, config.micro_batches)
     examples = len(config.data.source)
-    num_steps = config.resolve_steps(examples)
-    optimizer = config.optimizer.build(num_steps)
     with (
         jax.set_mesh(mesh),
         pipeline.open_batches(config.data, config.seed, mesh) as (batches),
     ):
-        spec = batches.spec()
-        initialize = state_lib.make_initializer(
-            config.model,
-            spec,
-            optimizer,
-            freeze=config.freeze,
-            ema=config.ema is not None,
-        )
-        abstract = state_lib.blueprint(initialize, config.sharding, mesh)
-        step = make_train_step(
-            config.model,
-            config.objective,
-            optimizer,
-            mesh,
-            abstract,
-            device_ops=config.data.device_ops,
-            micro_batches=config.micro_batches,
-            ema=config.ema,
-        )
-        memory = step.lower(abstract, spec).compile().memory_analysis()
+        built = program.build(config, mesh, batches.spec())
+        step = built.train_step.lower(built.abstract, dict(built.spec)).compile()
+        memory = step.memory_analysis()
         batch = next(iter(batches.starting_at(1)))
         picture = workdir / "first_batch.png"
         write_grid(batch["image"], picture)
     per_epoch = examples / config.data.batch_size
     lines = [
-        *_parameter_lines(abstract),
+        *_parameter_lines(built.abstract),
         "",
-        *_batch_lines(spec),
+        *_batch_lines(built.spec),
         f"classes      {len(config.data.source.class_names)}",
         f"examples     {examples:,} in {config.data.source.fingerprint}",
-        f"steps        {num_steps:,} of {config.data.batch_size} "
-        f"({per_epoch:.1f} an epoch, {num_steps / per_epoch:.2f} epochs)",
-        f"model FLOPs  {forward_flops(config, abstract, spec) / GIGA:.2f} G "
-        "forward an image",
+        f"steps        {built.num_steps:,} of {config.data.batch_size} "
+        f"({per_epoch:.1f} an epoch, {built.num_steps / per_epoch:.2f} epochs)",
+        f"model FLOPs  {built.flops_per_step / GIGA:.3g} G a step (3 times forward)",
         f"mesh         {dict(mesh.shape)} of {jax.devices()[0].device_kind}",
         f"memory       {_memory(memory)} a device",
         f"first batch  {picture}",
     ]
     return "\n".join(lines)
-
-
-def forward_flops(config: TrainConfig, abstract: TrainState, spec: Any) -> float:
-    """Returns the model's matmul and convolution FLOPs forward, for one image."""
-    one = {
-        name: jax.ShapeDtypeStruct((1, *leaf.shape[1:]), leaf.dtype)
-        for name, leaf in spec.items()
-    }
-    params = state_lib.merge(abstract.params, abstract.frozen)
-
-    def forward(params: Any, collections: Any, batch: Any) -> Any:
-        variables = {"params": params, **collections}
-        return config.model.apply(variables, **config.model.inputs(batch), train=False)
-
-    return flops.count(forward, params, abstract.collections, one)
 
 
 def write_grid(images: Any, path: epath.Path, side: int = GRID) -> None:

@@ -1,0 +1,86 @@
+"""Matrix-product and convolution FLOPs of a function, by formula, without running it."""
+
+import math
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import jax
+
+
+def count(function: Callable[..., Any], *args: Any) -> int:
+    """Returns the FLOPs of `function(*args)`; one multiply-add is 2.
+
+    `args` may be `jax.ShapeDtypeStruct`s. Padding counts as if it were image, the zeros
+    between the rows of a strided convolution's gradient do not count; elementwise work
+    does not either. Of the branches of a condition the dearest counts. What
+    rematerialisation computes twice counts twice: count `model.clone(remat="none")`
+    for model FLOPs.
+
+    Raises:
+        ValueError: a while loop holds products; nobody knows how often it turns.
+    """
+    return _count(jax.make_jaxpr(function)(*args).jaxpr)
+
+
+def _count(jaxpr: Any) -> int:
+    return sum(_count_equation(equation) for equation in jaxpr.eqns)
+
+
+def _count_equation(equation: Any) -> int:
+    name, params = equation.primitive.name, equation.params
+    if name == "dot_general":
+        return _dot_general(equation)
+    if name == "conv_general_dilated":
+        return _convolution(equation)
+    if name.startswith("dot_product_attention_"):
+        return _fused_attention(equation)
+    inside = [_count(jaxpr) for jaxpr in _jaxprs(params)]
+    if name == "scan":
+        return params["length"] * sum(inside)
+    if name == "cond":
+        return max(inside)
+    if name == "shard_map":
+        return math.prod(params["mesh"].shape.values()) * sum(inside)
+    if name == "while" and any(inside):
+        raise ValueError(
+            "A while loop with matrix products: their number is not known before it "
+            "runs. Write it as jax.lax.scan, or fori_loop with fixed bounds."
+        )
+    return sum(inside)
+
+
+def _dot_general(equation: Any) -> int:
+    lhs = equation.invars[0].aval.shape
+    (contracting, _), _ = equation.params["dimension_numbers"]
+    products = math.prod(lhs[axis] for axis in contracting)
+    return 2 * equation.outvars[0].aval.size * products
+
+
+def _convolution(equation: Any) -> int:
+    rhs = equation.invars[1].aval
+    params = equation.params
+    # The kernel's second axis counts the inputs of one group only; a gradient with
+    # respect to the image is a convolution over an image dilated with zeros.
+    features = rhs.shape[params["dimension_numbers"].rhs_spec[0]]
+    products = 2 * equation.outvars[0].aval.size * (rhs.size // features)
+    return products // math.prod(params["lhs_dilation"])
+
+
+def _fused_attention(equation: Any) -> int:
+    """CuDNN's attention on q [B, N, H, D] and k [B, M, H, D], in jax 0.10 to 0.12."""
+    (batch, queries, heads, head_dim), (_, memory, _, _) = (
+        variable.aval.shape for variable in equation.invars[:2]
+    )
+    # Forward q k and weights v; backward two products for each of these two. That the
+    # backward pass computes q k a second time is not counted.
+    products = 4 if "_bwd" in equation.primitive.name else 2
+    return products * 2 * batch * heads * queries * memory * head_dim
+
+
+def _jaxprs(params: dict[str, Any]) -> Iterator[Any]:
+    for value in params.values():
+        for item in value if isinstance(value, tuple | list) else (value,):
+            if hasattr(item, "eqns"):  # Jaxpr, and ClosedJaxpr in newer versions
+                yield item
+            elif hasattr(getattr(item, "jaxpr", None), "eqns"):
+                yield item.jaxpr

@@ -27,7 +27,8 @@ def pin_batch(x: Array) -> Array:
     mesh = jax.sharding.get_abstract_mesh()
     if mesh.empty or x.ndim == 0:
         return x
-    axes = tuple(axis for axis in BATCH_AXES if axis in mesh.axis_names)
+    # Inside shard_map, where gradients are accumulated, rows stay by themselves.
+    axes = tuple(axis for axis in BATCH_AXES if axis in mesh.auto_axes)
     if not axes:
         return x
     return jax.lax.with_sharding_constraint(x, PartitionSpec(axes))

@@ -138,7 +138,7 @@ class Writer:
         """Returns all records, oldest first."""
         return [dict(record) for record in self._records]
 
-    def latest(self) -> dict[str, float]:
+    def latest(self) -> dict[str, float | int]:
         """Returns the newest value of every score an evaluator has given."""
         scores = {}
         for record in sorted(self._records, key=lambda record: record["step"]):
@@ -207,7 +207,7 @@ class _EventFile:
             start = _event.SessionLog(status=_event.SessionLog.START)
             self._add(_event.Event(step=first_step, session_log=start))
 
-    def scalars(self, step: int, values: Mapping[str, float]) -> None:
+    def scalars(self, step: int, values: Mapping[str, float | int]) -> None:
         summary = _summary.Summary(
             value=[
                 _summary.Summary.Value(tag=name, simple_value=value)

@@ -26,8 +26,8 @@ from big_vision_lite.types import Params, Schedule
 class MomentumDtype(enum.StrEnum):
     """How the average of gradients is stored; the second moment is always float32.
 
-    Optax also multiplies the stored average in this dtype: in bfloat16 a decay of 0.9
-    acts as 0.8984 (published big_vision runs have the same).
+    Optax takes the average's decay in this dtype too: in bfloat16, 0.9 acts as 0.8984
+    (as it does wherever optax's `mu_dtype` or `accumulator_dtype` is used).
     """
 
     FLOAT32 = "float32"

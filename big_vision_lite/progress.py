@@ -49,7 +49,7 @@ class Progress:
         self._quiet = quiet or jax.process_index() > 0
         self._live: Live | None = None
         self._step = 0
-        self._shown: Mapping[str, float] = {}
+        self._shown: Mapping[str, float | int] = {}
         self._inner: str | None = None
         self._drawn = 0.0
         self._device = DeviceClock()
@@ -153,7 +153,7 @@ class Progress:
         return rates
 
     def show(
-        self, step: int, metrics: Mapping[str, float], batches: Any = None
+        self, step: int, metrics: Mapping[str, float | int], batches: Any = None
     ) -> None:
         """Shows one log record: in the live line, or as a line of its own.
 
@@ -173,7 +173,7 @@ class Progress:
         if batches is not None:
             self._advise(batches)
 
-    def scores(self, step: int, scores: Mapping[str, float]) -> None:
+    def scores(self, step: int, scores: Mapping[str, float | int]) -> None:
         """Shows what an evaluator found: a line a group of scores, without controls."""
         lines: dict[str, list[str]] = {}
         for name, text in texts.format_scores(scores).items():
@@ -193,7 +193,7 @@ class Progress:
             self._print(text)
 
     def summary(
-        self, scores: Mapping[str, float], next_commands: Sequence[str]
+        self, scores: Mapping[str, float | int], next_commands: Sequence[str]
     ) -> None:
         """Prints the table of all scores and what to type next."""
         if self._quiet or self._outer is not None:

@@ -1,5 +1,6 @@
 """The folder of one run: locked while it trains, and tied to one configuration."""
 
+import dataclasses
 import fcntl
 import hashlib
 import importlib.metadata
@@ -53,12 +54,10 @@ class RunFolder:
         config: TrainConfig,
         *,
         log: Callable[[str], None] = print,
-        lengths: Callable[[TrainConfig, TrainConfig, int], str] | None = None,
     ):
         self.path = workdir
         self._config = config
         self._log = log
-        self._lengths = lengths
         self._lock: Any = None
 
     def __enter__(self) -> "RunFolder":
@@ -141,14 +140,18 @@ class RunFolder:
         self, old: Mapping[str, Any], binding: Sequence[Any], step: int
     ) -> str:
         shown = "; ".join(f"{key} {a} -> {b}" for key, a, b in binding)
-        rates = ""
-        if self._lengths is not None:
-            before = serialize.from_json(json.dumps(old), _modules(self._config))
-            rates = " " + self._lengths(before, self._config, step)
+        # Only the length differs, so all else of the old run is in the new one.
+        then = {name: old["config"].get(name) for name in LENGTH}
+        before = dataclasses.replace(self._config, **then)
+        examples = len(self._config.data.source)
+        was, would_be = (
+            float(c.optimizer.schedule.build(c.resolve_steps(examples))(step))
+            for c in (before, self._config)
+        )
         return (
-            f"{self.path} was started with another length: {shown}.{rates} Choose the "
-            "old length, or start a new run with a new --workdir and "
-            f"--config.init.path={self.path}"
+            f"{self.path} was started with another length: {shown}. Learning rate now "
+            f"{was:.1e} -> would be {would_be:.1e}. Choose the old length, or start a "
+            f"new run with a new --workdir and --config.init.path={self.path}"
         )
 
 
@@ -237,10 +240,3 @@ def _short(value: Any) -> str:
 
 def _sha(config: Any) -> str:
     return hashlib.sha256(json.dumps(config).encode()).hexdigest()[:8]
-
-
-def _modules(config: TrainConfig) -> list[str]:
-    return [
-        type(part).__module__
-        for part in (config.model, config.objective, config.optimizer)
-    ]

@@ -61,7 +61,9 @@ def rebuild(component: Any, allowed_modules: Iterable[str] = ()) -> Any:
 
 def fields(component: Any) -> list[dataclasses.Field]:
     """Lists the fields that describe a component."""
-    return [f for f in dataclasses.fields(component) if f.name not in LINEN_FIELDS]
+    found = dataclasses.fields(component)
+    is_module = any(field.name == "parent" for field in found)
+    return [f for f in found if not (is_module and f.name in LINEN_FIELDS)]
 
 
 @functools.cache

@@ -22,7 +22,8 @@ class TrainState:
     an average of `params`, a copy (an alias could not be donated), or None.
     """
 
-    step: Array
+    # Typed loosely: the tree also holds shapes, shardings and digests.
+    step: Any
     params: Any
     frozen: Any
     collections: Any

@@ -52,7 +52,9 @@ def make_train_step(
         sums = {name: weighted_sum(x, batch) for name, x in metrics.items()}
         sums["loss"] = weighted_sum(losses, batch)
         weight = weighted_sum(jnp.ones(losses.shape[:1]), batch)
-        return sums["loss"] / weight, (sums, weight, forward.collections)
+        # A micro-batch of padding alone has weight 0 and must give 0, not NaN.
+        mean = sums["loss"] / jnp.maximum(weight, 1)
+        return mean, (sums, weight, forward.collections)
 
     gradient = jax.value_and_grad(loss_of, has_aux=True)
 

@@ -16,6 +16,7 @@ from big_vision_lite import (
     devices,
     dry_run,
     evaluation,
+    program,
     run_folder,
     serialize,
     sharding,
@@ -30,7 +31,6 @@ from big_vision_lite.metrics import Writer
 from big_vision_lite.monitor import Monitor
 from big_vision_lite.progress import Progress
 from big_vision_lite.state import TrainState
-from big_vision_lite.step import make_train_step
 from big_vision_lite.stop import Stopped, StopSignal
 
 
@@ -54,9 +54,7 @@ def train(
         Stopped: a signal came; the state is saved.
     """
     mesh = sharding.make_mesh(config.mesh)
-    sharding.check_batch_size(config.data.batch_size, mesh, config.micro_batches)
     num_steps = config.resolve_steps(len(config.data.source))
-    optimizer = config.optimizer.build(num_steps)
     with (
         jax.set_mesh(mesh),
         StopSignal() as stop,
@@ -74,34 +72,16 @@ def train(
             config.data, config.seed, mesh, workdir / "bad_files.txt"
         ) as batches,
     ):
-        spec = batches.spec()
-        initialize = state_lib.make_initializer(
-            config.model,
-            spec,
-            optimizer,
-            freeze=config.freeze,
-            ema=config.ema is not None,
-        )
-        abstract = state_lib.blueprint(initialize, config.sharding, mesh)
-        fresh = functools.partial(state_lib.create, initialize, abstract, config.seed)
-        state = checkpointer.restore_latest(abstract)
+        built = program.build(config, mesh, batches.spec())
+        state = checkpointer.restore_latest(built.abstract)
         if state is None:
-            state = start(config, fresh(), first_params, progress.message)
+            state = start(config, built.fresh(), first_params, progress.message)
         # Anything else would compile the step a second time.
-        state_lib.check_same(abstract, state)
+        state_lib.check_same(built.abstract, state)
         first_step = int(state.step) + 1
-        writer.resume_at(int(state.step))
-        train_step = make_train_step(
-            config.model,
-            config.objective,
-            optimizer,
-            mesh,
-            abstract,
-            seed=config.seed,
-            device_ops=config.data.device_ops,
-            micro_batches=config.micro_batches,
-            ema=config.ema,
-        )
+        if first_step > 1:
+            progress.message(f"resuming from step {first_step - 1} of {num_steps}")
+        writer.resume_at(first_step - 1)
         evaluations = evaluation.Evaluations(
             config,
             functools.partial(
@@ -109,7 +89,7 @@ def train(
                 config=config,
                 mesh=mesh,
                 workdir=workdir,
-                untrained_state=fresh,
+                untrained_state=built.fresh,
                 log=progress.message,
             ),
             writer,
@@ -121,9 +101,9 @@ def train(
         )
         # A run killed between a save and its evaluations makes up for them.
         evaluations.run_due(first_step - 1, state)
-        progress.begin(first_step - 1, step_flops(config, abstract, spec))
+        progress.begin(first_step - 1, built.flops_per_step)
         for step, batch in progress.watch(batches.starting_at(first_step), num_steps):
-            state, metrics = train_step(state, batch)
+            state, metrics = built.train_step(state, batch)
             progress.pace(metrics)
             monitor.add(step, metrics)
             last = step == num_steps
@@ -181,11 +161,6 @@ def describe(config: TrainConfig, num_steps: int) -> dict[str, Any]:
         "source": config.data.source.fingerprint,
         "versions": run_folder.versions(),
     }
-
-
-def step_flops(config: TrainConfig, abstract: TrainState, spec: Any) -> float:
-    """Returns the model FLOPs of a step: three times forward (gradients cost two)."""
-    return 3 * config.data.batch_size * dry_run.forward_flops(config, abstract, spec)
 
 
 def next_commands(workdir: epath.Path, recipe: str) -> list[str]:

@@ -73,6 +73,7 @@ class Model(Protocol):
     def apply(self, *args: Any, **kwargs: Any) -> Any: ...
 
 
+@runtime_checkable
 class Forward(Protocol):
     """The model bound to parameters, random keys and mode: what an objective calls."""
 

@@ -108,8 +108,8 @@ def stored(x, dtype):
 
 
 def decayed(beta, average, dtype):
-    """Multiplies as optax does: in the dtype of the stored average."""
-    return stored(stored(beta, dtype) * average, dtype)
+    """Multiplies as optax does: by the decay in the dtype of the stored average."""
+    return stored(beta, dtype) * average
 
 
 def adam_by_hand(optimizer):
@@ -193,9 +193,9 @@ def test_the_chain_equals_its_formula_over_five_steps(name):
     gradients.append(random_leaves(4, 10.0))
     ours = run(optimizer, gradients)
     expected = by_hand(optimizer, lambda: direction(optimizer), gradients)
-    # float32 against float64, where the largest updates are 0.1; a few averages round
-    # to the neighbouring bfloat16.
-    atol = 1e-4 if optimizer.momentum_dtype == BFLOAT16 else 1e-5
+    # float32 against float64, where the largest updates are 0.1. XLA is free to round
+    # optax's bfloat16 products or not; that moves them by 2^-9.
+    atol = 3e-4 if optimizer.momentum_dtype == BFLOAT16 else 1e-5
     for have, want in zip(ours, expected, strict=True):
         for leaf in SHAPES:
             np.testing.assert_allclose(

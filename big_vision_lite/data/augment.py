@@ -89,9 +89,8 @@ def rotate(image: np.ndarray, magnitude: int, rng: np.random.Generator) -> np.nd
     angle = math.radians(_either_way(3.0 * magnitude, rng))
     cos, sin = math.cos(angle), math.sin(angle)
     x, y = (image.shape[1] - 1) / 2, (image.shape[0] - 1) / 2
-    return _warp(
-        image, [[cos, -sin, x - cos * x + sin * y], [sin, cos, y - sin * x - cos * y]]
-    )
+    to_x, to_y = x - cos * x + sin * y, y - sin * x - cos * y
+    return _warp(image, np.array([[cos, -sin, to_x], [sin, cos, to_y]]))
 
 
 def posterize(
@@ -159,26 +158,30 @@ def sharpness(
 
 def shear_x(image: np.ndarray, magnitude: int, rng: np.random.Generator) -> np.ndarray:
     """Moves rows sideways by 0.03 times the magnitude times their number."""
-    return _warp(image, [[1, _either_way(0.03 * magnitude, rng), 0], [0, 1, 0]])
+    slope = _either_way(0.03 * magnitude, rng)
+    return _warp(image, np.array([[1, slope, 0], [0, 1, 0]]))
 
 
 def shear_y(image: np.ndarray, magnitude: int, rng: np.random.Generator) -> np.ndarray:
     """Moves columns up or down by 0.03 times the magnitude times their number."""
-    return _warp(image, [[1, 0, 0], [_either_way(0.03 * magnitude, rng), 1, 0]])
+    slope = _either_way(0.03 * magnitude, rng)
+    return _warp(image, np.array([[1, 0, 0], [slope, 1, 0]]))
 
 
 def translate_x(
     image: np.ndarray, magnitude: int, rng: np.random.Generator
 ) -> np.ndarray:
     """Shifts sideways by 10 pixels times the magnitude."""
-    return _warp(image, [[1, 0, _either_way(10.0 * magnitude, rng)], [0, 1, 0]])
+    shift_px = _either_way(10.0 * magnitude, rng)
+    return _warp(image, np.array([[1, 0, shift_px], [0, 1, 0]]))
 
 
 def translate_y(
     image: np.ndarray, magnitude: int, rng: np.random.Generator
 ) -> np.ndarray:
     """Shifts up or down by 10 pixels times the magnitude."""
-    return _warp(image, [[1, 0, 0], [0, 1, _either_way(10.0 * magnitude, rng)]])
+    shift_px = _either_way(10.0 * magnitude, rng)
+    return _warp(image, np.array([[1, 0, 0], [0, 1, shift_px]]))
 
 
 def cutout(image: np.ndarray, magnitude: int, rng: np.random.Generator) -> np.ndarray:
@@ -240,11 +243,11 @@ def _blend(degenerate: np.ndarray, image: np.ndarray, magnitude: int) -> np.ndar
     return cv2.addWeighted(image, factor, degenerate, 1 - factor, -0.5 + 0.01)
 
 
-def _warp(image: np.ndarray, to_source: list[list[float]]) -> np.ndarray:
+def _warp(image: np.ndarray, to_source: np.ndarray) -> np.ndarray:
     """Reads every pixel at the nearest source pixel of `to_source` (x, y, 1)."""
     return cv2.warpAffine(
         image,
-        np.array(to_source),
+        to_source,
         image.shape[1::-1],
         flags=cv2.INTER_NEAREST | cv2.WARP_INVERSE_MAP,
         borderValue=FILL,

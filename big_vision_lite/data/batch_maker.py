@@ -7,7 +7,7 @@ processes and hosts makes the same batch.
 import itertools
 import time
 from collections.abc import Iterator
-from typing import NoReturn, Protocol
+from typing import NoReturn, Protocol, runtime_checkable
 
 import numpy as np
 
@@ -28,6 +28,7 @@ ATTEMPTS = 8
 TIMED_EVERY = 8
 
 
+@runtime_checkable
 class BatchMaker(Protocol):
     """Fills the rows of host batches; called from many threads, pickled to workers."""
 
@@ -74,7 +75,7 @@ class TrainingBatches:
         examples.hand_in()
 
     def complete(self, batch: HostBatch) -> None:
-        pass
+        batch.report.sort()
 
     def _candidates(self, position: int) -> Iterator[int]:
         """Yields the index of a position, then those that may replace it."""
@@ -108,6 +109,7 @@ class EvaluationBatches:
         if not batch.arrays:
             batch.zeros_like(self._some_example())
         batch.arrays["valid"] = batch.filled
+        batch.report.sort()
 
     def _some_example(self) -> HostBatch:
         """Returns a batch of one, for the shapes where a host has no example."""

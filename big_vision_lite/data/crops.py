@@ -15,8 +15,8 @@ class Resampling(enum.StrEnum):
 
     BILINEAR   2x2 taps at half-pixel centres whatever the scale, no antialias: what
                TensorFlow and big_vision do, but they truncate where we round, so
-               that their pixels lie 0.5 of 255 lower in the mean. OpenCV's fixed-point
-               weights stay within 0.8 of the exact value.
+               that their pixels lie 0.4 of 255 lower in the mean. OpenCV works in
+               fixed point: within 0.8 of the exact value, 0.1 below it in the mean.
     ANTIALIAS  averages over a side that shrinks, bilinear on a side that grows; near
                to, not equal to, the triangle filter of PIL and torchvision.
     AREA       averages over the covered area, both ways (TensorFlow's "area").

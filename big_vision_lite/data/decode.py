@@ -94,8 +94,8 @@ def check_pixels(height: int, width: int, what: str) -> None:
 def _decode_jpeg(data: bytes | bytearray | memoryview, channels: int) -> np.ndarray:
     try:
         height, width, *_ = simplejpeg.decode_jpeg_header(data, strict=False)
-    except ValueError as error:
-        raise UndecodableImage(f"JPEG header is damaged: {error}") from error
+    except (ValueError, KeyError) as error:  # KeyError: the sampling is unknown.
+        raise UndecodableImage(f"JPEG header is damaged or odd: {error}") from error
     check_pixels(int(height), int(width), "JPEG")
     colorspace = "GRAY" if channels == 1 else "RGB"
     try:

@@ -34,6 +34,10 @@ class Report:
             old_seconds, old_images = self.stages.get(name, (0.0, 0))
             self.stages[name] = (old_seconds + seconds, old_images + images)
 
+    def sort(self) -> None:
+        """Forgets in which order the threads ended."""
+        self.unreadable.sort(key=lambda bad: bad.index)
+
 
 @dataclasses.dataclass(frozen=True)
 class Column:

@@ -27,7 +27,9 @@ class Order:
         self._stream = indices.seed(seed).shuffle().repeat()
 
     def __getitem__(self, position: int) -> int:
-        return int(self._stream[position])
+        index = self._stream[position]
+        assert index is not None  # Only a filtered Grain stream has holes.
+        return int(index)
 
 
 def replacement(seed: int, position: int, attempt: int, size: int) -> int:

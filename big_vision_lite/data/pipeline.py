@@ -3,13 +3,11 @@
 The batch of step n is a function of (seed, n): see `order` and `batch_maker`.
 """
 
-import collections
-import concurrent.futures
 import contextlib
 import dataclasses
 import math
-import time
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
+from typing import Any
 
 import jax
 import numpy as np
@@ -17,17 +15,11 @@ from etils import epath
 
 from big_vision_lite import layout
 from big_vision_lite.data.batch_maker import EvaluationBatches, TrainingBatches
-from big_vision_lite.data.host_batch import HostBatch, Report
+from big_vision_lite.data.host_batch import Report
+from big_vision_lite.data.stream import Batches, EvaluationSet
 from big_vision_lite.data.unreadable import UnreadableImages
-from big_vision_lite.data.workers import (
-    ProcessWorkers,
-    ThreadWorkers,
-    resolve_threads,
-)
+from big_vision_lite.data.workers import resolve_threads
 from big_vision_lite.types import Array, DeviceOp, Op, Source
-
-# Batches being made or waiting, beside the one in use.
-AHEAD = 3
 
 
 @dataclasses.dataclass(kw_only=True)
@@ -84,7 +76,7 @@ def open_batches(
     seed: int,
     mesh: jax.sharding.Mesh,
     bad_images_path: epath.Path | None = None,
-) -> Iterator["Batches"]:
+) -> Iterator[Batches]:
     """Opens the training batches of a run; no thread or process outlives the context.
 
     Unreadable images are listed in `bad_images_path`, usually WORKDIR/bad_files.txt,
@@ -100,141 +92,17 @@ def open_batches(
             f"{total} images. Use --config.data.batch_size={_power_of_two(total)}, or "
             "a larger split."
         )
-    unreadable = UnreadableImages(total, bad_images_path, jax.process_index())
-    batches = Batches(stream, seed, mesh, unreadable)
+    batches = Batches(
+        TrainingBatches(stream.source, stream.ops, seed, stream.batch_size),
+        _Placement(mesh, stream.batch_size),
+        UnreadableImages(total, bad_images_path, jax.process_index()),
+        threads=resolve_threads(stream.threads, stream.processes),
+        processes=stream.processes,
+    )
     try:
         yield batches
     finally:
         batches.close()
-
-
-class Batches:
-    """The endless global batches of a run, and what making them cost.
-
-    `wait_seconds` is how long the consumer has waited for data so far, `threads` the
-    number that decode in each process, `unreadable` what was skipped.
-    """
-
-    def __init__(
-        self,
-        stream: Stream,
-        seed: int,
-        mesh: jax.sharding.Mesh,
-        unreadable: UnreadableImages,
-    ):
-        self.wait_seconds = 0.0
-        self.unreadable = unreadable
-        self.threads = resolve_threads(stream.threads, stream.processes)
-        self._processes = stream.processes
-        self._put = _Placement(mesh, stream.batch_size)
-        self._maker = TrainingBatches(
-            stream.source, stream.ops, seed, stream.batch_size
-        )
-        self._report = Report()
-        self._workers: ThreadWorkers | ProcessWorkers | None = None
-
-    def starting_at(self, step: int) -> Iterator[dict[str, Array]]:
-        """Returns the endless iterator of the batches of `step`, `step` + 1, ...
-
-        Steps count from 1. An earlier iterator ends.
-        """
-        if step < 1:
-            raise ValueError(f"step={step}; steps count from 1.")
-        self.close()
-        if self._processes:
-            workers = ProcessWorkers(
-                self._maker,
-                self._put.rows,
-                self.threads,
-                self._put,
-                processes=self._processes,
-                first_step=step,
-            )
-        else:
-            workers = ThreadWorkers(
-                self._maker, self._put.rows, self.threads, self._put
-            )
-        self._workers = workers
-        return self._iterate(workers, step)
-
-    def spec(self) -> dict[str, jax.ShapeDtypeStruct]:
-        """Returns shape, dtype and sharding of every array of a global batch."""
-        probe = HostBatch(1, range(1))
-        self._maker.fill(probe, range(1))
-        return self._put.spec(probe.arrays)
-
-    def stages(self) -> dict[str, tuple[float, int]]:
-        """Returns CPU seconds and images of each stage, of the images that were timed.
-
-        Their ratio is the cost of an image; waiting for a disk does not count.
-        """
-        return dict(self._report.stages)
-
-    def close(self) -> None:
-        """Ends all threads and processes; `starting_at` may begin anew."""
-        if self._workers is not None:
-            self._workers.close()
-            self._workers = None
-
-    def _iterate(
-        self, workers: ThreadWorkers | ProcessWorkers, step: int
-    ) -> Iterator[dict[str, Array]]:
-        ahead: collections.deque[concurrent.futures.Future] = collections.deque()
-        while True:
-            while len(ahead) < AHEAD:
-                ahead.append(workers.submit(step))
-                step += 1
-            start = time.perf_counter()
-            arrays, report = ahead.popleft().result()
-            self.wait_seconds += time.perf_counter() - start
-            self._report.add(Report(stages=report.stages))
-            self.unreadable.add(report.unreadable)
-            yield arrays
-
-
-class EvaluationSet:
-    """All examples of a source, once each, in its order; iterate as often as needed.
-
-    Batches are full: rows past the end, and images that do not decode, are zeros with
-    "valid" False. Every process sees the same number of batches. After a pass
-    `unreadable` holds the names of this process's images that do not decode.
-    """
-
-    def __init__(
-        self,
-        source: Source,
-        ops: tuple[Op, ...],
-        batch_size: int,
-        mesh: jax.sharding.Mesh,
-        threads: int | None = None,
-    ):
-        self.unreadable: tuple[str, ...] = ()
-        self._size = len(source)
-        if not self._size:
-            raise ValueError("the evaluation set is empty; give a split with images.")
-        self._batch_size = batch_size
-        self._threads = resolve_threads(threads)
-        self._put = _Placement(mesh, batch_size)
-        self._maker = EvaluationBatches(source, ops, batch_size)
-
-    def __len__(self) -> int:
-        return math.ceil(self._size / self._batch_size)
-
-    def __iter__(self) -> Iterator[dict[str, Array]]:
-        ahead: collections.deque[concurrent.futures.Future] = collections.deque()
-        report = Report()
-        workers = ThreadWorkers(self._maker, self._put.rows, self._threads, self._put)
-        try:
-            for index in range(len(self) + AHEAD):
-                if index < len(self):
-                    ahead.append(workers.submit(index))
-                if index >= AHEAD:
-                    arrays, made = ahead.popleft().result()
-                    report.add(made)
-                    yield arrays
-        finally:
-            workers.close()
-        self.unreadable = tuple(bad.name for bad in report.unreadable)
 
 
 def eval_batches(
@@ -249,11 +117,19 @@ def eval_batches(
     Raises:
         ValueError: the source is empty, or the batch does not divide over the mesh.
     """
-    return EvaluationSet(source, ops, batch_size, mesh, threads)
+    total = len(source)
+    if not total:
+        raise ValueError("the evaluation set is empty; give a split with images.")
+    return EvaluationSet(
+        EvaluationBatches(source, ops, batch_size),
+        _Placement(mesh, batch_size),
+        num_batches=math.ceil(total / batch_size),
+        threads=resolve_threads(threads),
+    )
 
 
 def rows_of_devices(
-    sharding: jax.sharding.Sharding, batch_size: int, devices: set[jax.Device]
+    sharding: jax.sharding.Sharding, batch_size: int, devices: Collection[Any]
 ) -> range:
     """Returns the contiguous rows of a batch that `devices` hold together.
 

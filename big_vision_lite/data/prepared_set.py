@@ -1,4 +1,4 @@
-"""The folder of a prepared TFDS set: where it lies, what it holds, what a split means.
+"""What a prepared TFDS set holds, and what a split of it means.
 
 Read straight from dataset_info.json and features.json: that takes milliseconds, while
 importing tensorflow_datasets takes a second and 60 MB. The layout and the grammar of
@@ -7,25 +7,20 @@ splits are TFDS's (https://www.tensorflow.org/datasets/splits); a test compares 
 
 import dataclasses
 import json
-import os
 import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from big_vision_lite.data.closest import did_you_mean, some
+from big_vision_lite.data.closest import did_you_mean
 from big_vision_lite.data.records import ArrayRecordFile, Records, TFRecordFile
 from big_vision_lite.data.tfds_features import children
 
 RECORD_FILES = {"tfrecord": TFRecordFile, "array_record": ArrayRecordFile}
 FILE_TEMPLATE = "{DATASET}-{SPLIT}.{FILEFORMAT}-{SHARD_X_OF_Y}"
-# What TFDS cannot download: the user must have brought it.
-BROUGHT_FILES = {"imagenet2012": ("ILSVRC2012_img_train.tar", "ILSVRC2012_img_val.tar")}
-
 # A set of at most so many files is checked whole when it is opened.
 FEW_FILES = 16
 
-_VERSION = re.compile(r"\d+\.\d+\.\d+")
 _PART = re.compile(r"(?P<split>[\w-]+)(\[(?P<slice>[\d\w%:.-]+)\])?")
 _BOUND = re.compile(r"((?P<value>-?[\d_.]+)(?P<unit>%|shard)?)?")
 _BAD_SPLIT = (
@@ -47,10 +42,15 @@ class Split:
         return sum(length for _, length in self.shards)
 
     def between(
-        self, start: float | None, stop: float | None, unit: str | None
+        self, start: float | int | None, stop: float | int | None, unit: str | None
     ) -> "Range":
         """Turns a slice in percent, shards or examples (None) into examples."""
         if unit == "%":
+            if max(abs(start or 0), abs(stop or 0)) > 100:
+                raise ValueError(
+                    f"a slice of split {self.name!r} goes beyond 100 %; use a smaller "
+                    f'one, like "{self.name}[:99%]".'
+                )
             bounds = [
                 x if x is None else round(x * self.length / 100.0)
                 for x in (start, stop)
@@ -166,70 +166,6 @@ class PreparedSet:
         return Records(parts)
 
 
-def find(name: str, data_dir: str | None) -> Path:
-    """Returns the version folder of `name[/config][:version]`, the newest by default.
-
-    Looks in `data_dir`, else in $TFDS_DATA_DIR, else in ~/tensorflow_datasets; raises
-    FileNotFoundError that says what is there.
-    """
-    if data_dir and "://" in data_dir:
-        raise ValueError(
-            f"data_dir={data_dir!r} is not a local path; copy the set to a local disk "
-            "or mount the bucket, and name that folder."
-        )
-    chosen = data_dir or os.environ.get("TFDS_DATA_DIR") or "~/tensorflow_datasets"
-    root = Path(chosen).expanduser()
-    plain, _, version = name.partition(":")
-    folder = root / plain
-    if not plain or not folder.is_dir():
-        raise FileNotFoundError(_not_prepared(plain, root))
-    versions = {
-        path.name: path
-        for path in folder.iterdir()
-        if _VERSION.fullmatch(path.name) and (path / "dataset_info.json").is_file()
-    }
-    if version and version not in versions:
-        raise FileNotFoundError(
-            f"{plain} has no version {version!r} in {folder}; prepared there: "
-            f"{', '.join(sorted(versions)) or 'none'}."
-        )
-    if not versions:
-        configs = [f"{plain}/{config}" for config in _prepared_in(folder)]
-        if configs:
-            raise FileNotFoundError(
-                f"{plain} in {root} has configs; name one of them: {some(configs)}."
-            )
-        raise FileNotFoundError(_not_prepared(plain, root))
-    newest = max(versions, key=lambda v: tuple(map(int, v.split("."))))
-    return versions[version or newest]
-
-
-def _prepared_in(folder: Path) -> list[str]:
-    files = folder.glob("*/*/dataset_info.json")
-    return sorted({path.parent.parent.name for path in files})
-
-
-def _not_prepared(name: str, root: Path) -> str:
-    message = f"{name} is not prepared in {root}: "
-    if root.is_dir():
-        found = _prepared_in(root)
-        message += f"sets there: {some(found)}"
-        message += did_you_mean(name, found)
-    else:
-        message += "that folder does not exist"
-    brought = BROUGHT_FILES.get(name, ())
-    if brought:
-        manual = root / "downloads" / "manual"
-        states = (
-            f"{x} ({'found' if (manual / x).is_file() else 'missing'})" for x in brought
-        )
-        message += f"; to prepare it, {manual} needs {' and '.join(states)}"
-    return (
-        f"{message}. Prepare it: python tools/prepare_dataset.py tfds {name or 'NAME'} "
-        f"--data_dir {root}; or name another place: data_dir=..., TFDS_DATA_DIR=..."
-    )
-
-
 def load(folder: Path) -> PreparedSet:
     """Reads the JSON files of a version folder; ValueError for what we cannot read."""
     info = _json(folder / "dataset_info.json")
@@ -245,7 +181,7 @@ def load(folder: Path) -> PreparedSet:
         template = entry.get("filepathTemplate") or FILE_TEMPLATE
         name, count = entry["name"], len(lengths)
         names = [
-            _file_name(template, info["name"], name, file_format, index, count)
+            shard_file(template, info["name"], name, file_format, index, count)
             for index in range(count)
         ]
         splits[name] = Split(
@@ -267,9 +203,10 @@ def load(folder: Path) -> PreparedSet:
     )
 
 
-def _file_name(
+def shard_file(
     template: str, name: str, split: str, file_format: str, index: int, count: int
 ) -> str:
+    """Returns the name of shard `index` of `count`, as TFDS numbers them."""
     width = max(5, len(str(count)))
     number, total = f"{index:0{width}d}", f"{count:0{width}d}"
     return template.format(

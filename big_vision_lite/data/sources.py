@@ -14,7 +14,7 @@ from typing import Any, SupportsIndex
 
 import numpy as np
 
-from big_vision_lite.data import image_folder, prepared_set, tfds_features
+from big_vision_lite.data import image_folder, prepared_set, tfds_features, tfds_folder
 from big_vision_lite.data.closest import did_you_mean, some
 from big_vision_lite.data.content_hash import content_hash
 from big_vision_lite.data.in_memory import InMemory as InMemory
@@ -47,7 +47,7 @@ class Tfds:
 
     @functools.cached_property
     def _set(self) -> prepared_set.PreparedSet:
-        folder = prepared_set.find(self.dataset, self.data_dir)
+        folder = tfds_folder.find(self.dataset, self.data_dir)
         return prepared_set.load(folder)
 
     @functools.cached_property
@@ -100,9 +100,18 @@ class Tfds:
         return {"image": images[0], "label": self._target(features, index)}
 
     def name(self, index: SupportsIndex) -> str:
-        """Says set, file and record of example `index`."""
-        file, record = self._records.locate(range(len(self))[index])
-        return f"{self.dataset}: record {record} of {file.path.name}"
+        """Says set, file and record of example `index`, and its file name if stored."""
+        index = range(len(self))[index]
+        file, record = self._records.locate(index)
+        place = f"{self.dataset}: record {record} of {file.path.name}"
+        if "file_name" not in self._set.features:
+            return place
+        try:
+            stored = parse_example(file.read(record), ("file_name",))["file_name"][0]
+        except (OSError, ValueError, LookupError):
+            # A name is asked for when a record cannot be read: that error comes first.
+            return place
+        return f"{place} ({stored.decode('utf-8', 'replace')})"
 
     def labels(self) -> np.ndarray:
         """Returns all labels, int32 [N] or float32 [N, C]; reads every record."""
@@ -182,14 +191,17 @@ class ImageFolder:
 
     def __getitem__(self, index: SupportsIndex) -> Example:
         """Returns {"image": the file's bytes, "label": int}."""
-        listing = self._listing
-        path = os.path.join(listing.root, listing.paths[index])
+        path = os.path.join(self._listing.root, self.relative_path(index))
         data = with_retries(lambda: _read(path), path)
-        return {"image": data, "label": int(listing.labels[index])}
+        return {"image": data, "label": int(self._listing.labels[index])}
+
+    def relative_path(self, index: SupportsIndex) -> str:
+        """Returns the path of example `index` below `path`."""
+        return self._listing.paths[index]
 
     def name(self, index: SupportsIndex) -> str:
-        """Returns the path of example `index`, as given, for messages and lists."""
-        path = os.path.join(self.path, self._listing.paths[index])
+        """Returns the path of example `index` for messages and lists: always UTF-8."""
+        path = os.path.join(self.path, self.relative_path(index))
         return os.fsencode(path).decode("utf-8", "replace")
 
     def labels(self) -> np.ndarray:

@@ -21,7 +21,9 @@ class Unreadable:
     def line(self) -> str:
         """One line of the list: index, name and reason between tabs."""
         fields = (str(self.index), self.name, self.reason)
-        return "\t".join(" ".join(field.split()) for field in fields) + "\n"
+        line = "\t".join(" ".join(field.split()) for field in fields) + "\n"
+        # File names on Linux are bytes, not always UTF-8.
+        return line.encode("utf-8", "backslashreplace").decode("utf-8")
 
 
 class UnreadableImages:
@@ -102,6 +104,11 @@ def _read(path: epath.Path) -> dict[int, Unreadable]:
         return {}
     found = {}
     for line in path.read_text().splitlines():
-        index, name, reason = line.split("\t")
-        found[int(index)] = Unreadable(int(index), name, reason)
+        fields = line.split("\t")
+        if len(fields) != 3 or not fields[0].isdecimal():
+            raise ValueError(
+                f"{path} is not a list of unreadable images as this program writes it: "
+                f"{line[:80]!r}. Delete the file; it is made anew."
+            )
+        found[int(fields[0])] = Unreadable(int(fields[0]), fields[1], fields[2])
     return found

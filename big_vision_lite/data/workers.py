@@ -1,6 +1,8 @@
 """Threads, or worker processes with threads, that make batches ahead of their use."""
 
 import concurrent.futures
+import os
+import shutil
 import threading
 from collections.abc import Callable
 from typing import Any
@@ -15,6 +17,7 @@ from big_vision_lite.data.order import available_cores
 
 # Past this many, threads of one process mostly wait for Python's lock.
 MOST_THREADS = 8
+SHARED_MEMORY = "/dev/shm"
 # What is done with the arrays of a finished batch, in the thread that finished it.
 Finish = Callable[[dict[str, np.ndarray], Report], Any]
 
@@ -46,7 +49,6 @@ class ThreadWorkers:
         batch = HostBatch(step, self._rows)
         task = _Task(batch, len(self._parts))
         self._open.add(batch)
-        task.future.add_done_callback(lambda _: self._open.discard(batch))
         for part in self._parts:
             self._pool.submit(self._run, task, part)
         return task.future
@@ -63,8 +65,12 @@ class ThreadWorkers:
             self._maker.fill(batch, rows)
             if task.is_last() and not batch.cancelled:
                 self._maker.complete(batch)
-                task.future.set_result(self._finish(batch.arrays, batch.report))
+                result = self._finish(batch.arrays, batch.report)
+                # From here on only the arrays on the devices are kept.
+                self._open.discard(batch)
+                task.future.set_result(result)
         except BaseException as error:
+            self._open.discard(batch)
             task.fail(error)
 
 
@@ -164,6 +170,18 @@ class WholeBatches:
 
 
 def _as_element(arrays: dict[str, np.ndarray], report: Report) -> dict[str, Any]:
+    """Returns what Grain takes to the main process; full shared memory is refused."""
+    needed = sum(array.nbytes for array in arrays.values())
+    if os.path.isdir(SHARED_MEMORY):
+        free = shutil.disk_usage(SHARED_MEMORY).free
+        if free < needed:
+            # Written anyway, the kernel would end this process by SIGBUS.
+            raise OSError(
+                f"worker processes pass batches through {SHARED_MEMORY}, which has "
+                f"{free / 1e6:.0f} MB free; one batch needs {needed / 1e6:.0f} MB. "
+                "Enlarge it (docker run --shm-size=8g) or use "
+                "--config.data.processes=0."
+            )
     return {"arrays": arrays, "report": report}
 
 

@@ -55,12 +55,12 @@ class Classification:
         def judge(forward: Forward, batch: Batch) -> dict[str, Array]:
             label = _translate(batch["label"], indices, len(names))
             batch = {**batch, "label": label}
-            losses, _ = context.objective(forward, batch, key)
-            # The objective may have run the model in another way; where it ran it like
-            # this, the compiler finds both to be the same and computes them once.
             outputs = forward(**context.model.inputs(batch))
-            _check_logits(outputs, len(names), context.name)
-            top = jax.lax.top_k(outputs["logits"], min(TOP, len(names)))[1]
+            logits = _logits(outputs, len(names), context.name)
+            top = jax.lax.top_k(logits, min(TOP, len(names)))[1]
+            # The objective may run the model in another way; where it runs it like
+            # this, the compiler finds both to be the same and computes them once.
+            losses, _ = context.objective(forward, batch, key)
             return {
                 "loss": losses.astype(jnp.float32),
                 "label": label,
@@ -107,8 +107,8 @@ class Classification:
             return scores | {
                 # fsum is exact, so the batch size cannot matter.
                 "loss": math.fsum(rows["loss"].tolist()) / examples,
-                "examples": examples,
-                "unreadable": unreadable,
+                "examples": float(examples),
+                "unreadable": float(unreadable),
             }
 
         return run
@@ -131,18 +131,20 @@ def _hits(top: Array, label: Array) -> dict[str, Array]:
     return {"top1": hit[:, 0], "top5": hit.any(axis=1)}
 
 
-def _check_logits(outputs: dict[str, Any], num_classes: int, name: str) -> None:
+def _logits(outputs: dict[str, Any], num_classes: int, name: str) -> Array:
     if "logits" not in outputs:
         raise ValueError(
             f"{name}: the model gives {', '.join(sorted(outputs))} but no logits; give "
             "it a head, or evaluate it with FewShot."
         )
-    width = outputs["logits"].shape[-1]
-    if width != num_classes:
+    logits = outputs["logits"].astype(jnp.float32)
+    if logits.shape[-1] != num_classes:
         raise ValueError(
-            f"{name}: the model has {width} logits, but there are {num_classes} "
-            "classes; give its head as many outputs as there are classes."
+            f"{name}: the model has {logits.shape[-1]} logits, but there are "
+            f"{num_classes} classes; give its head as many outputs as there are "
+            "classes."
         )
+    return logits
 
 
 def _write_per_class(

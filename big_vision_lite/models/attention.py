@@ -32,7 +32,7 @@ def attend(
             a head dimension it does not know.
     """
     head_dim = q.shape[-1]
-    if attention is Attention.CUDNN:
+    if attention == Attention.CUDNN:
         _check_cudnn(q.dtype, head_dim)
         return jax.nn.dot_product_attention(q, k, v, implementation="cudnn")
     # Scaled before the product: N * D instead of N * M multiplications. In float32,

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from big_vision_lite.models.attention import Attention, MultiHeadAttention
-from big_vision_lite.models.layers import Dtype
+from big_vision_lite.models.layers import Dtype, layer_norm
 from big_vision_lite.models.mlp import Mlp
 
 
@@ -38,6 +38,6 @@ class AttentionPooling(nn.Module, kw_only=True):
             attention=self.attention,
             name="attention",
         )(probe, tokens)
-        y = nn.LayerNorm(epsilon=1e-6, dtype=self.dtype, name="norm")(z)
+        y = layer_norm(self.dtype, "norm")(z)
         y = Mlp(hidden_dim=self.mlp_dim, dtype=self.dtype, name="mlp")(y)
         return (z + y)[:, 0]

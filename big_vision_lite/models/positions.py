@@ -16,7 +16,7 @@ class Positions(enum.StrEnum):
     NONE = "none"
 
 
-def sincos(rows: int, columns: int, width: int) -> Float[np.ndarray, "h w D"]:
+def sincos(rows: int, columns: int, width: int) -> Float[np.ndarray, "N D"]:
     """Returns sines and cosines of column, then row, at `width / 4` frequencies.
 
     The form of MoCo v3 (arXiv:2104.02057) and big_vision: the slowest frequency is
@@ -36,4 +36,4 @@ def sincos(rows: int, columns: int, width: int) -> Float[np.ndarray, "h w D"]:
     grid = (rows, columns, width // 4)
     parts = (np.sin(x), np.cos(x), np.sin(y), np.cos(y))
     table = np.concatenate([np.broadcast_to(part, grid) for part in parts], axis=-1)
-    return table.astype(np.float32)
+    return table.reshape(rows * columns, width).astype(np.float32)

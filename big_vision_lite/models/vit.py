@@ -4,6 +4,7 @@ import flax.linen as nn
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Num
 
+from big_vision_lite import layout
 from big_vision_lite.models.attention import Attention, MultiHeadAttention
 from big_vision_lite.models.heads import Classifier
 from big_vision_lite.models.layers import (
@@ -11,8 +12,8 @@ from big_vision_lite.models.layers import (
     Remat,
     check_positive,
     check_rate,
+    layer_norm,
     rematerialised,
-    residual_stream,
     scale_pixels,
 )
 from big_vision_lite.models.mlp import Mlp
@@ -50,23 +51,23 @@ class EncoderBlock(nn.Module, kw_only=True):
     def __call__(
         self, x: Float[Array, "B N D"], train: bool = False
     ) -> Float[Array, "B N D"]:
-        y = nn.LayerNorm(epsilon=1e-6, dtype=self.dtype, name="attention_norm")(x)
+        y = layer_norm(self.dtype, "attention_norm")(x)
         y = MultiHeadAttention(
             num_heads=self.num_heads,
             dtype=self.dtype,
             attention=self.attention,
             name="attention",
         )(y, y)
-        x = residual_stream(x + self._drop("attention", y, train))
+        x = layout.pin_batch(x + self._drop("attention", y, train))
 
-        y = nn.LayerNorm(epsilon=1e-6, dtype=self.dtype, name="mlp_norm")(x)
+        y = layer_norm(self.dtype, "mlp_norm")(x)
         y = Mlp(
             hidden_dim=self.mlp_dim,
             dropout=self.dropout,
             dtype=self.dtype,
             name="mlp",
         )(y, train)
-        return residual_stream(x + self._drop("mlp", y, train))
+        return layout.pin_batch(x + self._drop("mlp", y, train))
 
     def _drop(self, branch: str, y: Array, train: bool) -> Array:
         y = nn.Dropout(self.dropout, name=f"{branch}_dropout")(
@@ -105,7 +106,7 @@ class Encoder(nn.Module, kw_only=True):
                 attention=self.attention,
                 name=f"block_{index:02d}",
             )(x, train)
-        return nn.LayerNorm(epsilon=1e-6, dtype=self.dtype, name="norm")(x)
+        return layer_norm(self.dtype, "norm")(x)
 
 
 class ViT(nn.Module, kw_only=True):
@@ -178,16 +179,17 @@ class ViT(nn.Module, kw_only=True):
             name="patch_embedding",
         )(image)
         batch, rows, columns, width = x.shape
-        if self.positions is Positions.LEARNED:
-            table = self.param(
-                "position_embedding",
-                nn.initializers.normal(width**-0.5),
-                (rows, columns, width),
-            )
-            x = x + table.astype(self.dtype)
-        elif self.positions is Positions.SINCOS:
-            x = x + jnp.asarray(sincos(rows, columns, width), self.dtype)
         x = x.reshape(batch, rows * columns, width)
+        match self.positions:
+            case Positions.SINCOS:
+                x = x + jnp.asarray(sincos(rows, columns, width), self.dtype)
+            case Positions.LEARNED:
+                positions = self.param(
+                    "position_embedding",
+                    nn.initializers.normal(width**-0.5),
+                    (1, rows * columns, width),
+                )
+                x = x + positions.astype(self.dtype)
 
         if self.pooling is Pooling.CLASS_TOKEN:
             # After the positions, so the class token has none.
@@ -206,7 +208,7 @@ class ViT(nn.Module, kw_only=True):
             attention=self.attention,
             remat=self.remat,
             name="encoder",
-        )(residual_stream(x), train)
+        )(layout.pin_batch(x), train)
 
         match self.pooling:
             case Pooling.AVERAGE:

@@ -1,0 +1,231 @@
+"""Evaluates a saved run: `python -m big_vision_lite.evaluate --workdir RUN`.
+
+The evaluators are those of the run's own recipe, or of another one for transfer:
+`--config configs/OTHER.py`, of which only `evaluators` is used. RUN is a run folder, a
+checkpoints folder or one step folder.
+"""
+
+import contextlib
+import functools
+import json
+import os
+import pathlib
+import sys
+import tempfile
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from typing import Any
+
+import jax
+from absl import flags
+from etils import epath
+
+from big_vision_lite import (
+    command_line,
+    devices,
+    integrity,
+    run_folder,
+    saved_run,
+    trees,
+)
+from big_vision_lite import step as step_lib
+from big_vision_lite.config import Platform
+from big_vision_lite.data import pipeline
+from big_vision_lite.evaluators.context import Context
+from big_vision_lite.progress import Progress
+from big_vision_lite.saved_run import SavedRun
+from big_vision_lite.types import Batch, Evaluator, Op, Source
+
+
+def evaluate(
+    run: SavedRun,
+    evaluators: Mapping[str, Evaluator],
+    workdir: epath.Path,
+    *,
+    progress: Progress,
+) -> dict[str, float]:
+    """Runs evaluators on a saved run; scores are named as in the run's metrics.jsonl.
+
+    On the same devices they equal, bit for bit, what the run recorded at that step.
+    What evaluators keep (per-class tables, controls) goes into `workdir`.
+    """
+    suffix = "" if run.state.ema is None else "_ema"
+    scores: dict[str, float] = {}
+    with jax.set_mesh(run.mesh):
+        for name, evaluator in evaluators.items():
+            context = _Contexts(run, workdir, progress).make(name)
+            found = evaluator.prepare(context)(run.state)
+            named = {f"{name}{suffix}/{score}": x for score, x in found.items()}
+            progress.scores(run.step, named)
+            scores |= named
+    return scores
+
+
+class _Contexts:
+    """Makes contexts that need nothing of the training data, which may be elsewhere."""
+
+    def __init__(self, run: SavedRun, workdir: epath.Path, progress: Progress):
+        self._run = run
+        self._workdir = workdir
+        self._progress = progress
+        self._spec: dict[str, Any] | None = None
+
+    def make(self, name: str) -> Context:
+        config = self._run.config
+        return Context(
+            name=name,
+            model=config.model,
+            mesh=self._run.mesh,
+            preprocess=config.preprocess,
+            class_names=self._run.class_names,
+            workdir=self._workdir,
+            seed=config.seed,
+            objective=config.objective,
+            make_eval_step=functools.partial(step_lib.make_eval_step, config.model),
+            eval_batches=self._eval_batches,
+            untrained_state=self._untrained,
+            log=self._progress.message,
+        )
+
+    def _eval_batches(
+        self, source: Source, ops: Sequence[Op], batch_size: int
+    ) -> Iterable[Batch]:
+        batches = pipeline.eval_batches(
+            source,
+            tuple(ops),
+            batch_size,
+            self._run.mesh,
+            threads=self._run.config.data.threads,
+        )
+        return self._noting_shapes(batches)
+
+    def _noting_shapes(self, batches: Iterable[Batch]) -> Iterator[Batch]:
+        for batch in batches:
+            self._spec = {
+                key: jax.ShapeDtypeStruct(rows.shape, rows.dtype)
+                for key, rows in batch.items()
+                if key != "valid"
+            }
+            yield batch
+
+    def _untrained(self) -> Any:
+        assert self._spec is not None, "a control is a score of images, seen before"
+        return self._run.untrained(self._spec)
+
+
+def choose(
+    evaluators: Mapping[str, Evaluator], wanted: Sequence[str], recipe: str
+) -> dict[str, Evaluator]:
+    """Returns the evaluators named by `wanted`; without names all that are not off.
+
+    Raises:
+        ValueError: there is no evaluator of such a name, or none at all.
+    """
+    if not wanted:
+        chosen = {n: e for n, e in evaluators.items() if e.every_steps}
+        if not chosen:
+            raise ValueError(
+                f"{recipe} has no evaluator that is switched on. Give the evaluators "
+                "of another recipe: --config configs/NAME.py"
+            )
+        return chosen
+    for name in wanted:
+        if name not in evaluators:
+            raise ValueError(
+                f'{recipe} has no evaluator "{name}".'
+                f"{trees.did_you_mean(name, evaluators)} It has: "
+                f"{', '.join(evaluators) or 'none'}."
+            )
+    return {name: evaluators[name] for name in wanted}
+
+
+def record(
+    run: SavedRun, scores: Mapping[str, float], path: epath.Path, recipe: str | None
+) -> None:
+    """Writes the scores with what they depend on; adds to those the file holds."""
+    known = json.loads(path.read_text())["scores"] if path.exists() else {}
+    document = {
+        "step": run.step,
+        "checkpoint": str(run.folder),
+        "recipe": recipe or "the run's own",
+        "scores": known | dict(scores),
+        "versions": run_folder.versions(),
+        "machine": run_folder.describe_machine(),
+    }
+    integrity.write_atomically(path, json.dumps(document, indent=1) + "\n")
+
+
+@contextlib.contextmanager
+def _folder_for(run: SavedRun, name: str) -> Iterator[epath.Path]:
+    """Yields a folder for what evaluators keep, temporary if none can be written.
+
+    It starts with the controls that the run has computed; a control of another
+    protocol is recognised and computed anew.
+    """
+    place = run.place_for_results()
+    with contextlib.ExitStack() as stack:
+        folder = place / name
+        if not os.access(place, os.W_OK):
+            folder = epath.Path(stack.enter_context(tempfile.TemporaryDirectory()))
+        folder.mkdir(parents=True, exist_ok=True)
+        for known in place.glob("*_controls.json"):
+            if not (folder / known.name).exists():
+                integrity.write_atomically(folder / known.name, known.read_text())
+        yield folder
+
+
+def main(argv: Sequence[str]) -> None:
+    """Runs the command line."""
+    command = command_line.parse(argv, define_flags)
+    values = command.flags
+    if not values["workdir"].value:
+        raise ValueError(
+            "Which run? Add --workdir RUN: a run folder, its checkpoints folder or one "
+            "step folder."
+        )
+    chosen_platform = values["platform"].value
+    devices.set_up(None if chosen_platform is None else Platform(chosen_platform))
+    run = saved_run.load(
+        values["workdir"].value, allowed_modules=values["allow_module"].value
+    )
+    recipe = command.recipe
+    config = run.config if command.config is None else command.config
+    wanted = [name for name in values["evaluators"].value if name]
+    evaluators = choose(config.evaluators, wanted, recipe or str(run.folder))
+    name = f"evaluation_{run.step}"
+    if recipe is not None:
+        name += f"_{pathlib.Path(recipe.split(':', 1)[0]).stem}"
+    total = int(run.manifest["num_steps"])
+    with (
+        _folder_for(run, name) as folder,
+        Progress(total, config.data.batch_size) as progress,
+    ):
+        progress.begin(run.step)
+        scores = evaluate(run, evaluators, folder, progress=progress)
+    progress.summary(scores, [])
+    path = run.place_for_results() / f"{name}.json"
+    if os.access(path.parent, os.W_OK):
+        record(run, scores, path, recipe)
+        print(f"Scores of step {run.step} written to {path}")
+    else:
+        print(f"Nothing written: {path.parent} is read-only.")
+
+
+def define_flags(values: flags.FlagValues) -> None:
+    """Adds the flags of this program."""
+    flags.DEFINE_string(
+        "workdir", None, "Run, checkpoints or step folder.", flag_values=values
+    )
+    flags.DEFINE_list(
+        "evaluators", [], "Names, separated by commas; default all.", flag_values=values
+    )
+    flags.DEFINE_enum(
+        "platform",
+        None,
+        [platform.value for platform in Platform],
+        "Device to run on; default what there is.",
+        flag_values=values,
+    )
+
+
+if __name__ == "__main__":
+    sys.exit(command_line.run(main, sys.argv))

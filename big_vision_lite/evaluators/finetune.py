@@ -1,0 +1,233 @@
+"""What a backbone is worth as a start: fine-tuned on another set by BiT-HyperRule."""
+
+import dataclasses
+import hashlib
+import json
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from etils import epath
+
+from big_vision_lite import (
+    checkpoint,
+    integrity,
+    metrics,
+    run_folder,
+    serialize,
+    train,
+    trees,
+)
+from big_vision_lite import state as state_lib
+from big_vision_lite.adapt import Init
+from big_vision_lite.config import TrainConfig
+from big_vision_lite.evaluators.classification import Classification
+from big_vision_lite.evaluators.context import Context, class_table
+from big_vision_lite.hyperrule import HEAD, HyperRule
+from big_vision_lite.state import TrainState
+from big_vision_lite.types import Array, Evaluator, Runner, Source
+
+FOLDER = "finetune"
+TEST = "test"
+
+
+@dataclasses.dataclass(kw_only=True)
+class FineTune:
+    """Fine-tunes the state on `train` and scores it on `test`, once for each seed.
+
+    Gives "accuracy", with several seeds their mean beside "accuracy_sd" (sample sd),
+    and with `controls` "control_untrained", the same training from random parameters,
+    computed once a run and kept in WORKDIR/<name>_controls.json. Averaged parameters
+    are taken where there are some. Each training is a run of its own in
+    WORKDIR/finetune/<name>/<step>_<digest>/seed_<seed>; it keeps its newest checkpoint
+    while it lasts, so that a kill costs little, and its records when it is done.
+    """
+
+    train: Source
+    test: Source
+    rule: HyperRule = dataclasses.field(default_factory=HyperRule)
+    seeds: tuple[int, ...] = (0,)
+    every_steps: int = 25_000
+    eval_batch_size: int = 256
+    controls: bool = True
+
+    def __post_init__(self) -> None:
+        if not self.seeds or len(set(self.seeds)) < len(self.seeds):
+            raise ValueError(
+                f"FineTune: seeds={self.seeds} must be there and differ, for example "
+                "(0, 1, 2)."
+            )
+        if self.eval_batch_size < 1 or self.every_steps < 0:
+            raise ValueError(
+                f"FineTune: eval_batch_size={self.eval_batch_size} must be at least 1 "
+                f"and every_steps={self.every_steps} at least 0, which switches the "
+                "evaluator off."
+            )
+
+    def prepare(self, context: Context) -> Runner:
+        if not len(self.train) or not len(self.test):
+            raise ValueError(
+                f"{context.name}: there are {len(self.train)} training and "
+                f"{len(self.test)} test images; both are needed."
+            )
+        # Before hours of training, not after them.
+        class_table(
+            self.test.class_names,
+            self.train.class_names,
+            name=f"{context.name} test",
+            ours_is=f"{context.name} train",
+        )
+        init = Init(path="memory", drop=HEAD)
+        pretrained = [self._config(context, seed, init) for seed in self.seeds]
+        untrained = [self._config(context, seed, None) for seed in self.seeds]
+        root = context.workdir / FOLDER / context.name
+
+        def run(state: TrainState) -> dict[str, float]:
+            params = parameters(state)
+            folder = root / f"{int(state.step)}_{digest(params)}"
+            _forget_others(context, folder)
+            found = [fine_tune(context, c, folder, params) for c in pretrained]
+            scores = _mean("accuracy", found)
+            if self.controls:
+                scores |= _once(context, untrained, lambda: control(root / "untrained"))
+            return scores
+
+        def control(folder: epath.Path) -> dict[str, float]:
+            found = [fine_tune(context, c, folder, None) for c in untrained]
+            return _mean("control_untrained", found)
+
+        return run
+
+    def _config(self, context: Context, seed: int, init: Init | None) -> TrainConfig:
+        evaluators: dict[str, Evaluator] = {}
+        config = self.rule.config(
+            context.model,
+            self.train,
+            evaluators,
+            context.preprocess,
+            init=init,
+            seed=seed,
+            fsdp=context.mesh.shape["fsdp"],
+        )
+        assert config.num_steps is not None, "the rule gives steps"
+        # Once, at the end: nothing may be chosen on the test images.
+        evaluators[TEST] = Classification(
+            source=self.test,
+            batch_size=self.eval_batch_size,
+            every_steps=config.num_steps,
+            per_class=False,
+        )
+        return config
+
+
+def fine_tune(
+    context: Context,
+    config: TrainConfig,
+    folder: epath.Path,
+    params: dict[str, Array] | None,
+) -> float:
+    """Runs or resumes one training below `folder` and returns its test accuracy.
+
+    `params` are where it starts, None for random ones.
+    """
+    folder = folder / f"seed_{config.seed}"
+    num_steps = config.num_steps
+    assert num_steps is not None, "the rule gives steps"
+    if not context.agreed(_is_same(folder, config)):
+        # Left by a run with another recipe or other parameters.
+        _remove(folder)
+    if not context.agreed(_accuracy(folder, num_steps) is not None):
+        first = None
+        if params is not None:
+            # The training donates what it starts from: it must not be the outer run's.
+            first = {name: jnp.copy(leaf) for name, leaf in params.items()}
+        train.train(config, folder, first_params=first)
+        checkpoint.barrier(f"finetuned_{folder.parent.name}_{config.seed}")
+    accuracy = _accuracy(folder, num_steps)
+    assert accuracy is not None, f"{folder} has no test score at its last step"
+    for name in (checkpoint.FOLDER, checkpoint.TRASH):
+        _remove(folder / name)
+    return accuracy
+
+
+def parameters(state: TrainState) -> dict[str, Array]:
+    """Returns {name: array} of all parameters, averaged ones where there are some."""
+    trained = state.params if state.ema is None else state.ema
+    return trees.flatten(state_lib.merge(trained, state.frozen))
+
+
+def digest(params: dict[str, Array]) -> str:
+    """Returns 8 letters that differ when any bit of the parameters does."""
+    sums = np.asarray(jax.device_get(integrity.checksums(params)))
+    return hashlib.sha256(sums.tobytes()).hexdigest()[:8]
+
+
+def _accuracy(folder: epath.Path, num_steps: int) -> float | None:
+    """Returns the test accuracy of a training that has finished, else None."""
+    for record in metrics.read_history(folder):
+        if record["step"] == num_steps and f"{TEST}/accuracy" in record:
+            return record[f"{TEST}/accuracy"]
+    return None
+
+
+def _is_same(folder: epath.Path, config: TrainConfig) -> bool:
+    if not (folder / checkpoint.CONFIG).exists():
+        return True
+    return run_folder.read_config_document(folder)["config"] == _document(config)
+
+
+def _document(config: TrainConfig) -> Any:
+    return json.loads(serialize.to_json(config))["config"]
+
+
+def _forget_others(context: Context, folder: epath.Path) -> None:
+    """Removes trainings of this step that started from other parameters."""
+    step = folder.name.split("_")[0]
+    for other in folder.parent.glob(f"{step}_*"):
+        if other.name != folder.name and jax.process_index() == 0:
+            context.log(f"{context.name}: removing {other}, of other parameters")
+            other.rmtree()
+
+
+def _remove(folder: epath.Path) -> None:
+    """Removes a folder, if it is there, on behalf of all processes."""
+    if jax.process_index() == 0 and folder.exists():
+        folder.rmtree()
+    checkpoint.barrier(f"removed_{folder.name}")
+
+
+def _once(
+    context: Context,
+    configs: Sequence[TrainConfig],
+    compute: Callable[[], dict[str, float]],
+) -> dict[str, float]:
+    """Returns the scores kept in the run folder, if they are of these trainings."""
+    path = context.workdir / f"{context.name}_controls.json"
+    known = [
+        (_document(config), config.data.source.fingerprint, _test_fingerprint(config))
+        for config in configs
+    ]
+    key = hashlib.sha256(json.dumps(known).encode()).hexdigest()
+    kept = json.loads(path.read_text()) if path.exists() else {}
+    if context.agreed(kept.get("key") == key):
+        return kept.get("scores", {})
+    scores = compute()
+    if jax.process_index() == 0:
+        content = json.dumps({"key": key, "scores": scores}, indent=1)
+        metrics.replace_file(path, content.encode())
+    return scores
+
+
+def _test_fingerprint(config: TrainConfig) -> str:
+    evaluator = config.evaluators[TEST]
+    assert isinstance(evaluator, Classification), "made above"
+    return evaluator.source.fingerprint
+
+
+def _mean(name: str, accuracies: Sequence[float]) -> dict[str, float]:
+    scores = {name: float(np.mean(accuracies))}
+    if len(accuracies) > 1:
+        scores[f"{name}_sd"] = float(np.std(accuracies, ddof=1))
+    return scores

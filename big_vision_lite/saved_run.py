@@ -1,0 +1,144 @@
+"""A run as its folder holds it: configuration, manifest, and the state to evaluate."""
+
+import dataclasses
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import jax
+from etils import epath
+from orbax.checkpoint import v1 as ocp
+
+from big_vision_lite import checkpoint, integrity, run_folder, sharding, trees
+from big_vision_lite import state as state_lib
+from big_vision_lite.config import TrainConfig
+from big_vision_lite.state import TrainState
+
+OPTIMIZER = "opt_state/"
+
+
+@dataclasses.dataclass(kw_only=True)
+class SavedRun:
+    """One step of a run, loaded: everything of the state but the optimiser's.
+
+    `folder` is the step folder, `class_names` are those of the training source, `mesh`
+    spans this machine's devices; call what was built with it under
+    `jax.set_mesh(mesh)`.
+    """
+
+    folder: epath.Path
+    config: TrainConfig
+    manifest: Mapping[str, Any]
+    mesh: jax.sharding.Mesh
+    state: TrainState
+
+    @property
+    def step(self) -> int:
+        """The number of updates behind the state."""
+        return int(self.manifest["step"])
+
+    @property
+    def class_names(self) -> tuple[str, ...]:
+        return tuple(self.manifest["class_names"])
+
+    def place_for_results(self) -> epath.Path:
+        """Returns the run's folder, or what holds a step folder that was copied."""
+        above = self.folder.parent
+        if above.name == checkpoint.FOLDER:
+            return above.parent
+        return above
+
+    def untrained(self, spec: Mapping[str, Any]) -> TrainState:
+        """Returns the run's state before step 1, on batches of shapes `spec`.
+
+        With the shapes of the training batches it is the same, bit for bit.
+        """
+        config = self.config
+        initialize = state_lib.make_initializer(
+            config.model,
+            dict(spec),
+            config.optimizer.build(self.manifest["num_steps"]),
+            freeze=config.freeze,
+            ema=config.ema is not None,
+        )
+        abstract = state_lib.blueprint(initialize, config.sharding, self.mesh)
+        return state_lib.create(initialize, abstract, config.seed)
+
+
+def load(
+    path: str | epath.Path,
+    *,
+    allowed_modules: Sequence[str] = (),
+    devices: Sequence[Any] | None = None,
+    log: Callable[[str], None] = print,
+) -> SavedRun:
+    """Loads the newest step of a run folder or checkpoints folder, or a step folder.
+
+    On `devices`, by default all: in the run's own mesh where that fits, else with the
+    parameters whole on each of them.
+
+    Raises:
+        FileNotFoundError: there is no complete checkpoint; says what was looked at.
+        DamagedCheckpoint: a file or a leaf is not what was saved.
+        ValueError: config.json needs a class that may not be imported.
+    """
+    folder = checkpoint.find(path, log)
+    manifest = checkpoint.verified_manifest(folder)
+    config = run_folder.read_config(folder, allowed_modules)
+    devices = jax.devices() if devices is None else devices
+    mesh = sharding.make_mesh(_fitting(config.mesh, len(devices), log), devices)
+    leaves = manifest["leaves"]
+    shapes = trees.unflatten(
+        {
+            name: jax.ShapeDtypeStruct(leaf["shape"], leaf["dtype"])
+            for name, leaf in leaves.items()
+            if not name.startswith(OPTIMIZER)
+        }
+    )
+    places = sharding.shardings(
+        shapes,
+        config.sharding,
+        mesh,
+        parameters=state_lib.merge(shapes["params"], shapes.get("frozen", {})),
+    )
+    wanted = jax.tree.map(
+        lambda leaf, place: jax.ShapeDtypeStruct(
+            leaf.shape, leaf.dtype, sharding=place
+        ),
+        shapes,
+        places,
+    )
+    context = ocp.Context()
+    context.pytree.loading.partial_load = True
+    with context:
+        tree = ocp.load(folder, wanted)
+    damaged = integrity.damaged_leaves(leaves, tree)
+    if damaged:
+        raise integrity.DamagedCheckpoint(
+            f"{folder}: {', '.join(damaged[:5])} differ from what was saved."
+        )
+    state = TrainState(
+        step=tree["step"],
+        params=tree["params"],
+        frozen=tree.get("frozen", {}),
+        collections=tree.get("collections", {}),
+        opt_state=(),
+        ema=tree.get("ema"),
+    )
+    return SavedRun(
+        folder=folder, config=config, manifest=manifest, mesh=mesh, state=state
+    )
+
+
+def _fitting(
+    mesh: sharding.Mesh, num_devices: int, log: Callable[[str], None]
+) -> sharding.Mesh:
+    fixed = [size for size in (mesh.data, mesh.fsdp) if size != -1]
+    product = fixed[0] * fixed[-1] if len(fixed) == 2 else fixed[0]
+    fits = product == num_devices if len(fixed) == 2 else num_devices % product == 0
+    if fits:
+        return mesh
+    log(
+        f"The run's mesh (data={mesh.data}, fsdp={mesh.fsdp}) does not fit "
+        f"{num_devices} devices: data={num_devices}, fsdp=1 instead."
+    )
+    return sharding.Mesh()

@@ -1,0 +1,89 @@
+"""Printed letters to handwritten digits: a small pretraining whose transfer shows.
+
+  python -m big_vision_lite.train --config configs/glyphs.py:data_dir=DATA_DIR \
+      --workdir runs/glyphs
+  ... --config configs/glyphs.py:data_dir=DATA_DIR,model=vit --workdir runs/glyphs_vit
+
+DATA_DIR holds a prepared set of 32x32 gray glyphs, light on dark, with the splits
+train, validation and test, test made of fonts that resemble none of train; `dataset`
+names it. Few-shot: scikit-learn's 8x8 handwritten digits, resized to 32x32 bilinearly.
+Beside every score stand raw pixels and the untrained network; a transfer score without
+them proves nothing. Published: none, this set is made from font packages. Ours: see
+README.md. Hardware: 2 CPU cores, about 5 minutes.
+"""
+
+from big_vision_lite.checkpoint import Checkpoints
+from big_vision_lite.config import TrainConfig
+from big_vision_lite.data.ops import Decode, RandomAffine, Resize
+from big_vision_lite.data.pipeline import Stream
+from big_vision_lite.data.sources import Digits, Tfds
+from big_vision_lite.evaluators.classification import Classification
+from big_vision_lite.evaluators.fewshot import FewShot, FewShotSet
+from big_vision_lite.models.heads import Classifier
+from big_vision_lite.models.resnet import ResNet
+from big_vision_lite.models.vit import ViT
+from big_vision_lite.objectives.classification import SoftmaxClassification
+from big_vision_lite.optimizers import AdamW
+from big_vision_lite.recipe_args import parse_arg
+from big_vision_lite.schedules import WarmupCosine
+
+
+def get_config(arg: str = "") -> TrainConfig:
+    """Returns the recipe; `model` is resnet (0.3 M parameters) or vit (0.5 M)."""
+    chosen = parse_arg(
+        arg, model="resnet", data_dir="", dataset="glyphs32_latin", classes=62
+    )
+    head = Classifier(num_classes=chosen.classes)
+    models = {
+        "resnet": lambda: ResNet.of("small", head=head),
+        "vit": lambda: ViT(
+            width=96,
+            depth=4,
+            mlp_dim=384,
+            num_heads=3,
+            patch_size=4,
+            head=head,
+        ),
+    }
+    if chosen.model not in models:
+        raise ValueError(f'model={chosen.model} is unknown; use "resnet" or "vit".')
+    num_steps = 1000 if chosen.model == "resnet" else 1500
+
+    def glyphs(split: str) -> Tfds:
+        return Tfds(
+            dataset=chosen.dataset, split=split, data_dir=chosen.data_dir or None
+        )
+
+    digits = FewShotSet(
+        name="digits",
+        train=Digits(split="train"),
+        test=Digits(split="test"),
+        preprocess=(Decode(channels=1), Resize(size=32)),
+    )
+    return TrainConfig(
+        num_steps=num_steps,
+        model=models[chosen.model](),
+        objective=SoftmaxClassification(),
+        data=Stream(
+            source=glyphs("train"),
+            ops=(
+                Decode(channels=1),
+                RandomAffine(degrees=10, translate=0.1, scale_min=0.85, scale_max=1.15),
+            ),
+            batch_size=128,
+        ),
+        preprocess=(Decode(channels=1),),
+        optimizer=AdamW(
+            schedule=WarmupCosine(peak=3e-3, warmup_steps=100), weight_decay=1e-4
+        ),
+        evaluators={
+            "validation": Classification(
+                source=glyphs("validation"), batch_size=512, every_steps=500
+            ),
+            "test": Classification(
+                source=glyphs("test"), batch_size=512, every_steps=num_steps
+            ),
+            "fewshot": FewShot(sets=(digits,), every_steps=num_steps),
+        },
+        checkpoints=Checkpoints(every_steps=250),
+    )

@@ -1,0 +1,83 @@
+"""ViT-S/16 on ImageNet-1k, after "Better plain ViT baselines" (arXiv:2205.01580).
+
+  python -m big_vision_lite.train --config configs/vit_s16_i1k.py --workdir runs/s16
+  ... --config.num_epochs=300
+
+Published: 76.5 / 78.5 / 80.0 % top-1 after 90 / 150 / 300 epochs at global batch 1024;
+90 epochs took 6 to 7 hours on a TPU v3-8 (big_vision). Ours: not yet run.
+"""
+
+from big_vision_lite.recipe_args import parse_arg
+
+from big_vision_lite.checkpoint import Checkpoints
+from big_vision_lite.config import TrainConfig
+from big_vision_lite.data.augment import RandAugment
+from big_vision_lite.data.device_ops import Mixup
+from big_vision_lite.data.ops import (
+    CentralCrop,
+    Decode,
+    DecodeInceptionCrop,
+    FlipLeftRight,
+    ResizeSmall,
+)
+from big_vision_lite.data.pipeline import Stream
+from big_vision_lite.data.sources import Tfds
+from big_vision_lite.evaluators.classification import Classification
+from big_vision_lite.evaluators.fewshot import FewShot, natural_sets
+from big_vision_lite.models.heads import Classifier
+from big_vision_lite.models.layers import Dtype
+from big_vision_lite.models.vit import ViT
+from big_vision_lite.objectives.classification import SoftmaxClassification
+from big_vision_lite.optimizers import AdamW, MomentumDtype
+from big_vision_lite.schedules import WarmupCosine
+
+
+def get_config(arg: str = "") -> TrainConfig:
+    """Returns the recipe; `size` in px, `fewshot` adds the natural few-shot sets."""
+    chosen = parse_arg(arg, size=224, fewshot=False)
+    evaluators = {
+        "minival": Classification(
+            source=Tfds(dataset="imagenet2012", split="train[99%:]"),
+            batch_size=1024,
+            every_steps=2500,
+        ),
+        "val": Classification(
+            source=Tfds(dataset="imagenet2012", split="validation"),
+            batch_size=1024,
+            every_steps=2500,
+        ),
+    }
+    if chosen.fewshot:
+        evaluators["fewshot"] = FewShot(sets=natural_sets(), every_steps=25_000)
+    return TrainConfig(
+        num_epochs=90,
+        model=ViT.of(
+            "S/16",
+            head=Classifier(num_classes=1000, hidden_dim=384),
+            dtype=Dtype.BFLOAT16,
+        ),
+        objective=SoftmaxClassification(),
+        data=Stream(
+            source=Tfds(dataset="imagenet2012", split="train[:99%]"),
+            ops=(
+                DecodeInceptionCrop(size=chosen.size),
+                FlipLeftRight(),
+                RandAugment(num_layers=2, magnitude=10),
+            ),
+            device_ops=(Mixup(alpha=0.2, num_classes=1000),),
+            batch_size=1024,
+        ),
+        preprocess=(
+            Decode(),
+            ResizeSmall(size=chosen.size * 256 // 224),
+            CentralCrop(size=chosen.size),
+        ),
+        optimizer=AdamW(
+            schedule=WarmupCosine(peak=1e-3, warmup_steps=10_000),
+            weight_decay=1e-4,
+            clip_norm=1.0,
+            momentum_dtype=MomentumDtype.BFLOAT16,
+        ),
+        evaluators=evaluators,
+        checkpoints=Checkpoints(every_steps=1000),
+    )

@@ -1,0 +1,108 @@
+"""A real context around a tiny model: real batches, steps and meshes, no training."""
+
+import functools
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+from etils import epath
+from jax.sharding import AxisType
+
+from big_vision_lite import layout
+from big_vision_lite import step as step_lib
+from big_vision_lite.data import pipeline
+from big_vision_lite.evaluators.context import Context
+from big_vision_lite.objectives.classification import SoftmaxClassification
+from big_vision_lite.state import TrainState
+
+
+class Pixels(nn.Module):
+    """Pooled features and logits are the pixels times a learned gain: known answers."""
+
+    has_head: bool = True
+
+    def inputs(self, batch):
+        return {"image": batch["image"]}
+
+    @nn.compact
+    def __call__(self, image, train=False):
+        gain = self.param("gain", nn.initializers.ones, ())
+        flat = image.reshape(len(image), -1).astype(jnp.float32) * gain
+        outputs = {"pooled": flat}
+        return outputs | {"logits": flat / 32} if self.has_head else outputs
+
+
+class Network(nn.Module):
+    """Two layers with random weights: what an untrained network would give."""
+
+    num_classes: int = 10
+
+    def inputs(self, batch):
+        return {"image": batch["image"]}
+
+    @nn.compact
+    def __call__(self, image, train=False):
+        x = image.reshape(len(image), -1).astype(jnp.float32) / 127.5 - 1
+        pooled = nn.relu(nn.Dense(48, name="hidden")(x))
+        logits = nn.Dense(self.num_classes, name="head")(pooled)
+        return {"pooled": pooled, "logits": logits}
+
+
+def make_mesh(devices: int):
+    return jax.make_mesh(
+        (devices, 1),
+        layout.BATCH_AXES,
+        (AxisType.Auto,) * 2,
+        devices=jax.devices()[:devices],
+    )
+
+
+def make_state(model, mesh, image_shape, *, seed=0, step=4, ema=None):
+    image = jnp.zeros((1, *image_shape), jnp.uint8)
+    params = model.init(jax.random.key(seed), image)["params"]
+    state = TrainState(
+        step=jnp.int32(step),
+        params=params,
+        frozen={},
+        collections={},
+        opt_state=(),
+        ema=ema,
+    )
+    return jax.device_put(state, layout.replicated(mesh))
+
+
+def make_context(
+    workdir,
+    mesh,
+    model,
+    class_names=(),
+    *,
+    objective=None,
+    image_shape=(8, 8, 1),
+    messages=None,
+    untrained=None,
+    ops=(),
+):
+    return Context(
+        name="val",
+        model=model,
+        mesh=mesh,
+        preprocess=ops,
+        class_names=tuple(class_names),
+        workdir=epath.Path(workdir),
+        seed=0,
+        objective=objective or SoftmaxClassification(),
+        make_eval_step=functools.partial(step_lib.make_eval_step, model),
+        eval_batches=lambda source, ops, batch_size: pipeline.eval_batches(
+            source, tuple(ops), batch_size, mesh, threads=2
+        ),
+        untrained_state=untrained
+        or functools.partial(make_state, model, mesh, image_shape, step=0),
+        log=(messages if messages is not None else []).append,
+    )
+
+
+def score_images(scores):
+    """Images [N, 1, 1, C] whose logits under `Pixels` are scores / 32."""
+    return np.asarray(scores, np.uint8)[:, None, None, :]

@@ -1,0 +1,299 @@
+"""Every image counts once, for the right class, on any number of devices."""
+
+import csv
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from evaluation_context import (
+    Network,
+    Pixels,
+    make_context,
+    make_mesh,
+    make_state,
+    score_images,
+)
+
+from big_vision_lite import step as step_lib
+from big_vision_lite.data.ops import Decode
+from big_vision_lite.data.sources import Digits, InMemory
+from big_vision_lite.evaluators.classification import Classification
+from big_vision_lite.evaluators.context import class_table
+from big_vision_lite.objectives.classification import (
+    SigmoidClassification,
+    SoftmaxClassification,
+)
+
+NAMES = tuple("abcdefg")
+
+
+def evaluate(tmp_path, source, *, devices=1, batch_size=8, model=None, **context):
+    """Runs the evaluator on images whose pixels are the logits."""
+    model = model or Pixels()
+    mesh = make_mesh(devices)
+    shape = np.shape(source[0]["image"])
+    if not isinstance(source[0]["image"], np.ndarray):
+        shape = (1, 1, len(NAMES))
+    with jax.set_mesh(mesh):
+        state = make_state(model, mesh, shape, step=context.pop("step", 4))
+        made = make_context(
+            tmp_path,
+            mesh,
+            model,
+            context.pop("class_names", source.class_names),
+            image_shape=shape,
+            **context,
+        )
+        evaluator = Classification(source=source, batch_size=batch_size)
+        return evaluator.prepare(made)(state)
+
+
+def per_class(tmp_path):
+    with (tmp_path / "val_per_class.csv").open() as file:
+        return list(csv.DictReader(file))
+
+
+@pytest.fixture
+def source():
+    rng = np.random.default_rng(0)
+    scores = np.stack([rng.permutation(256)[: len(NAMES)] for _ in range(29)])
+    return InMemory(score_images(scores), rng.integers(0, 7, 29), NAMES)
+
+
+def by_hand(source, names=None, label_smoothing=0.0):
+    names = names or source.class_names
+    given = [source[index] for index in range(29)]
+    logits = np.stack([e["image"].reshape(-1) for e in given]) / np.float64(32)
+    labels = np.array([names.index(source.class_names[e["label"]]) for e in given])
+    order = np.argsort(-logits, axis=1)
+    log_softmax = logits - np.log(np.exp(logits).sum(axis=1, keepdims=True))
+    of_label = log_softmax[np.arange(29), labels]
+    smooth = label_smoothing * log_softmax.mean(axis=1)
+    return {
+        "accuracy": np.mean(order[:, 0] == labels),
+        "accuracy_top5": np.mean((order[:, :5] == labels[:, None]).any(axis=1)),
+        "loss": -np.mean((1 - label_smoothing) * of_label + smooth),
+        "examples": 29.0,
+        "unreadable": 0.0,
+    }
+
+
+@pytest.mark.parametrize("batch_size", [8, 16, 32])
+def test_scores_equal_those_counted_by_hand_whatever_the_padding(
+    tmp_path, source, batch_size
+):
+    found = evaluate(tmp_path, source, batch_size=batch_size)
+    assert found == pytest.approx(by_hand(source), rel=1e-6)
+    assert found["accuracy"] == by_hand(source)["accuracy"]
+
+
+def test_eight_devices_give_the_scores_of_one_to_the_last_bit(tmp_path, source):
+    one = evaluate(tmp_path, source, devices=1)
+    assert evaluate(tmp_path, source, devices=8) == one
+    assert evaluate(tmp_path, source, devices=2, batch_size=16) == one
+
+
+def test_the_loss_is_the_objective_s_own(tmp_path, source):
+    plain = evaluate(tmp_path, source)
+    smooth = SoftmaxClassification(label_smoothing=0.2)
+    smoothed = evaluate(tmp_path, source, objective=smooth)
+    assert smoothed == pytest.approx(by_hand(source, label_smoothing=0.2), rel=1e-6)
+    assert smoothed["loss"] != plain["loss"]
+
+
+def test_the_averaged_parameters_are_scored_when_there_are_any(tmp_path, source):
+    mesh = make_mesh(1)
+    with jax.set_mesh(mesh):
+        model = Pixels()
+        context = make_context(tmp_path, mesh, model, NAMES, image_shape=(1, 1, 7))
+        run = Classification(source=source, batch_size=8).prepare(context)
+        shape = (1, 1, 7)
+        online = run(make_state(model, mesh, shape))
+        average = run(make_state(model, mesh, shape, ema={"gain": jnp.float32(-1)}))
+    assert online["accuracy"] == by_hand(source)["accuracy"]
+    assert average["accuracy"] != online["accuracy"]
+
+
+def test_classes_are_matched_by_name_not_by_number(tmp_path, source):
+    model_names = NAMES[::-1]
+    found = evaluate(tmp_path, source, class_names=model_names)
+    assert found == pytest.approx(by_hand(source, model_names), rel=1e-6)
+    assert found["accuracy"] != by_hand(source)["accuracy"]
+    # The table names the model's classes, with the counts of the source's.
+    counts = {row["class"]: int(row["count"]) for row in per_class(tmp_path)}
+    labels = [NAMES[source[i]["label"]] for i in range(29)]
+    assert counts == {name: labels.count(name) for name in NAMES}
+
+
+def test_missing_classes_are_said_and_keep_the_indices_of_training(tmp_path):
+    images = score_images(np.eye(7)[[6, 6, 2]] * 200)
+    source = InMemory(images, np.array([1, 1, 0]), ("c", "g"))
+    messages = []
+    found = evaluate(tmp_path, source, class_names=NAMES, messages=messages)
+    assert found["accuracy"] == 1.0
+    assert messages == [
+        "val has 2 of the 7 train classes (missing: a, b, d, e, f) - indices follow "
+        "train."
+    ]
+
+
+def test_a_class_the_model_does_not_know_stops_at_once(tmp_path):
+    source = InMemory(score_images([[1, 2]]), np.array([0]), ("a", "zebra"))
+    with pytest.raises(ValueError, match="1 classes unknown to train: zebra"):
+        evaluate(tmp_path, source, class_names=NAMES)
+
+
+def test_two_classes_of_one_name_are_refused_unless_the_order_is_the_same():
+    twice = ("crane", "crane", "dog")
+    assert class_table(twice, twice, name="val", ours_is="train").is_identity
+    with pytest.raises(ValueError, match="train has classes of the same name .crane"):
+        class_table(("dog", "crane"), twice, name="val", ours_is="train")
+
+
+def test_an_image_with_several_labels_is_correct_if_any_is_predicted(tmp_path):
+    top = np.array([0, 1, 2, 3])
+    labels = np.zeros((4, 7), np.int32)
+    labels[0, [0, 5]] = labels[1, [2, 1]] = labels[2, [3, 4]] = 1  # the last has none
+    scores = np.eye(7)[top] * 100 + np.arange(7)
+    source = InMemory(score_images(scores), labels, NAMES)
+    found = evaluate(tmp_path, source, objective=SigmoidClassification())
+    logits = scores[:3].astype(np.uint8) / 32
+    loss = np.log1p(np.exp(-np.where(labels[:3] > 0, logits, -logits))).sum(axis=1)
+    assert found["accuracy"] == 2 / 3
+    assert found["accuracy_top5"] == 1.0
+    assert found["examples"] == 3.0
+    assert found["loss"] == pytest.approx(loss.mean(), rel=1e-6)
+    rows = {row["class"]: row for row in per_class(tmp_path)}
+    assert [rows[n]["count"] for n in NAMES] == ["1", "1", "1", "1", "1", "1", "0"]
+    assert [rows[n]["correct"] for n in NAMES] == ["1", "1", "0", "0", "0", "0", "0"]
+    assert rows["g"]["accuracy"] == ""
+    # Classes in another order change nothing.
+    again = evaluate(
+        tmp_path,
+        InMemory(score_images(scores), labels[:, ::-1], NAMES[::-1]),
+        objective=SigmoidClassification(),
+        class_names=NAMES,
+    )
+    assert again == found
+
+
+def test_the_table_adds_up_and_is_continued_after_a_kill(tmp_path, source):
+    for step in (2, 4, 6):
+        found = evaluate(tmp_path, source, step=step)
+    before = (tmp_path / "val_per_class.csv").read_bytes()
+    rows = per_class(tmp_path)
+    assert [row["step"] for row in rows] == ["2"] * 7 + ["4"] * 7 + ["6"] * 7
+    last = rows[-7:]
+    assert sum(int(row["count"]) for row in last) == 29
+    assert sum(int(row["correct"]) for row in last) / 29 == found["accuracy"]
+    for step in (4, 6):  # killed and restored before step 4
+        evaluate(tmp_path, source, step=step)
+    assert (tmp_path / "val_per_class.csv").read_bytes() == before
+
+
+@dataclasses.dataclass
+class Damaged:
+    """A set in which some files are no images."""
+
+    source: InMemory
+    bad: tuple[int, ...]
+
+    class_names = NAMES
+    fingerprint = "x"
+
+    def __len__(self):
+        return len(self.source)
+
+    def __getitem__(self, index):
+        example = self.source[index]
+        return example | {"image": b"no image"} if index in self.bad else example
+
+    def name(self, index):
+        return f"image {index}"
+
+
+def test_unreadable_images_are_counted_and_not_scored(tmp_path):
+    rng = np.random.default_rng(1)
+    images = rng.integers(0, 255, (20, 1, 7, 1), np.uint8)
+    clean = InMemory(images, rng.integers(0, 7, 20), NAMES)
+    bad = (3, 8, 19)
+    messages = []
+    found = evaluate(
+        tmp_path,
+        Damaged(clean, bad),
+        ops=(Decode(channels=1),),
+        messages=messages,
+    )
+    kept = [i for i in range(20) if i not in bad]
+    rest = InMemory(images[kept], np.array([clean[i]["label"] for i in kept]), NAMES)
+    expected = evaluate(tmp_path, rest)
+    assert found == expected | {"unreadable": 3.0}
+    assert "3 of 20 images are unreadable" in messages[0]
+
+
+def test_a_set_without_a_readable_image_has_no_score(tmp_path):
+    images = np.zeros((4, 1, 7, 1), np.uint8)
+    source = Damaged(InMemory(images, np.zeros(4, int), NAMES), (0, 1, 2, 3))
+    with pytest.raises(ValueError, match=r"not one of 4 images|do not decode"):
+        evaluate(tmp_path, source, ops=(Decode(channels=1),))
+
+
+def test_a_head_of_another_size_or_none_is_named(tmp_path, source):
+    with pytest.raises(ValueError, match="7 logits, but there are 8 classes"):
+        evaluate(tmp_path, source, class_names=(*NAMES, "h"))
+    with pytest.raises(ValueError, match="gives pooled but no logits"):
+        evaluate(tmp_path, source, model=Pixels(has_head=False))
+
+
+def test_top5_needs_more_than_five_classes(tmp_path):
+    source = InMemory(score_images(np.eye(5) * 9), np.arange(5), tuple("abcde"))
+    found = evaluate(tmp_path, source)
+    assert "accuracy_top5" not in found and found["accuracy"] == 1.0
+
+
+def test_the_model_runs_once_though_loss_and_scores_ask_for_it(tmp_path):
+    mesh, model = make_mesh(1), Network()
+    flops = {}
+
+    def measuring(function):
+        step = step_lib.make_eval_step(model, function)
+
+        def counted(state, batch):
+            whole = jax.jit(lambda images: step(state, images))
+            cost = whole.lower(batch).compile().cost_analysis()
+            flops["evaluator"] = cost["flops"]
+            return step(state, batch)
+
+        return counted
+
+    with jax.set_mesh(mesh):
+        state = make_state(model, mesh, (8, 8, 1))
+        context = make_context(tmp_path, mesh, model, tuple("0123456789"))
+        context.make_eval_step = measuring
+        evaluator = Classification(source=Digits(split="test"), batch_size=128)
+        evaluator.prepare(context)(state)
+    once = 2 * 128 * (64 * 48 + 48 * 10)
+    assert once < flops["evaluator"] < 1.5 * once
+
+
+def test_digits_are_scored_alike_on_one_and_eight_devices(tmp_path):
+    found = []
+    for devices in (1, 8):
+        mesh, model = make_mesh(devices), Network()
+        with jax.set_mesh(mesh):
+            state = make_state(model, mesh, (8, 8, 1))
+            context = make_context(tmp_path, mesh, model, tuple("0123456789"))
+            source = Digits(split="test")
+            run = Classification(source=source, batch_size=128).prepare(context)
+            found.append(run(state))
+    assert found[0]["examples"] == 359.0
+    assert found[1] == pytest.approx(found[0], rel=1e-6)
+    assert found[1]["accuracy"] == found[0]["accuracy"]
+
+
+@pytest.mark.parametrize("fields", [{"batch_size": 0}, {"every_steps": -1}])
+def test_impossible_numbers_are_refused(fields):
+    with pytest.raises(ValueError, match="batch_size starts at 1"):
+        Classification(source=Digits(split="test"), **fields)

@@ -1,0 +1,224 @@
+"""Mixup and CutMix against numpy, on one and on eight devices."""
+
+import re
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import AxisType
+
+from big_vision_lite.data.device_ops import CutMix, Mixup, Partner
+from big_vision_lite.layout import batch_sharding
+
+CLASSES = 5
+
+
+def batch_of(rows=8, float_labels=False, side=6):
+    generator = np.random.default_rng(0)
+    label = generator.integers(0, CLASSES, rows).astype(np.int32)
+    if float_labels:
+        label = generator.random((rows, CLASSES)).astype(np.float32)
+        label /= label.sum(1, keepdims=True)
+    return {
+        "image": generator.integers(0, 256, (rows, side, side, 3), dtype=np.uint8),
+        "label": label,
+        "valid": np.arange(rows) < rows - 1,
+        "index": np.arange(rows, dtype=np.int32),
+    }
+
+
+def jitted(op):
+    # A dataclass that compares by value has no hash, which jax.jit asks for.
+    return jax.jit(lambda batch, key: op(batch, key))
+
+
+def one_hot(label):
+    return np.eye(CLASSES, dtype=np.float32)[label] if label.ndim == 1 else label
+
+
+def partner_of(rows, partner):
+    if partner == Partner.ROLL:
+        return np.stack([rows[i - 1] for i in range(len(rows))])
+    return np.stack([rows[len(rows) - 1 - i] for i in range(len(rows))])
+
+
+def share_of(mixed, image, other):
+    """Solves mixed = share * image + (1 - share) * other for the share."""
+    difference = image.astype(float) - other
+    return ((mixed - other) * difference).sum() / (difference**2).sum()
+
+
+def numpy_batch(batch):
+    return {name: np.asarray(value) for name, value in batch.items()}
+
+
+@pytest.mark.parametrize("jit", [False, True])
+@pytest.mark.parametrize("partner", Partner)
+@pytest.mark.parametrize("float_labels", [False, True])
+@pytest.mark.parametrize("rows", [1, 7, 8])
+def test_mixup_equals_numpy(partner, float_labels, rows, jit):
+    batch = batch_of(rows, float_labels)
+    op = Mixup(num_classes=CLASSES, alpha=0.4, partner=partner)
+    mixed = numpy_batch((jitted(op) if jit else op)(batch, jax.random.key(3)))
+    share = np.float32(jax.random.beta(jax.random.key(3), 0.4, 0.4))
+    share = max(share, 1 - share)
+    for name, rows_of in (
+        ("image", batch["image"]),
+        ("label", one_hot(batch["label"])),
+    ):
+        plain = rows_of.astype(np.float32)
+        expected = share * plain + (1 - share) * partner_of(plain, partner)
+        assert mixed[name].dtype == np.float32
+        np.testing.assert_allclose(mixed[name], expected, rtol=1e-5, atol=1e-5)
+
+
+def test_mixup_folds_the_share_into_the_upper_half_unless_told_not_to():
+    batch = batch_of()
+    other = partner_of(batch["image"].astype(float), Partner.ROLL)
+
+    def shares(**fields):
+        mix = jitted(Mixup(num_classes=CLASSES, alpha=1.0, **fields))
+        keys = [jax.random.key(seed) for seed in range(60)]
+        images = [np.asarray(mix(batch, key)["image"]) for key in keys]
+        return np.array([share_of(x, batch["image"], other) for x in images])
+
+    folded, plain = shares(), shares(fold_lambda=False)
+    assert folded.min() >= 0.5 and folded.max() <= 1
+    assert plain.min() < 0.2 and plain.max() > 0.8
+    np.testing.assert_allclose(folded, np.maximum(plain, 1 - plain), atol=1e-5)
+
+
+def test_the_share_follows_the_beta_distribution():
+    batch = batch_of(rows=2)
+    op = Mixup(num_classes=CLASSES, alpha=0.2, fold_lambda=False)
+    keys = jax.random.split(jax.random.key(0), 1000)
+    labels = jax.jit(jax.vmap(lambda key: op(batch, key)["label"]))(keys)
+    shares = np.asarray(labels)[:, 0, batch["label"][0]]
+    assert batch["label"][0] != batch["label"][1]
+    # Beta(a, a): mean 1/2, variance 1 / (4 (2 a + 1)).
+    assert abs(shares.mean() - 0.5) < 0.05
+    assert abs(shares.var() - 1 / (4 * 1.4)) < 0.02
+
+
+@pytest.mark.parametrize("partner", Partner)
+@pytest.mark.parametrize("seed", range(6))
+def test_cutmix_pastes_one_rectangle_and_mixes_labels_by_its_area(partner, seed):
+    batch = batch_of(side=12)
+    op = CutMix(num_classes=CLASSES, partner=partner)
+    mixed = numpy_batch(jitted(op)(batch, jax.random.key(seed)))
+    image = batch["image"].astype(np.float32)
+    other = partner_of(image, partner)
+    own = (mixed["image"] == image).all(-1)
+    pasted = ((mixed["image"] == other).all(-1) & ~own).any(0)
+    assert (own | (mixed["image"] == other).all(-1)).all()
+    rows, columns = np.flatnonzero(pasted.any(1)), np.flatnonzero(pasted.any(0))
+    assert pasted.sum() == len(rows) * len(columns)
+    assert len(rows) == 0 or rows[-1] - rows[0] + 1 == len(rows)
+    assert len(columns) == 0 or columns[-1] - columns[0] + 1 == len(columns)
+    share = 1 - pasted.mean()
+    label = one_hot(batch["label"])
+    expected = share * label + (1 - share) * partner_of(label, partner)
+    np.testing.assert_allclose(mixed["label"], expected, atol=1e-6)
+
+
+def test_cutmix_draws_areas_and_places_of_all_sizes():
+    batch = batch_of(rows=2, side=32)
+    keys = jax.random.split(jax.random.key(1), 300)
+    op = CutMix(num_classes=CLASSES)
+    labels = jax.jit(jax.vmap(lambda key: op(batch, key)["label"]))(keys)
+    share = np.asarray(labels)[:, 0, batch["label"][0]]
+    # alpha = 1: uniform but for what is cut off at the borders.
+    assert share.min() < 0.2 and share.max() > 0.95
+    assert 0.55 < share.mean() < 0.75
+
+
+OPS = [
+    Mixup(num_classes=CLASSES),
+    Mixup(num_classes=CLASSES, partner=Partner.REVERSE, fold_lambda=False),
+    CutMix(num_classes=CLASSES),
+]
+
+
+@pytest.mark.parametrize("op", OPS, ids=["mixup", "bit_mixup", "cutmix"])
+@pytest.mark.parametrize("float_labels", [False, True])
+def test_label_rows_sum_to_one_and_other_keys_stay(op, float_labels):
+    batch = batch_of(float_labels=float_labels)
+    before = {name: value.copy() for name, value in batch.items()}
+    for seed in range(5):
+        mixed = jitted(op)(batch, jax.random.key(seed))
+        label = np.asarray(mixed["label"])
+        assert label.shape == (8, CLASSES) and label.dtype == np.float32
+        np.testing.assert_allclose(label.sum(1), 1, atol=1e-6)
+        image = np.asarray(mixed["image"])
+        assert image.dtype == np.float32 and 0 <= image.min() and image.max() <= 255.001
+        assert set(mixed) == set(batch)
+        np.testing.assert_array_equal(mixed["valid"], batch["valid"])
+        np.testing.assert_array_equal(mixed["index"], batch["index"])
+    for name, value in batch.items():
+        np.testing.assert_array_equal(value, before[name])
+
+
+@pytest.mark.parametrize("op", OPS, ids=["mixup", "bit_mixup", "cutmix"])
+def test_a_key_decides_the_outcome(op):
+    batch = batch_of()
+    run = jitted(op)
+    first, again = (run(batch, jax.random.key(4))["image"] for _ in range(2))
+    np.testing.assert_array_equal(first, again)
+    assert not np.array_equal(first, run(batch, jax.random.key(5))["image"])
+
+
+@pytest.mark.parametrize("kind", [Mixup, CutMix])
+def test_alpha_zero_gives_the_plain_one_hot_batch(kind):
+    batch = batch_of()
+    mixed = jitted(kind(num_classes=CLASSES, alpha=0.0))(batch, jax.random.key(0))
+    np.testing.assert_array_equal(mixed["image"], batch["image"])
+    np.testing.assert_array_equal(mixed["label"], one_hot(batch["label"]))
+    assert mixed["image"].dtype == jnp.float32
+
+
+# Eight devices
+
+
+def mesh_of(data, fsdp):
+    return jax.make_mesh(
+        (data, fsdp), ("data", "fsdp"), axis_types=(AxisType.Auto, AxisType.Auto)
+    )
+
+
+@pytest.mark.parametrize("op", OPS, ids=["mixup", "bit_mixup", "cutmix"])
+@pytest.mark.parametrize("shape", [(8, 1), (4, 2), (1, 8)])
+def test_eight_devices_give_the_batch_of_one_without_gathering_images(op, shape):
+    batch = batch_of(rows=32, side=16)
+    alone = numpy_batch(jitted(op)(batch, jax.random.key(2)))
+    mesh = mesh_of(*shape)
+    with jax.set_mesh(mesh):
+        spread = jax.device_put(batch, batch_sharding(mesh))
+        compiled = jitted(op).lower(spread, jax.random.key(2)).compile()
+        mixed = compiled(spread, jax.random.key(2))
+    for name in batch:
+        np.testing.assert_allclose(mixed[name], alone[name], rtol=1e-6, atol=1e-5)
+    assert mixed["image"].sharding.is_equivalent_to(batch_sharding(mesh), 4)
+    text = compiled.as_text()
+    assert not re.search(r"all-gather|all-to-all|all-reduce", text)
+    moved = [
+        int(np.prod([int(side) for side in sides.split(",")]))
+        for sides in re.findall(r"f32\[([\d,]+)\]\S* collective-permute", text)
+    ]
+    assert moved, "no row crossed a border"
+    one_image = 16 * 16 * 3
+    rows_moved = 1 if op.partner == Partner.ROLL else 4
+    assert max(moved) <= rows_moved * one_image
+
+
+# Mistakes
+
+
+@pytest.mark.parametrize("kind", [Mixup, CutMix])
+def test_impossible_fields_and_labels_are_refused(kind):
+    with pytest.raises(ValueError, match="num_classes=0"):
+        kind(num_classes=0)
+    with pytest.raises(ValueError, match="alpha=-0.1"):
+        kind(num_classes=3, alpha=-0.1)
+    with pytest.raises(ValueError, match=r"\(8, 5\) do not fit num_classes=3"):
+        kind(num_classes=3)(batch_of(float_labels=True), jax.random.key(0))

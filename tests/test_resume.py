@@ -1,0 +1,100 @@
+"""A killed run loses nothing: invariant 1 of the design, by real kills."""
+
+import json
+import os
+import pathlib
+import signal
+import subprocess
+import sys
+
+import pytest
+
+SCRIPT = pathlib.Path(__file__).parent / "killable_run.py"
+NUM_STEPS = 16
+# Wall-clock fields differ from run to run by nature.
+CLOCK = ("images_per_second", "data_wait", "eta_seconds", "mfu")
+
+
+def run(folder: pathlib.Path, moment: str) -> subprocess.CompletedProcess:
+    environment = dict(os.environ, JAX_NUM_CPU_DEVICES="2", JAX_PLATFORMS="cpu")
+    return subprocess.run(
+        [sys.executable, SCRIPT, folder / "run", folder / "journal", moment],
+        capture_output=True,
+        text=True,
+        timeout=300,
+        env=environment,
+        check=False,
+    )
+
+
+def records(folder: pathlib.Path) -> list[dict]:
+    lines = (folder / "run" / "metrics.jsonl").read_text().splitlines()
+    found = [json.loads(line) for line in lines]
+    return [{k: v for k, v in r.items() if k not in CLOCK} for r in found]
+
+
+def batches(folder: pathlib.Path) -> list[tuple[int, str]]:
+    lines = (folder / "journal").read_text().splitlines()
+    return [(int(line.split()[0]), line.split()[1]) for line in lines]
+
+
+def last_parameters(folder: pathlib.Path) -> dict[str, str]:
+    manifest = folder / "run" / "checkpoints" / str(NUM_STEPS) / "manifest.json"
+    body = json.loads(json.loads(manifest.read_text())["body"])
+    return {name: leaf["checksum"] for name, leaf in body["leaves"].items()}
+
+
+@pytest.fixture(scope="module")
+def straight(tmp_path_factory) -> pathlib.Path:
+    folder = tmp_path_factory.mktemp("straight")
+    finished = run(folder, "none")
+    assert finished.returncode == 0, finished.stderr
+    return folder
+
+
+def check_equal(pieces: pathlib.Path, straight: pathlib.Path) -> None:
+    """Compares records, batches and final checksums with the run in one piece."""
+    assert records(pieces) == records(straight)
+    assert last_parameters(pieces) == last_parameters(straight)
+    expected = dict(batches(straight))
+    assert len(expected) == NUM_STEPS
+    # Steps after the last save are repeated: each time with the same batch.
+    assert all(expected[step] == digest for step, digest in batches(pieces))
+    assert {step for step, _ in batches(pieces)} == set(expected)
+    keys = [(r["step"], k) for r in records(pieces) for k in r if k != "step"]
+    assert len(keys) == len(set(keys)), "a score is recorded twice"
+    logged = [r["step"] for r in records(pieces) if "train/loss" in r]
+    assert logged == list(range(1, NUM_STEPS + 1)), "a step is missing"
+
+
+def test_a_run_killed_during_a_checkpoint_write_continues_bit_for_bit(
+    tmp_path, straight
+):
+    assert run(tmp_path, "save:8").returncode == -signal.SIGKILL
+    resumed = run(tmp_path, "none")
+    assert resumed.returncode == 0, resumed.stderr
+    assert "resuming from step 4" in resumed.stdout
+    assert "left unfinished by a killed run" in resumed.stdout
+    check_equal(tmp_path, straight)
+
+
+@pytest.mark.slow
+def test_a_run_killed_again_and_again_equals_the_straight_run_bit_for_bit(
+    tmp_path, straight
+):
+    for moment in ("step:3", "manifest:4", "evaluate:8", "step:14", "save:16"):
+        killed = run(tmp_path, moment)
+        assert killed.returncode == -signal.SIGKILL, (moment, killed.stderr)
+    stopped = run(tmp_path, "term:15")
+    assert stopped.returncode == 128 + signal.SIGTERM, stopped.stderr
+    assert "SIGTERM: saved step 15" in stopped.stdout
+    assert run(tmp_path, "none").returncode == 0
+    check_equal(tmp_path, straight)
+
+
+def test_a_finished_run_started_again_changes_nothing(straight):
+    before = (straight / "run" / "metrics.jsonl").read_text()
+    again = run(straight, "none")
+    assert again.returncode == 0, again.stderr
+    assert (straight / "run" / "metrics.jsonl").read_text() == before
+    assert len(batches(straight)) == NUM_STEPS

@@ -1,0 +1,627 @@
+import functools
+import math
+import re
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+import tiny_runs
+from big_vision_lite import state as state_lib
+from big_vision_lite import trees
+from big_vision_lite.bound_model import BoundModel
+from big_vision_lite.models.layers import Remat
+from big_vision_lite.objectives.classification import SoftmaxClassification
+from big_vision_lite.step import make_eval_step, make_train_step
+from tiny_runs import FSDP, Net, gradients, rows, start, tiny_vit
+
+pytestmark = pytest.mark.skipif(
+    jax.device_count() < 8, reason="needs 8 devices: JAX_NUM_CPU_DEVICES=8"
+)
+
+MESHES = {
+    "one": dict(devices=1),
+    "data=8": dict(devices=8),
+    "data=2,fsdp=4": dict(devices=8, fsdp=4),
+    "fsdp=8": dict(devices=8, fsdp=8),
+}
+
+
+@functools.cache
+def five_steps(mesh: str, micro_batches: int = 1) -> dict:
+    """Trains a ViT; returns the first step's gradients and every step's metrics."""
+    run = start(tiny_vit(), **MESHES[mesh], micro_batches=micro_batches)
+    first = run.advance(rows(seed=1))
+    found = {"gradients": gradients(run.state)}
+    rest = run.advance(*(rows(seed=seed) for seed in (2, 3, 4, 5)))
+    return found | {"metrics": first + rest, "params": jax.device_get(run.state.params)}
+
+
+def assert_same_step(found: dict, expected: dict) -> None:
+    for name, gradient in expected["gradients"].items():
+        scale = np.abs(gradient).max()
+        if name.endswith("key/bias"):
+            # Softmax does not see what all its logits share: zero but for rounding.
+            assert scale < 1e-7 and np.abs(found["gradients"][name]).max() < 1e-7
+            continue
+        assert scale > 1e-5, f"{name} has no gradient, so nothing is compared"
+        error = np.abs(found["gradients"][name] - gradient).max() / scale
+        assert error < 1e-5, (name, error)
+    losses = [m["loss"] for m in found["metrics"]]
+    wanted = [m["loss"] for m in expected["metrics"]]
+    np.testing.assert_allclose(losses[0], wanted[0], rtol=1e-5)
+    np.testing.assert_allclose(losses, wanted, atol=1e-4)
+    assert wanted[0] != wanted[1]
+    for now, then in zip(found["metrics"], expected["metrics"], strict=True):
+        np.testing.assert_allclose(now["gradient_norm"], then["gradient_norm"], 1e-4)
+
+
+@pytest.mark.parametrize("mesh", ["data=8", "data=2,fsdp=4", "fsdp=8"])
+def test_eight_devices_step_like_one(mesh):
+    assert_same_step(five_steps(mesh), five_steps("one"))
+
+
+@pytest.mark.parametrize(
+    ("mesh", "micro_batches"),
+    [("one", 4), ("data=8", 2), ("data=8", 4), ("data=2,fsdp=4", 2)],
+)
+def test_micro_batches_step_like_the_whole_batch(mesh, micro_batches):
+    assert_same_step(five_steps(mesh, micro_batches), five_steps("one"))
+
+
+def test_gradients_are_those_of_the_plain_mean_loss():
+    run = start(Net())
+    batch = rows(seed=1)
+    params = jax.device_get(run.state.params)
+
+    def loss(params):
+        logits = Net().apply({"params": params}, image=jnp.asarray(batch["image"]))
+        picked = jax.nn.log_softmax(logits["logits"])[np.arange(32), batch["label"]]
+        return -picked.mean()
+
+    value, expected = jax.value_and_grad(loss)(params)
+    (metrics,) = run.advance(batch)
+    np.testing.assert_allclose(metrics["loss"], value, rtol=1e-6)
+    for name, gradient in trees.flatten(expected).items():
+        found = gradients(run.state)[name]
+        np.testing.assert_allclose(found, gradient, rtol=1e-5, atol=1e-7)
+    norm = math.sqrt(sum((g**2).sum() for g in gradients(run.state).values()))
+    np.testing.assert_allclose(metrics["gradient_norm"], norm, rtol=1e-5)
+
+
+COLLECTIVES = "all-reduce|all-gather|all-to-all|collective-permute|reduce-scatter"
+
+
+def compiled_text(run: tiny_runs.Run, batch: dict) -> str:
+    with jax.set_mesh(run.mesh):
+        return run.step.lower(run.abstract, run.put(batch)).compile().as_text()
+
+
+def collectives(text: str, where: str = "") -> list[tuple[str, list[int]]]:
+    """Lists (kind, dimensions of the results) of the collectives in a program."""
+    found = []
+    for line in text.splitlines():
+        kind = re.search(rf"= (.*?) ({COLLECTIVES})(-start)?\(", line)
+        if kind and where in line:
+            sizes = re.findall(r"\[([\d,]*)\]", kind.group(1))
+            numbers = [int(n) for size in sizes for n in size.split(",") if n]
+            found.append((kind.group(2), numbers))
+    return found
+
+
+def loop_bodies(text: str) -> list[str]:
+    """Returns the text of every computation that a while loop repeats."""
+    names = re.findall(r"body=%?([\w.\-]+)", text)
+    return [
+        re.search(rf"^%?{re.escape(name)} .*?^}}", text, re.M | re.S).group(0)
+        for name in names
+    ]
+
+
+@pytest.mark.parametrize("fsdp", [1, 8])
+def test_gradients_are_reduced_once_however_many_micro_batches(fsdp):
+    counts = {}
+    for micro_batches in (2, 4):
+        run = start(devices=8, fsdp=fsdp, micro_batches=micro_batches)
+        text = compiled_text(run, rows())
+        bodies = loop_bodies(text)
+        assert bodies, "the micro-batches after the first are a loop"
+        for body in bodies:
+            called = re.findall(r"(?:calls|to_apply)=%?([\w.\-]+)", body)
+            assert called
+            assert not collectives(body)
+        reduced = [sizes for kind, sizes in collectives(text) if kind == "all-reduce"]
+        counts[micro_batches] = len(collectives(text))
+        values = sum(x.size for x in jax.tree.leaves(run.abstract.params))
+        sent = sum(math.prod(sizes) for sizes in reduced if sizes)
+        assert reduced and sent >= 0
+        assert values
+    assert counts[2] == counts[4] > 0
+
+
+def test_no_image_moves_between_devices():
+    # 56 rows, 7 a device (and 6 pairs for micro-batches): no such number is a width.
+    for fsdp in (1, 8):
+        run = start(devices=8, fsdp=fsdp)
+        for _, sizes in collectives(compiled_text(run, rows(56))):
+            assert not {7, 56} & set(sizes), (fsdp, sizes)
+    for micro_batches in (1, 2):
+        run = start(devices=8, micro_batches=micro_batches)
+        kinds = {kind for kind, _ in collectives(compiled_text(run, rows(48)))}
+        assert kinds == {"all-reduce"}, (micro_batches, kinds)
+
+
+def with_valid(batch: dict, valid: int) -> dict:
+    return batch | {"valid": np.arange(len(batch["label"])) < valid}
+
+
+# 13 of 32 rows: on 8 devices the last four have nothing but padding.
+@pytest.mark.parametrize(
+    ("devices", "micro_batches"), [(1, 1), (1, 4), (8, 1), (8, 2)]
+)
+def test_padded_rows_change_nothing(devices, micro_batches):
+    padded = with_valid(rows(32), 13)
+    run = start(devices=devices, micro_batches=micro_batches)
+    run.advance(padded)
+    expected = jax.device_get(run.state.params)
+
+    # Whatever the padding holds: the same bits.
+    other = {name: value.copy() for name, value in padded.items()}
+    other["image"][13:], other["label"][13:] = 255, 7
+    again = start(devices=devices, micro_batches=micro_batches)
+    again.step = run.step
+    again.advance(other)
+    jax.tree.map(
+        np.testing.assert_array_equal, jax.device_get(again.state.params), expected
+    )
+
+    # And without it: the same mean over the 13.
+    alone = start()
+    (metrics,) = alone.advance({name: value[:13] for name, value in rows(32).items()})
+    for name, gradient in gradients(alone.state).items():
+        np.testing.assert_allclose(
+            gradients(run.state)[name], gradient, rtol=1e-4, atol=1e-7
+        )
+    (padded_metrics,) = start(
+        devices=devices, micro_batches=micro_batches
+    ).advance(padded)
+    np.testing.assert_allclose(padded_metrics["loss"], metrics["loss"], rtol=1e-6)
+    np.testing.assert_allclose(padded_metrics["accuracy"], metrics["accuracy"], 1e-6)
+
+
+def test_a_batch_of_padding_alone_is_not_finite_and_moves_nothing():
+    run = start()
+    before = jax.device_get(run.state.params)
+    (metrics,) = run.advance(with_valid(rows(), 0))
+    assert not metrics["finite"]
+    jax.tree.map(
+        np.testing.assert_array_equal, jax.device_get(run.state.params), before
+    )
+
+
+def test_frozen_parameters_keep_their_bits_and_have_no_optimizer_state():
+    freeze = ("stem/.*", "block_00/.*")
+    run = start(Net(), freeze=freeze, optimizer=optax.adam(0.1))
+    frozen = set(trees.names(run.state.frozen))
+    assert frozen == {f"{m}/{leaf}" for m in ("stem", "block_00/dense") for leaf in
+                      ("kernel", "bias")}
+    before = jax.device_get(run.state)
+    run.advance(rows(seed=1), rows(seed=2))
+    after = jax.device_get(run.state)
+    jax.tree.map(np.testing.assert_array_equal, after.frozen, before.frozen)
+    moved = jax.tree.map(lambda a, b: np.abs(a - b).max(), after.params, before.params)
+    assert min(jax.tree.leaves(moved)) > 1e-3
+    named = trees.names(run.state.opt_state)
+    assert not [n for n in named if any(n.endswith(name) for name in frozen)]
+    # Second way: the trained ones move as if the frozen ones were constants.
+    assert len([n for n in named if "/mu/" in n]) == len(
+        trees.names(run.state.params)
+    )
+    assert not frozen & set(trees.names(run.state.params))
+
+
+def test_freezing_changes_no_gradient_of_the_others():
+    whole, part = start(Net()), start(Net(), freeze=("block_00/.*",))
+    whole.advance(rows())
+    part.advance(rows())
+    for name, gradient in gradients(part.state).items():
+        np.testing.assert_allclose(
+            gradient, gradients(whole.state)[name], rtol=1e-5, atol=1e-7
+        )
+
+
+@pytest.mark.parametrize("remat", [Remat.NONE, Remat.FULL])
+def test_frozen_modules_run_without_dropout(remat):
+    model = tiny_vit(depth=2, stochastic_depth=0.5, remat=remat)  # only in block_01
+    image = jnp.asarray(rows()["image"])
+    params = jax.jit(model.init)(jax.random.key(0), image=image)["params"]
+
+    @functools.partial(jax.jit, static_argnums=1)
+    def twice(key, frozen):
+        bound = BoundModel(model, params, {}, rng=key, frozen_modules=frozen)
+        return [bound(image=image)["pooled"] for _ in range(2)]
+
+    names = trees.names(params)
+    last = {n for n in names if n.startswith("encoder/block_01/")}
+    frozen = frozenset(state_lib.frozen_modules(last, names))
+    assert "encoder/block_01" in frozen and "encoder" not in frozen
+    one, two = twice(jax.random.key(1), frozenset())
+    assert np.abs(one - two).max() > 1e-3
+    one, two = twice(jax.random.key(1), frozen)
+    np.testing.assert_array_equal(one, two)
+    evaluated = model.apply({"params": params}, image=image, train=False)["pooled"]
+    np.testing.assert_allclose(one, evaluated, atol=1e-5)
+
+
+def test_frozen_batch_statistics_are_only_read():
+    for freeze, moves in (((), True), (("stem/.*", "norm/.*"), False)):
+        run = start(Net(batch_norm=True), freeze=freeze)
+        before = jax.device_get(run.state.collections)
+        run.advance(rows())
+        after = jax.device_get(run.state.collections)
+        same = jax.tree.map(np.array_equal, before, after)
+        assert all(jax.tree.leaves(same)) != moves
+
+
+def test_freeze_refuses_what_matches_nothing_and_what_leaves_nothing():
+    with pytest.raises(ValueError, match="freeze pattern \"blok.*\" matches no name"):
+        start(Net(), freeze=("blok.*",))
+    with pytest.raises(ValueError, match=r"freezes all 8 parameters.*leave some out"):
+        start(Net(), freeze=(".*",))
+
+
+def test_the_average_is_a_copy_that_follows_its_formula():
+    run = start(Net(), ema=0.75, devices=8, fsdp=8)
+    for new, average in zip(
+        jax.tree.leaves(run.state.params), jax.tree.leaves(run.state.ema), strict=True
+    ):
+        for a, b in zip(new.addressable_shards, average.addressable_shards, strict=True):
+            assert a.data.unsafe_buffer_pointer() != b.data.unsafe_buffer_pointer()
+    expected = jax.device_get(run.state.params)
+    for seed in (1, 2, 3):
+        run.advance(rows(seed=seed))
+        now = jax.device_get(run.state.params)
+        expected = jax.tree.map(lambda e, p: 0.75 * e + 0.25 * p, expected, now)
+    found = jax.device_get(run.state.ema)
+    jax.tree.map(
+        lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-6, atol=1e-7),
+        found,
+        expected,
+    )
+    differ = jax.tree.map(lambda a, b: np.abs(a - b).max(), found, now)
+    assert max(jax.tree.leaves(differ)) > 1e-3
+
+
+def bound(**fields):
+    model = Net(dropout=0.5)
+    image = jnp.asarray(rows()["image"])
+    params = model.init(jax.random.key(0), image=image)["params"]
+    return BoundModel(model, params, {}, **fields), image
+
+
+def test_every_call_of_forward_has_its_own_dropout_mask():
+    forward, image = bound(rng=jax.random.key(1))
+    one, two = forward(image=image)["pooled"], forward(image=image)["pooled"]
+    assert np.abs(one - two).max() > 1e-2
+    again, _ = bound(rng=jax.random.key(1))
+    np.testing.assert_array_equal(again(image=image)["pooled"], one)
+    np.testing.assert_array_equal(again(image=image)["pooled"], two)
+    # In evaluation there is none.
+    evaluated, _ = bound()
+    np.testing.assert_array_equal(
+        evaluated(image=image)["pooled"], evaluated(image=image)["pooled"]
+    )
+
+
+def scanned(forward, image):
+    return jax.lax.scan(lambda c, x: (c, forward(image=x)["pooled"]), 0, image[None])
+
+
+def vmapped(forward, image):
+    return jax.vmap(lambda x: forward(image=x)["pooled"])(image[None])
+
+
+def differentiated(forward, image):
+    return jax.grad(lambda x: forward(image=x)["pooled"].sum())(image.astype(float))
+
+
+def checkpointed(forward, image):
+    return jax.checkpoint(lambda x: forward(image=x)["pooled"])(image)
+
+
+@pytest.mark.parametrize("inside", [scanned, vmapped, differentiated, checkpointed])
+def test_forward_refuses_to_be_called_inside_a_transformation(inside):
+    forward, image = bound(rng=jax.random.key(1))
+    with pytest.raises(ValueError, match=r"forward\(\) was called inside.*call it out"):
+        inside(forward, image)
+
+    def objective(forward, batch, rng):
+        return inside(forward, batch["image"]), {}
+
+    run = start(objective=objective)
+    with pytest.raises(ValueError, match=r"forward\(\) was called inside"):
+        run.advance(rows())
+
+
+def test_forward_may_be_transformed_around():
+    forward, image = bound(rng=jax.random.key(1))
+    pooled = forward(image=image)["pooled"]
+    total, _ = jax.lax.scan(lambda c, x: (c + x, None), jnp.zeros(16), pooled)
+    np.testing.assert_allclose(total, pooled.sum(0), rtol=1e-4, atol=1e-5)
+
+
+def test_capture_returns_what_a_block_returned():
+    model = tiny_vit(depth=2)
+    image = jnp.asarray(rows()["image"])
+    params = jax.jit(model.init)(jax.random.key(0), image=image)["params"]
+    forward = BoundModel(model, params, {})
+    outputs = forward(image=image, capture=("encoder/block_01", "encoder/norm"))
+    captured = outputs["captured"]
+    assert set(captured) == {"encoder/block_01", "encoder/norm"}
+    np.testing.assert_array_equal(captured["encoder/norm"], outputs["tokens"])
+    # Second way: the norm of what the last block returned is the tokens.
+    x = captured["encoder/block_01"]
+    x = x - x.mean(-1, keepdims=True)
+    scale, bias = params["encoder"]["norm"]["scale"], params["encoder"]["norm"]["bias"]
+    normed = x / jnp.sqrt((x**2).mean(-1, keepdims=True) + 1e-6) * scale + bias
+    np.testing.assert_allclose(normed, outputs["tokens"], atol=1e-5)
+    assert "captured" not in forward(image=image)
+    with pytest.raises(ValueError, match='capture="encoder/block_07" is no module'):
+        forward(image=image, capture=("encoder/block_07",))
+
+
+def test_capture_keeps_the_gradient_and_the_collections():
+    def objective(forward, batch, rng):
+        outputs = forward(image=batch["image"], capture=("block_00",))
+        return jnp.square(outputs["captured"]["block_00"]).sum(-1), {}
+
+    run = start(Net(batch_norm=True), objective=objective)
+    names = trees.names(run.state.collections)
+    run.advance(rows())
+    assert trees.names(run.state.collections) == names
+    found = gradients(run.state)
+    assert np.abs(found["block_00/dense/kernel"]).max() > 1e-3
+    assert not np.any(found["block_01/dense/kernel"])
+
+
+def test_averaged_parameters_give_outputs_but_no_gradient():
+    def objective(forward, batch, rng):
+        teacher = forward(image=batch["image"], params="ema")["logits"]
+        student = forward(image=batch["image"])["logits"]
+        return jnp.square(student - teacher).sum(-1), {"teacher": teacher.sum(-1)}
+
+    run = start(objective=objective, ema=0.5)
+    target = Net().apply(
+        {"params": jax.device_get(run.state.ema)}, image=jnp.asarray(rows()["image"])
+    )["logits"]
+    params = jax.device_get(run.state.params)
+    # With student = teacher the loss, and all of its gradient, is zero.
+    (metrics,) = run.advance(rows())
+    assert metrics["loss"] == 0 and metrics["gradient_norm"] == 0
+    np.testing.assert_allclose(metrics["teacher"], target.sum(-1).mean(), rtol=1e-4)
+
+    # And apart, the gradient is that of a constant target.
+    moved = jax.tree.map(lambda x: x + 0.1, params)
+    put = jax.tree.map(
+        lambda new, old: jax.device_put(new, old.sharding), moved, run.state.params
+    )
+    run.state = run.state.replace(params=put)
+
+    def loss(params):
+        student = Net().apply({"params": params}, image=jnp.asarray(rows()["image"]))
+        return jnp.square(student["logits"] - target).sum(-1).mean()
+
+    expected = trees.flatten(jax.grad(loss)(moved))
+    run.advance(rows())
+    for name, gradient in gradients(run.state).items():
+        np.testing.assert_allclose(gradient, expected[name], rtol=1e-3, atol=1e-5)
+
+
+@pytest.mark.parametrize("params", ["ema", "averaged"])
+def test_forward_refuses_parameters_that_are_not_there(params):
+    forward, image = bound()
+    with pytest.raises(ValueError, match=f'params="{params}".*allowed are "online"'):
+        forward(image=image, params=params)
+
+
+@pytest.mark.parametrize("what", ["loss", "gradient"])
+def test_a_step_that_is_not_finite_changes_the_counter_alone(what):
+    def objective(forward, batch, rng):
+        outputs = forward(image=batch["image"])
+        x = outputs["logits"].sum(-1)
+        late = batch["label"][0] == 3
+        bad = jnp.log(x * 0) if what == "loss" else jnp.sqrt(jnp.abs(x) * 0)
+        return jnp.where(late, bad, x), {}
+
+    run = start(
+        Net(batch_norm=True), objective=objective, ema=0.9, optimizer=optax.adam(0.1)
+    )
+    good, bad = rows(), rows() | {"label": np.full(32, 3, np.int32)}
+    (metrics,) = run.advance(good)
+    assert metrics["finite"]
+    before = jax.device_get(run.state)
+    (metrics,) = run.advance(bad)
+    assert not metrics["finite"]
+    assert np.isfinite(metrics["loss"]) == (what == "gradient")
+    after = jax.device_get(run.state)
+    assert after.step == before.step + 1
+    for name, leaf in trees.flatten(after).items():
+        if name != "step":
+            np.testing.assert_array_equal(leaf, trees.flatten(before)[name], name)
+    (metrics,) = run.advance(good)
+    assert metrics["finite"]
+
+
+@pytest.mark.parametrize("fsdp", [1, 4])
+def test_one_compile_for_fresh_stepped_and_moved_states(fsdp):
+    run = start(
+        Net(batch_norm=True), devices=8, fsdp=fsdp, ema=0.9, optimizer=optax.adam(0.1)
+    )
+    run.advance(rows(seed=1), rows(seed=2), rows(seed=3))
+    assert run.step._cache_size() == 1
+    state_lib.check_same(run.abstract, run.state)
+    # As a restore does: arrays from the host, placed by the blueprint.
+    host = jax.device_get(run.state)
+    run.state = jax.tree.map(
+        lambda leaf, like: jax.device_put(leaf, like.sharding), host, run.abstract
+    )
+    state_lib.check_same(run.abstract, run.state)
+    run.advance(rows(seed=4))
+    assert run.step._cache_size() == 1
+
+
+def test_another_dtype_or_sharding_would_be_noticed_before_it_compiles_again():
+    run = start(devices=8, fsdp=8)
+    wrong = run.state.replace(step=run.state.step.astype(jnp.float32))
+    with pytest.raises(AssertionError, match="step: expected"):
+        state_lib.check_same(run.abstract, wrong)
+    whole = jax.device_put(run.state.params["stem"]["kernel"], jax.devices()[0])
+    params = run.state.params | {"stem": run.state.params["stem"] | {"kernel": whole}}
+    with pytest.raises(AssertionError, match="params/stem/kernel"):
+        state_lib.check_same(run.abstract, run.state.replace(params=params))
+
+
+def test_the_state_is_donated():
+    run = start(ema=0.9, optimizer=optax.adam(0.1))
+    before = run.state
+    run.advance(rows())
+    deleted = {n: x.is_deleted() for n, x in trees.flatten(before).items()}
+    assert all(deleted.values()), deleted
+    with jax.set_mesh(run.mesh):
+        lowered = run.step.lower(run.abstract, run.put(rows()))
+    memory = lowered.compile().memory_analysis()
+    size = sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(run.abstract))
+    assert memory.alias_size_in_bytes >= size
+
+
+def test_parameters_are_born_sharded():
+    # 104 = 8 x 13 is no other size here, so that a whole kernel can be seen in text.
+    model = tiny_vit(mlp_dim=104)
+    run = start(model, devices=8, fsdp=8, optimizer=optax.adam(0.1))
+    split = 0
+    for name, leaf in trees.flatten(run.state).items():
+        if leaf.sharding.is_fully_replicated:
+            continue
+        split += 1
+        for shard in leaf.addressable_shards:
+            assert shard.data.size == leaf.size // 8, name
+    assert split > 20
+    kernel = run.state.params["encoder"]["block_00"]["mlp"]["hidden"]["kernel"]
+    assert kernel.shape == (16, 104)
+    assert {s.data.shape for s in kernel.addressable_shards} == {(16, 13)}
+    assert len({s.device for s in kernel.addressable_shards}) == 8
+
+    places = jax.tree.map(lambda leaf: leaf.sharding, run.abstract)
+    with jax.set_mesh(run.mesh):
+        lowered = jax.jit(run.init, out_shardings=places).lower(jax.random.key(0))
+        compiled = lowered.compile()
+    jax.tree.map(
+        lambda leaf, place: assert_equivalent(place, leaf),
+        run.abstract,
+        compiled.output_shardings,
+    )
+    whole = [line for line in compiled.as_text().splitlines() if "[16,104]" in line]
+    assert not whole, whole[:3]
+
+
+def assert_equivalent(place, leaf):
+    assert place.is_equivalent_to(leaf.sharding, leaf.ndim)
+
+
+def test_momentum_lives_where_its_parameter_lives():
+    run = start(devices=8, fsdp=8, optimizer=optax.adam(0.1), ema=0.9)
+    flat = trees.flatten(run.state)
+    kernel = flat["params/block_00/dense/kernel"].sharding
+    assert not kernel.is_fully_replicated
+    for name, leaf in flat.items():
+        if name.endswith("block_00/dense/kernel"):
+            assert leaf.sharding.is_equivalent_to(kernel, 2), name
+    assert sum(n.endswith("block_00/dense/kernel") for n in flat) == 4
+
+
+def test_the_same_seed_gives_the_same_bits():
+    def train(seed):
+        run = start(Net(dropout=0.5), seed=seed, devices=8, fsdp=4)
+        metrics = run.advance(rows(seed=1), rows(seed=2), rows(seed=3))
+        return [m["loss"] for m in metrics], jax.device_get(run.state.params)
+
+    losses, params = train(0)
+    again, same = train(0)
+    assert losses == again
+    jax.tree.map(np.testing.assert_array_equal, params, same)
+    others, _ = train(1)
+    assert others != losses
+
+
+def test_dropout_is_that_of_the_global_batch_on_any_mesh():
+    losses = [
+        start(Net(dropout=0.5), **mesh).advance(rows(seed=1))[0]["loss"]
+        for mesh in MESHES.values()
+    ]
+    np.testing.assert_allclose(losses, losses[0], rtol=1e-5)
+    plain = start(Net()).advance(rows(seed=1))[0]["loss"]
+    assert abs(plain - losses[0]) > 1e-3
+
+
+def test_micro_batches_are_refused_for_batch_statistics():
+    with pytest.raises(ValueError, match=r"micro_batches=2 with a model that keeps "
+                       r"batch_stats.*micro_batches=1"):
+        start(Net(batch_norm=True), micro_batches=2)
+
+
+def test_device_ops_see_the_whole_batch_once_and_only_in_training():
+    seen = []
+
+    def double(batch, rng):
+        seen.append(batch["image"].shape)
+        return {**batch, "image": batch["image"].astype(jnp.float32) * 0}
+
+    run = start(device_ops=(double,), micro_batches=4)
+    (metrics,) = run.advance(rows(seed=1))
+    assert seen == [(32, 8, 8, 1)]
+    black = start().advance(rows(seed=1) | {"image": rows()["image"] * 0})
+    np.testing.assert_allclose(metrics["loss"], black[0]["loss"], rtol=1e-5)
+
+
+def test_evaluation_uses_the_average_and_the_frozen_parameters():
+    run = start(Net(dropout=0.5), ema=0.5, freeze=("stem/.*",))
+    run.advance(rows(seed=1), rows(seed=2))
+    step = make_eval_step(
+        Net(dropout=0.5), lambda forward, batch: forward(image=batch["image"])["logits"]
+    )
+    found = step(run.state, rows())
+    state = jax.device_get(run.state)
+    for params, same in ((state.ema, True), (state.params, False)):
+        merged = state_lib.merge(params, state.frozen)
+        logits = Net().apply({"params": merged}, image=jnp.asarray(rows()["image"]))
+        assert np.allclose(found, logits["logits"], atol=1e-5) == same
+
+
+def test_an_objective_that_counts_its_random_key_gets_another_every_step():
+    def objective(forward, batch, rng):
+        logits = forward(image=batch["image"])["logits"]
+        drawn = jnp.full(logits.shape[:1], jax.random.uniform(rng))
+        return SoftmaxClassification()(forward, batch, rng)[0], {"drawn": drawn}
+
+    run = start(objective=objective)
+    drawn = [m["drawn"] for m in run.advance(rows(), rows(), rows())]
+    assert len({float(x) for x in drawn}) == 3
+
+
+def test_a_mesh_of_one_device_compiles_the_same_step_with_split_and_whole_rules():
+    texts = set()
+    for rules in (FSDP, ()):
+        run = start()
+        with jax.set_mesh(run.mesh):
+            abstract = state_lib.blueprint(run.init, rules, run.mesh)
+            step = make_train_step(
+                Net(),
+                SoftmaxClassification(),
+                tiny_runs.keep_gradient(),
+                run.mesh,
+                abstract,
+            )
+            texts.add(step.lower(abstract, run.put(rows())).as_text())
+    assert len(texts) == 1

@@ -1,0 +1,156 @@
+"""The smallest real runs that the tests of the core share."""
+
+import dataclasses
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+from big_vision_lite import sharding
+from big_vision_lite import state as state_lib
+from big_vision_lite.models.heads import Classifier
+from big_vision_lite.models.vit import ViT
+from big_vision_lite.objectives.classification import SoftmaxClassification
+from big_vision_lite.sharding import Mesh, ShardingRule
+from big_vision_lite.step import make_train_step
+
+FSDP = (ShardingRule(pattern=".*"),)
+
+
+class Block(nn.Module, kw_only=True):
+    dropout: float
+
+    @nn.compact
+    def __call__(self, x, train):
+        y = nn.Dense(x.shape[-1], name="dense")(x)
+        return x + nn.Dropout(self.dropout, name="dropout")(
+            jnp.tanh(y), deterministic=not train
+        )
+
+
+class Net(nn.Module, kw_only=True):
+    """A stack of residual dense blocks: compiles in a tenth of a ViT's time."""
+
+    width: int = 16
+    depth: int = 2
+    dropout: float = 0.0
+    batch_norm: bool = False
+
+    def inputs(self, batch):
+        return {"image": batch["image"]}
+
+    @nn.compact
+    def __call__(self, image, *, train=False):
+        x = image.astype(jnp.float32).reshape(image.shape[0], -1) / 255
+        x = nn.Dense(self.width, name="stem")(x)
+        if self.batch_norm:
+            x = nn.BatchNorm(use_running_average=not train, name="norm")(x)
+        for index in range(self.depth):
+            # By position, as rematerialised blocks of real models must.
+            x = Block(dropout=self.dropout, name=f"block_{index:02d}")(x, train)
+        return {"pooled": x, "logits": nn.Dense(10, name="head")(x)}
+
+
+def tiny_vit(**overrides: Any) -> ViT:
+    fields = dict(width=16, depth=1, mlp_dim=32, num_heads=2, patch_size=4)
+    return ViT(**{**fields, "head": Classifier(num_classes=10), **overrides})
+
+
+def keep_gradient() -> optax.GradientTransformation:
+    """Plain gradient descent whose state is the gradient itself, bit for bit."""
+    return optax.chain(optax.trace(decay=0.0), optax.scale(-0.1))
+
+
+def gradients(state: Any) -> dict[str, np.ndarray]:
+    from big_vision_lite import trees
+
+    found = trees.flatten(jax.device_get(state.opt_state))
+    return {n.split("trace/", 1)[1]: x for n, x in found.items() if "trace/" in n}
+
+
+def rows(size: int = 32, seed: int = 0) -> dict[str, np.ndarray]:
+    rng = np.random.default_rng(seed)
+    images = rng.integers(0, 256, (size, 8, 8, 1)).astype(np.uint8)
+    return {"image": images, "label": np.arange(size, dtype=np.int32) % 10}
+
+
+@dataclasses.dataclass
+class Run:
+    """A step and its state on some devices, without pipeline, folder or loop."""
+
+    mesh: jax.sharding.Mesh
+    init: Any
+    abstract: Any
+    step: Any
+    state: Any
+
+    def put(self, batch: dict[str, np.ndarray]) -> dict[str, jax.Array]:
+        return sharding.put(batch, self.mesh)
+
+    def advance(self, *batches: dict[str, np.ndarray]) -> list[dict[str, float]]:
+        """Steps through the batches; returns the metrics of each."""
+        found = []
+        with jax.set_mesh(self.mesh):
+            for batch in batches:
+                self.state, metrics = self.step(self.state, self.put(batch))
+                found.append(jax.device_get(metrics))
+        return found
+
+
+def start(
+    model: Any = None,
+    *,
+    devices: int = 1,
+    fsdp: int = 1,
+    optimizer: optax.GradientTransformation | None = None,
+    objective: Any = None,
+    freeze: tuple[str, ...] = (),
+    seed: int = 0,
+    batch: dict[str, np.ndarray] | None = None,
+    **step: Any,
+) -> Run:
+    model = model or Net()
+    optimizer = optimizer or keep_gradient()
+    mesh = sharding.make_mesh(Mesh(data=-1, fsdp=fsdp), jax.devices()[:devices])
+    with jax.set_mesh(mesh):
+        init = state_lib.make_initializer(
+            model,
+            rows() if batch is None else batch,
+            optimizer,
+            freeze=freeze,
+            ema=step.get("ema") is not None,
+        )
+        abstract = state_lib.blueprint(init, FSDP, mesh)
+        state = shaken(state_lib.create(init, abstract, seed))
+    train_step = make_train_step(
+        model,
+        objective or SoftmaxClassification(),
+        optimizer,
+        mesh,
+        abstract,
+        seed=seed,
+        **step,
+    )
+    return Run(mesh, init, abstract, train_step, state)
+
+
+def shaken(state: Any) -> Any:
+    """Moves every parameter a little: at a zero head no gradient passes it."""
+
+    def move(tree: Any) -> Any:
+        leaves, structure = jax.tree.flatten(tree)
+        moved = []
+        for index, leaf in enumerate(leaves):
+            noise = np.random.default_rng(index).normal(0, 0.1, leaf.shape)
+            new = np.asarray(leaf) + noise.astype(np.float32)
+            moved.append(jax.device_put(new, leaf.sharding))
+        return jax.tree.unflatten(structure, moved)
+
+    params = move(state.params)
+    ema = None if state.ema is None else jax.tree.map(jnp.copy, params)
+    return dataclasses.replace(
+        state, params=params, frozen=move(state.frozen), ema=ema
+    )

@@ -1,0 +1,270 @@
+"""Audits a set of labelled images before a run spends hours on it.
+
+  python tools/check_dataset.py FOLDER
+  python tools/check_dataset.py --tfds fashion_mnist --split train+test
+
+Reads and decodes every image once. Reports classes, sizes, unreadable files, and the
+same file in two splits or under two labels. Exit code 1 when something must be
+repaired, 2 when the set cannot be opened.
+"""
+
+import argparse
+import concurrent.futures
+import dataclasses
+import hashlib
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from big_vision_lite.data import image_folder, prepared_set, tfds_folder
+from big_vision_lite.data.closest import some
+from big_vision_lite.data.decode import UndecodableImage, decode
+from big_vision_lite.data.sources import ImageFolder, Tfds
+
+# Edges of the short side, in pixels, between the rows of the size table.
+SIZE_EDGES = (8, 16, 32, 64, 128, 256, 512, 1024, 2048)
+# The largest class may hold so many times the images of the smallest.
+BALANCED_RATIO = 10
+# Names printed of each kind of problem.
+MOST_NAMES = 5
+# Images handed to the threads at once: a million results would not be queued.
+CHUNK = 1024
+
+
+@dataclasses.dataclass(kw_only=True)
+class Image:
+    """What is kept of one image; `problem` is empty when it can be used."""
+
+    height: int = 0
+    width: int = 0
+    digest: bytes = b""
+    label: Any = None
+    problem: str = ""
+
+
+@dataclasses.dataclass(kw_only=True)
+class Audit:
+    """All images of one split, in the order of the source."""
+
+    source: Any
+    images: list[Image]
+
+    def counts(self) -> np.ndarray:
+        """Returns the number of usable images a class."""
+        counts = np.zeros(len(self.source.class_names), np.int64)
+        for image in self.images:
+            if not image.problem:
+                classes = image.label > 0 if np.ndim(image.label) else image.label
+                counts[classes] += 1
+        return counts
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Returns the exit code."""
+    options = parser().parse_args(arguments)
+    try:
+        sources = open_set(options) if options.tfds else open_folder(options.folder)
+    except (OSError, ValueError) as error:
+        print(f"Cannot open the set: {error}", file=sys.stderr)
+        return 2
+    audits: dict[str, Audit] = {}
+    problems = []
+    for split, source in sources.items():
+        try:
+            audits[split] = audit(source, options.threads)
+        except (OSError, ValueError) as error:
+            problems.append(f"{split}: {error}")
+            continue
+        print_split(split, audits[split], options.all_classes)
+        problems += unusable(split, audits[split])
+    problems += repeated(audits)
+    for line in [line for item in audits.items() for line in uneven(*item)]:
+        print(f"warning: {line}")
+    for line in problems:
+        print(f"PROBLEM: {line}")
+    print(f"Problems: {len(problems) or 'none'}.")
+    return 1 if problems else 0
+
+
+def parser() -> argparse.ArgumentParser:
+    arguments = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    what = arguments.add_mutually_exclusive_group(required=True)
+    what.add_argument(
+        "folder", nargs="?", help="folder of images, as ImageFolder reads"
+    )
+    what.add_argument("--tfds", metavar="NAME", help="a prepared TFDS set")
+    arguments.add_argument("--split", help="of --tfds; by default every split")
+    arguments.add_argument("--data_dir", help="of --tfds; where the sets lie")
+    arguments.add_argument("--image_key", default="image")
+    arguments.add_argument("--label_key", default="label")
+    arguments.add_argument("--threads", type=int, default=8)
+    arguments.add_argument(
+        "--all_classes", action="store_true", help="print the count of every class"
+    )
+    return arguments
+
+
+def open_folder(folder: str) -> dict[str, ImageFolder]:
+    """Returns a source for each split folder, or for the two hashed splits."""
+    root = Path(folder).expanduser()
+    splits = list(image_folder.find_splits(root)) or ["train", "val"]
+    return {split: ImageFolder(path=folder, split=split) for split in splits}
+
+
+def open_set(options: argparse.Namespace) -> dict[str, Tfds]:
+    """Returns a source for each split asked for, by default for each there is."""
+    prepared = prepared_set.load(tfds_folder.find(options.tfds, options.data_dir))
+    splits = [options.split] if options.split else list(prepared.splits)
+    for split in splits:
+        prepared.ranges(split)
+    return {
+        split: Tfds(
+            dataset=options.tfds,
+            split=split,
+            data_dir=options.data_dir,
+            image_key=options.image_key,
+            label_key=options.label_key,
+        )
+        for split in splits
+    }
+
+
+def audit(source: Any, threads: int) -> Audit:
+    """Reads and decodes every image of `source`, once, in `threads` threads."""
+    images: list[Image] = []
+    started = shown = time.monotonic()
+    with concurrent.futures.ThreadPoolExecutor(threads) as pool:
+        for first in range(0, len(source), CHUNK):
+            indices = range(first, min(first + CHUNK, len(source)))
+            images += pool.map(lambda index: look_at(source, index), indices)
+            if time.monotonic() - shown > 5:
+                shown = time.monotonic()
+                rate = len(images) / (shown - started)
+                print(
+                    f"  {len(images)} of {len(source)}, {rate:.0f}/s", file=sys.stderr
+                )
+    return Audit(source=source, images=images)
+
+
+def look_at(source: Any, index: int) -> Image:
+    """Decodes one image as a run does; a problem of this image is kept, not raised."""
+    try:
+        example = source[index]
+    except (OSError, ValueError) as error:
+        return Image(problem=str(error))
+    label, data = example["label"], example["image"]
+    digest = hashlib.blake2b(data, digest_size=16).digest()
+    try:
+        height, width, _ = decode(data).shape
+    except UndecodableImage as error:
+        return Image(digest=digest, label=label, problem=error.reason)
+    return Image(height=height, width=width, digest=digest, label=label)
+
+
+def print_split(split: str, found: Audit, all_classes: bool) -> None:
+    """Prints counts, classes and sizes of one split."""
+    names, counts = found.source.class_names, found.counts()
+    print(f"{split}: {len(found.images)} images, {len(names)} classes", end="")
+    skipped = getattr(found.source, "skipped", "nothing")
+    print("" if skipped == "nothing" else f"; beside them: {skipped}")
+    order = np.argsort(-counts, kind="stable")
+    if not all_classes and len(names) > 10:
+        order = np.concatenate([order[:5], [-1], order[-5:]])
+    for number in order:
+        row = "..." if number < 0 else f"{names[number]}: {counts[number]}"
+        print(f"  {row}")
+    usable = [image for image in found.images if not image.problem]
+    if not usable:
+        return
+    sides = np.asarray([(image.height, image.width) for image in usable])
+    low, middle, high = sides.min(0), np.median(sides, 0).astype(int), sides.max(0)
+    print(
+        f"  height x width: smallest sides {low[0]}x{low[1]}, median "
+        f"{middle[0]}x{middle[1]}, largest {high[0]}x{high[1]}"
+    )
+    rows = np.bincount(np.digitize(sides.min(1), SIZE_EDGES))
+    for row, count in enumerate(rows):
+        if count:
+            first = SIZE_EDGES[row - 1] if row else 1
+            last = SIZE_EDGES[row] - 1 if row < len(SIZE_EDGES) else "more"
+            print(f"  short side {first} to {last} px: {count}")
+
+
+def unusable(split: str, found: Audit) -> list[str]:
+    """Names the images that cannot be read or decoded."""
+    bad = [index for index, image in enumerate(found.images) if image.problem]
+    if not bad:
+        return []
+    rows = [
+        f"{found.source.name(index)}: {found.images[index].problem}"
+        for index in bad[:MOST_NAMES]
+    ]
+    share = len(bad) / len(found.images)
+    return [
+        f"{split}: {len(bad)} unreadable images ({share:.3%}):" + "".join(lines(rows))
+    ]
+
+
+def repeated(audits: dict[str, Audit]) -> list[str]:
+    """Names images that are the same file in two splits, or under two labels."""
+    seen: dict[bytes, tuple[str, int]] = {}
+    across: dict[tuple[str, str], list[str]] = {}
+    contradictions, within = [], 0
+    for split, found in audits.items():
+        for index, image in enumerate(found.images):
+            if image.problem:
+                continue
+            first_split, first = seen.setdefault(image.digest, (split, index))
+            if (first_split, first) == (split, index):
+                continue
+            other = audits[first_split]
+            row = f"{found.source.name(index)} = {other.source.name(first)}"
+            if not np.array_equal(image.label, other.images[first].label):
+                contradictions.append(row)
+            if first_split == split:
+                within += 1
+            else:
+                across.setdefault((first_split, split), []).append(row)
+    if within:
+        print(f"note: {within} images repeat another one of their split")
+    problems = [
+        f"{len(rows)} images of {split} are also in {first}: scores on {split} are not "
+        "held out:" + "".join(lines(rows[:MOST_NAMES]))
+        for (first, split), rows in across.items()
+    ]
+    if contradictions:
+        problems.append(
+            f"{len(contradictions)} images have two labels:"
+            + "".join(lines(contradictions[:MOST_NAMES]))
+        )
+    return problems
+
+
+def uneven(split: str, found: Audit) -> list[str]:
+    """Warns of classes without an image and of very different numbers of images."""
+    names, counts = found.source.class_names, found.counts()
+    empty = [names[number] for number in np.flatnonzero(counts == 0)]
+    warnings = []
+    if empty:
+        warnings.append(f"{split} has no image of {len(empty)} classes: {some(empty)}")
+    held = counts[counts > 0]
+    if held.size and held.max() > BALANCED_RATIO * held.min():
+        warnings.append(
+            f"{split} is uneven: {names[counts.argmax()]} has {held.max()} images, the "
+            f"smallest class {held.min()}; read the accuracy of each class"
+        )
+    return warnings
+
+
+def lines(rows: Sequence[str]) -> list[str]:
+    return [f"\n    {row}" for row in rows]
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -6,6 +6,7 @@ from typing import Any
 
 import jax
 from flax import linen as nn
+from jax.extend import core
 
 from big_vision_lite.types import Array, Model
 
@@ -35,7 +36,7 @@ class BoundModel:
         self._train = rng is not None
         self._frozen_modules = frozen_modules
         self._calls = 0
-        self._trace = jax.core.get_opaque_trace_state(convention="flax")
+        self._trace = core.get_opaque_trace_state(convention="flax")
 
     def __call__(
         self,
@@ -54,7 +55,7 @@ class BoundModel:
             ValueError: called inside scan, vmap, grad or checkpoint; `params="ema"`
                 without an average; a name in `capture` that is no module.
         """
-        if self._trace != jax.core.get_opaque_trace_state(convention="flax"):
+        if self._trace != core.get_opaque_trace_state(convention="flax"):
             raise ValueError(
                 "forward() was called inside jax.lax.scan, vmap, grad or checkpoint, "
                 "where its random keys and collections would be wrong; call it outside "

@@ -1,16 +1,17 @@
 """Saves and restores a run: asynchronous, checked, and complete or not there."""
 
+import contextlib
 import dataclasses
 import functools
 import threading
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import jax
 from etils import epath
 from orbax.checkpoint import v1 as ocp
 
-from big_vision_lite import integrity, trees
+from big_vision_lite import integrity, processes, trees
 from big_vision_lite.state import TrainState
 
 FOLDER = "checkpoints"
@@ -67,10 +68,7 @@ class Checkpointer:
         self.last_saved: int | None = None
 
     def __enter__(self) -> "Checkpointer":
-        if jax.process_index() == 0:
-            self._folder.mkdir(parents=True, exist_ok=True)
-            self._discard_unfinished()
-        barrier("checkpoints_opened")
+        processes.on_first(self._discard_unfinished)
         return self
 
     def __exit__(self, *unused: Any) -> None:
@@ -115,26 +113,30 @@ class Checkpointer:
         Raises:
             DamagedCheckpoint: the newest step is damaged; names the file or leaf, and
                 the newest step that is intact.
-            ValueError: it holds other parameters than `abstract`.
+            ValueError: it holds other leaves than `abstract`, or the data changed.
         """
-        steps = complete_steps(self._folder)
-        if not steps:
+        # One process reads every byte, and all restore the step that it chose.
+        newest = processes.on_first(self._newest_verified)
+        if newest is None:
             return None
-        newest = steps[-1]
         folder = self._folder / str(newest)
-        try:
-            manifest = verified_manifest(folder)
-            check_leaves(trees.flatten(abstract), manifest, folder)
+        manifest = integrity.read_manifest(folder)
+        self._check_data(manifest, folder)
+        integrity.check_leaves(trees.flatten(abstract), manifest, folder)
+        with self._offering(folder):
             state = restore(folder, abstract, manifest)
-        except integrity.DamagedCheckpoint as error:
-            raise integrity.DamagedCheckpoint(
-                f"{error}\n{self._offer(steps[:-1], folder)}"
-            ) from error
         self.last_saved = newest
         saved_on, now = manifest["devices"], count_devices(state)
         if saved_on != now:
             self._log(f"saved on {saved_on} devices, restoring on {now}")
         return state
+
+    def _newest_verified(self) -> int | None:
+        newest = max(complete_steps(self._folder), default=None)
+        if newest is not None:
+            with self._offering(self._folder / str(newest)):
+                verified_manifest(self._folder / str(newest))
+        return newest
 
     def _finish(
         self, folder: epath.Path, about: dict, pending: Any, leaves: Any, sums: Any
@@ -153,6 +155,15 @@ class Checkpointer:
             self._error = OSError(self._failure(about["step"], error))
             self._error.__cause__ = error
 
+    def _check_data(self, manifest: Mapping[str, Any], folder: epath.Path) -> None:
+        before, now = manifest.get("source"), self._metadata.get("source")
+        if before != now:
+            raise ValueError(
+                f"{folder} was trained on data with the fingerprint {before}, which is "
+                f"now {now}: the batches would be others. Bring the old data back, or "
+                f"start a new --workdir with --config.init.path={folder}"
+            )
+
     def _prune(self) -> None:
         # Only after the new step's manifest is there, so that a kill at any moment
         # leaves a complete step behind.
@@ -165,6 +176,7 @@ class Checkpointer:
                 (self._folder / str(step)).rmtree()
 
     def _discard_unfinished(self) -> None:
+        self._folder.mkdir(parents=True, exist_ok=True)
         complete = complete_steps(self._folder)
         for path in sorted(self._folder.iterdir(), key=str):
             if path.name.isdigit() and int(path.name) in complete:
@@ -190,8 +202,17 @@ class Checkpointer:
             "disk space or mend the folder; the same command continues from there."
         )
 
-    def _offer(self, steps: list[int], damaged: epath.Path) -> str:
-        for step in reversed(steps):
+    @contextlib.contextmanager
+    def _offering(self, folder: epath.Path) -> Iterator[None]:
+        try:
+            yield
+        except integrity.DamagedCheckpoint as error:
+            message = f"{error}\n{self._offer(folder)}"
+            raise integrity.DamagedCheckpoint(message) from error
+
+    def _offer(self, damaged: epath.Path) -> str:
+        steps = complete_steps(self._folder)
+        for step in reversed([s for s in steps if s < int(damaged.name)]):
             try:
                 verified_manifest(self._folder / str(step))
             except integrity.DamagedCheckpoint:
@@ -224,24 +245,6 @@ def verified_manifest(folder: epath.Path) -> dict[str, Any]:
     return manifest
 
 
-def check_leaves(
-    expected: Mapping[str, Any], manifest: Mapping[str, Any], folder: epath.Path
-) -> None:
-    """Refuses a checkpoint whose leaves differ from the expected in name or shape."""
-    saved = {
-        name: jax.ShapeDtypeStruct(leaf["shape"], leaf["dtype"])
-        for name, leaf in manifest["leaves"].items()
-    }
-    lines = trees.difference(expected, saved, "this recipe", "the checkpoint")
-    if lines:
-        more = f"\n  ... and {len(lines) - 20} more" if len(lines) > 20 else ""
-        raise ValueError(
-            f"{folder} and the recipe differ:\n" + "\n".join(lines[:20]) + more + "\n"
-            "Use a new --workdir, or start from its weights with --config.init.path="
-            f"{folder}"
-        )
-
-
 def restore(folder: epath.Path, abstract: Any, manifest: Mapping[str, Any]) -> Any:
     """Loads a step's leaves in the shardings of `abstract` and checks every one.
 
@@ -272,12 +275,11 @@ def find(path: str | epath.Path, log: Callable[[str], None] = print) -> epath.Pa
             chosen = folder / str(steps[-1])
             log(f"{path}: using step {steps[-1]}, the newest of {len(steps)} complete")
             return chosen
-    seen = sorted(p.name for p in given.iterdir())[:5] if given.exists() else []
-    what = (
-        f"it holds {', '.join(seen) or 'nothing'}"
-        if given.exists()
-        else ("it does not exist")
-    )
+    if given.is_dir():
+        seen = sorted(inside.name for inside in given.iterdir())[:5]
+        what = f"it holds {', '.join(seen) or 'nothing'}"
+    else:
+        what = "it is a file" if given.exists() else "it does not exist"
     raise FileNotFoundError(
         f"No complete checkpoint in {path}: {what}. Give a run folder, its "
         f"{FOLDER}/ folder, or one step folder with its {integrity.MANIFEST}."
@@ -287,11 +289,3 @@ def find(path: str | epath.Path, log: Callable[[str], None] = print) -> epath.Pa
 def count_devices(state: TrainState) -> int:
     """Counts the devices over which a state is spread."""
     return len(state.step.sharding.device_set)
-
-
-def barrier(name: str) -> None:
-    """Waits until all processes are here."""
-    if jax.process_count() > 1:
-        from jax.experimental import multihost_utils
-
-        multihost_utils.sync_global_devices(name)

@@ -77,9 +77,11 @@ class TrainConfig:
                 f"data.batch_size={self.data.batch_size} does not divide into "
                 f"micro_batches={self.micro_batches} equal parts."
             )
-        if len(self.profile_steps) not in (0, 2):
+        steps = self.profile_steps
+        if len(steps) not in (0, 2) or (steps and not 1 <= steps[0] <= steps[1]):
             raise ValueError(
-                f"profile_steps={self.profile_steps} must be empty or (first, last)."
+                f"profile_steps={steps} must be empty or (first, last), counted from "
+                "1, for example --config.profile_steps='(20, 25)'."
             )
         for name in self.evaluators:
             if not name.isidentifier():

@@ -184,12 +184,12 @@ def main(argv: Sequence[str]) -> None:
         )
     chosen_platform = values["platform"].value
     devices.set_up(None if chosen_platform is None else Platform(chosen_platform))
-    run = saved_run.load(
-        values["workdir"].value, allowed_modules=values["allow_module"].value
-    )
+    modules: Any = values["allow_module"].value
+    run = saved_run.load(values["workdir"].value, allowed_modules=modules)
     recipe = command.recipe
     config = run.config if command.config is None else command.config
-    wanted = [name for name in values["evaluators"].value if name]
+    names: Any = values["evaluators"].value
+    wanted = [name for name in names if name]
     evaluators = choose(config.evaluators, wanted, recipe or str(run.folder))
     name = f"evaluation_{run.step}"
     if recipe is not None:

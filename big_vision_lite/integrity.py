@@ -74,6 +74,33 @@ def damaged_leaves(leaves: Mapping[str, Any], tree: Any) -> list[str]:
     return [n for n, leaf in found.items() if leaf["checksum"] != leaves[n]["checksum"]]
 
 
+def check_leaves(
+    expected: Mapping[str, Any], manifest: Mapping[str, Any], folder: epath.Path
+) -> None:
+    """Refuses a checkpoint whose leaves {name: leaf} are not the expected ones.
+
+    Raises:
+        ValueError: names, shapes or dtypes differ; lists them with "+" and "-".
+    """
+    saved = {
+        name: jax.ShapeDtypeStruct(leaf["shape"], leaf["dtype"])
+        for name, leaf in manifest["leaves"].items()
+    }
+    ours, theirs = "this recipe", "the checkpoint"
+    lines = trees.difference(expected, saved, ours, theirs)
+    for name in sorted(expected.keys() & saved.keys()):
+        if expected[name].dtype != saved[name].dtype:
+            lines.append(f"  + {name} {trees.describe(expected[name])}  in {ours}")
+            lines.append(f"  - {name} {trees.describe(saved[name])}  in {theirs}")
+    if lines:
+        more = f"\n  ... and {len(lines) - 20} more" if len(lines) > 20 else ""
+        raise ValueError(
+            f"{folder} and the recipe differ:\n" + "\n".join(lines[:20]) + more + "\n"
+            "Use a new --workdir, or start from its weights with --config.init.path="
+            f"{folder}"
+        )
+
+
 def digest_files(folder: epath.Path) -> dict[str, dict[str, Any]]:
     """Returns {relative path: {"bytes": size, "sha256": digest}} of all files."""
     found = {}

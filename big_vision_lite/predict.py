@@ -150,13 +150,13 @@ def table_of(found: Predictions, class_names: Sequence[str]) -> list[list[str]]:
         found.files, found.classes, found.probabilities, strict=True
     ):
         # The shortest digits that read back as the same float32.
-        pairs = [
+        pairs: list[tuple[str, str]] = [
             (class_names[label], str(probability))
             for label, probability in zip(labels, likely, strict=True)
         ]
         if file in found.errors:
             pairs = [("", "")] * len(pairs)
-        texts = (text for pair in pairs for text in pair)
+        texts = [text for pair in pairs for text in pair]
         rows.append([file, *texts, found.errors.get(file, "")])
     return rows
 

@@ -14,7 +14,7 @@ from typing import Any
 import jax
 from etils import epath
 
-from big_vision_lite import checkpoint, integrity, serialize
+from big_vision_lite import checkpoint, integrity, processes, serialize
 from big_vision_lite.config import TrainConfig
 
 # What may change between the start of a run and its resumption: nothing here changes
@@ -61,9 +61,8 @@ class RunFolder:
         self._lock: Any = None
 
     def __enter__(self) -> "RunFolder":
-        if jax.process_index() == 0:
-            self._open()
-        checkpoint.barrier("run_folder_opened")
+        processes.on_first(self._open)
+        self._check_shared()
         return self
 
     def __exit__(self, *unused: Any) -> None:
@@ -75,6 +74,16 @@ class RunFolder:
         return serialize.to_json(
             self._config, versions=versions(), machine=describe_machine()
         )
+
+    def _check_shared(self) -> None:
+        seen = processes.gather((self.path / checkpoint.CONFIG).exists())
+        if not all(seen):
+            blind = ", ".join(str(i) for i, sees in enumerate(seen) if not sees)
+            raise OSError(
+                f"{self.path}: process 0 has made it, but it is not there for process "
+                f"{blind}. All processes need the same folder: a network disk that all "
+                "hosts mount, or --workdir=gs://BUCKET/FOLDER."
+            )
 
     def _open(self) -> None:
         try:

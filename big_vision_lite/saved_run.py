@@ -116,7 +116,9 @@ def load(
         raise integrity.DamagedCheckpoint(
             f"{folder}: {', '.join(damaged[:5])} differ from what was saved."
         )
-    state = TrainState(
+    # flax.struct makes the constructor, which type checkers do not see.
+    make: Any = TrainState
+    state = make(
         step=tree["step"],
         params=tree["params"],
         frozen=tree.get("frozen", {}),

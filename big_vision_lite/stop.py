@@ -6,7 +6,8 @@ from types import FrameType
 from typing import Any
 
 import jax
-import numpy as np
+
+from big_vision_lite import processes
 
 
 class StopSignal:
@@ -50,14 +51,9 @@ class StopSignal:
         they wait for the device anyway, so that all save the same step.
         """
         here = self.requested() is not None
-        if jax.process_count() == 1:
-            return here
-        if step % every_steps:
+        if jax.process_count() > 1 and step % every_steps:
             return False
-        from jax.experimental import multihost_utils
-
-        flags = multihost_utils.process_allgather(np.asarray(here))
-        return bool(np.any(flags))
+        return any(processes.gather(here))
 
     def _note(self, number: int, frame: FrameType | None) -> None:
         if self.received is not None and number == signal.SIGINT:

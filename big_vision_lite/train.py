@@ -16,6 +16,7 @@ from big_vision_lite import (
     devices,
     dry_run,
     evaluation,
+    processes,
     program,
     run_folder,
     serialize,
@@ -29,6 +30,7 @@ from big_vision_lite.config import TrainConfig
 from big_vision_lite.data import pipeline
 from big_vision_lite.metrics import Writer
 from big_vision_lite.monitor import Monitor
+from big_vision_lite.profiler import Profiler
 from big_vision_lite.progress import Progress
 from big_vision_lite.state import TrainState
 from big_vision_lite.stop import Stopped, StopSignal
@@ -68,6 +70,7 @@ def train(
             log=progress.message,
         ) as checkpointer,
         Writer(workdir) as writer,
+        Profiler(config.profile_steps, workdir / "profile") as profiler,
         pipeline.open_batches(
             config.data, config.seed, mesh, workdir / "bad_files.txt"
         ) as batches,
@@ -103,7 +106,9 @@ def train(
         evaluations.run_due(first_step - 1, state)
         progress.begin(first_step - 1, built.flops_per_step)
         for step, batch in progress.watch(batches.starting_at(first_step), num_steps):
+            profiler.before(step)
             state, metrics = built.train_step(state, batch)
+            profiler.after(step, metrics)
             progress.pace(metrics)
             monitor.add(step, metrics)
             last = step == num_steps
@@ -201,7 +206,8 @@ def main(argv: Sequence[str]) -> None:
     if values["dry_run"].value:
         print(dry_run.dry_run(config, workdir))
         return
-    train(config, workdir, recipe=command.recipe or "RECIPE")
+    with processes.named_losses():
+        train(config, workdir, recipe=command.recipe or "RECIPE")
 
 
 def define_flags(values: flags.FlagValues) -> None:
@@ -219,4 +225,4 @@ def define_flags(values: flags.FlagValues) -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(command_line.run(main, sys.argv))
+    sys.exit(processes.run(lambda: command_line.run(main, sys.argv)))

@@ -13,14 +13,14 @@ FILES = sorted(PACKAGE.rglob("*.py"))
 # its own group. The names of one row are groups that never import each other.
 ROWS = (
     ({"types"}, {"trees"}, {"files"}),
-    ({"layout"},),
+    ({"layout"}, {"processes"}),
     (
         {"schedules", "optimizers"},
         {"sharding"},
         {"models"},
         {"data"},
         {"metrics"},
-        {"console", "progress", "clocks", "peaks"},
+        {"console", "progress", "clocks", "peaks", "profiler"},
         {"flops"},
         {"serialize"},
         {"stop"},

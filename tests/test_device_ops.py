@@ -6,9 +6,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import scipy.stats
 from jax.sharding import AxisType
 
-from big_vision_lite.data.device_ops import CutMix, Mixup, Partner
+from big_vision_lite.data.device_ops import CutMix, Mixup, Partner, symmetric_beta
 from big_vision_lite.layout import batch_sharding
 
 CLASSES = 5
@@ -53,15 +54,13 @@ def numpy_batch(batch):
     return {name: np.asarray(value) for name, value in batch.items()}
 
 
-@pytest.mark.parametrize("jit", [False, True])
 @pytest.mark.parametrize("partner", Partner)
-@pytest.mark.parametrize("float_labels", [False, True])
-@pytest.mark.parametrize("rows", [1, 7, 8])
-def test_mixup_equals_numpy(partner, float_labels, rows, jit):
+@pytest.mark.parametrize("rows, float_labels", [(1, False), (7, True), (8, False)])
+def test_mixup_equals_numpy(partner, rows, float_labels):
     batch = batch_of(rows, float_labels)
     op = Mixup(num_classes=CLASSES, alpha=0.4, partner=partner)
-    mixed = numpy_batch((jitted(op) if jit else op)(batch, jax.random.key(3)))
-    share = np.float32(jax.random.beta(jax.random.key(3), 0.4, 0.4))
+    mixed = numpy_batch(jitted(op)(batch, jax.random.key(3)))
+    share = np.float32(symmetric_beta(jax.random.key(3), 0.4))
     share = max(share, 1 - share)
     for name, rows_of in (
         ("image", batch["image"]),
@@ -89,37 +88,36 @@ def test_mixup_folds_the_share_into_the_upper_half_unless_told_not_to():
     np.testing.assert_allclose(folded, np.maximum(plain, 1 - plain), atol=1e-5)
 
 
-def test_the_share_follows_the_beta_distribution():
-    batch = batch_of(rows=2)
-    op = Mixup(num_classes=CLASSES, alpha=0.2, fold_lambda=False)
-    keys = jax.random.split(jax.random.key(0), 1000)
-    labels = jax.jit(jax.vmap(lambda key: op(batch, key)["label"]))(keys)
-    shares = np.asarray(labels)[:, 0, batch["label"][0]]
-    assert batch["label"][0] != batch["label"][1]
-    # Beta(a, a): mean 1/2, variance 1 / (4 (2 a + 1)).
-    assert abs(shares.mean() - 0.5) < 0.05
-    assert abs(shares.var() - 1 / (4 * 1.4)) < 0.02
+@pytest.mark.parametrize("alpha", [0.1, 0.2, 0.5, 0.8, 1.0, 4.0])
+def test_the_share_follows_the_beta_distribution(alpha):
+    keys = jax.random.split(jax.random.key(0), 10_000)
+    draw = jax.jit(jax.vmap(lambda key: symmetric_beta(key, alpha)))
+    shares = np.asarray(draw(keys))
+    assert 0 <= shares.min() and shares.max() <= 1
+    # Not at the ends, where float32 rounds to 0 and 1.
+    for at in (0.01, 0.1, 0.3, 0.5, 0.7, 0.9, 0.99):
+        expected = scipy.stats.beta.cdf(at, alpha, alpha)
+        assert abs((shares <= at).mean() - expected) < 0.02  # 4 standard deviations
 
 
 @pytest.mark.parametrize("partner", Partner)
-@pytest.mark.parametrize("seed", range(6))
-def test_cutmix_pastes_one_rectangle_and_mixes_labels_by_its_area(partner, seed):
+def test_cutmix_pastes_one_rectangle_and_mixes_labels_by_its_area(partner):
     batch = batch_of(side=12)
-    op = CutMix(num_classes=CLASSES, partner=partner)
-    mixed = numpy_batch(jitted(op)(batch, jax.random.key(seed)))
-    image = batch["image"].astype(np.float32)
+    run = jitted(CutMix(num_classes=CLASSES, partner=partner))
+    image, label = batch["image"].astype(np.float32), one_hot(batch["label"])
     other = partner_of(image, partner)
-    own = (mixed["image"] == image).all(-1)
-    pasted = ((mixed["image"] == other).all(-1) & ~own).any(0)
-    assert (own | (mixed["image"] == other).all(-1)).all()
-    rows, columns = np.flatnonzero(pasted.any(1)), np.flatnonzero(pasted.any(0))
-    assert pasted.sum() == len(rows) * len(columns)
-    assert len(rows) == 0 or rows[-1] - rows[0] + 1 == len(rows)
-    assert len(columns) == 0 or columns[-1] - columns[0] + 1 == len(columns)
-    share = 1 - pasted.mean()
-    label = one_hot(batch["label"])
-    expected = share * label + (1 - share) * partner_of(label, partner)
-    np.testing.assert_allclose(mixed["label"], expected, atol=1e-6)
+    for seed in range(8):
+        mixed = numpy_batch(run(batch, jax.random.key(seed)))
+        own = (mixed["image"] == image).all(-1)
+        assert (own | (mixed["image"] == other).all(-1)).all()
+        pasted = (~own).any(0)
+        rows, columns = np.flatnonzero(pasted.any(1)), np.flatnonzero(pasted.any(0))
+        # As many pixels as rows times columns, none left out: a rectangle.
+        assert pasted.sum() == len(rows) * len(columns)
+        assert (np.diff(rows) == 1).all() and (np.diff(columns) == 1).all()
+        share = 1 - pasted.mean()
+        expected = share * label + (1 - share) * partner_of(label, partner)
+        np.testing.assert_allclose(mixed["label"], expected, atol=1e-6)
 
 
 def test_cutmix_draws_areas_and_places_of_all_sizes():
@@ -129,7 +127,7 @@ def test_cutmix_draws_areas_and_places_of_all_sizes():
     labels = jax.jit(jax.vmap(lambda key: op(batch, key)["label"]))(keys)
     share = np.asarray(labels)[:, 0, batch["label"][0]]
     # alpha = 1: uniform but for what is cut off at the borders.
-    assert share.min() < 0.2 and share.max() > 0.95
+    assert share.min() < 0.3 and share.max() > 0.95
     assert 0.55 < share.mean() < 0.75
 
 
@@ -145,8 +143,9 @@ OPS = [
 def test_label_rows_sum_to_one_and_other_keys_stay(op, float_labels):
     batch = batch_of(float_labels=float_labels)
     before = {name: value.copy() for name, value in batch.items()}
+    run = jitted(op)
     for seed in range(5):
-        mixed = jitted(op)(batch, jax.random.key(seed))
+        mixed = run(batch, jax.random.key(seed))
         label = np.asarray(mixed["label"])
         assert label.shape == (8, CLASSES) and label.dtype == np.float32
         np.testing.assert_allclose(label.sum(1), 1, atol=1e-6)
@@ -187,7 +186,7 @@ def mesh_of(data, fsdp):
 
 
 @pytest.mark.parametrize("op", OPS, ids=["mixup", "bit_mixup", "cutmix"])
-@pytest.mark.parametrize("shape", [(8, 1), (4, 2), (1, 8)])
+@pytest.mark.parametrize("shape", [(8, 1), (2, 4)])
 def test_eight_devices_give_the_batch_of_one_without_gathering_images(op, shape):
     batch = batch_of(rows=32, side=16)
     alone = numpy_batch(jitted(op)(batch, jax.random.key(2)))

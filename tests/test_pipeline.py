@@ -6,6 +6,8 @@ import itertools
 import multiprocessing
 import os
 import pickle
+import subprocess
+import sys
 import threading
 import time
 
@@ -255,6 +257,43 @@ def test_worker_processes_equal_threads_pass_errors_on_and_end(mesh):
     )
     assert not multiprocessing.active_children()
     assert not our_threads()
+
+
+KILLED_RUN = """
+import multiprocessing, time
+from big_vision_lite import sharding
+from big_vision_lite.data import ops, pipeline, sources
+
+if __name__ == "__main__":
+    stream = pipeline.Stream(
+        source=sources.Digits(split="train"),
+        ops=(ops.Decode(channels=1),),
+        batch_size=64,
+        processes=1,
+    )
+    mesh = sharding.make_mesh(sharding.Mesh())
+    with pipeline.open_batches(stream, 0, mesh) as batches:
+        next(batches.starting_at(1))
+        print(multiprocessing.active_children()[0].pid, flush=True)
+        time.sleep(600)
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not os.path.exists("/proc"), reason="Linux only")
+def test_a_killed_run_leaves_no_worker_process(tmp_path):
+    script = tmp_path / "run.py"
+    script.write_text(KILLED_RUN)
+    with subprocess.Popen(
+        [sys.executable, script], stdout=subprocess.PIPE, text=True
+    ) as run:
+        worker = int(run.stdout.readline())
+        assert os.path.exists(f"/proc/{worker}")
+        run.kill()
+    deadline = time.monotonic() + 20
+    while os.path.exists(f"/proc/{worker}") and time.monotonic() < deadline:
+        time.sleep(0.1)
+    assert not os.path.exists(f"/proc/{worker}")
 
 
 def test_a_full_shared_memory_is_refused_before_the_kernel_does(monkeypatch):

@@ -17,7 +17,7 @@ import numpy as np
 import pytest
 from array_record.python import array_record_module
 
-from big_vision_lite.data import image_folder, records, tfds_folder
+from big_vision_lite.data import image_folder, prepared_set, records, tfds_folder
 from big_vision_lite.data.held_out import hold_out
 from big_vision_lite.data.prepared_set import load
 from big_vision_lite.data.sources import Digits, ImageFolder, InMemory, Tfds
@@ -416,6 +416,16 @@ def test_a_record_file_cut_short_is_named(bugs, cut):
     with pytest.raises(ValueError, match=rf"{path.name} is damaged.*counts 7 records"):
         len(bugs_source(bugs))
     assert len(bugs_source(bugs, "test")) == 6
+
+
+def test_a_file_cut_short_is_found_at_once_among_many(tmp_path, monkeypatch):
+    folder = write_set(tmp_path, "tfrecord")
+    path = next(folder.glob("*train*-00002-of-00004"))
+    monkeypatch.setattr(prepared_set, "FEW_FILES", 1)
+    assert len(bugs_source(tmp_path)) == 20
+    os.truncate(path, path.stat().st_size // 2)
+    with pytest.raises(ValueError, match=f"{path.name} is damaged"):
+        len(bugs_source(tmp_path))
 
 
 def test_missing_record_files_and_json_are_named(bugs):

@@ -7,15 +7,15 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-
 import tiny_runs
+from tiny_runs import FSDP, Net, gradients, rows, start, tiny_vit
+
 from big_vision_lite import state as state_lib
 from big_vision_lite import trees
 from big_vision_lite.bound_model import BoundModel
 from big_vision_lite.models.layers import Remat
 from big_vision_lite.objectives.classification import SoftmaxClassification
 from big_vision_lite.step import make_eval_step, make_train_step
-from tiny_runs import FSDP, Net, gradients, rows, start, tiny_vit
 
 pytestmark = pytest.mark.skipif(
     jax.device_count() < 8, reason="needs 8 devices: JAX_NUM_CPU_DEVICES=8"
@@ -158,9 +158,7 @@ def with_valid(batch: dict, valid: int) -> dict:
 
 
 # 13 of 32 rows: on 8 devices the last four have nothing but padding.
-@pytest.mark.parametrize(
-    ("devices", "micro_batches"), [(1, 1), (1, 4), (8, 1), (8, 2)]
-)
+@pytest.mark.parametrize(("devices", "micro_batches"), [(1, 1), (1, 4), (8, 1), (8, 2)])
 def test_padded_rows_change_nothing(devices, micro_batches):
     padded = with_valid(rows(32), 13)
     run = start(devices=devices, micro_batches=micro_batches)
@@ -184,9 +182,9 @@ def test_padded_rows_change_nothing(devices, micro_batches):
         np.testing.assert_allclose(
             gradients(run.state)[name], gradient, rtol=1e-4, atol=1e-7
         )
-    (padded_metrics,) = start(
-        devices=devices, micro_batches=micro_batches
-    ).advance(padded)
+    (padded_metrics,) = start(devices=devices, micro_batches=micro_batches).advance(
+        padded
+    )
     np.testing.assert_allclose(padded_metrics["loss"], metrics["loss"], rtol=1e-6)
     np.testing.assert_allclose(padded_metrics["accuracy"], metrics["accuracy"], 1e-6)
 
@@ -205,8 +203,9 @@ def test_frozen_parameters_keep_their_bits_and_have_no_optimizer_state():
     freeze = ("stem/.*", "block_00/.*")
     run = start(Net(), freeze=freeze, optimizer=optax.adam(0.1))
     frozen = set(trees.names(run.state.frozen))
-    assert frozen == {f"{m}/{leaf}" for m in ("stem", "block_00/dense") for leaf in
-                      ("kernel", "bias")}
+    assert frozen == {
+        f"{m}/{leaf}" for m in ("stem", "block_00/dense") for leaf in ("kernel", "bias")
+    }
     before = jax.device_get(run.state)
     run.advance(rows(seed=1), rows(seed=2))
     after = jax.device_get(run.state)
@@ -216,9 +215,7 @@ def test_frozen_parameters_keep_their_bits_and_have_no_optimizer_state():
     named = trees.names(run.state.opt_state)
     assert not [n for n in named if any(n.endswith(name) for name in frozen)]
     # Second way: the trained ones move as if the frozen ones were constants.
-    assert len([n for n in named if "/mu/" in n]) == len(
-        trees.names(run.state.params)
-    )
+    assert len([n for n in named if "/mu/" in n]) == len(trees.names(run.state.params))
     assert not frozen & set(trees.names(run.state.params))
 
 
@@ -266,7 +263,7 @@ def test_frozen_batch_statistics_are_only_read():
 
 
 def test_freeze_refuses_what_matches_nothing_and_what_leaves_nothing():
-    with pytest.raises(ValueError, match="freeze pattern \"blok.*\" matches no name"):
+    with pytest.raises(ValueError, match='freeze pattern "blok.*" matches no name'):
         start(Net(), freeze=("blok.*",))
     with pytest.raises(ValueError, match=r"freezes all 8 parameters.*leave some out"):
         start(Net(), freeze=(".*",))
@@ -277,7 +274,9 @@ def test_the_average_is_a_copy_that_follows_its_formula():
     for new, average in zip(
         jax.tree.leaves(run.state.params), jax.tree.leaves(run.state.ema), strict=True
     ):
-        for a, b in zip(new.addressable_shards, average.addressable_shards, strict=True):
+        for a, b in zip(
+            new.addressable_shards, average.addressable_shards, strict=True
+        ):
             assert a.data.unsafe_buffer_pointer() != b.data.unsafe_buffer_pointer()
     expected = jax.device_get(run.state.params)
     for seed in (1, 2, 3):
@@ -501,14 +500,15 @@ def test_parameters_are_born_sharded():
     model = tiny_vit(mlp_dim=104)
     run = start(model, devices=8, fsdp=8, optimizer=optax.adam(0.1))
     split = 0
-    for name, leaf in trees.flatten(run.state).items():
+    state = state_lib.create(run.init, run.abstract, 0)
+    for name, leaf in trees.flatten(state).items():
         if leaf.sharding.is_fully_replicated:
             continue
         split += 1
         for shard in leaf.addressable_shards:
             assert shard.data.size == leaf.size // 8, name
     assert split > 20
-    kernel = run.state.params["encoder"]["block_00"]["mlp"]["hidden"]["kernel"]
+    kernel = state.params["encoder"]["block_00"]["mlp"]["hidden"]["kernel"]
     assert kernel.shape == (16, 104)
     assert {s.data.shape for s in kernel.addressable_shards} == {(16, 13)}
     assert len({s.device for s in kernel.addressable_shards}) == 8
@@ -566,8 +566,11 @@ def test_dropout_is_that_of_the_global_batch_on_any_mesh():
 
 
 def test_micro_batches_are_refused_for_batch_statistics():
-    with pytest.raises(ValueError, match=r"micro_batches=2 with a model that keeps "
-                       r"batch_stats.*micro_batches=1"):
+    with pytest.raises(
+        ValueError,
+        match=r"micro_batches=2 with a model that keeps "
+        r"batch_stats.*micro_batches=1",
+    ):
         start(Net(batch_norm=True), micro_batches=2)
 
 

@@ -124,7 +124,7 @@ def start(
             ema=step.get("ema") is not None,
         )
         abstract = state_lib.blueprint(init, FSDP, mesh)
-        state = shaken(state_lib.create(init, abstract, seed))
+        state = filled(abstract)
     train_step = make_train_step(
         model,
         objective or SoftmaxClassification(),
@@ -137,20 +137,27 @@ def start(
     return Run(mesh, init, abstract, train_step, state)
 
 
-def shaken(state: Any) -> Any:
-    """Moves every parameter a little: at a zero head no gradient passes it."""
+def filled(abstract: Any) -> Any:
+    """A state as if training had begun: no initialiser is compiled, no head is zero."""
 
-    def move(tree: Any) -> Any:
+    def noise(tree: Any) -> Any:
         leaves, structure = jax.tree.flatten(tree)
-        moved = []
-        for index, leaf in enumerate(leaves):
-            noise = np.random.default_rng(index).normal(0, 0.1, leaf.shape)
-            new = np.asarray(leaf) + noise.astype(np.float32)
-            moved.append(jax.device_put(new, leaf.sharding))
-        return jax.tree.unflatten(structure, moved)
+        values = [
+            np.random.default_rng(index).normal(0, 0.3, leaf.shape).astype(np.float32)
+            for index, leaf in enumerate(leaves)
+        ]
+        return jax.tree.unflatten(structure, values)
 
-    params = move(state.params)
-    ema = None if state.ema is None else jax.tree.map(jnp.copy, params)
-    return dataclasses.replace(
-        state, params=params, frozen=move(state.frozen), ema=ema
+    values = jax.tree.map(lambda leaf: np.zeros(leaf.shape, leaf.dtype), abstract)
+    params = noise(abstract.params)
+    values = values.replace(
+        params=params,
+        frozen=noise(abstract.frozen),
+        ema=None if abstract.ema is None else params,
+    )
+    # Copies: two leaves of one host array would share its memory on the CPU.
+    return jax.tree.map(
+        lambda value, leaf: jax.device_put(jnp.array(value), leaf.sharding),
+        values,
+        abstract,
     )

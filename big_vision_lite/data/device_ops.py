@@ -49,7 +49,7 @@ class Mixup:
     def __call__(self, batch: Batch, rng: Array) -> dict[str, Array]:
         image, label = _as_float(batch, self.num_classes)
         if self.alpha > 0:
-            share = jax.random.beta(rng, self.alpha, self.alpha)
+            share = symmetric_beta(rng, self.alpha)
             if self.fold_lambda:
                 share = jnp.maximum(share, 1 - share)
             image = share * image + (1 - share) * _partner(image, self.partner)
@@ -84,12 +84,29 @@ class CutMix:
         return {**batch, "image": image, "label": label}
 
 
+def symmetric_beta(rng: Key[Array, ""], alpha: float) -> Float[Array, ""]:
+    """Draws from Beta(alpha, alpha), exactly and without a loop on the device.
+
+    jax.random.beta rejects in while loops, which take seconds to compile and make a GPU
+    wait for the host in every step. L. Devroye, Non-Uniform Random Variate Generation
+    (1986), chapter IX.4: the polar form above 1/2, Johnk's rejection up to there.
+    """
+    if alpha > 0.5:
+        u, v = jax.random.uniform(rng, (2,))
+        radius = jnp.sqrt(1 - u ** (1 / (alpha - 0.5)))
+        return 0.5 + 0.5 * radius * jnp.cos(2 * jnp.pi * v)
+    # A candidate is accepted with probability 0.78 or more: 32 fail in 1e-21.
+    log_x, log_y = jnp.log1p(-jax.random.uniform(rng, (2, 32))) / alpha
+    accepted = jnp.argmax(jnp.logaddexp(log_x, log_y) <= 0)
+    return jax.nn.sigmoid(log_x[accepted] - log_y[accepted])
+
+
 def _rectangle(
     rng: Key[Array, ""], alpha: float, height: int, width: int
 ) -> Bool[Array, "{height} {width}"]:
     """Returns True inside the rectangle that the partner's pixels fill."""
     key_share, key_row, key_column = jax.random.split(rng, 3)
-    side = jnp.sqrt(1 - jax.random.beta(key_share, alpha, alpha))
+    side = jnp.sqrt(1 - symmetric_beta(key_share, alpha))
 
     def inside(key: Key[Array, ""], length: int) -> Bool[Array, " {length}"]:
         cut = jnp.floor(side * length).astype(jnp.int32)

@@ -176,7 +176,7 @@ def find_splits(root: Path) -> dict[str, Path]:
     splits = {SPLIT_FOLDERS[f.name.lower()]: Path(f.path) for f in named}
     if len(splits) < len(named):
         raise ValueError(f"{root} has two folders for one split ({names}); keep one.")
-    return splits
+    return {name: splits[name] for name in ("train", "val", "test") if name in splits}
 
 
 def check_folder(root: Path) -> None:

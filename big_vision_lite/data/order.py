@@ -22,7 +22,9 @@ class Order:
 
     def __init__(self, size: int, seed: int):
         if not 0 <= seed < 2**32:
-            raise ValueError(f"seed={seed} is outside 0 to {2**32 - 1}; use --seed=0.")
+            raise ValueError(
+                f"seed={seed} is outside 0 to {2**32 - 1}; use --config.seed=0."
+            )
         indices = grain.MapDataset.range(size)
         self._stream = indices.seed(seed).shuffle().repeat()
 
@@ -42,7 +44,7 @@ def replacement(seed: int, position: int, attempt: int, size: int) -> int:
 class ExampleGenerator:
     """One numpy generator that starts anew as `Philox(key=[seed, position])`.
 
-    Ten times cheaper than a new generator for each image. For one thread, and an op
+    Much cheaper than a new generator for each image. For one thread, and an op
     must not keep it after its call.
     """
 

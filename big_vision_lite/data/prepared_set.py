@@ -160,10 +160,18 @@ class PreparedSet:
                 f"{self.folder}, the first is {missing[0]}; copy them, or prepare the "
                 "set again."
             )
-        if len(used) <= FEW_FILES:
+        too_small = any(self._too_small(self.splits[each.split]) for each in ranges)
+        if len(used) <= FEW_FILES or too_small:
             for file in used.values():
                 file.open()
         return Records(parts)
+
+    def _too_small(self, split: Split) -> bool:
+        """Says whether some file must be cut short; cheap, for sets of many files."""
+        if self.file_format != "tfrecord":  # the other is compressed
+            return False
+        sizes = (path.stat().st_size for path, _ in split.shards if path.is_file())
+        return sum(sizes) < split.num_bytes
 
 
 def load(folder: Path) -> PreparedSet:

@@ -1,6 +1,7 @@
 """Threads, or worker processes with threads, that make batches ahead of their use."""
 
 import concurrent.futures
+import multiprocessing
 import os
 import shutil
 import threading
@@ -160,6 +161,11 @@ class WholeBatches:
 
     def __call__(self, step: int) -> dict[str, Any]:
         if self._workers is None:
+            parent = multiprocessing.parent_process()
+            if parent is not None:
+                threading.Thread(
+                    target=_follow, args=(parent,), name="data-parent", daemon=True
+                ).start()
             self._workers = ThreadWorkers(
                 self._maker, self._rows, self._threads, _as_element
             )
@@ -167,6 +173,12 @@ class WholeBatches:
 
     def __getstate__(self) -> dict[str, Any]:
         return self.__dict__ | {"_workers": None}
+
+
+def _follow(parent: Any) -> None:
+    """Ends this worker process when its parent is killed; Grain's would stay."""
+    parent.join()
+    os._exit(1)
 
 
 def _as_element(arrays: dict[str, np.ndarray], report: Report) -> dict[str, Any]:

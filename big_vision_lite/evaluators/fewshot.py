@@ -215,10 +215,13 @@ def imagenet_set() -> FewShotSet:
 
 
 def _natural_set(name: str, train: str, test: str) -> FewShotSet:
+    # Any: pyright does not take a cached_property for a protocol's property.
+    pool: Any = Tfds(dataset=name, split=train)
+    held_out: Any = Tfds(dataset=name, split=test)
     return FewShotSet(
         name=name,
-        train=Tfds(dataset=name, split=train),
-        test=Tfds(dataset=name, split=test),
+        train=pool,
+        test=held_out,
         preprocess=(Decode(), Resize(size=256), CentralCrop(size=224)),
     )
 

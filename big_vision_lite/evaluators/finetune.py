@@ -15,6 +15,7 @@ from big_vision_lite import (
     checkpoint,
     integrity,
     metrics,
+    processes,
     run_folder,
     serialize,
     train,
@@ -144,7 +145,7 @@ def fine_tune(
             # The training donates what it starts from: it must not be the outer run's.
             first = {name: jnp.copy(leaf) for name, leaf in params.items()}
         train.train(config, folder, first_params=first)
-        checkpoint.barrier(f"finetuned_{folder.parent.name}_{config.seed}")
+        processes.barrier(f"finetuned_{folder.parent.name}_{config.seed}")
     accuracy = _accuracy(folder, num_steps)
     assert accuracy is not None, f"{folder} has no test score at its last step"
     for name in (checkpoint.FOLDER, checkpoint.TRASH):
@@ -195,7 +196,7 @@ def _remove(folder: epath.Path) -> None:
     """Removes a folder, if it is there, on behalf of all processes."""
     if jax.process_index() == 0 and folder.exists():
         folder.rmtree()
-    checkpoint.barrier(f"removed_{folder.name}")
+    processes.barrier(f"removed_{folder.name}")
 
 
 def _once(

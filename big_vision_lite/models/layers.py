@@ -1,5 +1,6 @@
 """What every model family shares: compute dtype, pixel scaling, norms."""
 
+import dataclasses
 import enum
 
 import flax.linen as nn
@@ -84,3 +85,18 @@ def check_positive(**numbers: int) -> None:
     for name, number in numbers.items():
         if number < 1:
             raise ValueError(f"{name}={number}: must be at least 1.")
+
+
+def check_choices(module: nn.Module) -> None:
+    """Raises ValueError for the first field with a value that its enum does not have.
+
+    Fields are recognised by a default that is a member of a StrEnum.
+    """
+    for field in dataclasses.fields(module):
+        if not isinstance(field.default, enum.StrEnum):
+            continue
+        value, choices = getattr(module, field.name), list(type(field.default))
+        if value not in choices:
+            raise ValueError(
+                f'{field.name}="{value}" is not known; use one of {", ".join(choices)}.'
+            )

@@ -12,7 +12,10 @@ def grid_size(height: int, width: int, patch_size: int) -> tuple[int, int]:
     if height % patch_size or width % patch_size or not (height and width):
         smaller, larger = (
             "x".join(
-                str(max(1, side // patch_size + more * bool(side % patch_size)) * patch_size)
+                str(
+                    max(1, side // patch_size + more * bool(side % patch_size))
+                    * patch_size
+                )
                 for side in (height, width)
             )
             for more in (0, 1)

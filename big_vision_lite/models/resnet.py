@@ -12,6 +12,7 @@ from big_vision_lite.models.heads import Classifier
 from big_vision_lite.models.layers import (
     Dtype,
     Remat,
+    check_choices,
     check_positive,
     rematerialised,
     scale_pixels,
@@ -182,6 +183,7 @@ class ResNet(nn.Module, kw_only=True):
     std: tuple[float, ...] = (127.5,)
 
     def __post_init__(self) -> None:
+        check_choices(self)
         check_positive(width=self.width, groups=self.groups)
         if not self.stages or min(self.stages) < 1:
             raise ValueError(

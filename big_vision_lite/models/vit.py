@@ -10,6 +10,7 @@ from big_vision_lite.models.heads import Classifier
 from big_vision_lite.models.layers import (
     Dtype,
     Remat,
+    check_choices,
     check_positive,
     check_rate,
     layer_norm,
@@ -141,6 +142,7 @@ class ViT(nn.Module, kw_only=True):
             num_heads=self.num_heads,
             patch_size=self.patch_size,
         )
+        check_choices(self)
         check_rate("dropout", self.dropout)
         check_rate("stochastic_depth", self.stochastic_depth)
         if self.width % self.num_heads:
@@ -191,7 +193,7 @@ class ViT(nn.Module, kw_only=True):
                 )
                 x = x + positions.astype(self.dtype)
 
-        if self.pooling is Pooling.CLASS_TOKEN:
+        if self.pooling == Pooling.CLASS_TOKEN:
             # After the positions, so the class token has none.
             token = self.param("class_token", nn.initializers.zeros, (1, 1, width))
             token = jnp.broadcast_to(token, (batch, 1, width)).astype(self.dtype)

@@ -1,0 +1,120 @@
+"""What the processes of one run do together, and what becomes of them if one fails.
+
+A process that waits for another waits in a collective, which nothing can interrupt. So
+what only process 0 does is told to all, and a process that fails ends at once: its
+connections break, and that ends the others.
+"""
+
+import contextlib
+import json
+import os
+import sys
+import time
+import traceback
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import jax
+import numpy as np
+
+# What process 0 tells the others, as JSON; longer messages are cut.
+TOLD_BYTES = 8192
+# What the libraries say when a process at the other end of a connection is gone.
+LOST = ("Gloo", "NCCL", "oordination service", "Connection reset", "heartbeat")
+
+
+class OtherProcessFailed(ValueError):
+    """Another process of this run failed; its own message says why."""
+
+
+def barrier(name: str) -> None:
+    """Waits until all processes are here."""
+    if jax.process_count() > 1:
+        from jax.experimental import multihost_utils
+
+        multihost_utils.sync_global_devices(name)
+
+
+def on_first(function: Callable[[], Any]) -> Any:
+    """Calls `function` on process 0 and returns its result (plain JSON) on all.
+
+    Raises:
+        OtherProcessFailed: on the others, with the message of what process 0 raised.
+    """
+    if jax.process_count() == 1:
+        return function()
+    from jax.experimental import multihost_utils
+
+    told, error = {"result": None, "error": None}, None
+    if jax.process_index() == 0:
+        try:
+            told["result"] = function()
+        except Exception as raised:
+            error, told["error"] = raised, str(raised)[: TOLD_BYTES // 8]
+    text = json.dumps(told).encode().ljust(TOLD_BYTES)
+    heard = multihost_utils.broadcast_one_to_all(np.frombuffer(text, np.uint8))
+    if error is not None:
+        raise error
+    told = json.loads(bytes(np.asarray(heard, np.uint8)))
+    if told["error"] is not None:
+        raise OtherProcessFailed(f"process 0 stopped: {told['error']}")
+    return told["result"]
+
+
+def gather(flag: bool) -> list[bool]:
+    """Returns the `flag` of every process, on every process."""
+    if jax.process_count() == 1:
+        return [flag]
+    from jax.experimental import multihost_utils
+
+    flags = multihost_utils.process_allgather(np.asarray(flag))
+    return [bool(value) for value in np.ravel(flags)]
+
+
+@contextlib.contextmanager
+def named_losses() -> Iterator[None]:
+    """Says in words that another process is gone, where a library says how it noticed.
+
+    Raises:
+        OtherProcessFailed: in place of an error of the connection to it.
+    """
+    try:
+        yield
+    except (ValueError, RuntimeError) as error:
+        if jax.process_count() == 1 or not any(sign in str(error) for sign in LOST):
+            raise
+        raise OtherProcessFailed(
+            f"process {jax.process_index()} of {jax.process_count()} lost another one, "
+            "which failed, was killed or cannot be reached: the message is in that "
+            "one's output. The same command on all of them resumes from the last "
+            f"checkpoint. ({str(error).splitlines()[0][:200]})"
+        ) from error
+
+
+def leave(code: int) -> int:
+    """Returns the exit code, or ends a failed process of several at once.
+
+    An orderly end waits for the others, who may wait for this one in a collective.
+    Codes above 128 are those of signals, at which all stop together.
+    """
+    if code in range(1, 129) and jax.distributed.is_initialized():
+        # The others may be about to say the same; with process 0 goes what keeps
+        # them together, and they would be cut off.
+        if jax.process_index() == 0:
+            time.sleep(3)
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
+    return code
+
+
+def run(main: Callable[[], int]) -> int:
+    """Calls `main`, which returns an exit code, and leaves with it."""
+    try:
+        code = main()
+    except Exception:
+        if not jax.distributed.is_initialized():
+            raise
+        traceback.print_exc()
+        code = 1
+    return leave(code)

@@ -1,0 +1,225 @@
+"""Predictions from a run folder: the same numbers as the model itself, for any folder."""
+
+import csv
+import json
+import shutil
+import subprocess
+import sys
+
+import cv2
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import tiny_run
+from big_vision_lite import adapt, checkpoint, command_line, predict, saved_run, trees
+from big_vision_lite.data.image_files import ImageFiles
+from big_vision_lite.objectives.classification import (
+    SigmoidClassification,
+    SoftmaxClassification,
+)
+
+
+@pytest.fixture(scope="module")
+def images(tmp_path_factory):
+    return tiny_run.make_folder(
+        tmp_path_factory.mktemp("bilder mit ä") / "shapes", {"train": 24, "val": 9}
+    )
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory, images):
+    return tiny_run.run(tmp_path_factory.mktemp("run"), tiny_run.recipe(images))
+
+
+def predicted(tmp_path, run, images, *flags):
+    out = tmp_path / "preds.csv"
+    code = command_line.run(
+        predict.main,
+        ["predict", "--workdir", str(run), "--images", str(images), "--out", str(out)]
+        + list(flags),
+    )
+    assert code == 0
+    with out.open(newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def test_top_1_agrees_with_the_accuracy_that_training_recorded(tmp_path, run, images):
+    rows = predicted(tmp_path, run, images / "val")
+    correct = sum(row["file"].split("/")[0] == row["class_1"] for row in rows)
+    last = json.loads((run / "metrics.jsonl").read_text().splitlines()[-1])
+    assert len(rows) == 27
+    assert correct / 27 == last["val/accuracy"]
+
+
+def test_probabilities_equal_those_of_the_model_applied_by_hand(tmp_path, run, images):
+    rows = predicted(tmp_path, run, images / "val", "--batch_size", "10")
+    params, manifest = adapt.load_params(checkpoint.find(run))
+    for row in rows[::5]:
+        file = (images / "val" / row["file"]).read_bytes()
+        bgr = cv2.imdecode(np.frombuffer(file, np.uint8), cv2.IMREAD_COLOR)
+        small = cv2.resize(bgr, (16, 16), interpolation=cv2.INTER_LINEAR)
+        outputs = tiny_run.small_model().apply(
+            {"params": trees.unflatten(params)}, small[None, ..., ::-1], train=False
+        )
+        by_hand = np.asarray(jax.nn.softmax(outputs["logits"][0]))
+        order = np.argsort(-by_hand)
+        names = [manifest["class_names"][i] for i in order]
+        assert [row[f"class_{k}"] for k in (1, 2, 3)] == names
+        found = [float(row[f"probability_{k}"]) for k in (1, 2, 3)]
+        # JPEG: simplejpeg's and OpenCV's decoders differ by a unit or two in some
+        # pixels; all else is lossless.
+        atol = 2e-2 if row["file"].lower().endswith(("jpg", "jpeg")) else 1e-5
+        np.testing.assert_allclose(found, by_hand[order], atol=atol)
+
+
+def test_files_are_sorted_and_found_at_any_depth_in_any_case(tmp_path, run, images):
+    folder = tmp_path / "a folder, with ünicode"
+    (folder / "b" / "deeper").mkdir(parents=True)
+    (folder / ".hidden").mkdir()
+    source = images / "val" / "disc"
+    for name, target in (
+        ("000.jpg", "Z.JPG"),
+        ("001.png", "b/deeper/1.PnG"),
+        ("003.webp", "b/ö.webp"),
+        ("004.bmp", "a,b.bmp"),
+        ("001.png", ".hidden/no.png"),
+        ("001.png", "._z.png"),
+    ):
+        shutil.copy(source / name, folder / target)
+    (folder / "notes.txt").write_text("no image")
+    (folder / "b" / "loop").symlink_to(folder)
+    rows = predicted(tmp_path, run, folder)
+    assert [row["file"] for row in rows] == [
+        "Z.JPG",
+        "a,b.bmp",
+        "b/deeper/1.PnG",
+        "b/ö.webp",
+    ]
+
+
+def test_unreadable_files_have_a_row_that_says_why(tmp_path, run, images, capsys):
+    folder = tmp_path / "mixed"
+    folder.mkdir()
+    whole = (images / "val" / "disc" / "000.jpg").read_bytes()
+    (folder / "1_good.jpg").write_bytes(whole)
+    (folder / "2_cut.jpg").write_bytes(whole[:200])
+    (folder / "3_empty.png").write_bytes(b"")
+    (folder / "4_text.jpg").write_text("no image at all")
+    rows = predicted(tmp_path, run, folder, "--embed", str(tmp_path / "f.npz"))
+    assert [bool(row["error"]) for row in rows] == [False, True, True, True]
+    assert "empty" in rows[2]["error"] and rows[2]["class_1"] == ""
+    assert rows[0]["class_1"] in tiny_run.CLASSES
+    assert "3 of 4 images cannot be read" in capsys.readouterr().out
+    features = np.load(tmp_path / "f.npz", allow_pickle=False)
+    assert features["files"].tolist() == ["1_good.jpg"]
+
+
+def test_features_are_the_pooled_output_of_every_file(tmp_path, run, images):
+    out = tmp_path / "deep" / "features.npz"
+    argv = ["predict", "--workdir", str(run), "--images", str(images / "val")]
+    assert command_line.run(predict.main, [*argv, "--embed", str(out)]) == 0
+    arrays = np.load(out, allow_pickle=False)
+    assert arrays["features"].shape == (27, 16)
+    assert arrays["features"].dtype == np.float32
+    # The head is linear: features times its kernel are the logits behind the table.
+    params, manifest = adapt.load_params(checkpoint.find(run))
+    logits = arrays["features"] @ params["head/kernel"] + params["head/bias"]
+    rows = predicted(tmp_path, run, images / "val")
+    names = [manifest["class_names"][i] for i in logits.argmax(1)]
+    assert [row["class_1"] for row in rows] == names
+    assert [row["file"] for row in rows] == arrays["files"].tolist()
+
+
+def test_one_device_predicts_what_eight_do(run, images):
+    files = ImageFiles(str(images / "val"))
+    found = {
+        count: predict.predict(
+            saved_run.load(str(run), devices=jax.devices()[:count]), files, embed=True
+        )
+        for count in (1, 8)
+    }
+    np.testing.assert_array_equal(found[1].classes, found[8].classes)
+    # float32, two blocks: other row counts a device give other last bits.
+    np.testing.assert_allclose(found[1].features, found[8].features, atol=1e-5)
+
+
+def test_run_checkpoints_and_copied_step_folder_predict_alike(tmp_path, run, images):
+    copied = tmp_path / "elsewhere"
+    shutil.copytree(run / "checkpoints" / "10", copied)
+    tables = [
+        predicted(tmp_path, path, images / "val")
+        for path in (run, run / "checkpoints", run / "checkpoints" / "10", copied)
+    ]
+    assert tables[0] == tables[1] == tables[2] == tables[3]
+
+
+def test_top_limits_the_columns_to_what_is_asked_and_there(tmp_path, run, images):
+    two = predicted(tmp_path, run, images / "val", "--top", "2")
+    assert list(two[0]) == [
+        "file",
+        "class_1",
+        "probability_1",
+        "class_2",
+        "probability_2",
+        "error",
+    ]
+    five = predicted(tmp_path, run, images / "val" / "disc" / "000.jpg")
+    assert "class_3" in five[0] and "class_4" not in five[0] and len(five) == 1
+
+
+def test_sigmoid_objectives_give_a_probability_a_class():
+    logits = jnp.asarray([[0.0, 2.0, -1.0]])
+    softmax = predict.probabilities(SoftmaxClassification(), logits)
+    sigmoid = predict.probabilities(SigmoidClassification(), logits)
+    np.testing.assert_allclose(softmax.sum(), 1, rtol=1e-6)
+    np.testing.assert_allclose(sigmoid, 1 / (1 + np.exp(-logits)), rtol=1e-6)
+
+
+def test_mistakes_are_one_message_and_leave_no_file(tmp_path, run, images, capsys):
+    empty, broken = tmp_path / "empty", tmp_path / "broken"
+    empty.mkdir()
+    broken.mkdir()
+    (broken / "a.jpg").write_text("text")
+    out = tmp_path / "preds.csv"
+    for workdir, folder, words in (
+        (run, tmp_path / "emty", ["there is no folder", "empty"]),
+        (run, empty, ["holds no images", "nothing"]),
+        (run, broken, ["do not decode", "a.jpg"]),
+        (tmp_path, images, ["No complete checkpoint"]),
+    ):
+        argv = ["predict", "--workdir", str(workdir), "--images", str(folder)]
+        assert command_line.run(predict.main, [*argv, "--out", str(out)]) == 1
+        error = capsys.readouterr().err
+        assert all(word in error for word in words), error
+        assert not out.exists()
+    argv = ["predict", "--workdir", str(run), "--images", str(images)]
+    assert command_line.run(predict.main, [*argv, "--out", str(empty)]) == 1
+    assert "is a folder" in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        predict.parse(argv)
+    assert "--embed" in capsys.readouterr().err
+
+
+def test_a_model_without_head_embeds_and_says_so_when_asked_for_classes(run, images):
+    loaded = saved_run.load(str(run))
+    loaded.config.model = tiny_run.small_model(None)
+    del loaded.state.params["head"]
+    files = ImageFiles(str(images / "val"))
+    found = predict.predict(loaded, files, top=0, embed=True)
+    assert found.classes is None and found.features.shape == (27, 16)
+    with pytest.raises(ValueError, match="no head.*--embed"):
+        predict.predict(loaded, files)
+
+
+@pytest.mark.slow
+def test_the_command_runs_alone_and_imports_no_other_framework(tmp_path, run, images):
+    code = (
+        "import sys; from big_vision_lite import command_line, predict;"
+        "code = command_line.run(predict.main, sys.argv);"
+        "found = {'tensorflow', 'torch', 'pandas'} & set(sys.modules);"
+        "sys.exit(code or str(found) * bool(found))"
+    )
+    argv = ["--workdir", run, "--images", images, "--out", tmp_path / "p.csv"]
+    subprocess.run([sys.executable, "-c", code, *map(str, argv)], check=True)

@@ -1,0 +1,108 @@
+"""A small run on images made here: squares, discs and crosses, a colour a class."""
+
+import pathlib
+
+import cv2
+import numpy as np
+from etils import epath
+
+from big_vision_lite import train
+from big_vision_lite.checkpoint import Checkpoints
+from big_vision_lite.config import TrainConfig
+from big_vision_lite.data.ops import Decode, FlipLeftRight, Resize
+from big_vision_lite.data.pipeline import Stream
+from big_vision_lite.data.sources import ImageFolder
+from big_vision_lite.evaluators.classification import Classification
+from big_vision_lite.models.heads import Classifier
+from big_vision_lite.models.resnet import Block, ResNet, Stem
+from big_vision_lite.objectives.classification import SoftmaxClassification
+from big_vision_lite.optimizers import AdamW
+from big_vision_lite.schedules import WarmupCosine
+
+CLASSES = ("cross", "disc", "square")
+COLOURS = {"cross": (220, 60, 60), "disc": (60, 200, 80), "square": (70, 80, 230)}
+SUFFIXES = (".jpg", ".png", ".JPEG", ".webp", ".bmp")
+SIZE = 16
+
+
+def draw(shape: str, rng: np.random.Generator, side: int = 24) -> np.ndarray:
+    """Returns one image, uint8 RGB, with noise of position, size and pixels."""
+    image = rng.integers(0, 60, (side, side, 3)).astype(np.uint8)
+    x, y = (int(v) for v in rng.integers(side // 3, 2 * side // 3, 2))
+    r = int(rng.integers(side // 5, side // 3))
+    colour = COLOURS[shape]
+    if shape == "disc":
+        cv2.circle(image, (x, y), r, colour, -1)
+    elif shape == "square":
+        cv2.rectangle(image, (x - r, y - r), (x + r, y + r), colour, -1)
+    else:
+        cv2.line(image, (x - r, y), (x + r, y), colour, 3)
+        cv2.line(image, (x, y - r), (x, y + r), colour, 3)
+    return image
+
+
+def make_folder(
+    root: pathlib.Path,
+    counts: dict[str, int],
+    *,
+    classes=CLASSES,
+    seed: int = 0,
+    side: int = 24,
+) -> pathlib.Path:
+    """Writes `root`/split/class/*.{jpg,png,...}, `counts` images a class and split."""
+    rng = np.random.default_rng(seed)
+    for split, count in counts.items():
+        for name in classes:
+            folder = root / split / name
+            folder.mkdir(parents=True, exist_ok=True)
+            for index in range(count):
+                suffix = SUFFIXES[index % len(SUFFIXES)]
+                bgr = draw(name, rng, side)[..., ::-1]
+                encoded, data = cv2.imencode(suffix.lower(), bgr)
+                assert encoded
+                (folder / f"{index:03d}{suffix}").write_bytes(data.tobytes())
+    return root
+
+
+def small_model(num_classes: int | None = 3) -> ResNet:
+    head = None if num_classes is None else Classifier(num_classes=num_classes)
+    return ResNet(
+        stages=(1, 1),
+        width=8,
+        block=Block.BASIC,
+        stem=Stem.SMALL,
+        groups=4,
+        head=head,
+    )
+
+
+def recipe(folder: pathlib.Path, **changes) -> TrainConfig:
+    """Ten steps on `folder`, evaluated every five on its split val."""
+    config = dict(
+        num_steps=10,
+        model=small_model(),
+        objective=SoftmaxClassification(),
+        data=Stream(
+            source=ImageFolder(path=str(folder), split="train"),
+            ops=(Decode(), Resize(size=SIZE), FlipLeftRight()),
+            batch_size=16,
+            threads=2,
+        ),
+        preprocess=(Decode(), Resize(size=SIZE)),
+        optimizer=AdamW(schedule=WarmupCosine(peak=1e-2, warmup_steps=2)),
+        evaluators={
+            "val": Classification(
+                source=ImageFolder(path=str(folder), split="val"),
+                batch_size=16,
+                every_steps=5,
+            )
+        },
+        checkpoints=Checkpoints(every_steps=5, keep_latest=2),
+        log_every_steps=5,
+    )
+    return TrainConfig(**config | changes)
+
+
+def run(workdir: pathlib.Path, config: TrainConfig, **more) -> pathlib.Path:
+    train.train(config, epath.Path(workdir), quiet=True, **more)
+    return workdir

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 from orbax.checkpoint import v1 as ocp
 
-from big_vision_lite import checkpoint, integrity, trees
+from big_vision_lite import checkpoint, trees
 from big_vision_lite.types import Array
 
 POSITIONS = "position_embedding"
@@ -71,13 +71,8 @@ def load_params(folder: Any) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
     context = ocp.Context()
     context.pytree.loading.partial_load = True
     with context:
-        tree = ocp.load(folder, trees.unflatten(named))
+        tree = checkpoint.restore(folder, trees.unflatten(named), manifest)
     loaded = trees.flatten(tree)
-    damaged = integrity.damaged_leaves(leaves, tree)
-    if damaged:
-        raise integrity.DamagedCheckpoint(
-            f"{folder}: {', '.join(damaged[:5])} differ from what was saved."
-        )
     return {
         name.split("/", 1)[1]: np.asarray(leaf) for name, leaf in loaded.items()
     }, manifest
@@ -100,7 +95,7 @@ def adapt(
         ValueError: names or shapes differ after drop, rename and resampling; lists
             every one of them with "+" and "-".
     """
-    renamed = {_rename(name, init.rename): leaf for name, leaf in loaded.items()}
+    renamed = _renamed(loaded, init.rename)
     dropped = _dropped(renamed, fresh, init, same_classes, log)
     kept = {name: leaf for name, leaf in renamed.items() if name not in dropped}
     wanted = {name: leaf for name, leaf in fresh.items() if name not in dropped}
@@ -110,13 +105,14 @@ def adapt(
             kept[name] = _resample(name, kept[name], shape, init, log)
     lines = trees.difference(wanted, kept, "the model", "the checkpoint")
     if lines:
-        hint = lines[0].split()[1].rpartition("/")[0] or lines[0].split()[1]
+        module, _, leaf = lines[0].split()[1].rpartition("/")
+        hint = f"{module}/.*" if module else leaf
         raise ValueError(
             f"init.path={init.path} and the model differ:\n"
             + "\n".join(lines[:30])
             + ("\n  ..." if len(lines) > 30 else "")
             + "\nTo start some from scratch: "
-            f"--config.init.drop='{hint}/.*'; to rename: "
+            f"--config.init.drop='{hint}'; to rename: "
             "--config.init.rename='(\"old=>new\",)'"
         )
     for name, leaf in kept.items():
@@ -139,11 +135,20 @@ def resample_positions(positions: Any, grid: tuple[int, int]) -> np.ndarray:
     return np.asarray(resized)
 
 
-def _rename(name: str, pairs: Sequence[str]) -> str:
-    for pair in pairs:
-        old, new = pair.split("=>", 1)
-        name = re.sub(old, new, name)
-    return name
+def _renamed(leaves: Mapping[str, Any], pairs: Sequence[str]) -> dict[str, Any]:
+    before: dict[str, str] = {}
+    for old_name in leaves:
+        name = old_name
+        for pair in pairs:
+            old, new = pair.split("=>", 1)
+            name = re.sub(old, new, name)
+        if name in before:
+            raise ValueError(
+                f"init.rename={tuple(pairs)}: {before[name]} and {old_name} both "
+                f"become {name}; make the patterns narrower."
+            )
+        before[name] = old_name
+    return {name: leaves[old] for name, old in before.items()}
 
 
 def _dropped(

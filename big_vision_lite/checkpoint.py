@@ -251,7 +251,15 @@ def restore(folder: epath.Path, abstract: Any, manifest: Mapping[str, Any]) -> A
     Raises:
         DamagedCheckpoint: a leaf's checksum differs; it is named.
     """
-    state = ocp.load(folder, abstract)
+    try:
+        state = ocp.load(folder, abstract)
+    except (RuntimeError, MemoryError):
+        raise  # the device's or the host's trouble, not the file's
+    except Exception as error:  # Orbax raises Exception itself where data is no data
+        cause = str(error.__cause__ or error).strip().splitlines()[0][:200]
+        raise integrity.DamagedCheckpoint(
+            f"{folder} cannot be read: {cause}"
+        ) from error
     damaged = integrity.damaged_leaves(manifest["leaves"], state)
     if damaged:
         raise integrity.DamagedCheckpoint(
@@ -267,19 +275,18 @@ def find(path: str | epath.Path, log: Callable[[str], None] = print) -> epath.Pa
         FileNotFoundError: there is none; says what was looked at.
     """
     given = epath.Path(path).expanduser().resolve()
-    if (given / integrity.MANIFEST).exists():
-        return given
-    for folder in (given / FOLDER, given):
-        steps = complete_steps(folder)
-        if steps:
-            chosen = folder / str(steps[-1])
-            log(f"{path}: using step {steps[-1]}, the newest of {len(steps)} complete")
-            return chosen
+    what = "it is a file" if given.exists() else "it does not exist"
     if given.is_dir():
+        if (given / integrity.MANIFEST).exists():
+            return given
+        for folder in (given / FOLDER, given):
+            steps = complete_steps(folder)
+            if steps:
+                newest = f"using step {steps[-1]}, the newest of {len(steps)} complete"
+                log(f"{path}: {newest}")
+                return folder / str(steps[-1])
         seen = sorted(inside.name for inside in given.iterdir())[:5]
         what = f"it holds {', '.join(seen) or 'nothing'}"
-    else:
-        what = "it is a file" if given.exists() else "it does not exist"
     raise FileNotFoundError(
         f"No complete checkpoint in {path}: {what}. Give a run folder, its "
         f"{FOLDER}/ folder, or one step folder with its {integrity.MANIFEST}."

@@ -1,13 +1,22 @@
 """What is settled before JAX looks at its devices: platform, processes, caches."""
 
+import importlib.util
 import os
 import pathlib
+import sys
+import threading
+from typing import Any
 
 import jax
 
 from big_vision_lite.config import Platform
 
 CACHE = "~/.cache/big_vision_lite/compiled"
+# When to say that the others are missing, when to give up, and how long a process may
+# be silent (frozen, or its host gone) before the others end.
+REMIND_SECONDS = 20
+JOIN_SECONDS = 300
+HEARTBEAT_SECONDS = 60
 
 
 def set_up(
@@ -20,11 +29,9 @@ def set_up(
 ) -> None:
     """Chooses the platform, joins the other processes, switches the caches on.
 
-    Processes are joined when `coordinator` is given, under Slurm, and on a TPU pod.
-
     Raises:
-        ValueError: the machine has a GPU that this JAX cannot use, or only some of
-            the three flags of several processes are given.
+        ValueError: the machine has a GPU that this JAX cannot use, or the other
+            processes cannot be joined.
     """
     if platform is not None:
         name = "cuda" if platform == Platform.GPU else platform.value
@@ -32,28 +39,121 @@ def set_up(
     if deterministic:
         flags = os.environ.get("XLA_FLAGS", "")
         os.environ["XLA_FLAGS"] = f"{flags} --xla_gpu_deterministic_ops=true".strip()
-    join(coordinator, num_processes, process_id)
-    if platform is None:
+    join(coordinator, num_processes, process_id, platform)
+    if platform is None and not os.environ.get("JAX_PLATFORMS"):
         check_not_idle()
     cache_compiled()
 
 
 def join(
-    coordinator: str | None, num_processes: int | None, process_id: int | None
+    coordinator: str | None,
+    num_processes: int | None,
+    process_id: int | None,
+    platform: Platform | None = None,
 ) -> None:
-    """Calls jax.distributed.initialize where there are several processes."""
+    """Meets the other processes of the run, where there are any.
+
+    By the three arguments, under srun of Slurm, or on a TPU VM, which knows its slice.
+
+    Raises:
+        ValueError: the arguments are incomplete or contradict each other, the port is
+            taken, or the environment looks like several processes and is not.
+    """
     given = (coordinator, num_processes, process_id)
     if any(value is not None for value in given):
-        if any(value is None for value in given):
+        if coordinator is None or num_processes is None or process_id is None:
             raise ValueError(
                 "--coordinator, --num_processes and --process_id go together, for "
                 "example --coordinator=host-0:1234 --num_processes=4 --process_id=0."
             )
-        jax.distributed.initialize(coordinator, num_processes, process_id)
+        if ":" not in coordinator or not 0 <= process_id < num_processes:
+            raise ValueError(
+                f"--coordinator={coordinator} --num_processes={num_processes} "
+                f"--process_id={process_id}: the coordinator is host:port of process "
+                "0, and processes count from 0 to one less than their number."
+            )
+        _meet(
+            f"process {process_id} of {num_processes}",
+            coordinator,
+            coordinator_address=coordinator,
+            num_processes=num_processes,
+            process_id=process_id,
+            # Flags win over whatever a launcher has left in the environment.
+            cluster_detection_method="deactivate",
+        )
     elif int(os.environ.get("SLURM_NTASKS", "1")) > 1 and "SLURM_PROCID" in os.environ:
-        jax.distributed.initialize()
-    elif len(os.environ.get("TPU_WORKER_HOSTNAMES", "").split(",")) > 1:
-        jax.distributed.initialize()
+        tasks, task = os.environ["SLURM_NTASKS"], os.environ["SLURM_PROCID"]
+        if "SLURM_STEP_NODELIST" not in os.environ:
+            raise ValueError(
+                f"Slurm reserved {tasks} tasks, but this one was not started by srun: "
+                "srun python -m big_vision_lite.train ... starts all of them; with "
+                "SLURM_NTASKS=1 before the command this one trains alone."
+            )
+        _meet(f"task {task} of {tasks}", os.environ["SLURM_STEP_NODELIST"])
+        if _own_gpus():
+            # JAX gives each task the GPU of its number on the node, which is right
+            # only where tasks share the GPUs that they see. To be tested on Slurm.
+            jax.config.update("jax_cuda_visible_devices", "all")
+    elif platform in (None, Platform.TPU) and _on_tpu_vm():
+        _meet("a TPU VM", "worker 0 of its slice")
+
+
+def _meet(who: str, where: str, **arguments: Any) -> None:
+    """Calls jax.distributed.initialize, and says what it waits for when it takes long.
+
+    Left alone, it waits in silence and then ends in a stack trace.
+    """
+    text = (
+        f"the other processes: this is {who}, they meet at {where}. Is the same "
+        "command running on every host (gcloud ... --worker=all, srun), and can they "
+        "reach that address?"
+    )
+    if where.startswith(("localhost", "127.", "[::1]")):
+        text += f" {where} is this host alone: others need its real address."
+
+    def give_up() -> None:
+        print(f"\nerror: no sign in {JOIN_SECONDS} s of {text}", file=sys.stderr)
+        os._exit(1)
+
+    timers = [
+        threading.Timer(REMIND_SECONDS, print, [f"Waiting for {text}"]),
+        threading.Timer(JOIN_SECONDS, give_up),
+    ]
+    for timer in timers:
+        timer.daemon = True
+        timer.start()
+    try:
+        jax.distributed.initialize(
+            **arguments,
+            initialization_timeout=2 * JOIN_SECONDS,
+            heartbeat_timeout_seconds=HEARTBEAT_SECONDS,
+        )
+    except (ValueError, RuntimeError) as error:
+        raise ValueError(
+            f"Cannot join the other processes as {who} at {where}: {error}. To name "
+            "them yourself: --coordinator=HOST:PORT --num_processes=N --process_id=I "
+            "(N=1 and I=0 for one machine alone); a port in use: choose another."
+        ) from error
+    finally:
+        for timer in timers:
+            timer.cancel()
+
+
+def _own_gpus() -> bool:
+    """Says whether no other Slurm task on this node sees the GPUs of this one."""
+    tasks, nodes = (
+        int(os.environ.get(f"SLURM_{name}", 0)) for name in ("NTASKS", "NNODES")
+    )
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES", "")
+    return tasks == nodes or len([v for v in visible.split(",") if v]) == 1
+
+
+def _on_tpu_vm(dev: pathlib.Path = pathlib.Path("/dev")) -> bool:
+    """Says whether there are TPU chips and the library that drives them."""
+    if os.environ.get("JAX_PLATFORMS", "tpu") != "tpu":
+        return False
+    chips = [*dev.glob("accel[0-9]*"), *dev.glob("vfio/[0-9]*")]
+    return bool(chips) and importlib.util.find_spec("libtpu") is not None
 
 
 def check_not_idle(proc: pathlib.Path = pathlib.Path("/proc")) -> None:

@@ -1,4 +1,4 @@
-"""Matrix-product and convolution FLOPs of a function, by formula, without running it."""
+"""FLOPs of a function's matrix products and convolutions, without running it."""
 
 import math
 from collections.abc import Callable, Iterator

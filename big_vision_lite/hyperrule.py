@@ -9,7 +9,7 @@ from typing import Any, SupportsIndex
 
 import numpy as np
 
-from big_vision_lite import schedules, serialize
+from big_vision_lite import checkpoint, run_folder, schedules, serialize
 from big_vision_lite.adapt import Init
 from big_vision_lite.checkpoint import Checkpoints
 from big_vision_lite.config import TrainConfig
@@ -246,6 +246,36 @@ def crop_by_area(source: Source) -> int:
         )
     small = np.median(areas) < SMALL_AREA_PX
     return SMALL_CROP_PX if small else LARGE_CROP_PX
+
+
+def read_run(path: str, allow_module: str = "") -> TrainConfig:
+    """Returns the configuration of a run, checkpoints or step folder."""
+    # The folder is found again, and named, when the training starts.
+    folder = checkpoint.find(path, log=lambda _: None)
+    return run_folder.read_config(folder, [allow_module] if allow_module else [])
+
+
+def parse_size(word: str, train: Source, pretrained: TrainConfig) -> int | None:
+    """Returns the crop in px that a word means, None for the rule's.
+
+    "rule", "keep" (what the run was trained at), or a number.
+
+    Raises:
+        ValueError: another word, or "keep" where that was no square.
+    """
+    if word == "rule":
+        return None
+    if word != "keep":
+        if word.isdecimal() and int(word):
+            return int(word)
+        raise ValueError(f'size="{word}": use rule, keep, or a number of pixels.')
+    height, width, _ = input_shape(train, pretrained.preprocess)
+    if height != width:
+        raise ValueError(
+            f"size=keep: the run was trained at {height} x {width} px, and the rule is "
+            f"for squares; use size={min(height, width)}."
+        )
+    return height
 
 
 def resize_of(crop_px: int) -> int:

@@ -140,7 +140,7 @@ def read_manifest(folder: epath.Path) -> dict[str, Any]:
         if digest != document["sha256"]:
             raise ValueError("its digest differs")
         return json.loads(body)
-    except (ValueError, KeyError, TypeError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise DamagedCheckpoint(f"{path} is damaged ({error}).") from error
 
 

@@ -150,8 +150,8 @@ def table_of(found: Predictions, class_names: Sequence[str]) -> list[list[str]]:
         found.files, found.classes, found.probabilities, strict=True
     ):
         # The shortest digits that read back as the same float32.
-        pairs: list[tuple[str, str]] = [
-            (class_names[label], str(probability))
+        pairs = [
+            (class_names[int(label)], str(probability))
             for label, probability in zip(labels, likely, strict=True)
         ]
         if file in found.errors:

@@ -26,7 +26,7 @@ class Program:
     abstract: TrainState
     fresh: Callable[[], TrainState]
     train_step: Any
-    flops_per_step: float
+    flops_per_step: int
 
 
 def build(
@@ -74,7 +74,7 @@ def build(
 
 def forward_flops(
     config: TrainConfig, abstract: TrainState, spec: Mapping[str, Any]
-) -> float:
+) -> int:
     """Returns the model's matmul and convolution FLOPs forward, for one image."""
     one = {
         name: jax.ShapeDtypeStruct((1, *leaf.shape[1:]), leaf.dtype)

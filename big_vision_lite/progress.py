@@ -43,7 +43,7 @@ class Progress:
     ):
         self._num_steps = num_steps
         self._batch_size = batch_size
-        self._flops_per_step: float | None = None
+        self._flops_per_step: float | int | None = None
         self._outer = _outer.get()
         self._console = console or (self._outer._console if self._outer else Console())
         self._quiet = quiet or jax.process_index() > 0
@@ -75,7 +75,7 @@ class Progress:
         if self._outer is not None:
             self._outer._show_inner(None)
 
-    def begin(self, start: int, flops_per_step: float | None = None) -> None:
+    def begin(self, start: int, flops_per_step: float | int | None = None) -> None:
         """Says how many steps are done already, and what a step costs.
 
         `flops_per_step` are the model's for the whole batch, on all devices together.

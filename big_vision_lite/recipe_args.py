@@ -1,10 +1,13 @@
 """The argument of a recipe: `--config configs/NAME.py:size=32,init=runs/first`."""
 
+import pathlib
 import re
 import types
 from typing import Any
 
 from big_vision_lite import trees
+from big_vision_lite.data.image_folder import find_splits
+from big_vision_lite.data.sources import ImageFolder
 
 _BOOLEANS = {"true": True, "1": True, "false": False, "0": False}
 
@@ -49,6 +52,25 @@ def parse_arg(arg: str, **defaults: Any) -> types.SimpleNamespace:
             f"{_known(defaults)}"
         )
     return types.SimpleNamespace(**{**defaults, **values})
+
+
+def open_folder(path: str) -> dict[str, ImageFolder]:
+    """Returns the splits of an image folder by name, "train" first, all with its classes.
+
+    Those are "val" and "test" as far as there are folders of these names, or a held-out
+    tenth as "val". The training folder is listed once, and its class names are written
+    into the sources, so that config.json says what every label means.
+
+    Raises:
+        FileNotFoundError, ValueError: there is no such folder, or no two classes.
+    """
+    classes = ImageFolder(path=path, split="train").class_names
+    named = find_splits(pathlib.Path(path).expanduser())
+    others = [name for name in ("val", "test") if name in named] if named else ["val"]
+    return {
+        split: ImageFolder(path=path, split=split, classes=classes)
+        for split in ("train", *others)
+    }
 
 
 def _convert(name: str, text: str, kind: type) -> Any:

@@ -61,8 +61,12 @@ class RunFolder:
         self._lock: Any = None
 
     def __enter__(self) -> "RunFolder":
-        processes.on_first(self._open)
-        self._check_shared()
+        try:
+            processes.on_first(self._open)
+            self._check_shared()
+        except BaseException:
+            self.__exit__()  # a refused run holds no lock
+            raise
         return self
 
     def __exit__(self, *unused: Any) -> None:
@@ -133,7 +137,8 @@ class RunFolder:
                 f"{self.path} belongs to another configuration (sha "
                 f"{_sha(old['config'])}), you pass (sha {_sha(new['config'])}): "
                 f"{shown}. Use a new --workdir, or --config.init.path={self.path} with "
-                "a new --workdir to start from its weights."
+                "a new --workdir to start from its weights. "
+                f"{serialize.newer_version(old['version'])}".rstrip()
             )
         then, now = old.get("machine", {}), describe_machine()
         moved = [

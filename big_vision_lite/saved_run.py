@@ -8,7 +8,7 @@ import jax
 from etils import epath
 from orbax.checkpoint import v1 as ocp
 
-from big_vision_lite import checkpoint, integrity, run_folder, sharding, trees
+from big_vision_lite import checkpoint, run_folder, sharding, trees
 from big_vision_lite import state as state_lib
 from big_vision_lite.config import TrainConfig
 from big_vision_lite.state import TrainState
@@ -86,11 +86,10 @@ def load(
     config = run_folder.read_config(folder, allowed_modules)
     devices = jax.devices() if devices is None else devices
     mesh = sharding.make_mesh(_fitting(config.mesh, len(devices), log), devices)
-    leaves = manifest["leaves"]
     shapes = trees.unflatten(
         {
             name: jax.ShapeDtypeStruct(leaf["shape"], leaf["dtype"])
-            for name, leaf in leaves.items()
+            for name, leaf in manifest["leaves"].items()
             if not name.startswith(OPTIMIZER)
         }
     )
@@ -110,12 +109,7 @@ def load(
     context = ocp.Context()
     context.pytree.loading.partial_load = True
     with context:
-        tree = ocp.load(folder, wanted)
-    damaged = integrity.damaged_leaves(leaves, tree)
-    if damaged:
-        raise integrity.DamagedCheckpoint(
-            f"{folder}: {', '.join(damaged[:5])} differ from what was saved."
-        )
+        tree = checkpoint.restore(folder, wanted, manifest)
     # flax.struct makes the constructor, which type checkers do not see.
     make: Any = TrainState
     state = make(

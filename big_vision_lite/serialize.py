@@ -46,12 +46,19 @@ def from_json(text: str, allowed_modules: Iterable[str] = ()) -> Any:
     try:
         return _build(document["config"], "config", (PACKAGE, *allowed_modules))
     except ValueError as error:
-        if _numbers(version) > _numbers(__version__):
-            raise ValueError(
-                f"{error}\nIt was written by big_vision_lite {version}, this is "
-                f"{__version__}: pip install 'big_vision_lite>={version}'."
-            ) from error
+        if hint := newer_version(version):
+            raise ValueError(f"{error}\n{hint}") from error
         raise
+
+
+def newer_version(version: str) -> str:
+    """Says what to install if `version` is newer than this one; else ""."""
+    if _numbers(version) <= _numbers(__version__):
+        return ""
+    return (
+        f"It was written by big_vision_lite {version}, this is {__version__}: pip "
+        f"install 'big_vision_lite>={version}'."
+    )
 
 
 def rebuild(component: Any, allowed_modules: Iterable[str] = ()) -> Any:

@@ -1,7 +1,7 @@
 """The nouns of a run as protocols: plain callables, no base classes to inherit."""
 
 from collections.abc import Callable, Mapping
-from typing import Any, Protocol, runtime_checkable
+from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
 import jax
 import numpy as np
@@ -21,15 +21,18 @@ Params = Mapping[str, Any]
 class Source(Protocol):
     """Labelled images by random access; the order is somebody else's business."""
 
-    @property
-    def class_names(self) -> tuple[str, ...]:
-        """Names of the classes in the order of their labels."""
-        ...
+    if TYPE_CHECKING:
+        # Not at run time: up to Python 3.11 `isinstance` reads properties, which would
+        # open a source just to look at its type.
+        @property
+        def class_names(self) -> tuple[str, ...]:
+            """Names of the classes in the order of their labels."""
+            ...
 
-    @property
-    def fingerprint(self) -> str:
-        """A short hash of what the source holds, checked when a run is resumed."""
-        ...
+        @property
+        def fingerprint(self) -> str:
+            """A short hash of what the source holds, checked when a run resumes."""
+            ...
 
     def __len__(self) -> int: ...
 

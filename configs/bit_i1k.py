@@ -41,7 +41,7 @@ def get_config(arg: str = "") -> TrainConfig:
     """Returns the recipe; `size` is a BiT size such as R50x1 or R152x4."""
     chosen = parse_arg(arg, size="R50x1")
     return TrainConfig(
-        num_epochs=90,
+        num_epochs=90.0,
         model=ResNet.of(
             chosen.size, head=Classifier(num_classes=1000), dtype=Dtype.BFLOAT16
         ),

@@ -39,7 +39,7 @@ def get_config(arg: str = "") -> TrainConfig:
         )
 
     return TrainConfig(
-        num_epochs=chosen.epochs,
+        num_epochs=float(chosen.epochs),
         model=ViT(
             width=192,
             depth=6,

@@ -36,7 +36,7 @@ def get_config(arg: str = "") -> TrainConfig:
             source=train,
             ops=(
                 Decode(channels=1),
-                RandomAffine(degrees=10, translate=0.1, scale_min=0.9, scale_max=1.1),
+                RandomAffine(degrees=10.0, translate=0.1, scale_min=0.9, scale_max=1.1),
             ),
             batch_size=128,
         ),

@@ -50,7 +50,7 @@ def get_config(arg: str = "") -> TrainConfig:
     if chosen.fewshot:
         evaluators["fewshot"] = FewShot(sets=natural_sets(), every_steps=25_000)
     return TrainConfig(
-        num_epochs=90,
+        num_epochs=90.0,
         model=ViT.of(
             "S/16",
             head=Classifier(num_classes=1000, hidden_dim=384),

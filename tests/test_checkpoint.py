@@ -1,5 +1,6 @@
 import dataclasses
 import errno
+import pathlib
 import resource
 import shutil
 
@@ -111,7 +112,7 @@ def three_steps(tmp_path_factory):
 @pytest.fixture
 def run(three_steps, tmp_path):
     """A run folder with steps 1, 2, 3, to be damaged."""
-    return shutil.copytree(three_steps, tmp_path / "run")
+    return epath.Path(shutil.copytree(three_steps, tmp_path / "run"))
 
 
 @pytest.mark.parametrize(
@@ -140,7 +141,9 @@ def test_what_is_saved_is_the_state_at_the_call_not_after_later_steps(tmp_path):
     def big(key):
         return jax.random.normal(key, (2048, 2048))
 
-    step = jax.jit(lambda s: jax.tree.map(lambda x: x + 1, s), donate_argnums=0)
+    step = jax.jit(
+        lambda s: jax.tree.map(lambda x: (x + 1).astype(x.dtype), s), donate_argnums=0
+    )
     state = dataclasses.replace(build(), params={"kernel": big(jax.random.key(0))})
     expected = jax.device_get(jax.tree.map(jnp.copy, state))
     with open_checkpointer(tmp_path) as checkpointer:
@@ -207,11 +210,7 @@ def test_the_manifest_describes_the_step(run):
     for name, leaf in leaves.items():
         assert manifest["leaves"][name]["dtype"] == str(leaf.dtype)
         assert manifest["leaves"][name]["shape"] == list(leaf.shape)
-    on_disk = {
-        str(p.relative_to(folder))
-        for p in (run / "checkpoints" / "3").rglob("*")
-        if p.is_file()
-    }
+    on_disk = {str(p.relative_to(folder)) for p in files_of_a_step(folder)}
     assert set(manifest["files"]) == on_disk - {"manifest.json"}
     assert "config.json" in on_disk
 
@@ -249,7 +248,7 @@ def test_an_unfinished_first_step_leaves_nothing_to_restore(tmp_path):
 
 
 def files_of_a_step(folder):
-    return sorted(p for p in folder.rglob("*") if p.is_file())
+    return sorted(p for p in pathlib.Path(folder).rglob("*") if p.is_file())
 
 
 def test_every_kind_of_damage_to_every_file_is_refused_by_name(run):
@@ -380,12 +379,11 @@ def test_a_manifest_that_is_no_manifest_is_damage(run):
 
 
 def test_a_copied_step_folder_is_enough(run, tmp_path):
-    copy = shutil.copytree(
-        run / "checkpoints" / "2", tmp_path / "elsewhere" / "my model"
-    )
+    copy = epath.Path(tmp_path / "elsewhere" / "my model")
+    shutil.copytree(run / "checkpoints" / "2", copy)
     shutil.rmtree(run)
     folder = checkpoint.find(copy)
-    assert folder == epath.Path(copy)
+    assert folder == copy
     params, manifest = adapt.load_params(folder)
     assert manifest["step"] == 2
     expected = at(build(), 2)
@@ -414,6 +412,7 @@ def test_find_takes_run_folder_checkpoints_folder_and_step_folder(run, monkeypat
 
 
 def test_find_says_what_it_saw_instead(tmp_path):
+    tmp_path = epath.Path(tmp_path)
     with pytest.raises(
         FileNotFoundError, match=r"No complete.*it does not exist.*run f"
     ):

@@ -1,6 +1,7 @@
 """Predictions from a run folder: the same numbers as the model itself, for any folder."""
 
 import csv
+import functools
 import json
 import shutil
 import subprocess
@@ -12,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-import tiny_run
+import shapes_run
 from big_vision_lite import adapt, checkpoint, command_line, predict, saved_run, trees
 from big_vision_lite.data.image_files import ImageFiles
 from big_vision_lite.objectives.classification import (
@@ -22,15 +23,13 @@ from big_vision_lite.objectives.classification import (
 
 
 @pytest.fixture(scope="module")
-def images(tmp_path_factory):
-    return tiny_run.make_folder(
-        tmp_path_factory.mktemp("bilder mit ä") / "shapes", {"train": 24, "val": 9}
-    )
+def images():
+    return shapes_run.shared()[0]
 
 
 @pytest.fixture(scope="module")
-def run(tmp_path_factory, images):
-    return tiny_run.run(tmp_path_factory.mktemp("run"), tiny_run.recipe(images))
+def run():
+    return shapes_run.shared()[1]
 
 
 def predicted(tmp_path, run, images, *flags):
@@ -56,13 +55,12 @@ def test_top_1_agrees_with_the_accuracy_that_training_recorded(tmp_path, run, im
 def test_probabilities_equal_those_of_the_model_applied_by_hand(tmp_path, run, images):
     rows = predicted(tmp_path, run, images / "val", "--batch_size", "10")
     params, manifest = adapt.load_params(checkpoint.find(run))
+    apply = jax.jit(functools.partial(shapes_run.small_model().apply, train=False))
     for row in rows[::5]:
         file = (images / "val" / row["file"]).read_bytes()
         bgr = cv2.imdecode(np.frombuffer(file, np.uint8), cv2.IMREAD_COLOR)
         small = cv2.resize(bgr, (16, 16), interpolation=cv2.INTER_LINEAR)
-        outputs = tiny_run.small_model().apply(
-            {"params": trees.unflatten(params)}, small[None, ..., ::-1], train=False
-        )
+        outputs = apply({"params": trees.unflatten(params)}, small[None, ..., ::-1])
         by_hand = np.asarray(jax.nn.softmax(outputs["logits"][0]))
         order = np.argsort(-by_hand)
         names = [manifest["class_names"][i] for i in order]
@@ -110,7 +108,7 @@ def test_unreadable_files_have_a_row_that_says_why(tmp_path, run, images, capsys
     rows = predicted(tmp_path, run, folder, "--embed", str(tmp_path / "f.npz"))
     assert [bool(row["error"]) for row in rows] == [False, True, True, True]
     assert "empty" in rows[2]["error"] and rows[2]["class_1"] == ""
-    assert rows[0]["class_1"] in tiny_run.CLASSES
+    assert rows[0]["class_1"] in shapes_run.CLASSES
     assert "3 of 4 images cannot be read" in capsys.readouterr().out
     features = np.load(tmp_path / "f.npz", allow_pickle=False)
     assert features["files"].tolist() == ["1_good.jpg"]
@@ -204,7 +202,7 @@ def test_mistakes_are_one_message_and_leave_no_file(tmp_path, run, images, capsy
 
 def test_a_model_without_head_embeds_and_says_so_when_asked_for_classes(run, images):
     loaded = saved_run.load(str(run))
-    loaded.config.model = tiny_run.small_model(None)
+    loaded.config.model = shapes_run.small_model(None)
     del loaded.state.params["head"]
     files = ImageFiles(str(images / "val"))
     found = predict.predict(loaded, files, top=0, embed=True)

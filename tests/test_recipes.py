@@ -8,8 +8,11 @@ import os
 import pathlib
 
 import pytest
+from etils import epath
 
 from big_vision_lite import command_line, mistakes, serialize, train
+from big_vision_lite.metrics import read_history
+from prepared import prepare
 
 ROOT = pathlib.Path(__file__).parents[1]
 GOLDEN = pathlib.Path(__file__).parent / "golden"
@@ -69,6 +72,60 @@ def as_flag(value) -> str | None:
     if isinstance(value, dict) or value == ():
         return None
     return "none" if value is None else str(value)
+
+
+SMALL_VIT = (
+    "--config.model.width=16",
+    "--config.model.depth=1",
+    "--config.model.num_heads=2",
+    "--config.model.mlp_dim=16",
+)
+# Recipe, argument, what makes it small, and the set it wants by name.
+REDUCED = {
+    "quickstart": (
+        "",
+        ("--config.model.width=8", "--config.evaluators.fewshot.seeds=(0,)"),
+        None,
+    ),
+    "fashion_mnist": ("", SMALL_VIT, ("fashion_mnist", (28, 28, 1), 10)),
+    "glyphs": (
+        "",
+        ("--config.model.width=8", "--config.evaluators.fewshot.seeds=(0,)"),
+        ("glyphs32_latin", (32, 32, 1), 62),
+    ),
+    "vit_s16_i1k": ("size=32", SMALL_VIT, ("imagenet2012", (40, 48, 3), 1000)),
+    "bit_i1k": (
+        "",
+        ("--config.model.stages=(1,)", "--config.model.width=32"),
+        ("imagenet2012", (40, 48, 3), 1000),
+    ),
+}
+
+
+@pytest.mark.parametrize("name", REDUCED)
+def test_a_recipe_takes_two_steps_at_reduced_size(name, tmp_path, monkeypatch):
+    arg, smaller, wanted = REDUCED[name]
+    monkeypatch.setenv("TFDS_DATA_DIR", str(tmp_path))
+    if wanted is not None:
+        dataset, shape, num_classes = wanted
+        splits = dict.fromkeys(("train", "validation", "test"), 100)
+        prepare(tmp_path, dataset, shape=shape, num_classes=num_classes, splits=splits)
+    steps = ("--config.num_steps=2", "--config.data.batch_size=8")
+    config = parse(name, arg, *smaller, *steps)
+    for field in ("warmup_steps", "drop_fractions"):
+        if hasattr(config.optimizer.schedule, field):
+            zero = type(getattr(config.optimizer.schedule, field))()
+            setattr(config.optimizer.schedule, field, zero)
+    for evaluator in config.evaluators.values():
+        evaluator.batch_size = 8
+    workdir = epath.Path(tmp_path / "run")
+    state = train.train(config, workdir, quiet=True)
+    assert int(state.step) == 2
+    records = read_history(workdir)
+    assert {name for r in records for name in r} >= {
+        "train/loss",
+        *(f"{name}/accuracy" for name in config.evaluators if name != "fewshot"),
+    }
 
 
 def test_every_recipe_is_listed_here_or_tested_with_its_own_data():

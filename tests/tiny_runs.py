@@ -1,6 +1,7 @@
 """The smallest real runs that the tests of the core share."""
 
 import dataclasses
+import functools
 from typing import Any
 
 import flax.linen as nn
@@ -9,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from big_vision_lite import sharding
+from big_vision_lite import sharding, trees
 from big_vision_lite import state as state_lib
 from big_vision_lite.models.heads import Classifier
 from big_vision_lite.models.vit import ViT
@@ -65,8 +66,6 @@ def keep_gradient() -> optax.GradientTransformation:
 
 
 def gradients(state: Any) -> dict[str, np.ndarray]:
-    from big_vision_lite import trees
-
     found = trees.flatten(jax.device_get(state.opt_state))
     return {n.split("trace/", 1)[1]: x for n, x in found.items() if "trace/" in n}
 
@@ -100,41 +99,63 @@ class Run:
         return found
 
 
+OPTIMIZERS = {"gradient": keep_gradient, "adam": lambda: optax.adam(0.1)}
+
+
 def start(
     model: Any = None,
     *,
     devices: int = 1,
     fsdp: int = 1,
-    optimizer: optax.GradientTransformation | None = None,
+    optimizer: str = "gradient",
     objective: Any = None,
     freeze: tuple[str, ...] = (),
     seed: int = 0,
-    batch: dict[str, np.ndarray] | None = None,
     **step: Any,
 ) -> Run:
-    model = model or Net()
-    optimizer = optimizer or keep_gradient()
+    """Returns a run with a state of its own; equal arguments share a compiled step."""
+    if step.get("micro_batches") == 1:
+        del step["micro_batches"]  # the default
+    options = tuple(sorted(step.items()))
+    parts = _parts(
+        model or Net(), devices, fsdp, optimizer, objective, freeze, seed, options
+    )
+    return Run(*parts, filled(parts[2]))
+
+
+@functools.cache
+def _parts(
+    model: Any,
+    devices: int,
+    fsdp: int,
+    optimizer: str,
+    objective: Any,
+    freeze: tuple[str, ...],
+    seed: int,
+    options: tuple[tuple[str, Any], ...],
+) -> tuple[Any, ...]:
     mesh = sharding.make_mesh(Mesh(data=-1, fsdp=fsdp), jax.devices()[:devices])
+    transformation = OPTIMIZERS[optimizer]()
+    step = dict(options)
     with jax.set_mesh(mesh):
         init = state_lib.make_initializer(
             model,
-            rows() if batch is None else batch,
-            optimizer,
+            rows(),
+            transformation,
             freeze=freeze,
             ema=step.get("ema") is not None,
         )
         abstract = state_lib.blueprint(init, FSDP, mesh)
-        state = filled(abstract)
     train_step = make_train_step(
         model,
         objective or SoftmaxClassification(),
-        optimizer,
+        transformation,
         mesh,
         abstract,
         seed=seed,
         **step,
     )
-    return Run(mesh, init, abstract, train_step, state)
+    return mesh, init, abstract, train_step
 
 
 def filled(abstract: Any) -> Any:

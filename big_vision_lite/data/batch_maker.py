@@ -6,7 +6,6 @@ processes and hosts makes the same batch.
 
 import itertools
 import time
-from collections.abc import Iterator
 from typing import NoReturn, Protocol, runtime_checkable
 
 import numpy as np
@@ -63,25 +62,24 @@ class TrainingBatches:
     def fill(self, batch: HostBatch, rows: range) -> None:
         examples = _Examples(self._source, self._ops, self._seed, batch)
         first = (batch.step - 1) * self._batch_size
-        for row in rows:
+        positions = range(first + rows.start, first + rows.stop)
+        chosen = self._order.indices(positions)
+        for row, position, index in zip(rows, positions, chosen, strict=True):
             if batch.cancelled:
                 return
-            position = first + row
-            for index in self._candidates(position):
-                if examples.make(row, index, position):
-                    break
-            else:
-                _refuse(examples.unreadable[-ATTEMPTS:])
+            if not examples.make(row, index, position):
+                self._replace(examples, row, position)
         examples.hand_in()
 
     def complete(self, batch: HostBatch) -> None:
         batch.report.sort()
 
-    def _candidates(self, position: int) -> Iterator[int]:
-        """Yields the index of a position, then those that may replace it."""
-        yield self._order[position]
+    def _replace(self, examples: "_Examples", row: int, position: int) -> None:
         for attempt in range(1, ATTEMPTS):
-            yield replacement(self._seed, position, attempt, self._size)
+            index = replacement(self._seed, position, attempt, self._size)
+            if examples.make(row, index, position):
+                return
+        _refuse(examples.unreadable[-ATTEMPTS:])
 
 
 class EvaluationBatches:

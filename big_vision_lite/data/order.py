@@ -5,6 +5,7 @@ No iterator state exists: a run continues at any step, on any number of hosts.
 
 import hashlib
 import os
+from typing import Any
 
 import grain
 import numpy as np
@@ -26,12 +27,16 @@ class Order:
                 f"seed={seed} is outside 0 to {2**32 - 1}; use --config.seed=0."
             )
         indices = grain.MapDataset.range(size)
-        self._stream = indices.seed(seed).shuffle().repeat()
+        # Any: Grain's own type allows for the holes of filtered streams.
+        self._stream: Any = indices.seed(seed).shuffle().repeat()
 
-    def __getitem__(self, position: int) -> int:
-        index = self._stream[position]
-        assert index is not None  # Only a filtered Grain stream has holes.
-        return int(index)
+    def indices(self, positions: range) -> list[int]:
+        """Returns the index of the example at each position.
+
+        Many at once: asked for between one image and the next, a position costs three
+        times as much, for Grain's code leaves the cache of the core in between.
+        """
+        return [int(self._stream[position]) for position in positions]
 
 
 def replacement(seed: int, position: int, attempt: int, size: int) -> int:

@@ -16,7 +16,6 @@ from big_vision_lite import (
     integrity,
     metrics,
     processes,
-    run_folder,
     serialize,
     train,
     trees,
@@ -174,9 +173,10 @@ def _accuracy(folder: epath.Path, num_steps: int) -> float | None:
 
 
 def _is_same(folder: epath.Path, config: TrainConfig) -> bool:
-    if not (folder / checkpoint.CONFIG).exists():
-        return True
-    return run_folder.read_config_document(folder)["config"] == _document(config)
+    known = folder / checkpoint.CONFIG
+    return not known.exists() or (
+        json.loads(known.read_text())["config"] == _document(config)
+    )
 
 
 def _document(config: TrainConfig) -> Any:

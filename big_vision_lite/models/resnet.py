@@ -33,6 +33,8 @@ class Stem(enum.StrEnum):
 
     # 7x7 convolution and 3x3 max-pooling, both with stride 2.
     LARGE = "large"
+    # 3x3 convolution with stride 2: for images of 32 to 64 px.
+    MEDIUM = "medium"
     # 3x3 convolution with stride 1: for images of 8 to 32 px.
     SMALL = "small"
 
@@ -79,8 +81,8 @@ class StandardisedConv(nn.Module, kw_only=True):
         kernel = standardise(kernel).astype(self.dtype)
         x = x.astype(self.dtype)
         if self.size == 1:
-            # As a matrix product: on CPU a 1x1 convolution costs more, above all its
-            # gradient (performance of XLA:CPU; equal elsewhere).
+            # As a matrix product over [B * h * w, I]: what it is, and on CPU the
+            # gradient of a 1x1 convolution costs more.
             return x[:, :: self.stride, :: self.stride] @ kernel[0, 0]
         # The same on both sides at every size; "SAME" would not be.
         padding = (self.size // 2, self.size // 2)
@@ -190,7 +192,7 @@ class ResNet(nn.Module, kw_only=True):
                 f"stages={self.stages} must hold the number of units of every stage, "
                 "each at least 1, like (3, 4, 6, 3)."
             )
-        # Every normalised width is a multiple of the smallest one, or of the stem's.
+        # All normalised numbers of channels are multiples of the width.
         if self.width % self.groups:
             raise ValueError(
                 f"groups={self.groups} does not divide width={self.width}; use a "
@@ -232,15 +234,14 @@ class ResNet(nn.Module, kw_only=True):
         self, image: Num[Array, "B H W C"], *, train: bool = False
     ) -> dict[str, Array]:
         image = scale_pixels(image, self.mean, self.std)
-        large = self.stem == Stem.LARGE
         x = StandardisedConv(
             channels=self.width,
-            size=7 if large else 3,
-            stride=2 if large else 1,
+            size=7 if self.stem == Stem.LARGE else 3,
+            stride=1 if self.stem == Stem.SMALL else 2,
             dtype=self.dtype,
             name="stem",
         )(image)
-        if large:
+        if self.stem == Stem.LARGE:
             x = max_pool(x, self.pool_padding)
         x = layout.pin_batch(x)
         for index, units in enumerate(self.stages):
@@ -271,7 +272,6 @@ def max_pool(
     x: Float[Array, "B H W C"], padding: PoolPadding
 ) -> Float[Array, "B h w C"]:
     """Takes maxima of 3x3 with stride 2, one row and column of padding on each side."""
-    if padding == PoolPadding.ZEROS:
-        x = jnp.pad(x, ((0, 0), (1, 1), (1, 1), (0, 0)))
-        return nn.max_pool(x, (3, 3), strides=(2, 2))
-    return nn.max_pool(x, (3, 3), strides=(2, 2), padding=((1, 1), (1, 1)))
+    around = 0.0 if padding == PoolPadding.ZEROS else -jnp.inf
+    x = jnp.pad(x, ((0, 0), (1, 1), (1, 1), (0, 0)), constant_values=around)
+    return nn.max_pool(x, (3, 3), strides=(2, 2))

@@ -146,9 +146,10 @@ class ViT(nn.Module, kw_only=True):
         check_rate("dropout", self.dropout)
         check_rate("stochastic_depth", self.stochastic_depth)
         if self.width % self.num_heads:
+            nearest = self.width - self.width % self.num_heads + self.num_heads
             raise ValueError(
                 f"width={self.width} does not divide over num_heads={self.num_heads}; "
-                f"use width={self.width - self.width % self.num_heads + self.num_heads}."
+                f"use width={nearest}, or other heads."
             )
         super().__post_init__()
 

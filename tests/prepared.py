@@ -1,0 +1,72 @@
+"""Prepared TFDS sets, written by hand, for recipes that want one by name."""
+
+import json
+import pathlib
+
+import cv2
+import numpy as np
+from array_record.python.array_record_module import ArrayRecordWriter
+
+from big_vision_lite.data.tf_example import encode_example
+
+FEATURES = "tensorflow_datasets.core.features"
+
+
+def prepare(
+    data_dir: pathlib.Path,
+    name: str,
+    *,
+    shape: tuple[int, int, int],
+    num_classes: int,
+    splits: dict[str, int],
+) -> None:
+    """Writes `data_dir/name/1.0.0` with random images of `shape` in every split."""
+    folder = data_dir / name / "1.0.0"
+    folder.mkdir(parents=True)
+    rng = np.random.default_rng(0)
+    infos = []
+    for split, count in splits.items():
+        path = folder / f"{name}-{split}.array_record-00000-of-00001"
+        writer = ArrayRecordWriter(str(path), "group_size:1")
+        for number in range(count):
+            pixels = rng.integers(0, 256, shape, np.uint8)
+            image = cv2.imencode(".png", pixels)[1].tobytes()
+            label = number % num_classes
+            writer.write(encode_example({"image": image, "label": label}))
+        writer.close()
+        infos.append(
+            {
+                "name": split,
+                "shardLengths": [str(count)],
+                "numBytes": str(path.stat().st_size),
+                "filepathTemplate": "{DATASET}-{SPLIT}.{FILEFORMAT}-{SHARD_X_OF_Y}",
+            }
+        )
+    info = {
+        "name": name,
+        "version": "1.0.0",
+        "fileFormat": "array_record",
+        "splits": infos,
+    }
+    features = {
+        "image": {
+            "pythonClassName": f"{FEATURES}.image_feature.Image",
+            "image": {
+                "dtype": "uint8",
+                "encodingFormat": "png",
+                "shape": {"dimensions": [str(n) for n in shape]},
+            },
+        },
+        "label": {
+            "pythonClassName": f"{FEATURES}.class_label_feature.ClassLabel",
+            "classLabel": {"numClasses": str(num_classes)},
+        },
+    }
+    whole = {
+        "pythonClassName": f"{FEATURES}.features_dict.FeaturesDict",
+        "featuresDict": {"features": features},
+    }
+    (folder / "dataset_info.json").write_text(json.dumps(info))
+    (folder / "features.json").write_text(json.dumps(whole))
+    names = "".join(f"class {number}\n" for number in range(num_classes))
+    (folder / "label.labels.txt").write_text(names)

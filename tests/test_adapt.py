@@ -1,0 +1,343 @@
+import dataclasses
+import shutil
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from etils import epath
+
+from big_vision_lite import adapt, integrity, trees
+from big_vision_lite.adapt import Init, PositionResize
+from big_vision_lite.checkpoint import Checkpointer, Checkpoints
+from big_vision_lite.integrity import DamagedCheckpoint
+from big_vision_lite.models.heads import Classifier
+from big_vision_lite.models.positions import Positions
+from big_vision_lite.models.vit import ViT
+from big_vision_lite.state import TrainState
+
+RNG = np.random.default_rng(0)
+
+
+def params(classes=10, grid=4, width=8):
+    def array(*shape):
+        return RNG.normal(size=shape).astype(np.float32)
+
+    return {
+        "encoder/block_00/kernel": array(width, width),
+        "encoder/block_00/bias": array(width),
+        "position_embedding": array(1, grid * grid, width),
+        "head/kernel": array(width, classes),
+        "head/bias": array(classes),
+    }
+
+
+def start_from(loaded, fresh, same_classes=True, **init):
+    lines = []
+    fresh = {name: jnp.asarray(leaf) for name, leaf in fresh.items()}
+    found = adapt.adapt(
+        loaded,
+        fresh,
+        Init(path="runs/x", **init),
+        same_classes=same_classes,
+        log=lines.append,
+    )
+    assert list(found) == list(fresh)
+    for name, leaf in fresh.items():
+        assert found[name].shape == leaf.shape and found[name].dtype == leaf.dtype
+    return found, lines
+
+
+def assert_from(found, source, names):
+    for name in names:
+        np.testing.assert_array_equal(found[name], source[name], name)
+
+
+def test_everything_that_fits_is_taken_and_nothing_is_said():
+    loaded, fresh = params(), params()
+    found, lines = start_from(loaded, fresh)
+    assert_from(found, loaded, loaded)
+    assert lines == []
+
+
+def test_what_is_dropped_stays_fresh_and_is_named():
+    loaded, fresh = params(), params()
+    found, lines = start_from(loaded, fresh, drop="encoder/.*|head/bias")
+    dropped = ["encoder/block_00/bias", "encoder/block_00/kernel", "head/bias"]
+    assert_from(found, fresh, dropped)
+    assert_from(found, loaded, set(loaded) - set(dropped))
+    assert lines == [f"init: {n} starts from scratch (init.drop)" for n in dropped]
+    with pytest.raises(ValueError, match='init.drop "hed/.*" matches no name'):
+        start_from(loaded, fresh, drop="hed/.*")
+
+
+def test_drop_takes_what_only_one_side_has():
+    loaded, fresh = params(), params()
+    loaded["decoder/kernel"] = np.ones((2, 2), np.float32)
+    fresh["neck/kernel"] = np.zeros((3, 3), np.float32)
+    found, _ = start_from(loaded, fresh, drop="(decoder|neck)/.*")
+    assert "decoder/kernel" not in found
+    assert_from(found, fresh, ["neck/kernel"])
+
+
+def test_names_are_rewritten_before_they_are_compared():
+    fresh = params()
+    loaded = {f"backbone/{n}".replace("block_00", "b0"): x for n, x in params().items()}
+    found, _ = start_from(
+        loaded, fresh, rename=("^backbone/=>", r"/b(\d)/=>/block_0\1/")
+    )
+    for name in fresh:
+        old = f"backbone/{name}".replace("block_00", "b0")
+        np.testing.assert_array_equal(found[name], loaded[old])
+    with pytest.raises(ValueError, match='init.rename: "a->b" is not of the form'):
+        Init(path="x", rename=("a->b",))
+
+
+def test_two_names_that_become_one_are_refused():
+    fresh, loaded = params(), params()
+    loaded["head/weight"] = loaded["head/kernel"]
+    with pytest.raises(ValueError, match="init.rename.*both become.*head/kernel"):
+        start_from(loaded, fresh, rename=("weight=>kernel",))
+
+
+def antialiased(old: int, new: int) -> np.ndarray:
+    """Weights [new, old] of a triangle with half-pixel centres, by its formula."""
+    scale = max(1.0, old / new)
+    weights = np.zeros((new, old))
+    for i in range(new):
+        centre = (i + 0.5) * old / new - 0.5
+        for j in range(old):
+            weights[i, j] = max(0.0, 1 - abs(j - centre) / scale)
+        weights[i] /= weights[i].sum()
+    return weights
+
+
+@pytest.mark.parametrize(("old", "new"), [(4, 7), (7, 4), (3, 12), (37, 16)])
+def test_positions_are_resampled_to_the_grid_of_the_model(old, new):
+    loaded, fresh = params(grid=old), params(grid=new)
+    found, lines = start_from(loaded, fresh)
+    grid = loaded["position_embedding"].reshape(old, old, 8)
+    w = antialiased(old, new)
+    expected = np.einsum("ri,cj,ijd->rcd", w, w, grid).reshape(1, new * new, 8)
+    np.testing.assert_allclose(found["position_embedding"], expected, atol=1e-5)
+    assert_from(found, loaded, set(loaded) - {"position_embedding"})
+    assert lines == [
+        f"Checkpoint grid {old}x{old}, model grid {new}x{new}: resizing position "
+        "embedding (bilinear). --config.init.position_resize=error to forbid."
+    ]
+
+
+def test_resampled_positions_keep_their_place_in_the_image():
+    # A ramp along the columns stays one, constant along the rows.
+    loaded, fresh = params(grid=8), params(grid=4)
+    ramp = np.broadcast_to(np.arange(8.0)[None, :, None], (8, 8, 8))
+    loaded["position_embedding"] = ramp.reshape(1, 64, 8).astype(np.float32)
+    found, _ = start_from(loaded, fresh)
+    grid = np.asarray(found["position_embedding"]).reshape(4, 4, 8)
+    assert np.ptp(grid, axis=0).max() < 1e-5
+    np.testing.assert_allclose(grid[0, 1:3, 0], [2.5, 4.5], atol=1e-5)
+
+
+def test_the_embedding_of_a_real_vit_moves_to_another_image_size():
+    def init(side, patch=2):
+        model = ViT(
+            width=16,
+            depth=1,
+            mlp_dim=16,
+            num_heads=2,
+            patch_size=patch,
+            positions=Positions.LEARNED,
+            head=Classifier(num_classes=3),
+        )
+        image = jax.ShapeDtypeStruct((1, side, side, 1), jnp.uint8)
+        shapes = jax.eval_shape(
+            lambda key, image: model.init(key, image=image), jax.random.key(0), image
+        )
+        rng = np.random.default_rng(side)
+        return {
+            n: rng.normal(size=x.shape).astype(np.float32)
+            for n, x in trees.flatten(shapes["params"]).items()
+        }
+
+    loaded, fresh = init(8), init(12)
+    found, lines = start_from(loaded, fresh)
+    assert lines[0].startswith("Checkpoint grid 4x4, model grid 6x6: resizing")
+    (name,) = [n for n in fresh if n.endswith(adapt.POSITIONS)]
+    assert fresh[name].shape != loaded[name].shape
+    assert_from(found, loaded, set(loaded) - {name})
+
+
+def test_resizing_positions_can_be_forbidden():
+    with pytest.raises(
+        ValueError, match="Checkpoint grid 4x4, model grid 5x5.*Refused"
+    ):
+        start_from(params(grid=4), params(grid=5), position_resize=PositionResize.ERROR)
+    same, lines = start_from(params(), params(), position_resize=PositionResize.ERROR)
+    assert lines == []
+
+
+def test_positions_that_are_no_square_are_not_guessed():
+    loaded, fresh = params(), params(grid=5)
+    loaded["position_embedding"] = np.ones((1, 12, 8), np.float32)
+    with pytest.raises(
+        ValueError, match=r"\(1, 12, 8\) is no square grid.*init.drop='"
+    ):
+        start_from(loaded, fresh)
+    found, _ = start_from(loaded, fresh, drop="position_embedding")
+    assert_from(found, fresh, ["position_embedding"])
+
+
+def test_positions_of_another_width_are_a_difference_like_any_other():
+    with pytest.raises(ValueError) as caught:
+        start_from(params(width=8), params(width=16, grid=5), drop="head/.*")
+    assert "+ position_embedding (1, 25, 16) float32  in the model" in str(caught.value)
+
+
+def test_a_head_for_other_classes_is_new():
+    loaded, fresh = params(classes=1000), params(classes=100)
+    found, lines = start_from(loaded, fresh, same_classes=False)
+    assert_from(found, fresh, ["head/kernel", "head/bias"])
+    assert_from(found, loaded, ["encoder/block_00/kernel", "position_embedding"])
+    assert lines == [
+        "Head has 1000 classes, data 100: new head (zero init). "
+        'To refuse instead: --config.init.drop=""'
+    ]
+    # As many classes, but others.
+    found, lines = start_from(params(), fresh := params(), same_classes=False)
+    assert_from(found, fresh, ["head/kernel", "head/bias"])
+    assert "Head has 10 classes, data 10 other: new head" in lines[0]
+
+
+def test_a_head_for_the_same_classes_is_kept():
+    loaded, fresh = params(), params()
+    found, lines = start_from(loaded, fresh, same_classes=True)
+    assert_from(found, loaded, ["head/kernel", "head/bias"])
+    assert lines == []
+    # Kept against other class names when asked for.
+    found, lines = start_from(loaded, fresh, same_classes=False, drop="")
+    assert_from(found, loaded, ["head/kernel", "head/bias"])
+    assert lines == []
+
+
+def test_a_backbone_without_head_gets_one_and_a_head_can_be_left_behind():
+    headless = {n: x for n, x in params().items() if not n.startswith("head/")}
+    fresh = params()
+    found, lines = start_from(headless, fresh)
+    assert_from(found, fresh, ["head/kernel", "head/bias"])
+    assert "Head has no classes, data 10: new head" in lines[0]
+    found, lines = start_from(params(), headless)
+    assert set(found) == set(headless)
+    assert "Head has 10 classes, data no" in lines[0]
+
+
+def test_a_head_of_another_shape_is_refused_if_nothing_may_be_dropped():
+    with pytest.raises(ValueError) as caught:
+        start_from(params(classes=1000), params(classes=100), drop="")
+    message = str(caught.value)
+    for line in (
+        "init.path=runs/x and the model differ:",
+        "  + head/kernel (8, 100) float32  in the model",
+        "  - head/kernel (8, 1000) float32  in the checkpoint",
+        "  + head/bias (100,) float32  in the model",
+        "--config.init.drop='head/.*'",
+    ):
+        assert line in message, message
+
+
+def test_all_differences_are_listed_at_once():
+    loaded, fresh = params(), params()
+    loaded["fc/kernel"] = np.ones((3, 3), np.float32)
+    fresh["neck/kernel"] = np.ones((4, 4), np.float32)
+    del loaded["encoder/block_00/bias"]
+    with pytest.raises(ValueError) as caught:
+        start_from(loaded, fresh)
+    lines = str(caught.value).splitlines()[1:-1]
+    assert lines == [
+        "  + encoder/block_00/bias (8,) float32  only in the model",
+        "  - fc/kernel (3, 3) float32  only in the checkpoint",
+        "  + neck/kernel (4, 4) float32  only in the model",
+    ]
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
+def test_weights_that_are_not_finite_are_refused_by_name(value):
+    loaded = params()
+    loaded["encoder/block_00/kernel"][3, 4] = value
+    with pytest.raises(ValueError, match="block_00/kernel holds NaN or infinity"):
+        start_from(loaded, params())
+    # Not if they are left behind.
+    start_from(loaded, params(), drop="encoder/.*")
+
+
+def test_another_dtype_becomes_the_models():
+    loaded = {n: x.astype(jnp.bfloat16) for n, x in params().items()}
+    found, _ = start_from(loaded, params())
+    np.testing.assert_array_equal(
+        found["head/kernel"], np.asarray(loaded["head/kernel"], np.float32)
+    )
+
+
+def nested(values):
+    return jax.tree.map(jnp.asarray, trees.unflatten(values))
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory):
+    """Step folders of one run without and one with an average."""
+    folders = {}
+    for average in (False, True):
+        weights, averaged = params(), params()
+        state = TrainState(
+            step=jnp.int32(3),
+            params=nested({n: x for n, x in weights.items() if "encoder" not in n}),
+            frozen=nested({n: x for n, x in weights.items() if "encoder" in n}),
+            collections={},
+            opt_state={"mu": nested(params())},
+            ema=nested({n: x for n, x in averaged.items() if "encoder" not in n})
+            if average
+            else None,
+        )
+        workdir = epath.Path(tmp_path_factory.mktemp(f"average_{average}"))
+        with Checkpointer(
+            workdir,
+            Checkpoints(),
+            config_text="{}",
+            metadata={"class_names": ["a"]},
+            log=lambda line: None,
+        ) as checkpointer:
+            checkpointer.save(3, state)
+        frozen = {n: x for n, x in weights.items() if "encoder" in n}
+        expected = (averaged if average else weights) | frozen
+        folders[average] = workdir / "checkpoints" / "3", expected
+    return folders
+
+
+@pytest.mark.parametrize("average", [False, True])
+def test_the_average_is_loaded_when_there_is_one_with_the_frozen_rest(average, saved):
+    folder, expected = saved[average]
+    loaded, manifest = adapt.load_params(folder)
+    assert set(loaded) == set(expected)
+    assert_from(loaded, expected, expected)
+    assert manifest["class_names"] == ["a"] and manifest["step"] == 3
+    found, lines = start_from(loaded, params())
+    assert_from(found, expected, expected)
+    assert lines == []
+
+
+def test_a_damaged_folder_is_not_started_from(saved, tmp_path):
+    folder, _ = saved[True]
+    copy = epath.Path(tmp_path / "3")
+    shutil.copytree(folder, copy)
+    manifest = integrity.read_manifest(copy)
+    manifest["leaves"]["ema/head/bias"]["checksum"] = "00000000"
+    integrity.write_manifest(copy, manifest)
+    with pytest.raises(DamagedCheckpoint, match="3: ema/head/bias differ from what"):
+        adapt.load_params(copy)
+    (copy / "config.json").write_text("{} ")
+    with pytest.raises(DamagedCheckpoint, match="3/config.json has 3 bytes, 2 were"):
+        adapt.load_params(copy)
+
+
+def test_init_holds_only_what_flags_can_set():
+    kinds = {f.name: f.type for f in dataclasses.fields(Init)}
+    assert list(kinds) == ["path", "drop", "rename", "position_resize"]

@@ -1,0 +1,101 @@
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from big_vision_lite.objectives.classification import (
+    SigmoidClassification,
+    SoftmaxClassification,
+)
+from big_vision_lite.types import Objective
+
+RNG = np.random.default_rng(0)
+LOGITS = RNG.normal(0, 3, (4, 5)).astype(np.float32)
+CLASSES = np.array([1, 0, 4, 4], np.int32)
+SOFT = RNG.dirichlet(np.ones(5), 4).astype(np.float32)
+SEVERAL = np.array(
+    [[1, 0, 0, 1, 0], [0, 0, 0, 0, 0], [0, 1, 1, 1, 0], [1, 1, 1, 1, 1]], np.float32
+)
+
+
+def run(objective, labels, logits=LOGITS):
+    images = jnp.zeros((len(logits), 2, 2, 1), jnp.uint8)
+
+    def forward(image):
+        assert image is images
+        return {"logits": jnp.asarray(logits)}
+
+    batch = {"image": images, "label": jnp.asarray(labels)}
+    losses, metrics = objective(forward, batch, jax.random.key(0))
+    assert losses.shape == metrics["accuracy"].shape == (len(logits),)
+    assert losses.dtype == metrics["accuracy"].dtype == jnp.float32
+    return np.asarray(losses), np.asarray(metrics["accuracy"])
+
+
+def one_hot(labels):
+    return np.eye(5)[labels] if labels.ndim == 1 else labels.astype(np.float64)
+
+
+@pytest.mark.parametrize("labels", [CLASSES, SOFT], ids=["int", "float"])
+@pytest.mark.parametrize("smoothing", [0.0, 0.1])
+def test_softmax_loss_equals_a_double_loop(labels, smoothing):
+    losses, _ = run(SoftmaxClassification(label_smoothing=smoothing), labels)
+    for b, logits in enumerate(LOGITS.astype(np.float64)):
+        expected = 0.0
+        for c in range(5):
+            target = one_hot(labels)[b, c] * (1 - smoothing) + smoothing / 5
+            expected -= target * np.log(np.exp(logits[c]) / np.exp(logits).sum())
+        assert losses[b] == pytest.approx(expected, rel=1e-5)
+
+
+@pytest.mark.parametrize("labels", [CLASSES, SEVERAL], ids=["int", "several"])
+def test_sigmoid_loss_is_summed_over_classes(labels):
+    losses, _ = run(SigmoidClassification(), labels)
+    for b, logits in enumerate(LOGITS.astype(np.float64)):
+        expected = 0.0
+        for c in range(5):
+            p = 1 / (1 + np.exp(-logits[c]))
+            expected -= np.log(p if one_hot(labels)[b, c] else 1 - p)
+        assert losses[b] == pytest.approx(expected, rel=1e-5)
+
+
+def test_accuracy_is_right_for_one_label_several_and_none():
+    best = LOGITS.argmax(-1)
+    _, accuracy = run(SoftmaxClassification(), CLASSES)
+    np.testing.assert_array_equal(accuracy, best == CLASSES)
+    _, accuracy = run(SigmoidClassification(), SEVERAL)
+    np.testing.assert_array_equal(accuracy, SEVERAL[np.arange(4), best])
+
+
+def test_bfloat16_logits_and_extreme_ones_give_finite_float32_losses():
+    extreme = jnp.asarray([[1e4, -1e4, 0.0, 0.0, 0.0]] * 2, jnp.bfloat16)
+    labels = np.array([0, 1], np.int32)
+    for objective in (SoftmaxClassification(), SigmoidClassification()):
+        losses, _ = run(objective, labels, extreme)
+        assert np.isfinite(losses).all() and losses[0] < 3 and losses[1] > 1e4
+
+
+def test_the_gradient_of_softmax_is_probability_minus_label():
+    def loss(logits):
+        forward = lambda image: {"logits": logits}  # noqa: E731
+        batch = {"image": jnp.zeros((4, 1, 1, 1)), "label": jnp.asarray(CLASSES)}
+        return SoftmaxClassification()(forward, batch, jax.random.key(0))[0].sum()
+
+    gradient = jax.grad(loss)(jnp.asarray(LOGITS))
+    expected = jax.nn.softmax(LOGITS) - one_hot(CLASSES)
+    np.testing.assert_allclose(gradient, expected, atol=1e-6)
+
+
+def test_objectives_are_what_the_loop_calls():
+    assert isinstance(SoftmaxClassification(), Objective)
+    assert isinstance(SigmoidClassification(), Objective)
+
+
+def test_wrong_use_is_refused_with_what_to_do():
+    with pytest.raises(ValueError, match="0 <= label_smoothing < 1"):
+        SoftmaxClassification(label_smoothing=1.0)
+    with pytest.raises(ValueError, match="head.num_classes=3"):
+        run(SoftmaxClassification(), SOFT[:, :3])
+    batch = {"image": jnp.zeros((1, 1, 1, 1)), "label": jnp.zeros(1, jnp.int32)}
+    with pytest.raises(ValueError, match=r"head=Classifier\(num_classes"):
+        SigmoidClassification()(lambda image: {}, batch, jax.random.key(0))

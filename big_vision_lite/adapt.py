@@ -36,7 +36,7 @@ class Init:
     replaced in the checkpoint's names before they are compared.
     """
 
-    path: str
+    path: str = ""
     drop: str | None = None
     rename: tuple[str, ...] = ()
     position_resize: PositionResize = PositionResize.BILINEAR

@@ -109,6 +109,9 @@ class BoundModel:
         ] + list(args[len(names) :])
         if "train" in kwargs:
             kwargs = {**kwargs, "train": False}
+        if isinstance(context.module, nn.BatchNorm):
+            # Its owner may train; modules live for one call, so this stays here.
+            object.__setattr__(context.module, "use_running_average", True)
         return call(*args, **kwargs)
 
 

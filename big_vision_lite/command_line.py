@@ -51,13 +51,14 @@ def parse(argv: Sequence[str], define: Callable[[flags.FlagValues], None]) -> Co
         flag_values=values,
     )
     argv, cleared = _take_none(argv)
-    config_flags.DEFINE_config_file(
-        "config", help_string="Recipe.", flag_values=values, sys_argv=list(argv)
-    )
     recipe = _recipe(argv)
     for module in _flag_values(argv, "allow_module"):
         importlib.import_module(module)
     try:
+        argv = _build_missing(argv, recipe)
+        config_flags.DEFINE_config_file(
+            "config", help_string="Recipe.", flag_values=values, sys_argv=list(argv)
+        )
         rest = values(list(argv))
     except Exception as error:
         raise ValueError(mistakes.explain(error, recipe, argv, values)) from error
@@ -106,12 +107,38 @@ def quiet() -> None:
 
 
 def _take_none(argv: Sequence[str]) -> tuple[list[str], list[str]]:
-    """Splits off `--config.a.b=none`: ml_collections would parse "none" as a number."""
-    kept, cleared = [], []
-    for word in argv:
-        found = re.fullmatch(r"--?config\.(.+)=none", word, re.IGNORECASE)
-        cleared.append(found.group(1)) if found else kept.append(word)
-    return kept, cleared
+    """Splits off `--config.a.b=none`: ml_collections would parse "none" as a number.
+
+    Of several values for one name the last one counts, as for all flags.
+    """
+    kept: list[str] = []
+    cleared: dict[str, None] = {}
+    words = list(argv)
+    while words:
+        word = words.pop(0)
+        name, given, value = word.partition("=")
+        found = re.fullmatch(r"--?config\.(.+)", name)
+        if found and not given and words and words[0].lower() == "none":
+            value = words.pop(0)
+        if found and value.lower() == "none":
+            cleared[found.group(1)] = None
+            continue
+        if found:
+            cleared.pop(found.group(1), None)
+        kept.append(word)
+    return kept, list(cleared)
+
+
+def _build_missing(argv: Sequence[str], recipe: str | None) -> list[str]:
+    """Adds `--config.init=build` to `--config.init.path=RUN` where init is none."""
+    words = [re.match(r"--?config\.(\w+)\.", word) for word in argv]
+    names = {found.group(1) for found in words if found}
+    if recipe is None or not names:
+        return list(argv)
+    config = mistakes.load(recipe)
+    missing = [n for n in sorted(names) if getattr(config, n, False) is None]
+    given = [n for n in missing if _flag_values(argv, f"config.{n}")]
+    return [*argv, *(f"--config.{n}=build" for n in missing if n not in given)]
 
 
 def _clear(config: Any, path: str, recipe: str | None) -> None:

@@ -65,6 +65,12 @@ class TrainConfig:
             value = getattr(self, name)
             if value is not None and value <= 0:
                 raise ValueError(f"{name}={value} must be above 0.")
+        # Not in Init itself: --config.init.path=RUN fills an empty one.
+        if self.init is not None and not self.init.path:
+            raise ValueError(
+                "init.path is empty: give the run to start from with "
+                "--config.init.path=RUN, or none with --config.init=none."
+            )
         if self.log_every_steps < 1 or self.micro_batches < 1:
             raise ValueError(
                 f"log_every_steps={self.log_every_steps} and micro_batches="

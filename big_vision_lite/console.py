@@ -48,21 +48,31 @@ def format_scores(scores: Mapping[str, float | int]) -> dict[str, str]:
 
 
 def score_table(scores: Mapping[str, float | int]) -> Table:
-    """Builds the table of the last scores, the controls in columns of their own."""
+    """Builds the table of the last scores: a row a group, the controls beside it.
+
+    Counts and chosen penalties are left to metrics.jsonl.
+    """
     texts = format_scores(scores)
-    controls = {name: text for name, text in texts.items() if "/control_" in name}
-    table = Table("score", "", title="Scores", title_justify="left")
-    columns = ("raw_pixels", "untrained") if controls else ()
-    for column in columns:
-        table.add_column(column.replace("_", " "))
+    rows: dict[str, dict[str, str]] = {}
     for name, text in texts.items():
-        if name in controls:
-            continue
         group, _, leaf = name.rpartition("/")
-        kind = leaf.removeprefix("accuracy")
-        beside = [controls.get(f"{group}/control_{c}{kind}", "") for c in columns]
-        table.add_row(Text(name), text, *beside)
+        if leaf.startswith("l2_chosen") or leaf in ("examples", "unreadable"):
+            continue
+        if not (leaf.startswith("control_") and leaf.endswith("_l2_chosen")):
+            rows.setdefault(group, {})[_column(leaf)] = text
+    columns = list(dict.fromkeys(leaf for row in rows.values() for leaf in row))
+    table = Table(title="Scores", title_justify="left")
+    for column in ("", *columns):
+        table.add_column(column, no_wrap=True)
+    for group, row in rows.items():
+        table.add_row(Text(group), *(row.get(column, "") for column in columns))
     return table
+
+
+def _column(leaf: str) -> str:
+    """Returns "raw pixels" for "control_raw_pixels", "top 5" for "accuracy_top5"."""
+    named = {"accuracy_top5": "top 5", "accuracy_l2_chosen": "l2 chosen"}
+    return named.get(leaf, leaf.removeprefix("control_").replace("_", " "))
 
 
 def input_bound_message(

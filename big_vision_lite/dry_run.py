@@ -7,7 +7,7 @@ import jax
 import numpy as np
 from etils import epath
 
-from big_vision_lite import sharding, trees
+from big_vision_lite import program, sharding, trees
 from big_vision_lite import state as state_lib
 from big_vision_lite.config import TrainConfig
 from big_vision_lite.data import pipeline

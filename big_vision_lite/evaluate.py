@@ -52,7 +52,7 @@ def evaluate(
     scores: dict[str, float] = {}
     with jax.set_mesh(run.mesh):
         for name, evaluator in evaluators.items():
-            context = _Contexts(run, workdir, progress).make(name)
+            context = Contexts(run, workdir, progress).make(name)
             found = evaluator.prepare(context)(run.state)
             named = {f"{name}{suffix}/{score}": x for score, x in found.items()}
             progress.scores(run.step, named)
@@ -60,7 +60,7 @@ def evaluate(
     return scores
 
 
-class _Contexts:
+class Contexts:
     """Makes contexts that need nothing of the training data, which may be elsewhere."""
 
     def __init__(self, run: SavedRun, workdir: epath.Path, progress: Progress):

@@ -2,6 +2,7 @@
 
 import dataclasses
 import difflib
+import enum
 import pathlib
 import re
 import traceback
@@ -27,7 +28,60 @@ def explain(
         return _unknown_flag(error.flagname, values)
     if isinstance(error, KeyError | IndexError | AttributeError | TypeError):
         return unknown_key(recipe, argv, error)
-    return str(error)
+    return _wrong_value(recipe, argv) or str(error)
+
+
+def _wrong_value(recipe: str | None, argv: Sequence[str]) -> str | None:
+    """Says what an override may hold: for the first one that does not hold it."""
+    config = None if recipe is None else load(recipe)
+    leaves = {} if config is None else {p: (v, t) for p, v, t in list_leaves(config)}
+    for word in argv:
+        found = re.fullmatch(r"--?config\.([^=]+)=(.*)", word)
+        if found is None:
+            continue
+        path, text = found.groups()
+        if path in leaves and not _fits(text, leaves[path][1]):
+            value, declared = leaves[path]
+            return (
+                f"--config.{path}={text} is no {_words(declared)}. The recipe has "
+                f"--config.{path}={_shown(value)}"
+            )
+        inside = [leaf for leaf in leaves if leaf.startswith((f"{path}.", f"{path}["))]
+        if inside and text != "build":
+            return (
+                f"--config.{path} is a component: choose it in the recipe, and "
+                f"override what it holds, for example --config.{inside[0]}="
+                f"{_shown(leaves[inside[0]][0])}"
+            )
+    return None
+
+
+def _fits(text: str, declared: Any) -> bool:
+    kind, _ = serialize.without_none(declared)
+    if isinstance(kind, type) and issubclass(kind, enum.StrEnum):
+        return text.lower() in [name.lower() for name in kind]
+    if kind is bool:
+        return text.lower() in ("true", "false", "t", "f", "1", "0")
+    try:
+        kind(text)
+    except ValueError:
+        return False
+    except TypeError:  # tuples: ml_collections knows their items
+        return True
+    return True
+
+
+def _words(declared: Any) -> str:
+    kind, optional = serialize.without_none(declared)
+    if isinstance(kind, type) and issubclass(kind, enum.StrEnum):
+        words = f"one of {', '.join(kind)}"
+    else:
+        words = getattr(kind, "__name__", str(kind))
+    return f"{words} or none" if optional else words
+
+
+def _shown(value: Any) -> str:
+    return "none" if value is None else str(value)
 
 
 def _mistake_in_recipe(error: BaseException | None, recipe: str | None) -> str | None:
@@ -85,7 +139,7 @@ def unknown_key(recipe: str | None, argv: Sequence[str], error: Exception) -> st
     """Says which override failed, what was meant and where the recipe sets it."""
     if recipe is None:
         return str(error)
-    config = _load(recipe)
+    config = load(recipe)
     for word in argv:
         found = re.match(r"--?(?:no)?config\.([^=]+)", word)
         if found is None:
@@ -126,9 +180,9 @@ def _line_of(recipe: str, path: str) -> str:
     return ""
 
 
-def _load(recipe: str) -> Any:
-    config = config_flags.ConfigFileFlagParser(name="config").parse(recipe)
-    return config
+def load(recipe: str) -> Any:
+    """Returns what a recipe FILE[:arg] gives, without overrides."""
+    return config_flags.ConfigFileFlagParser(name="config").parse(recipe)
 
 
 def list_leaves(config: Any, prefix: str = "") -> Iterator[tuple[str, Any, Any]]:

@@ -55,21 +55,22 @@ def parse_arg(arg: str, **defaults: Any) -> types.SimpleNamespace:
 
 
 def open_folder(path: str) -> dict[str, ImageFolder]:
-    """Returns the splits of an image folder by name, "train" first, all with its classes.
+    """Returns the splits of an image folder by name, all with the classes of "train".
 
-    Those are "val" and "test" as far as there are folders of these names, or a held-out
-    tenth as "val". The training folder is listed once, and its class names are written
-    into the sources, so that config.json says what every label means.
+    Beside "train" those are "val" and "test" as far as there are folders of these
+    names, or a held-out tenth as "val". The names of the classes are written into the
+    sources, so that config.json says what every label means.
 
     Raises:
         FileNotFoundError, ValueError: there is no such folder, or no two classes.
     """
-    classes = ImageFolder(path=path, split="train").class_names
+    train = ImageFolder(path=path, split="train")
+    train.classes = train.class_names
     named = find_splits(pathlib.Path(path).expanduser())
     others = [name for name in ("val", "test") if name in named] if named else ["val"]
-    return {
-        split: ImageFolder(path=path, split=split, classes=classes)
-        for split in ("train", *others)
+    return {"train": train} | {
+        split: ImageFolder(path=path, split=split, classes=train.classes)
+        for split in others
     }
 
 

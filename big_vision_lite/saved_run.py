@@ -85,7 +85,7 @@ def load(
     manifest = checkpoint.verified_manifest(folder)
     config = run_folder.read_config(folder, allowed_modules)
     devices = jax.devices() if devices is None else devices
-    mesh = sharding.make_mesh(_fitting(config.mesh, len(devices), log), devices)
+    mesh = sharding.make_mesh(fitting(config.mesh, len(devices), log), devices)
     shapes = trees.unflatten(
         {
             name: jax.ShapeDtypeStruct(leaf["shape"], leaf["dtype"])
@@ -125,9 +125,10 @@ def load(
     )
 
 
-def _fitting(
+def fitting(
     mesh: sharding.Mesh, num_devices: int, log: Callable[[str], None]
 ) -> sharding.Mesh:
+    """Returns `mesh` if it fits; else one with all on "data", and says so."""
     fixed = [size for size in (mesh.data, mesh.fsdp) if size != -1]
     product = fixed[0] * fixed[-1] if len(fixed) == 2 else fixed[0]
     fits = product == num_devices if len(fixed) == 2 else num_devices % product == 0

@@ -169,13 +169,14 @@ def describe(config: TrainConfig, num_steps: int) -> dict[str, Any]:
 
 
 def next_commands(workdir: epath.Path, recipe: str) -> list[str]:
-    """Lists what one may type after a run."""
-    program = "python -m big_vision_lite"
+    """Lists what one may type after a run, with the Python that is running."""
+    package = f"{sys.orig_argv[0]} -m big_vision_lite"
     return [
-        f"{program}.predict --workdir {workdir} --images FOLDER --out preds.csv",
-        f"{program}.evaluate --workdir {workdir}",
-        f"{program}.train --config configs/finetune.py:init={workdir},data=FOLDER "
+        f"{package}.predict --workdir {workdir} --images FOLDER --out preds.csv",
+        f"{package}.evaluate --workdir {workdir}",
+        f"{package}.train --config configs/finetune.py:init={workdir},data=FOLDER "
         f"--workdir {workdir}_finetuned",
+        f"{package}.train --config {recipe} --workdir {workdir}  (after a kill: resumes)",
         f"tensorboard --logdir {workdir}",
     ]
 

@@ -55,7 +55,7 @@ def get_config(arg: str = "") -> TrainConfig:
         init="",
         size=0,
         batch=0,
-        epochs=0,
+        epochs=0.0,
         steps=0,
         flip=True,
         allow_module="",
@@ -102,7 +102,7 @@ def from_scratch(
     # A power of two, for any number of devices.
     fitting = 1 << (len(train).bit_length() - 1)
     batch_size = chosen.batch or min(128, fitting)
-    epochs = chosen.epochs or 100
+    epochs = chosen.epochs or 100.0
     num_steps = max(1, round(epochs * len(train) / batch_size))
     head = Classifier(num_classes=num_classes)
     flip = (FlipLeftRight(),) if chosen.flip else ()

@@ -17,6 +17,7 @@ from big_vision_lite.data.ops import Decode, FlipLeftRight, Resize
 from big_vision_lite.data.pipeline import Stream
 from big_vision_lite.data.sources import ImageFolder
 from big_vision_lite.evaluators.classification import Classification
+from big_vision_lite.evaluators.fewshot import FewShot, FewShotSet
 from big_vision_lite.models.heads import Classifier
 from big_vision_lite.models.vit import ViT
 from big_vision_lite.objectives.classification import SoftmaxClassification
@@ -75,13 +76,16 @@ def small_model(num_classes: int | None = 3) -> ViT:
 
 
 def recipe(folder: pathlib.Path, **changes) -> TrainConfig:
-    """Ten steps on `folder`, evaluated every five on its split val."""
+    """Ten steps on `folder`, evaluated every five, few-shot and on its split val."""
+    train, val = (
+        ImageFolder(path=str(folder), split=split) for split in ("train", "val")
+    )
     config = dict(
         num_steps=10,
         model=small_model(),
         objective=SoftmaxClassification(),
         data=Stream(
-            source=ImageFolder(path=str(folder), split="train"),
+            source=train,
             ops=(Decode(), Resize(size=SIZE), FlipLeftRight()),
             batch_size=16,
             threads=2,
@@ -89,11 +93,14 @@ def recipe(folder: pathlib.Path, **changes) -> TrainConfig:
         preprocess=(Decode(), Resize(size=SIZE)),
         optimizer=AdamW(schedule=WarmupCosine(peak=1e-2, warmup_steps=2)),
         evaluators={
-            "val": Classification(
-                source=ImageFolder(path=str(folder), split="val"),
+            "val": Classification(source=val, batch_size=16, every_steps=5),
+            "fewshot": FewShot(
+                sets=(FewShotSet(name="shapes", train=train, test=val),),
+                shots=(1, 5),
+                seeds=(0, 1),
                 batch_size=16,
                 every_steps=5,
-            )
+            ),
         },
         checkpoints=Checkpoints(every_steps=5, keep_latest=2),
         log_every_steps=5,

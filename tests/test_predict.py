@@ -1,4 +1,4 @@
-"""Predictions from a run folder: the same numbers as the model itself, for any folder."""
+"""Predictions from a run folder: the numbers of the model itself, for any folder."""
 
 import csv
 import functools
@@ -12,8 +12,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-
 import shapes_run
+
 from big_vision_lite import adapt, checkpoint, command_line, predict, saved_run, trees
 from big_vision_lite.data.image_files import ImageFiles
 from big_vision_lite.objectives.classification import (

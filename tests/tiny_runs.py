@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import zlib
 from typing import Any
 
 import flax.linen as nn
@@ -162,12 +163,11 @@ def filled(abstract: Any) -> Any:
     """A state as if training had begun: no initialiser is compiled, no head is zero."""
 
     def noise(tree: Any) -> Any:
-        leaves, structure = jax.tree.flatten(tree)
-        values = [
-            np.random.default_rng(index).normal(0, 0.3, leaf.shape).astype(np.float32)
-            for index, leaf in enumerate(leaves)
-        ]
-        return jax.tree.unflatten(structure, values)
+        def of(name: str, leaf: Any) -> np.ndarray:
+            rng = np.random.default_rng(zlib.crc32(name.encode()))
+            return rng.normal(0, 0.3, leaf.shape).astype(np.float32)
+
+        return trees.map_named(of, tree)
 
     values = jax.tree.map(lambda leaf: np.zeros(leaf.shape, leaf.dtype), abstract)
     params = noise(abstract.params)

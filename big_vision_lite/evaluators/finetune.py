@@ -80,27 +80,27 @@ class FineTune:
             ours_is=f"{context.name} train",
         )
         init = Init(path="memory", drop=HEAD)
-        pretrained = [self._config(context, seed, init) for seed in self.seeds]
-        untrained = [self._config(context, seed, None) for seed in self.seeds]
+        pretrained = [self.training(context, seed, init) for seed in self.seeds]
+        untrained = [self.training(context, seed, None) for seed in self.seeds]
         root = context.workdir / FOLDER / context.name
 
         def run(state: TrainState) -> dict[str, float]:
             params = parameters(state)
             folder = root / f"{int(state.step)}_{digest(params)}"
-            _forget_others(context, folder)
+            forget_others(context, folder)
             found = [fine_tune(context, c, folder, params) for c in pretrained]
-            scores = _mean("accuracy", found)
+            scores = summarise("accuracy", found)
             if self.controls:
                 scores |= _once(context, untrained, lambda: control(root / "untrained"))
             return scores
 
         def control(folder: epath.Path) -> dict[str, float]:
             found = [fine_tune(context, c, folder, None) for c in untrained]
-            return _mean("control_untrained", found)
+            return summarise("control_untrained", found)
 
         return run
 
-    def _config(self, context: Context, seed: int, init: Init | None) -> TrainConfig:
+    def training(self, context: Context, seed: int, init: Init | None) -> TrainConfig:
         evaluators: dict[str, Evaluator] = {}
         config = self.rule.config(
             context.model,
@@ -183,7 +183,7 @@ def _document(config: TrainConfig) -> Any:
     return json.loads(serialize.to_json(config))["config"]
 
 
-def _forget_others(context: Context, folder: epath.Path) -> None:
+def forget_others(context: Context, folder: epath.Path) -> None:
     """Removes trainings of this step that started from other parameters."""
     step = folder.name.split("_")[0]
     for other in folder.parent.glob(f"{step}_*"):
@@ -227,7 +227,7 @@ def _test_fingerprint(config: TrainConfig) -> str:
     return evaluator.source.fingerprint
 
 
-def _mean(name: str, accuracies: Sequence[float]) -> dict[str, float]:
+def summarise(name: str, accuracies: Sequence[float]) -> dict[str, float]:
     scores = {name: float(np.mean(accuracies))}
     if len(accuracies) > 1:
         scores[f"{name}_sd"] = float(np.std(accuracies, ddof=1))

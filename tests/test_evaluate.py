@@ -1,0 +1,206 @@
+"""Evaluation of a saved run: the scores of the training itself, and of transfer."""
+
+import csv
+import json
+import shutil
+
+import jax
+import pytest
+import shapes_run
+from etils import epath
+
+from big_vision_lite import command_line, evaluate, run_folder, saved_run
+from big_vision_lite.data.sources import ImageFolder
+from big_vision_lite.evaluators.classification import Classification
+from big_vision_lite.metrics import read_history
+from big_vision_lite.progress import Progress
+
+RECIPE = """
+from big_vision_lite.data.ops import Decode
+from big_vision_lite.data.sources import ImageFolder
+import shapes_run
+
+def get_config(folder):
+    config = shapes_run.recipe(folder)
+    config.evaluators["val"].source.path = folder
+    return config
+"""
+
+
+@pytest.fixture(scope="module")
+def images():
+    return shapes_run.shared()[0]
+
+
+@pytest.fixture
+def run(tmp_path):
+    """A copy, as evaluations write into the folder."""
+    return shutil.copytree(shapes_run.shared()[1], tmp_path / "run")
+
+
+def command(workdir, *flags):
+    return command_line.run(evaluate.main, ["evaluate", f"--workdir={workdir}", *flags])
+
+
+def recorded(run, step):
+    """All scores that training recorded at a step."""
+    found = {}
+    for record in read_history(epath.Path(run)):
+        if record["step"] == step:
+            found |= {n: x for n, x in record.items() if "/" in n}
+    return {n: x for n, x in found.items() if not n.startswith("train/")}
+
+
+def scores_of(loaded, evaluators, workdir):
+    with Progress(10, 16, quiet=True) as progress:
+        return evaluate.evaluate(
+            loaded, evaluators, epath.Path(workdir), progress=progress
+        )
+
+
+@pytest.mark.parametrize("step", [5, 10])
+def test_scores_alone_are_bit_for_bit_those_of_training(run, step):
+    before = {p.name: p.read_bytes() for p in run.iterdir() if p.is_file()}
+    assert command(run / "checkpoints" / str(step)) == 0
+    written = json.loads((run / f"evaluation_{step}.json").read_text())
+    assert written["scores"] == recorded(run, step)
+    assert written["scores"]["val/examples"] == 27
+    assert "fewshot/shapes/1_shot/control_untrained" in written["scores"]
+    # What training wrote stays as it was; per-class tables go into a folder.
+    assert {n: (run / n).read_bytes() for n in before} == before
+    with (run / f"evaluation_{step}" / "val_per_class.csv").open() as file:
+        assert [row["count"] for row in csv.DictReader(file)] == ["9", "9", "9"]
+
+
+def test_controls_computed_anew_are_those_of_training(run, tmp_path):
+    """Bit for bit, although the training images are not looked at."""
+    loaded = saved_run.load(str(run))
+    loaded.config.data.source.path = "gone"
+    name = "fewshot"
+    found = scores_of(loaded, {name: loaded.config.evaluators[name]}, tmp_path / "e")
+    expected = {n: x for n, x in recorded(run, 10).items() if n.startswith(name)}
+    assert found == expected
+
+
+def test_one_device_counts_every_image_once_and_scores_what_eight_do(run, tmp_path):
+    found = {}
+    for count in (1, 8):
+        loaded = saved_run.load(str(run), devices=jax.devices()[:count])
+        evaluators = {"val": loaded.config.evaluators["val"]}
+        found[count] = scores_of(loaded, evaluators, tmp_path / str(count))
+    assert found[1]["val/examples"] == found[8]["val/examples"] == 27
+    assert found[1]["val/accuracy"] == found[8]["val/accuracy"]
+    # Other rows a device, other last bits of float32.
+    assert found[1]["val/loss"] == pytest.approx(found[8]["val/loss"], rel=1e-5)
+
+
+def test_averaged_parameters_are_used_and_the_names_say_so(run, tmp_path):
+    loaded = saved_run.load(str(run))
+    evaluators = {"val": loaded.config.evaluators["val"]}
+    plain = scores_of(loaded, evaluators, tmp_path / "plain")
+    zero = jax.tree.map(lambda x: 0 * x, loaded.state.params)
+    loaded.state = loaded.state.replace(params=zero, ema=loaded.state.params)
+    averaged = scores_of(loaded, evaluators, tmp_path / "averaged")
+    assert averaged == {n.replace("val/", "val_ema/"): x for n, x in plain.items()}
+
+
+def test_a_mesh_that_does_not_fit_is_replaced_and_said(run):
+    document = json.loads((run / "checkpoints" / "10" / "config.json").read_text())
+    assert document["config"]["mesh"]["data"] == -1
+    messages = []
+    mesh = saved_run.sharding.Mesh
+    assert saved_run.fitting(mesh(fsdp=4), 8, messages.append) == mesh(fsdp=4)
+    assert saved_run.fitting(mesh(data=2, fsdp=4), 8, messages.append).fsdp == 4
+    assert not messages
+    assert saved_run.fitting(mesh(data=2, fsdp=4), 1, messages.append) == mesh()
+    assert saved_run.fitting(mesh(fsdp=8), 2, messages.append) == mesh()
+    assert all("does not fit" in message for message in messages)
+
+
+def test_another_recipe_evaluates_other_images_by_the_names_of_the_classes(
+    run, tmp_path, images, capsys
+):
+    """E8: two of three classes, in another order of numbers."""
+    recipe = tmp_path / "other.py"
+    recipe.write_text(RECIPE)
+    folder = tmp_path / "two"
+    for name in ("disc", "square"):
+        for split in ("train", "val"):
+            shutil.copytree(images / split / name, folder / split / name)
+    # All of it on file already; only what is named must run.
+    flags = (f"--config={recipe}:{folder}", "--evaluators=val")
+    assert command(run, *flags, "--config.evaluators.val.batch_size=8") == 0
+    output = " ".join(capsys.readouterr().out.split())
+    assert "val has 2 of the 3 train classes (missing: cross)" in output
+    scores = json.loads((run / "evaluation_10_other.json").read_text())["scores"]
+    with (run / "val_per_class.csv").open() as file:
+        rows = [r for r in csv.DictReader(file) if r["step"] == "10"]
+    correct = sum(int(r["correct"]) for r in rows if r["class"] != "cross")
+    assert scores["val/accuracy"] == correct / 18
+
+    (folder / "val" / "disc").rename(folder / "val" / "triangle")
+    (folder / "train" / "disc").rename(folder / "train" / "triangle")
+    assert command(run, *flags) == 1
+    assert "classes unknown to train: triangle" in capsys.readouterr().err
+
+
+def test_the_file_keeps_the_scores_of_evaluators_that_ran_before(run):
+    path = run / "evaluation_10.json"
+    loaded = saved_run.load(str(run), log=lambda _: None)
+    evaluate.record(loaded, {"val/accuracy": 0.5}, epath.Path(path), None)
+    evaluate.record(loaded, {"fewshot/x": 0.25}, epath.Path(path), None)
+    known = json.loads(path.read_text())
+    assert known["scores"] == {"val/accuracy": 0.5, "fewshot/x": 0.25}
+    assert known["versions"] == run_folder.versions() and known["step"] == 10
+
+
+def test_run_checkpoints_and_step_folders_are_found_and_named(run, tmp_path, capsys):
+    """E27."""
+    copied = shutil.copytree(run / "checkpoints" / "5", tmp_path / "copied" / "mine")
+    for path, step, place in (
+        (run, 10, run),
+        (run / "checkpoints", 10, run),
+        (run / "checkpoints" / "5", 5, run),
+        (copied, 5, tmp_path / "copied"),
+    ):
+        loaded = saved_run.load(str(path))
+        said = capsys.readouterr().out
+        assert ("using step 10" in said) == (step == 10)
+        assert loaded.step == step and loaded.place_for_results() == epath.Path(place)
+        assert loaded.class_names == shapes_run.CLASSES
+
+
+def test_mistakes_are_one_message(run, tmp_path, capsys):
+    for flags, words in (
+        ((run, "--evaluators=vall"), ['no evaluator "vall"', 'Did you mean "val"']),
+        ((tmp_path / "nothing",), ["No complete checkpoint", "does not exist"]),
+        ((run, "--evaluator=val"), ["Did you mean --evaluators"]),
+        ((run, "--config=configs/non.py"), ["no recipe"]),
+    ):
+        assert command(*flags) == 1
+        error = capsys.readouterr().err
+        assert all(word in error for word in words), error
+    assert command_line.run(evaluate.main, ["evaluate"]) == 1
+    assert "--workdir RUN" in capsys.readouterr().err
+    off = {"val": Classification(source=ImageFolder(path="x"), every_steps=0)}
+    assert evaluate.choose(off, ["val"], "it") == off
+    with pytest.raises(ValueError, match="switched on"):
+        evaluate.choose(off, [], "it")
+
+
+def test_a_damaged_checkpoint_is_refused_by_name(run, capsys):
+    folder = run / "checkpoints" / "10"
+    victim = max(folder.rglob("*"), key=lambda p: p.stat().st_size * p.is_file())
+    data = bytearray(victim.read_bytes())
+    data[len(data) // 2] ^= 1
+    victim.write_bytes(bytes(data))
+    assert command(run) == 1
+    assert victim.name in capsys.readouterr().err
+
+
+def test_a_read_only_run_is_evaluated_and_nothing_written(run, monkeypatch, capsys):
+    # Root may write anywhere, so the answer of the system is put in its mouth.
+    monkeypatch.setattr(evaluate.os, "access", lambda *_: False)
+    assert command(run, "--evaluators=val") == 0
+    assert "read-only" in capsys.readouterr().out
+    assert not list(run.glob("evaluation*"))

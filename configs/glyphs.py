@@ -20,7 +20,7 @@ from big_vision_lite.data.sources import Digits, Tfds
 from big_vision_lite.evaluators.classification import Classification
 from big_vision_lite.evaluators.fewshot import FewShot, FewShotSet
 from big_vision_lite.models.heads import Classifier
-from big_vision_lite.models.resnet import ResNet
+from big_vision_lite.models.resnet import ResNet, Stem
 from big_vision_lite.models.vit import ViT
 from big_vision_lite.objectives.classification import SoftmaxClassification
 from big_vision_lite.optimizers import AdamW
@@ -29,13 +29,15 @@ from big_vision_lite.schedules import WarmupCosine
 
 
 def get_config(arg: str = "") -> TrainConfig:
-    """Returns the recipe; `model` is resnet (0.3 M parameters) or vit (0.5 M)."""
+    """Returns the recipe; `model` is resnet (0.4 M parameters) or vit (0.5 M)."""
     chosen = parse_arg(
         arg, model="resnet", data_dir="", dataset="glyphs32_latin", classes=62
     )
     head = Classifier(num_classes=chosen.classes)
     models = {
-        "resnet": lambda: ResNet.of("small", head=head),
+        "resnet": lambda: ResNet.of(
+            "small", stem=Stem.MEDIUM, stages=(1, 2, 1), head=head
+        ),
         "vit": lambda: ViT(
             width=96,
             depth=4,
@@ -68,7 +70,7 @@ def get_config(arg: str = "") -> TrainConfig:
             source=glyphs("train"),
             ops=(
                 Decode(channels=1),
-                RandomAffine(degrees=10.0, translate=0.1, scale_min=0.85, scale_max=1.15),
+                RandomAffine(degrees=10.0, translate=0.08, scale_min=0.85, scale_max=1.15),
             ),
             batch_size=128,
         ),

@@ -131,14 +131,19 @@ def _take_none(argv: Sequence[str]) -> tuple[list[str], list[str]]:
 
 def _build_missing(argv: Sequence[str], recipe: str | None) -> list[str]:
     """Adds `--config.init=build` to `--config.init.path=RUN` where init is none."""
-    words = [re.match(r"--?config\.(\w+)\.", word) for word in argv]
-    names = {found.group(1) for found in words if found}
-    if recipe is None or not names:
+    parts = [re.match(r"--?config\.(\w+)\.", word) for word in argv]
+    if recipe is None or not any(parts):
         return list(argv)
     config = mistakes.load(recipe)
-    missing = [n for n in sorted(names) if getattr(config, n, False) is None]
-    given = [n for n in missing if _flag_values(argv, f"config.{n}")]
-    return [*argv, *(f"--config.{n}=build" for n in missing if n not in given)]
+    whole: list[str] = []
+    for word, part in zip(argv, parts, strict=True):
+        name = part.group(1) if part else ""
+        built = f"--config.{name}=build"
+        # Before the first part, which it would overwrite.
+        if getattr(config, name, False) is None and built not in whole:
+            whole.append(built)
+        whole.append(word)
+    return whole
 
 
 def _clear(config: Any, path: str, recipe: str | None) -> None:

@@ -21,7 +21,7 @@ def explain(
     state: TrainState,
     batch: Batch,
     model: Model,
-    history: Sequence[Mapping[str, float]],
+    history: Sequence[Mapping[str, Any]],
     learning_rate: float,
     saved: epath.Path,
 ) -> str:

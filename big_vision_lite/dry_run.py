@@ -101,6 +101,6 @@ def _memory(memory: Any) -> str:
     fresh = memory.output_size_in_bytes - memory.alias_size_in_bytes
     total = (state + rest + fresh) / GIGA
     return (
-        f"{total:.2f} GB (state and batch {state / GIGA:.2f}, activations and gradients "
-        f"{rest / GIGA:.2f})"
+        f"{total:.2f} GB (state and batch {state / GIGA:.2f}, activations and "
+        f"gradients {rest / GIGA:.2f})"
     )

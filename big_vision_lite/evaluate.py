@@ -22,7 +22,7 @@ from etils import epath
 from big_vision_lite import (
     command_line,
     devices,
-    integrity,
+    files,
     run_folder,
     saved_run,
     trees,
@@ -151,7 +151,7 @@ def record(
         "versions": run_folder.versions(),
         "machine": run_folder.describe_machine(),
     }
-    integrity.write_atomically(path, json.dumps(document, indent=1) + "\n")
+    files.replace(path, json.dumps(document, indent=1) + "\n")
 
 
 @contextlib.contextmanager
@@ -169,7 +169,7 @@ def _folder_for(run: SavedRun, name: str) -> Iterator[epath.Path]:
         folder.mkdir(parents=True, exist_ok=True)
         for known in place.glob("*_controls.json"):
             if not (folder / known.name).exists():
-                integrity.write_atomically(folder / known.name, known.read_text())
+                files.replace(folder / known.name, known.read_text())
         yield folder
 
 

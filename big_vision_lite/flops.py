@@ -57,13 +57,17 @@ def _dot_general(equation: Any) -> int:
 
 
 def _convolution(equation: Any) -> int:
-    rhs = equation.invars[1].aval
+    lhs, rhs = (variable.aval for variable in equation.invars)
     params = equation.params
-    # The kernel's second axis counts the inputs of one group only; a gradient with
-    # respect to the image is a convolution over an image dilated with zeros.
-    features = rhs.shape[params["dimension_numbers"].rhs_spec[0]]
-    products = 2 * equation.outvars[0].aval.size * (rhs.size // features)
-    return products // math.prod(params["lhs_dilation"])
+    outputs, inputs = (
+        rhs.shape[axis] for axis in params["dimension_numbers"].rhs_spec[:2]
+    )
+    if any(dilation > 1 for dilation in params["lhs_dilation"]):
+        # The gradient of a strided convolution: every value meets every weight of its
+        # group once, the zeros between the values meet none.
+        return 2 * lhs.size * (rhs.size // inputs) // params["feature_group_count"]
+    # `inputs` are those of one group already.
+    return 2 * equation.outvars[0].aval.size * (rhs.size // outputs)
 
 
 def _fused_attention(equation: Any) -> int:

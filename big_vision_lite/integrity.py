@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 from etils import epath
 
-from big_vision_lite import trees
+from big_vision_lite import files, trees
 from big_vision_lite.types import Array
 
 MANIFEST = "manifest.json"
@@ -118,7 +118,7 @@ def write_manifest(folder: epath.Path, manifest: Mapping[str, Any]) -> None:
     """Writes the manifest, with a digest of itself, in one atomic move."""
     body = json.dumps(manifest, indent=1, ensure_ascii=False, sort_keys=True)
     document = {"sha256": hashlib.sha256(body.encode()).hexdigest(), "body": body}
-    write_atomically(folder / MANIFEST, json.dumps(document))
+    files.replace(folder / MANIFEST, json.dumps(document))
 
 
 def read_manifest(folder: epath.Path) -> dict[str, Any]:
@@ -161,13 +161,6 @@ def verify_files(folder: epath.Path, manifest: Mapping[str, Any]) -> None:
             )
         if _sha256(path) != recorded["sha256"]:
             raise DamagedCheckpoint(f"{path} is not what was saved (digest differs).")
-
-
-def write_atomically(path: epath.Path, text: str) -> None:
-    """Writes a text file so that a kill leaves the old one or the new one, whole."""
-    temporary = path.parent / f".{path.name}.partial"
-    temporary.write_text(text)
-    temporary.replace(path)
 
 
 def _sha256(path: epath.Path) -> str:

@@ -20,6 +20,8 @@ from jaxtyping import Array, Bool, Float
 from tensorboard.compat.proto import event_pb2, summary_pb2
 from tensorboard.compat.tensorflow_stub.pywrap_tensorflow import masked_crc32c
 
+from big_vision_lite import files
+
 # Generated when imported, so that type checkers find nothing in them.
 _event: Any = event_pb2
 _summary: Any = summary_pb2
@@ -153,10 +155,10 @@ class Writer:
     def _rewrite(self, *more: dict[str, Any]) -> None:
         lines = (_line(record) for record in (*self._records, *more))
         self._workdir.mkdir(parents=True, exist_ok=True)
-        replace_file(self._workdir / FILE_NAME, b"".join(lines))
+        files.replace(self._workdir / FILE_NAME, b"".join(lines))
 
     def _append(self, record: dict[str, Any]) -> None:
-        if _is_remote(self._workdir):
+        if files.is_remote(self._workdir):
             # Object stores cannot append: there the file is replaced at every record.
             self._rewrite(record)
         else:
@@ -164,7 +166,7 @@ class Writer:
             self._file.flush()
 
     def _open(self, first_step: int | None) -> "_EventFile":
-        if not _is_remote(self._workdir):
+        if not files.is_remote(self._workdir):
             self._file = (self._workdir / FILE_NAME).open("ab")
         return _EventFile(self._workdir / TENSORBOARD_FOLDER, first_step)
 
@@ -174,17 +176,6 @@ class Writer:
         if self._file is not None:
             self._file.close()
         self._events = self._file = None
-
-
-def replace_file(path: epath.Path, content: bytes) -> None:
-    """Writes a file so that a kill at any moment leaves the old one or the new one."""
-    temporary = path.parent / f".{path.name}.new"
-    with temporary.open("wb") as file:
-        file.write(content)
-        if not _is_remote(path):
-            file.flush()
-            os.fsync(file.fileno())
-    temporary.replace(path)
 
 
 class _EventFile:
@@ -197,7 +188,7 @@ class _EventFile:
         now = time.time_ns()
         name = f"events.out.tfevents.{now // 10**9:010d}.{now % 10**9:09d}"
         path = folder / f"{name}.{socket.gethostname()}.{os.getpid()}"
-        self._remote = _is_remote(folder)
+        self._remote = files.is_remote(folder)
         self._path = path
         self._content = b""
         self._file: Any = None if self._remote else path.open("wb")
@@ -259,10 +250,6 @@ def _number(name: str, step: int, value: Any) -> float | int:
     return number
 
 
-def _is_remote(path: epath.Path) -> bool:
-    return "://" in os.fspath(path)
-
-
 def _start_wandb(workdir: epath.Path) -> Any:
     if not os.environ.get("WANDB_PROJECT"):
         return None
@@ -275,7 +262,7 @@ def _start_wandb(workdir: epath.Path) -> Any:
     identity = workdir / "wandb_id.txt"
     if not identity.exists():
         workdir.mkdir(parents=True, exist_ok=True)
-        replace_file(identity, wandb.util.generate_id().encode())
+        files.replace(identity, wandb.util.generate_id().encode())
     run = wandb.init(id=identity.read_text(), resume="allow")
     # Its own counter may not go back, ours does when a killed run repeats some steps.
     run.define_metric("*", step_metric="step")

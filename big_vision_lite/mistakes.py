@@ -43,7 +43,7 @@ def _wrong_value(recipe: str | None, argv: Sequence[str]) -> str | None:
         if path in leaves and not _fits(text, leaves[path][1]):
             value, declared = leaves[path]
             return (
-                f"--config.{path}={text} is no {_words(declared)}. The recipe has "
+                f"--config.{path}={text} is not {_words(declared)}. The recipe has "
                 f"--config.{path}={_shown(value)}"
             )
         inside = [leaf for leaf in leaves if leaf.startswith((f"{path}.", f"{path}["))]
@@ -76,7 +76,8 @@ def _words(declared: Any) -> str:
     if isinstance(kind, type) and issubclass(kind, enum.StrEnum):
         words = f"one of {', '.join(kind)}"
     else:
-        words = getattr(kind, "__name__", str(kind))
+        name = getattr(kind, "__name__", str(kind))
+        words = f"{'an' if name[0] in 'aeiou' else 'a'} {name}"
     return f"{words} or none" if optional else words
 
 
@@ -140,12 +141,17 @@ def unknown_key(recipe: str | None, argv: Sequence[str], error: Exception) -> st
     if recipe is None:
         return str(error)
     config = load(recipe)
+    known = []
+    for leaf, value, declared in list_leaves(config):
+        kind, _ = serialize.without_none(declared)
+        if value is None and dataclasses.is_dataclass(kind):
+            known += [f"{leaf}.{name}" for name in serialize.field_types(kind)]
+        known.append(leaf)
     for word in argv:
         found = re.match(r"--?(?:no)?config\.([^=]+)", word)
-        if found is None:
+        if found is None or found.group(1) in known:
             continue
         path = found.group(1)
-        known = [leaf for leaf, _, _ in list_leaves(config)]
         try:
             config_path.get_value(path, config)
         except (KeyError, IndexError, AttributeError, TypeError):

@@ -26,7 +26,7 @@ from rich.progress import track
 from rich.table import Table
 from rich.text import Text
 
-from big_vision_lite import command_line, devices, metrics, saved_run
+from big_vision_lite import command_line, devices, files, saved_run
 from big_vision_lite import step as step_lib
 from big_vision_lite.config import Platform
 from big_vision_lite.data import pipeline
@@ -165,7 +165,7 @@ def write_csv(path: epath.Path, rows: Sequence[Sequence[str]]) -> None:
     """Writes rows of text as CSV in UTF-8, whole or not at all."""
     text = io.StringIO()
     csv.writer(text, lineterminator="\n").writerows(rows)
-    metrics.replace_file(path, text.getvalue().encode("utf-8"))
+    files.replace(path, text.getvalue().encode("utf-8"))
 
 
 def write_features(path: epath.Path, found: Predictions) -> None:
@@ -178,7 +178,7 @@ def write_features(path: epath.Path, found: Predictions) -> None:
         files=np.asarray(found.files)[readable],
         features=found.features[readable],
     )
-    metrics.replace_file(path, content.getvalue())
+    files.replace(path, content.getvalue())
 
 
 def show(console: Console, rows: Sequence[Sequence[str]]) -> None:

@@ -14,7 +14,7 @@ from typing import Any
 import jax
 from etils import epath
 
-from big_vision_lite import checkpoint, integrity, processes, serialize
+from big_vision_lite import checkpoint, files, integrity, processes, serialize
 from big_vision_lite.config import TrainConfig
 
 # What may change between the start of a run and its resumption: nothing here changes
@@ -96,7 +96,7 @@ class RunFolder:
             known = self.path / checkpoint.CONFIG
             if known.exists():
                 self._compare(known)
-            integrity.write_atomically(known, self.config_text())
+            files.replace(known, self.config_text())
         except OSError as error:
             raise OSError(
                 f"Cannot write {self.path}: {error.strerror or error}. Checked at the "

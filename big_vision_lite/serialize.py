@@ -18,6 +18,8 @@ from big_vision_lite import __version__, trees
 
 CLASS = "class"
 PACKAGE = "big_vision_lite"
+# The throw-away module name under which ml_collections runs `--config FILE`.
+RECIPE = "config_config"
 # Fields that Linen adds to every module; they are no part of a description.
 LINEN_FIELDS = ("parent", "name")
 
@@ -42,6 +44,8 @@ def from_json(text: str, allowed_modules: Iterable[str] = ()) -> Any:
             refused; says where.
     """
     document = json.loads(text)
+    if not isinstance(document, dict) or not {"version", "config"} <= document.keys():
+        raise ValueError(f"This is no configuration of {PACKAGE}: {text[:60]!r}.")
     version = document["version"]
     try:
         return _build(document["config"], "config", (PACKAGE, *allowed_modules))
@@ -93,7 +97,7 @@ def without_none(declared: Any) -> tuple[Any, bool]:
 def _encode(value: Any, where: str, modules: dict[int, str] | None = None) -> Any:
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
         kind = type(value)
-        if "<locals>" in kind.__qualname__ or kind.__module__.endswith("_config"):
+        if "<locals>" in kind.__qualname__ or kind.__module__ == RECIPE:
             raise ValueError(
                 f"{where} is a {kind.__qualname__}, defined in the recipe itself, so "
                 "that no other program could read config.json. Move the class into a "
@@ -127,7 +131,9 @@ def _encode(value: Any, where: str, modules: dict[int, str] | None = None) -> An
     )
 
 
-def _build(encoded: dict[str, Any], where: str, allowed: tuple[str, ...]) -> Any:
+def _build(encoded: Any, where: str, allowed: tuple[str, ...]) -> Any:
+    if not isinstance(encoded, dict) or not isinstance(encoded.get(CLASS), str):
+        raise ValueError(f'{where}={_short(encoded)} is no component with a "{CLASS}".')
     kind = _find_class(encoded[CLASS], where, allowed)
     declared = field_types(kind)
     arguments = {}

@@ -4,16 +4,16 @@ import dataclasses
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-import flax
 import jax
 import jax.numpy as jnp
 import optax
+from flax import struct
 
 from big_vision_lite import sharding, trees
 from big_vision_lite.types import Array, Model, Params
 
 
-@flax.struct.dataclass
+@struct.dataclass
 class TrainState:
     """Everything a step reads and writes; what a checkpoint holds.
 

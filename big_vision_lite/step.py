@@ -74,6 +74,7 @@ def make_train_step(
         return gradients, sums, weight, collections
 
     accumulate = accumulate_gradients(gradient, mesh, micro_batches)
+    decay = 0.0 if ema is None else ema
 
     def train_step(state: TrainState, batch: Batch) -> tuple[TrainState, Any]:
         rng = jax.random.fold_in(jax.random.key(seed), state.step)
@@ -88,9 +89,9 @@ def make_train_step(
         updates, opt_state = optimizer.update(gradients, state.opt_state, state.params)
         params = optax.apply_updates(state.params, updates)
         average = state.ema
-        if ema is not None:
+        if average is not None:
             average = jax.tree.map(
-                lambda old, new: ema * old + (1 - ema) * new, state.ema, params
+                lambda old, new: decay * old + (1 - decay) * new, average, params
             )
         finite = jnp.isfinite(metrics["loss"]) & jnp.isfinite(metrics["gradient_norm"])
         stepped = dataclasses.replace(

@@ -6,13 +6,11 @@
 Settings: section 3.1 of the paper for ILSVRC-2012: SGD with momentum, 0.03 at batch
 256 scaled to 4096, 5,000 steps of warm-up, 90 epochs with drops by 10 after 30, 60 and
 80, weight decay 1e-4. The paper's code couples decay with the gradient, so that
-momentum multiplies it by 10; decoupled that is 10 * 1e-4 times the learning rate, the number
-that big_vision uses for ImageNet-21k (3e-5 * 16).
+momentum multiplies it by 10; decoupled that is 10 * 1e-4 times the learning rate, the
+number that big_vision uses for ImageNet-21k (3e-5 * 16).
 Published: no accuracy for exactly this recipe; big_vision's variant of it (cosine, 0.1
 at batch 256) takes about 32 minutes on a TPU v3-128. Ours: not yet run.
 """
-
-from big_vision_lite.recipe_args import parse_arg
 
 from big_vision_lite.checkpoint import Checkpoints
 from big_vision_lite.config import TrainConfig
@@ -31,6 +29,7 @@ from big_vision_lite.models.layers import Dtype
 from big_vision_lite.models.resnet import ResNet
 from big_vision_lite.objectives.classification import SoftmaxClassification
 from big_vision_lite.optimizers import SGD
+from big_vision_lite.recipe_args import parse_arg
 from big_vision_lite.schedules import StepDrops
 
 BATCH_SIZE = 4096

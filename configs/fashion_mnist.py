@@ -10,8 +10,6 @@ cosine reached 81.3 % after one epoch in one run. Ours: see README.md.
 Hardware: 2 CPU cores, minutes an epoch.
 """
 
-from big_vision_lite.recipe_args import parse_arg
-
 from big_vision_lite.checkpoint import Checkpoints
 from big_vision_lite.config import TrainConfig
 from big_vision_lite.data.ops import Decode
@@ -22,6 +20,7 @@ from big_vision_lite.models.heads import Classifier
 from big_vision_lite.models.vit import ViT
 from big_vision_lite.objectives.classification import SoftmaxClassification
 from big_vision_lite.optimizers import AdamW
+from big_vision_lite.recipe_args import parse_arg
 from big_vision_lite.schedules import WarmupCosine
 
 BATCH_SIZE = 128

@@ -70,7 +70,9 @@ def get_config(arg: str = "") -> TrainConfig:
             source=glyphs("train"),
             ops=(
                 Decode(channels=1),
-                RandomAffine(degrees=10.0, translate=0.08, scale_min=0.85, scale_max=1.15),
+                RandomAffine(
+                    degrees=10.0, translate=0.08, scale_min=0.85, scale_max=1.15
+                ),
             ),
             batch_size=128,
         ),

@@ -7,8 +7,6 @@ Published: 76.5 / 78.5 / 80.0 % top-1 after 90 / 150 / 300 epochs at global batc
 90 epochs took 6 to 7 hours on a TPU v3-8 (big_vision). Ours: not yet run.
 """
 
-from big_vision_lite.recipe_args import parse_arg
-
 from big_vision_lite.checkpoint import Checkpoints
 from big_vision_lite.config import TrainConfig
 from big_vision_lite.data.augment import RandAugment
@@ -29,6 +27,7 @@ from big_vision_lite.models.layers import Dtype
 from big_vision_lite.models.vit import ViT
 from big_vision_lite.objectives.classification import SoftmaxClassification
 from big_vision_lite.optimizers import AdamW, MomentumDtype
+from big_vision_lite.recipe_args import parse_arg
 from big_vision_lite.schedules import WarmupCosine
 
 

@@ -57,7 +57,9 @@ def arm(moment: str, journal: pathlib.Path) -> None:
         def half_written(folder, state):
             pending = save_async(folder, state)
             if folder.name == number:
-                while not any(p.name.startswith(number) for p in folder.parent.iterdir()):
+                while not any(
+                    p.name.startswith(number) for p in folder.parent.iterdir()
+                ):
                     pass
                 kill()
             return pending

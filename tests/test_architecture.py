@@ -107,9 +107,7 @@ def test_files_are_short_and_named_by_a_noun(path):
     assert not {"trainers", "projects"} & set(path.parts)
 
 
-@pytest.mark.parametrize(
-    "path", sorted((PACKAGE / "data").glob("*.py")), ids=module_of
-)
+@pytest.mark.parametrize("path", sorted((PACKAGE / "data").glob("*.py")), ids=module_of)
 def test_only_the_pipeline_of_data_imports_jax(path):
     if path.stem not in JAX_IN_DATA:
         roots = {name.split(".")[0] for name in imports(path)}

@@ -11,7 +11,7 @@ import optax
 import pytest
 from etils import epath
 
-from big_vision_lite import adapt, checkpoint, integrity, sharding, trees
+from big_vision_lite import adapt, checkpoint, files, integrity, sharding, trees
 from big_vision_lite import state as state_lib
 from big_vision_lite.checkpoint import Checkpointer, Checkpoints
 from big_vision_lite.integrity import DamagedCheckpoint
@@ -487,10 +487,10 @@ def test_a_failed_save_comes_up_at_the_next_one_or_at_the_end(tmp_path, monkeypa
 
 
 def test_a_manifest_that_cannot_be_written_fails_the_save(tmp_path, monkeypatch):
-    def full(path, text):
+    def full(path, content):
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr(integrity, "write_atomically", full)
+    monkeypatch.setattr(files, "replace", full)
     with pytest.raises(OSError, match="Could not save step 1.*No step is saved yet"):
         save(tmp_path, 1)
     monkeypatch.undo()

@@ -27,7 +27,6 @@ from big_vision_lite import (
 from big_vision_lite import state as state_lib
 from big_vision_lite.adapt import Init
 from big_vision_lite.data import pipeline
-from big_vision_lite.data.in_memory import InMemory
 from big_vision_lite.data.ops import Decode, Resize
 from big_vision_lite.data.sources import Digits, ImageFolder
 from big_vision_lite.evaluators import finetune
@@ -35,7 +34,6 @@ from big_vision_lite.evaluators.finetune import FineTune
 from big_vision_lite.hyperrule import HyperRule, Repeated
 from big_vision_lite.metrics import read_history
 from big_vision_lite.models.heads import Classifier
-from big_vision_lite.models.vit import ViT
 from big_vision_lite.recipe_args import open_folder, parse_arg
 from big_vision_lite.stop import Stopped, StopSignal
 
@@ -95,8 +93,9 @@ def records(folder) -> dict[int, dict[str, float]]:
 class Sized:
     """As many gray images as it is told, all of one size."""
 
+    class_names = tuple("abc")
+
     def __init__(self, count: int, side: int = 8):
-        self.class_names = tuple("abc")
         self.fingerprint = f"{count} of {side}"
         self._count, self._side = count, side
 
@@ -112,7 +111,7 @@ class Sized:
 
 
 def configured(rule: HyperRule, source) -> train.TrainConfig:
-    model = ViT(width=8, depth=1, mlp_dim=8, num_heads=1, patch_size=4, dropout=0.1)
+    model = shapes_run.Net(dropout=0.1)
     return rule.config(model, source, {}, (Decode(channels=1),), init=None)
 
 
@@ -213,22 +212,19 @@ def test_a_set_below_one_batch_is_repeated_evenly():
     assert few.fingerprint != Repeated(source=source, times=3).fingerprint
     config = configured(HyperRule(), source)
     assert config.data.source == few and config.data.batch_size == 512
-    assert serialize.rebuild(config) == config
+    assert serialize.rebuild(config, ["shapes_run"]) == config
     assert configured(HyperRule(batch_size=359), source).data.source == source
 
 
 def test_everything_but_the_head_starts_from_the_run_and_the_head_from_zero(
-    pretrained, two_shapes
+    pretrained, images, two_shapes
 ):
-    loaded, manifest = adapt.load_params(checkpoint.find(pretrained))
+    loaded, _ = adapt.load_params(checkpoint.find(str(pretrained)))
     assert np.any(loaded["head/kernel"])
-    for classes in (2, 3):  # with three, the old head would fit
-        names = shapes_run.CLASSES[:classes]
-        rows = np.zeros((30, 16, 16, 3), np.uint8)
-        source = InMemory(rows, np.arange(30) % classes, names)
+    for folder, classes in ((two_shapes, 2), (images, 3)):  # the old head fits three
         config = small_rule().config(
             shapes_run.small_model(),
-            source,
+            ImageFolder(path=str(folder), split="train"),
             {},
             (Decode(),),
             init=Init(path=str(pretrained), drop=hyperrule.HEAD),
@@ -272,8 +268,11 @@ def test_the_outer_run_goes_on_as_if_nobody_had_fine_tuned(run, pretrained):
     for step in (5, 10):
         assert ours[step]["train/loss"] == theirs[step]["train/loss"]
     sums = [
-        {n: leaf["checksum"] for n, leaf in adapt.load_params(f)[1]["leaves"].items()}
-        for f in (run / "checkpoints" / "10", pretrained / "checkpoints" / "10")
+        {n: leaf["checksum"] for n, leaf in manifest["leaves"].items()}
+        for manifest in (
+            checkpoint.verified_manifest(epath.Path(folder) / "checkpoints" / "10")
+            for folder in (run, pretrained)
+        )
     ]
     assert sums[0] == sums[1]
 
@@ -283,7 +282,8 @@ def test_fine_tuning_alone_gives_the_scores_of_training(run, tmp_path):
     for kept in copy.glob("finetune/transfer/*"):
         shutil.rmtree(kept)
     (copy / "transfer_controls.json").unlink()
-    assert command_line.run(evaluate.main, ["evaluate", f"--workdir={copy}"]) == 0
+    flags = (f"--workdir={copy}", "--allow_module=shapes_run")
+    assert command_line.run(evaluate.main, ["evaluate", *flags]) == 0
     alone = json.loads((copy / "evaluation_10.json").read_text())["scores"]
     inside = records(run)[10]
     assert alone == {n: inside[n] for n in alone}
@@ -293,7 +293,7 @@ def test_fine_tuning_alone_gives_the_scores_of_training(run, tmp_path):
 @pytest.fixture
 def ready(pretrained, two_shapes, tmp_path):
     """A context, the training it would run, and the parameters it would start from."""
-    loaded = saved_run.load(str(pretrained), log=lambda _: None)
+    loaded = shapes_run.load(pretrained, log=lambda _: None)
     context = evaluate.Contexts(
         loaded, epath.Path(tmp_path), evaluate.Progress(10, 16, quiet=True)
     ).make("transfer")
@@ -341,7 +341,7 @@ def test_what_another_state_left_at_this_step_is_removed(ready, tmp_path):
 
 
 def test_averages_are_preferred_and_seeds_give_mean_and_spread(pretrained):
-    state = saved_run.load(str(pretrained), log=lambda _: None).state
+    state = shapes_run.load(pretrained, log=lambda _: None).state
     zeros = jax.tree.map(jnp.zeros_like, state.params)
     found = finetune.parameters(state.replace(ema=zeros))
     assert not any(np.any(leaf) for leaf in found.values())
@@ -371,7 +371,9 @@ def test_wrong_settings_say_what_is_allowed(ready, two_shapes):
 
 
 def parse(name: str, arg: str, *overrides: str):
+    arg += ",allow_module=shapes_run" if "init=" in arg else ""
     command = ["train", f"--config={ROOT}/configs/{name}.py:{arg}", *overrides]
+    command.append("--allow_module=shapes_run")
     return command_line.parse(command, train.define_flags).config
 
 
@@ -403,6 +405,8 @@ def test_the_finetune_recipe_is_the_evaluator_s_training(
         ("init={run},data={new},size=big", "rule, keep, or a number"),
         ("init={run},data={new},sise=3", 'Did you mean "size"'),
         ("init={run}_,data={new}", "No complete checkpoint"),
+        ("init={run},data={new}x", "there is no folder"),
+        ("init={run},tfds=no_such_set,data_dir={new}", "not prepared"),
     ],
 )
 def test_wrong_arguments_of_a_recipe_say_what_is_allowed(

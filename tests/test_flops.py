@@ -1,6 +1,5 @@
 import jax
 import jax.numpy as jnp
-import numpy as np
 import optax
 import pytest
 
@@ -142,8 +141,9 @@ def test_xla_computes_no_more_than_the_model_needs(depth):
     needed = flops.count(step, *arguments)
     assert needed == vit_formula(depth, batch=8)["step"]
     compiled = jax.jit(step, donate_argnums=(0, 1)).lower(*arguments).compile()
-    # Norms, softmax, GELU and AdamW are 0.8 %; recomputed, they pass 1.5 % at depth 12.
-    assert 0.99 <= compiled.cost_analysis()["flops"] / needed <= 1.015
+    # Norms, softmax, GELU and AdamW are 0.8 % at any depth. With the two-pass variance,
+    # which XLA fuses the residual sum into, 1.4 % at depth 6 and 2.0 % at 12.
+    assert 0.99 <= compiled.cost_analysis()["flops"] / needed <= 1.012
 
 
 def test_what_runs_twice_counts_twice():
@@ -155,5 +155,5 @@ def test_what_runs_twice_counts_twice():
         net = model.clone(remat=type(model.remat)(remat))
         gradient = jax.grad(lambda p, x, net=net: net.apply(p, x)["pooled"].sum())
         counts.append(flops.count(gradient, params, image))
-    assert counts[1] > counts[0]
-    np.testing.assert_allclose(counts[1] / counts[0], 4 / 3, rtol=0.05)
+    # All of the block but its last product, which no gradient needs.
+    assert 1.15 < counts[1] / counts[0] < 4 / 3

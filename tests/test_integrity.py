@@ -121,23 +121,6 @@ def test_a_damaged_leaf_is_named():
     assert integrity.damaged_leaves(recorded, tree) == ["b/c"]
 
 
-def test_a_text_file_is_replaced_whole_or_not_at_all(tmp_path, monkeypatch):
-    path = epath.Path(tmp_path / "file.json")
-    integrity.write_atomically(path, "old")
-
-    def full(self, text):
-        raise OSError("No space left on device")
-
-    monkeypatch.setattr(type(path), "write_text", full)
-    with pytest.raises(OSError):
-        integrity.write_atomically(path, "new")
-    assert path.read_text() == "old"
-    monkeypatch.undo()
-    integrity.write_atomically(path, "new")
-    assert [p.name for p in tmp_path.iterdir()] == ["file.json"]
-    assert path.read_text() == "new"
-
-
 def test_files_are_compared_by_presence_size_and_content(tmp_path):
     folder = epath.Path(tmp_path)
     (tmp_path / "d").mkdir()

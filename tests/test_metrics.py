@@ -13,7 +13,7 @@ import pytest
 from etils import epath
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from big_vision_lite import metrics
+from big_vision_lite import files, metrics
 from big_vision_lite.metrics import Writer, masked_mean, read_history
 
 
@@ -239,17 +239,17 @@ def test_no_tensorflow_is_imported_even_where_it_is_installed(tmp_path):
 
 def test_a_replaced_file_is_the_old_one_or_the_new_one(tmp_path, monkeypatch):
     path = epath.Path(tmp_path) / "file.txt"
-    metrics.replace_file(path, b"old")
+    files.replace(path, b"old")
 
     def killed(*_):
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr(metrics.os, "fsync", killed)
+        patch.setattr(files.os, "fsync", killed)
         with pytest.raises(KeyboardInterrupt):
-            metrics.replace_file(path, b"new and longer")
+            files.replace(path, b"new and longer")
     assert path.read_bytes() == b"old"
-    metrics.replace_file(path, b"new and longer")
+    files.replace(path, b"new and longer")
     assert path.read_bytes() == b"new and longer"
 
 

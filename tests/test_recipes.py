@@ -9,10 +9,10 @@ import pathlib
 
 import pytest
 from etils import epath
+from prepared import prepare
 
 from big_vision_lite import command_line, mistakes, serialize, train
 from big_vision_lite.metrics import read_history
-from prepared import prepare
 
 ROOT = pathlib.Path(__file__).parents[1]
 GOLDEN = pathlib.Path(__file__).parent / "golden"

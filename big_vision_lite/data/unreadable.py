@@ -5,6 +5,8 @@ from collections.abc import Iterable
 
 from etils import epath
 
+from big_vision_lite import files
+
 # Above this share of distinct files a run stops: the set is broken, not a file.
 LARGEST_SHARE = 0.001
 
@@ -94,9 +96,7 @@ class UnreadableImages:
         if self._own is None:
             return
         self._own.parent.mkdir(parents=True, exist_ok=True)
-        temporary = self._own.with_name(f".{self._own.name}.new")
-        temporary.write_text("".join(bad.line for bad in self._mine.values()))
-        temporary.replace(self._own)
+        files.replace(self._own, "".join(bad.line for bad in self._mine.values()))
 
 
 def _read(path: epath.Path) -> dict[int, Unreadable]:

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 from etils import epath
 
-from big_vision_lite import metrics
+from big_vision_lite import files
 from big_vision_lite.evaluators.context import Context, class_table
 from big_vision_lite.types import Array, Batch, Forward, Runner, Source
 
@@ -171,4 +171,4 @@ def _write_per_class(
     for name, n, c in zip(names, count.tolist(), correct.tolist(), strict=True):
         writer.writerow((step, name, n, c, c / n if n else ""))
     path.parent.mkdir(parents=True, exist_ok=True)
-    metrics.replace_file(path, text.getvalue().encode())
+    files.replace(path, text.getvalue().encode())

@@ -9,7 +9,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from big_vision_lite import metrics
+from big_vision_lite import files
 from big_vision_lite.data.ops import CentralCrop, Decode, Resize
 from big_vision_lite.data.sources import Tfds
 from big_vision_lite.evaluators import features
@@ -241,5 +241,5 @@ def _once(
     if jax.process_index() == 0:
         context.workdir.mkdir(parents=True, exist_ok=True)
         content = {"key": key, "protocol": protocol, "scores": scores}
-        metrics.replace_file(path, json.dumps(content, indent=1).encode())
+        files.replace(path, json.dumps(content, indent=1).encode())
     return scores

@@ -13,6 +13,7 @@ from etils import epath
 
 from big_vision_lite import (
     checkpoint,
+    files,
     integrity,
     metrics,
     processes,
@@ -217,7 +218,7 @@ def _once(
     scores = compute()
     if jax.process_index() == 0:
         content = json.dumps({"key": key, "scores": scores}, indent=1)
-        metrics.replace_file(path, content.encode())
+        files.replace(path, content.encode())
     return scores
 
 

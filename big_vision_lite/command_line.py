@@ -73,7 +73,7 @@ def parse(argv: Sequence[str], define: Callable[[flags.FlagValues], None]) -> Co
     for path in cleared:
         _clear(config, path, recipe)
     return Command(
-        config=serialize.rebuild(config, values["allow_module"].value),
+        config=serialize.rebuild(config, _flag_values(argv, "allow_module")),
         recipe=recipe,
         flags=values,
     )

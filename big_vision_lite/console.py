@@ -3,6 +3,7 @@
 import datetime
 from collections.abc import Mapping
 
+from rich import box
 from rich.table import Table
 from rich.text import Text
 
@@ -47,21 +48,32 @@ def format_scores(scores: Mapping[str, float | int]) -> dict[str, str]:
     return texts
 
 
-def score_table(scores: Mapping[str, float | int]) -> Table:
-    """Builds the table of the last scores: a row a group, the controls beside it.
+def score_tables(scores: Mapping[str, float | int]) -> list[Table]:
+    """Builds tables of the last scores: a row a group, transfer beside its controls.
 
     Counts and chosen penalties are left to metrics.jsonl.
     """
+    plain: dict[str, dict[str, str]] = {}
+    controlled: dict[str, dict[str, str]] = {}
     texts = format_scores(scores)
-    rows: dict[str, dict[str, str]] = {}
+    groups = {n.rpartition("/")[0] for n in texts if "/control_" in n}
     for name, text in texts.items():
         group, _, leaf = name.rpartition("/")
         if leaf.startswith("l2_chosen") or leaf in ("examples", "unreadable"):
             continue
-        if not (leaf.startswith("control_") and leaf.endswith("_l2_chosen")):
-            rows.setdefault(group, {})[_column(leaf)] = text
+        if leaf.startswith("control_") and leaf.endswith("_l2_chosen"):
+            continue
+        rows = controlled if group in groups else plain
+        rows.setdefault(group, {})[_column(leaf)] = text
+    for row in controlled.values():  # the unit is in the title: it must fit 80 columns
+        row.update({column: text.removesuffix(" %") for column, text in row.items()})
+    named = {"Scores": plain, "Transfer beside its controls, in %": controlled}
+    return [_table(title, rows) for title, rows in named.items() if rows]
+
+
+def _table(title: str, rows: Mapping[str, Mapping[str, str]]) -> Table:
     columns = list(dict.fromkeys(leaf for row in rows.values() for leaf in row))
-    table = Table(title="Scores", title_justify="left")
+    table = Table(title=title, title_justify="left", box=box.SIMPLE, pad_edge=False)
     for column in ("", *columns):
         table.add_column(column, no_wrap=True)
     for group, row in rows.items():

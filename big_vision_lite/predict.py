@@ -266,9 +266,9 @@ def main(argv: Sequence[str]) -> None:
         )
     where = " and ".join(str(path) for path in (out, embed) if path is not None)
     print(
-        f"{len(images) - len(found.errors)} images of {images.root} -> {where}, "
-        f"{len(images) / seconds:,.1f} img/s on {run.mesh.size} "
-        f"{jax.local_devices()[0].device_kind}"
+        f"{len(images) - len(found.errors)} images of {images.root} -> {where}, in "
+        f"{seconds:.1f} s ({len(images) / seconds:,.1f} img/s, compilation included) "
+        f"on {run.mesh.size} {jax.local_devices()[0].device_kind}"
     )
 
 

@@ -45,7 +45,8 @@ def on_first(function: Callable[[], Any]) -> Any:
         return function()
     from jax.experimental import multihost_utils
 
-    told, error = {"result": None, "error": None}, None
+    told: dict[str, Any] = {"result": None, "error": None}
+    error = None
     if jax.process_index() == 0:
         try:
             told["result"] = function()

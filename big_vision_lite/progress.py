@@ -178,7 +178,7 @@ class Progress:
         lines: dict[str, list[str]] = {}
         for name, text in texts.format_scores(scores).items():
             group, _, leaf = name.rpartition("/")
-            if not leaf.startswith("control_"):
+            if not leaf.startswith(("control_", "l2_chosen", "examples")):
                 lines.setdefault(group, []).append(f"{leaf} {text}")
         for group, parts in lines.items():
             self.message(f"step {step}  {group}  {'  '.join(parts)}")
@@ -198,7 +198,8 @@ class Progress:
         """Prints the table of all scores and what to type next."""
         if self._quiet or self._outer is not None:
             return
-        self._console.print(texts.score_table(scores))
+        for table in texts.score_tables(scores):
+            self._console.print(table)
         if next_commands:
             self._print("Next:\n" + "\n".join(f"  {line}" for line in next_commands))
 

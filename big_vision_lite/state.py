@@ -72,7 +72,7 @@ def merge(trained: Params, frozen: Params) -> dict:
 
 def make_initializer(
     model: Model,
-    batch_spec: dict[str, Any],
+    batch_spec: Mapping[str, Any],
     optimizer: optax.GradientTransformation,
     *,
     freeze: Sequence[str] = (),

@@ -1,8 +1,12 @@
 """Fine-tuning by BiT-HyperRule: as an evaluator, and as recipes that do only that."""
 
 import json
+import os
 import pathlib
 import shutil
+import subprocess
+import sys
+import time
 
 import cv2
 import jax
@@ -325,6 +329,54 @@ def test_a_stop_in_the_inner_training_is_resumed_where_it_was(ready, run, tmp_pa
     config.optimizer.schedule.peak = 0.002
     finetune.fine_tune(context, config, folder, params)
     assert records(folder / "seed_0")[2]["train/learning_rate"] == pytest.approx(0.002)
+
+
+SCRIPT = """
+import pathlib, sys
+import shapes_run
+from big_vision_lite.evaluators.finetune import FineTune
+from big_vision_lite.data.sources import ImageFolder
+from big_vision_lite.hyperrule import HyperRule
+
+images, new, workdir = map(pathlib.Path, sys.argv[1:])
+config = shapes_run.recipe(images)
+config.evaluators = {
+    "transfer": FineTune(
+        train=ImageFolder(path=str(new), split="train"),
+        test=ImageFolder(path=str(new), split="test"),
+        rule=HyperRule(num_steps=400, size=16, batch_size=16),
+        every_steps=10,
+        eval_batch_size=16,
+    )
+}
+shapes_run.run(workdir, config)
+"""
+
+
+@pytest.mark.slow
+def test_a_kill_in_the_inner_training_changes_no_score(images, two_shapes, tmp_path):
+    def start(name):
+        argv = [sys.executable, "-W", "ignore", "-c", SCRIPT, images, two_shapes]
+        env = dict(os.environ, PYTHONPATH=os.path.dirname(__file__))
+        return subprocess.Popen([*map(str, argv), str(tmp_path / name)], env=env)
+
+    straight, pieces = start("straight"), start("pieces")
+    for pattern in ("10_*/seed_0/checkpoints/*", "untrained/seed_0/checkpoints/*"):
+        wanted = f"finetune/transfer/{pattern}/manifest.json"
+        while not list((tmp_path / "pieces").glob(wanted)):
+            assert pieces.poll() is None, "it ended before it could be killed"
+            time.sleep(0.01)
+        pieces.kill()
+        pieces.wait()
+        pieces = start("pieces")
+    assert straight.wait() == pieces.wait() == 0
+    assert records(tmp_path / "pieces") == records(tmp_path / "straight")
+    inner = [
+        {str(f.parent.relative_to(root)): records(f.parent) for f in found}
+        for root in (tmp_path / "pieces", tmp_path / "straight")
+        if (found := list(root.rglob("seed_0/metrics.jsonl")))
+    ]
+    assert inner[0] == inner[1] and len(inner[0]) == 2
 
 
 def test_what_another_state_left_at_this_step_is_removed(ready, tmp_path):

@@ -25,6 +25,8 @@ from big_vision_lite.models.resnet import (
 from big_vision_lite.models.vit import ViT
 
 CLASSES = 5
+# Most of the time of these tests is compilation; what they compute is tiny.
+jit = functools.partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})
 
 
 def tiny_vit(**overrides):
@@ -78,7 +80,7 @@ def count_parameters(model, side):
 
 def run(model, params, image, **options):
     """The model's outputs, compiled as a whole: op by op takes ten times as long."""
-    return jax.jit(lambda params, image: model.apply(params, image, **options))(
+    return jit(lambda params, image: model.apply(params, image, **options))(
         {"params": params}, image
     )
 
@@ -109,7 +111,7 @@ def compiled(name):
     """One of MODELS, its parameters and its compiled forward pass on [2, 8, 8, 3]."""
     model = MODELS[name]()
     params = random_params(model, pixels(2, 8, 8))
-    return model, params, jax.jit(lambda params, x: model.apply({"params": params}, x))
+    return model, params, jit(lambda params, x: model.apply({"params": params}, x))
 
 
 @pytest.mark.parametrize(
@@ -265,7 +267,7 @@ def test_a_gradient_reaches_every_parameter(name):
         logits = model.apply({"params": params}, image)["logits"]
         return jnp.sum(jnp.sin(logits * jnp.arange(1, CLASSES + 1)))
 
-    gradients = trees.flatten(jax.jit(jax.grad(loss))(params))
+    gradients = trees.flatten(jit(jax.grad(loss))(params))
     for leaf_name, gradient in gradients.items():
         if leaf_name.endswith("key/bias"):
             continue  # softmax cancels what all keys share
@@ -323,7 +325,7 @@ def test_rematerialisation_does_not_change_gradients(make, kinds):
 
         text = str(jax.make_jaxpr(jax.grad(loss))(params))
         assert ("remat" in text or "checkpoint" in text) == (remat != Remat.NONE)
-        gradients[remat] = trees.flatten(jax.jit(jax.grad(loss))(params))
+        gradients[remat] = trees.flatten(jit(jax.grad(loss))(params))
     for remat in kinds:
         for name, expected in gradients[Remat.NONE].items():
             scale = np.abs(expected).max()
@@ -470,8 +472,8 @@ def test_attention_equals_that_of_jax():
         jnp.asarray(rng.normal(size=(2, tokens, 4, 8)), jnp.float32)
         for tokens in (3, 5, 5)
     )
-    ours = jax.jit(lambda *qkv: attend(*qkv, Attention.XLA))(q, k, v)
-    theirs = jax.jit(jax.nn.dot_product_attention)(q, k, v)
+    ours = jit(lambda *qkv: attend(*qkv, Attention.XLA))(q, k, v)
+    theirs = jit(jax.nn.dot_product_attention)(q, k, v)
     np.testing.assert_allclose(ours, theirs, atol=1e-6)
 
 
@@ -503,7 +505,7 @@ def test_dropout_needs_training_and_differs_by_key():
     model, image = tiny_vit(dropout=0.3), pixels(2, 8, 8)
     _, params, forward = compiled("vit_average")
 
-    @jax.jit
+    @jit
     def train(key):
         rngs = {"dropout": key}
         return model.apply({"params": params}, image, train=True, rngs=rngs)["logits"]
@@ -551,9 +553,7 @@ def numpy_group_norm(x, groups, scale=1.0, bias=0.0):
 def test_group_norm_equals_numpy():
     x = np.random.default_rng(0).normal(1, 0.01, (2, 3, 5, 6))
     norm = group_norm(3, Dtype.FLOAT32, "norm")
-    ours = jax.jit(norm.init_with_output)(
-        jax.random.key(0), jnp.asarray(x, jnp.float32)
-    )[0]
+    ours = jit(norm.init_with_output)(jax.random.key(0), jnp.asarray(x, jnp.float32))[0]
     # Mean 100 times the deviation: the one-pass variance keeps 3 digits of it.
     np.testing.assert_allclose(ours, numpy_group_norm(x, 3), atol=5e-3)
 

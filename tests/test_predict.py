@@ -221,7 +221,7 @@ def test_the_command_runs_alone_and_imports_no_other_framework(tmp_path, run, im
         "import sys; from big_vision_lite import command_line, predict;"
         "code = command_line.run(predict.main, sys.argv);"
         "found = {'tensorflow', 'torch', 'pandas'} & set(sys.modules);"
-        "sys.exit(code or str(found) * bool(found))"
+        "sys.exit(code or (str(found) if found else 0))"
     )
     argv = ["--workdir", run, "--images", images, "--out", tmp_path / "p.csv"]
     argv += ["--allow_module", shapes_run.MODULE]

@@ -85,7 +85,7 @@ def test_eight_devices_step_like_one(vit, mesh, micro_batches):
         case(False, "one", 4),
         case(False, "data=8", 2),
         case(False, "fsdp=8", 4),
-        case(True, "data=2,fsdp=4", 2),
+        case(True, "data=2,fsdp=4", 2, slow=True),
         case(True, "one", 4, slow=True),
         case(True, "data=8", 4, slow=True),
     ],
@@ -146,7 +146,7 @@ def computation(text: str, name: str) -> str:
     return own + "".join(computation(text, other) for other in set(called))
 
 
-@pytest.mark.parametrize("fsdp", [1, 8])
+@pytest.mark.parametrize("fsdp", [1, pytest.param(8, marks=pytest.mark.slow)])
 def test_gradients_are_reduced_once_however_many_micro_batches(fsdp):
     counts = {}
     for micro_batches in (2, 3):
@@ -184,7 +184,10 @@ def with_valid(batch: dict, valid: int) -> dict:
 
 
 # 13 of 32 rows: on 8 devices the last four have nothing but padding.
-@pytest.mark.parametrize(("devices", "micro_batches"), [(1, 1), (1, 4), (8, 1), (8, 2)])
+@pytest.mark.parametrize(
+    ("devices", "micro_batches"),
+    [(8, 1), (8, 2), pytest.param(1, 4, marks=pytest.mark.slow)],
+)
 def test_padded_rows_change_nothing(devices, micro_batches):
     padded = with_valid(rows(32), 13)
     run = start(devices=devices, micro_batches=micro_batches)
@@ -255,28 +258,42 @@ def test_freezing_changes_no_gradient_of_the_others():
         )
 
 
-@pytest.mark.parametrize(
-    "remat", [Remat.FULL, pytest.param(Remat.NONE, marks=pytest.mark.slow)]
-)
-def test_frozen_modules_run_without_dropout(remat):
-    model = tiny_vit(depth=2, stochastic_depth=0.5, remat=remat)  # only in block_01
+SLOW = pytest.mark.slow
+FROZEN_MODELS = [
+    (Net(dropout=0.5), "block_"),
+    (Net(dropout=0.5, remat=True), "block_"),
+    # Stochastic depth grows from 0: only block_01 drops anything.
+    pytest.param(
+        tiny_vit(depth=2, stochastic_depth=0.5), "encoder/block_01", marks=SLOW
+    ),
+    pytest.param(
+        tiny_vit(depth=2, stochastic_depth=0.5, remat=Remat.FULL),
+        "encoder/block_01",
+        marks=SLOW,
+    ),
+]
+
+
+@pytest.mark.parametrize(("model", "prefix"), FROZEN_MODELS)
+def test_frozen_modules_run_without_dropout(model, prefix):
+    params = jax.device_get(start(model).state.params)
     image = jnp.asarray(rows()["image"])
-    params = jax.jit(model.init)(jax.random.key(0), image=image)["params"]
+    names = trees.names(params)
+    frozen = frozenset(
+        state_lib.frozen_modules({n for n in names if n.startswith(prefix)}, names)
+    )
+    assert frozen and not frozen & {"", "encoder", "head", "stem"}
 
     @functools.partial(jax.jit, static_argnums=1)
     def twice(key, frozen):
         bound = BoundModel(model, params, {}, rng=key, frozen_modules=frozen)
-        return [bound(image=image)["pooled"] for _ in range(2)]
+        evaluated = BoundModel(model, params, {})(image=image)["pooled"]
+        return [bound(image=image)["pooled"] for _ in range(2)] + [evaluated]
 
-    names = trees.names(params)
-    last = {n for n in names if n.startswith("encoder/block_01/")}
-    frozen = frozenset(state_lib.frozen_modules(last, names))
-    assert "encoder/block_01" in frozen and "encoder" not in frozen
-    one, two = twice(jax.random.key(1), frozenset())
-    assert np.abs(one - two).max() > 1e-3
-    one, two = twice(jax.random.key(1), frozen)
+    one, two, evaluated = twice(jax.random.key(1), frozenset())
+    assert np.abs(one - two).max() > 1e-3 and np.abs(one - evaluated).max() > 1e-3
+    one, two, evaluated = twice(jax.random.key(1), frozen)
     np.testing.assert_array_equal(one, two)
-    evaluated = model.apply({"params": params}, image=image, train=False)["pooled"]
     np.testing.assert_allclose(one, evaluated, atol=1e-5)
 
 
@@ -382,23 +399,29 @@ def test_forward_may_be_transformed_around():
 
 
 def test_capture_returns_what_a_block_returned():
-    model = tiny_vit(depth=2)
+    model = tiny_vit()
     image = jnp.asarray(rows()["image"])
-    params = jax.jit(model.init)(jax.random.key(0), image=image)["params"]
-    forward = BoundModel(model, params, {})
-    outputs = forward(image=image, capture=("encoder/block_01", "encoder/norm"))
+    params = jax.device_get(start(model).state.params)
+    names = ("encoder/block_00", "encoder/norm")
+
+    @jax.jit
+    def run(image):
+        forward = BoundModel(model, params, {})
+        with pytest.raises(ValueError, match='capture="encoder/block_7" is no module'):
+            forward(image=image, capture=("encoder/block_7",))
+        assert "captured" not in forward(image=image)
+        return forward(image=image, capture=names)
+
+    outputs = run(image)
     captured = outputs["captured"]
-    assert set(captured) == {"encoder/block_01", "encoder/norm"}
+    assert set(captured) == set(names)
     np.testing.assert_array_equal(captured["encoder/norm"], outputs["tokens"])
     # Second way: the norm of what the last block returned is the tokens.
-    x = captured["encoder/block_01"]
+    x = captured["encoder/block_00"]
     x = x - x.mean(-1, keepdims=True)
     scale, bias = params["encoder"]["norm"]["scale"], params["encoder"]["norm"]["bias"]
     normed = x / jnp.sqrt((x**2).mean(-1, keepdims=True) + 1e-6) * scale + bias
     np.testing.assert_allclose(normed, outputs["tokens"], atol=1e-5)
-    assert "captured" not in forward(image=image)
-    with pytest.raises(ValueError, match='capture="encoder/block_07" is no module'):
-        forward(image=image, capture=("encoder/block_07",))
 
 
 def test_capture_keeps_the_gradient_and_the_collections():

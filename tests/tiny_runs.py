@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from big_vision_lite import sharding, trees
+from big_vision_lite import layout, sharding, trees
 from big_vision_lite import state as state_lib
 from big_vision_lite.models.heads import Classifier
 from big_vision_lite.models.vit import ViT
@@ -27,10 +27,9 @@ class Block(nn.Module, kw_only=True):
 
     @nn.compact
     def __call__(self, x, train):
-        y = nn.Dense(x.shape[-1], name="dense")(x)
-        return x + nn.Dropout(self.dropout, name="dropout")(
-            jnp.tanh(y), deterministic=not train
-        )
+        y = jnp.tanh(nn.Dense(x.shape[-1], name="dense")(x))
+        y = nn.Dropout(self.dropout, name="dropout")(y, deterministic=not train)
+        return layout.pin_batch(x + y)
 
 
 class Net(nn.Module, kw_only=True):
@@ -40,6 +39,7 @@ class Net(nn.Module, kw_only=True):
     depth: int = 2
     dropout: float = 0.0
     batch_norm: bool = False
+    remat: bool = False
 
     def inputs(self, batch):
         return {"image": batch["image"]}
@@ -50,9 +50,10 @@ class Net(nn.Module, kw_only=True):
         x = nn.Dense(self.width, name="stem")(x)
         if self.batch_norm:
             x = nn.BatchNorm(use_running_average=not train, name="norm")(x)
+        block = nn.remat(Block, static_argnums=(2,)) if self.remat else Block
         for index in range(self.depth):
-            # By position, as rematerialised blocks of real models must.
-            x = Block(dropout=self.dropout, name=f"block_{index:02d}")(x, train)
+            # By position, as rematerialised blocks must.
+            x = block(dropout=self.dropout, name=f"block_{index:02d}")(x, train)
         return {"pooled": x, "logits": nn.Dense(10, name="head")(x)}
 
 

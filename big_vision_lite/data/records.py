@@ -6,6 +6,7 @@ raises an error instead of a signal.
 """
 
 import bisect
+import importlib
 import itertools
 import os
 import resource
@@ -139,12 +140,10 @@ class ArrayRecordFile:
         except IndexError:
             pass
         # Here, not at the top: the digits and image folders need none of it.
-        from array_record.python import (  # pyright: ignore[reportMissingImports]
-            array_record_module,
-        )
+        module: Any = importlib.import_module("array_record.python.array_record_module")
 
         with_retries(lambda: os.stat(self.path), str(self.path))
-        reader = array_record_module.ArrayRecordReader(
+        reader = module.ArrayRecordReader(
             str(self.path), "readahead_buffer_size:0,max_parallelism:0"
         )
         count = reader.num_records() if reader.ok() else 0

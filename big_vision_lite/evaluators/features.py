@@ -26,10 +26,15 @@ class Features:
 
 
 def pooled(model: Model) -> RowFunction:
-    """Returns the function of an eval step that gives the model's "pooled" output."""
+    """Returns the function of an eval step that gives the model's representation.
+
+    That is "pooled", or what a tanh layer makes of it where the head has one: the
+    "pre_logits" of the few-shot protocol.
+    """
 
     def function(forward: Forward, batch: Batch) -> dict[str, Array]:
-        vectors = forward(**model.inputs(batch))["pooled"]
+        outputs = forward(**model.inputs(batch))
+        vectors = outputs.get("pre_logits", outputs["pooled"])
         return {"vectors": vectors.astype(jnp.float32), "label": batch["label"]}
 
     return function

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 from orbax.checkpoint import v1 as ocp
 
-from big_vision_lite import checkpoint, trees
+from big_vision_lite import checkpoint, layout, trees
 from big_vision_lite.types import Array
 
 POSITIONS = "position_embedding"
@@ -62,7 +62,13 @@ def load_params(folder: Any) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
     leaves = manifest["leaves"]
     averaged = any(name.startswith("ema/") for name in leaves)
     wanted = ("ema/" if averaged else "params/", "frozen/")
-    device = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
+    # Under a mesh of several devices jit takes no array that lives on one of them.
+    mesh = jax.sharding.get_mesh()
+    device = (
+        jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
+        if mesh.empty
+        else layout.replicated(mesh)
+    )
     named = {
         name: jax.ShapeDtypeStruct(leaf["shape"], leaf["dtype"], sharding=device)
         for name, leaf in leaves.items()

@@ -68,6 +68,13 @@ def parse(argv: Sequence[str], define: Callable[[flags.FlagValues], None]) -> Co
             "--config.optimizer.weight_decay=0.1."
         )
     config = values["config"].value
+    # ml_collections takes an OSError of the recipe for a recipe that is not there, and
+    # keeps it until somebody uses the configuration.
+    hidden = (
+        vars(config).get("_error") if hasattr(type(config), "_ReportError") else None
+    )
+    if hidden is not None:
+        raise ValueError(mistakes.explain(hidden, recipe, argv, values)) from hidden
     if config is None:
         return Command(config=None, recipe=None, flags=values)
     for path in cleared:

@@ -1,10 +1,8 @@
 """The argument of a recipe: `--config configs/NAME.py:size=32,init=runs/first`."""
 
-import functools
 import pathlib
 import re
 import types
-from collections.abc import Callable
 from typing import Any
 
 from big_vision_lite import trees
@@ -54,23 +52,6 @@ def parse_arg(arg: str, **defaults: Any) -> types.SimpleNamespace:
             f"{_known(defaults)}"
         )
     return types.SimpleNamespace(**{**defaults, **values})
-
-
-def reads_files(get_config: Callable[[str], Any]) -> Callable[[str], Any]:
-    """Decorates a `get_config` that opens data or runs, so that its errors are seen.
-
-    ml_collections takes an OSError for a recipe that is not there, and says so only
-    when its configuration is used.
-    """
-
-    @functools.wraps(get_config)
-    def wrapped(arg: str = "") -> Any:
-        try:
-            return get_config(arg)
-        except OSError as error:
-            raise ValueError(str(error)) from error
-
-    return wrapped
 
 
 def open_folder(path: str) -> dict[str, ImageFolder]:

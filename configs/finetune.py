@@ -28,11 +28,10 @@ from big_vision_lite.config import TrainConfig
 from big_vision_lite.data.sources import Tfds
 from big_vision_lite.evaluators.classification import Classification
 from big_vision_lite.hyperrule import HEAD, HyperRule, parse_size, read_run
-from big_vision_lite.recipe_args import open_folder, parse_arg, reads_files
+from big_vision_lite.recipe_args import open_folder, parse_arg
 from big_vision_lite.types import Evaluator
 
 
-@reads_files
 def get_config(arg: str = "") -> TrainConfig:
     """Returns the recipe; reads the run's config.json and opens the training set."""
     chosen = parse_arg(

@@ -39,7 +39,7 @@ from big_vision_lite.models.heads import Classifier
 from big_vision_lite.models.resnet import ResNet
 from big_vision_lite.objectives.classification import SoftmaxClassification
 from big_vision_lite.optimizers import AdamW
-from big_vision_lite.recipe_args import open_folder, parse_arg, reads_files
+from big_vision_lite.recipe_args import open_folder, parse_arg
 from big_vision_lite.schedules import WarmupCosine
 from big_vision_lite.types import Evaluator
 
@@ -47,7 +47,6 @@ from big_vision_lite.types import Evaluator
 SMALL_NETWORK_PX = 64
 
 
-@reads_files
 def get_config(arg: str = "") -> TrainConfig:
     """Returns the recipe; lists the folder."""
     chosen = parse_arg(

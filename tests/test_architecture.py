@@ -32,11 +32,24 @@ ROWS = (
         {"config", "recipe_args", "mistakes", "command_line", "devices"},
         {"__init__"},
     ),
-    ({"run_folder", "program", "evaluation", "diagnose", "monitor", "dry_run"},),
+    (
+        {
+            "run_folder",
+            "program",
+            "evaluation",
+            "diagnose",
+            "monitor",
+            "dry_run",
+            "saved_run",
+            "hyperrule",
+        },
+    ),
     ({"train"}, {"evaluate"}, {"predict"}),
 )
 # finetune trains; train imports no evaluator, so there is no circle.
-EXCEPTIONS = {("evaluators/finetune", "train"), ("evaluators/finetune", "config")}
+EXCEPTIONS = {
+    ("evaluators/finetune", name) for name in ("train", "config", "hyperrule")
+}
 # In data/ only these may import jax: ops run in worker threads and processes.
 JAX_IN_DATA = {"pipeline", "device_ops", "stream"}
 # diagnose looks into every module of a model for the first bad tensor.

@@ -103,7 +103,8 @@ def test_the_checksum_of_one_device_is_that_of_two_and_eight():
     np.testing.assert_array_equal(found[0], found[1])
     np.testing.assert_array_equal(found[0], found[2])
     assert [int(x) for x in found[0]] == [
-        numpy_checksum(np.asarray(x)) for x in values.values()]
+        numpy_checksum(np.asarray(x)) for x in values.values()
+    ]
 
 
 def test_nan_infinity_and_both_zeros_are_told_apart():

@@ -214,9 +214,9 @@ def test_parameters_have_the_documented_names():
         ("S/16", 22_050_664),
         ("B/16", 86_567_656),
         ("L/16", 304_326_632),
-        ("H/14", 632_045_800),
-        ("g/14", 1_012.61e6),
-        ("G/14", 1_844.44e6),
+        pytest.param("H/14", 632_045_800, marks=pytest.mark.slow),
+        pytest.param("g/14", 1_012.61e6, marks=pytest.mark.slow),
+        pytest.param("G/14", 1_844.44e6, marks=pytest.mark.slow),
     ],
 )
 def test_vit_sizes_have_the_published_number_of_parameters(size, count):
@@ -237,10 +237,10 @@ def test_vit_sizes_have_the_published_number_of_parameters(size, count):
         # timm 1.0's resnetv2_*_bit with 1000 classes.
         ("R50x1", 25.55),
         ("R101x1", 44.54),
-        ("R50x3", 217.32),
-        ("R101x3", 387.93),
-        ("R152x2", 236.34),
-        ("R152x4", 936.53),
+        pytest.param("R50x3", 217.32, marks=pytest.mark.slow),
+        pytest.param("R101x3", 387.93, marks=pytest.mark.slow),
+        pytest.param("R152x2", 236.34, marks=pytest.mark.slow),
+        pytest.param("R152x4", 936.53, marks=pytest.mark.slow),
     ],
 )
 def test_resnet_sizes_have_the_published_number_of_parameters(size, millions):

@@ -65,7 +65,9 @@ def test_the_readme_has_the_two_commands_and_ci_runs_the_second():
 
 
 def test_the_quickstart_learns_the_digits(first):
-    records = [json.loads(x) for x in (first / "metrics.jsonl").read_text().splitlines()]
+    records = [
+        json.loads(x) for x in (first / "metrics.jsonl").read_text().splitlines()
+    ]
     scores = {name: value for r in records for name, value in r.items()}
     assert scores["test/accuracy"] >= 0.95
     assert scores["test/examples"] == 359
@@ -115,7 +117,9 @@ def test_the_readme_shows_the_recipe_as_it_is():
 
 
 def test_the_objective_of_the_readme_works():
-    code = README[README.index("@dataclasses.dataclass(kw_only=True)\nclass FocalLoss") :]
+    code = README[
+        README.index("@dataclasses.dataclass(kw_only=True)\nclass FocalLoss") :
+    ]
     code = code[: code.index("```")]
     names: dict = {}
     exec("import dataclasses, jax, jax.numpy as jnp\n" + code, names)
@@ -123,7 +127,9 @@ def test_the_objective_of_the_readme_works():
 
     logits = jnp.array([[2.0, 0.0, -1.0], [0.0, 1.0, 0.5]])
     batch = {"image": None, "label": jnp.array([0, 2])}
-    losses, metrics = names["FocalLoss"]()(lambda image: {"logits": logits}, batch, None)
+    losses, metrics = names["FocalLoss"]()(
+        lambda image: {"logits": logits}, batch, None
+    )
     p = np.exp(logits) / np.exp(logits).sum(-1, keepdims=True)
     p = p[[0, 1], [0, 2]]
     np.testing.assert_allclose(losses, -((1 - p) ** 2) * np.log(p), rtol=1e-5)

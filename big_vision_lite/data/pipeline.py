@@ -40,7 +40,7 @@ class Stream:
 
     def __post_init__(self):
         # By class: to ask the object itself would open a source that is lazy.
-        for method in ("__getitem__", "__len__", "name", "class_names"):
+        for method in ("__getitem__", "__len__", "name"):
             if not hasattr(type(self.source), method):
                 raise ValueError(
                     f"data.source is a {type(self.source).__name__} without {method}; "

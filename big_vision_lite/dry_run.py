@@ -24,6 +24,7 @@ def dry_run(config: TrainConfig, workdir: epath.Path) -> str:
     `workdir/first_batch.png`.
     """
     mesh = sharding.make_mesh(config.mesh)
+    sharding.check_batch_size(config.data.batch_size, mesh, config.micro_batches)
     examples = len(config.data.source)
     with (
         jax.set_mesh(mesh),

@@ -7,7 +7,7 @@ from typing import Any
 
 import jax
 
-from big_vision_lite import flops, sharding
+from big_vision_lite import flops
 from big_vision_lite import state as state_lib
 from big_vision_lite.config import TrainConfig
 from big_vision_lite.state import TrainState
@@ -35,10 +35,9 @@ def build(
     """Traces the model on the shapes of a batch; computes and compiles nothing yet.
 
     Raises:
-        ValueError: the batch does not divide over the mesh, or a rule of the recipe
-            (freeze, sharding, optimizer.rules) fits no parameter.
+        ValueError: a rule of the recipe (freeze, sharding, optimizer.rules) fits no
+            parameter.
     """
-    sharding.check_batch_size(config.data.batch_size, mesh, config.micro_batches)
     num_steps = config.resolve_steps(len(config.data.source))
     optimizer = config.optimizer.build(num_steps)
     initialize = state_lib.make_initializer(

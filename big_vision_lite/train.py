@@ -56,6 +56,7 @@ def train(
         Stopped: a signal came; the state is saved.
     """
     mesh = sharding.make_mesh(config.mesh)
+    sharding.check_batch_size(config.data.batch_size, mesh, config.micro_batches)
     num_steps = config.resolve_steps(len(config.data.source))
     with (
         jax.set_mesh(mesh),

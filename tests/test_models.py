@@ -668,6 +668,7 @@ def test_a_wrong_field_is_refused_with_what_is_allowed(make, message):
         (tiny_vit(), pixels(1, 3, 8), "resize to 4x8 or 4x8"),
         (tiny_vit(), pixels(1, 8, 8).astype(jnp.int32), "takes uint8, or floats"),
         (tiny_vit(mean=(1.0, 2.0)), pixels(1, 8, 8), "give 1 value or 3"),
+        (tiny_resnet(std=(0.0,)), pixels(1, 8, 8), "must be positive"),
         (tiny_vit(attention=Attention.CUDNN), pixels(1, 8, 8), "attention=xla"),
     ],
 )

@@ -231,12 +231,12 @@ def recipe_rows(argv: Sequence[str], steps: int, rounds: int, starts: int) -> li
         train,
     )
 
-    # Compiled programs come from no cache but the one that is measured.
-    os.environ["JAX_COMPILATION_CACHE_DIR"] = ""
     command = command_line.parse(["benchmark", *argv], lambda values: None)
     if command.config is None:
         raise ValueError("Which recipe? Add --config configs/quickstart.py.")
     config = command.config
+    # Compiled programs come from no cache but the one that is measured.
+    os.environ["JAX_COMPILATION_CACHE_DIR"] = ""
     devices.set_up(config.platform, deterministic=config.deterministic)
     windows_steps = rounds * (UNTIMED + steps) + 1
     measured = dataclasses.replace(
@@ -421,11 +421,20 @@ def build_model(spec: str, dtype: str) -> Any:
             known = [f.name for f in dataclasses.fields(kind) if f.name in declared]
             raise ValueError(f"{family} has no {field}; it has {', '.join(known)}.")
         fields[field] = value
-    for field, value in fields.items():
-        of = declared[field]
-        is_enum = isinstance(of, type) and issubclass(of, enum.Enum)
-        fields[field] = of(value) if is_enum else ast.literal_eval(value)
+    fields = {name: read(name, declared[name], text) for name, text in fields.items()}
     return kind.of(size, head=Classifier(num_classes=CLASSES), **fields)
+
+
+def read(field: str, kind: Any, text: str) -> Any:
+    """Turns the text of a flag into a value of the field's type."""
+    if isinstance(kind, type) and issubclass(kind, enum.Enum):
+        if text not in list(kind):
+            raise ValueError(f"{field}={text} is none of {', '.join(kind)}.")
+        return kind(text)
+    try:
+        return ast.literal_eval(text)
+    except (ValueError, SyntaxError) as error:
+        raise ValueError(f"{field}={text} is no value: {error}.") from error
 
 
 @dataclasses.dataclass(kw_only=True)

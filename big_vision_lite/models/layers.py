@@ -32,7 +32,8 @@ def scale_pixels(
     """Returns (image - mean) / std in float32; all three are in units of 0..255.
 
     Raises:
-        ValueError: integers other than uint8, or `mean` or `std` fit no channel count.
+        ValueError: integers other than uint8, `mean` or `std` for another number of
+            channels, or `std` not positive.
     """
     if image.dtype != jnp.uint8 and not jnp.issubdtype(image.dtype, jnp.floating):
         raise ValueError(
@@ -46,6 +47,8 @@ def scale_pixels(
                 f"model.{name} has {len(values)} values for images of {channels} "
                 f"channels; give 1 value or {channels}."
             )
+    if min(std) <= 0:
+        raise ValueError(f"model.std={std} must be positive; it divides the pixels.")
     scaled = image.astype(jnp.float32) - jnp.asarray(mean, jnp.float32)
     return scaled / jnp.asarray(std, jnp.float32)
 

@@ -2,13 +2,15 @@
 
 import os
 import pathlib
+import runpy
 import subprocess
 import sys
 
 import jax
 import pytest
+from etils import epath
 
-from big_vision_lite import devices, processes
+from big_vision_lite import devices, processes, run_folder
 from big_vision_lite.config import Platform
 
 DRIVER = (
@@ -298,3 +300,14 @@ def test_a_lost_process_is_said_in_words(monkeypatch):
         processes.named_losses(),
     ):
         raise ValueError("UNKNOWN: Gloo AllGather failed: Connection reset by peer")
+
+
+def test_a_folder_that_not_all_processes_see_is_refused(tmp_path, monkeypatch):
+    recipe = pathlib.Path(__file__).parent / "recipes" / "digits_spread.py"
+    config = runpy.run_path(str(recipe))["get_config"]()
+    monkeypatch.setattr(processes, "gather", lambda seen: [seen, True, False])
+    with (
+        pytest.raises(OSError, match="not there for process 2.*--workdir=gs://"),
+        run_folder.RunFolder(epath.Path(tmp_path) / "run", config),
+    ):
+        pass

@@ -1,0 +1,37 @@
+"""Ops that make images worse on purpose, so that a model learns to do with less."""
+
+import dataclasses
+
+import numpy as np
+
+from big_vision_lite.data import crops
+from big_vision_lite.data.crops import Resampling
+from big_vision_lite.data.decode import Example, image_of
+
+
+@dataclasses.dataclass(kw_only=True)
+class RandomLowResolution:
+    """Shrinks the image to a random shorter side in pixels and back, as a poor scan.
+
+    The side is uniform in `side_min` .. the image's own, which leaves it as it is.
+    Averaged over areas on the way down, bilinear on the way up.
+    """
+
+    side_min: int
+
+    def __post_init__(self):
+        if self.side_min < 1:
+            raise ValueError(
+                f"RandomLowResolution side_min={self.side_min} is no size; use 1 or "
+                "more pixels, for example 8."
+            )
+
+    def __call__(self, example: Example, rng: np.random.Generator) -> Example:
+        image = image_of(example, self)
+        height, width = image.shape[:2]
+        shorter = min(height, width)
+        side = int(rng.integers(min(self.side_min, shorter), shorter + 1))
+        low = [max(1, round(n * side / shorter)) for n in (height, width)]
+        small = crops.resize(image, *low, Resampling.AREA)
+        image = crops.resize(small, height, width, Resampling.BILINEAR)
+        return {**example, "image": image}

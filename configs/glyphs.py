@@ -36,8 +36,8 @@ def get_config(arg: str = "") -> TrainConfig:
     )
 
     def head(hidden_dim: int) -> Classifier:
-        # The few-shot penalty 1024 was made for wide representations: few hundred
-        # features, or fewer, it would all but switch off.
+        # The few-shot penalty of 1024 suits wide representations; of a hundred features
+        # it would leave little more than the mean of every class.
         return Classifier(num_classes=chosen.classes, hidden_dim=hidden_dim)
 
     models = {

@@ -84,13 +84,13 @@ SMALL_VIT = (
 REDUCED = {
     "quickstart": (
         "",
-        ("--config.model.width=8", "--config.evaluators.fewshot.seeds=(0,)"),
+        ("--config.model.width=8", "--config.evaluators.fewshot.every_steps=0"),
         None,
     ),
     "fashion_mnist": ("", SMALL_VIT, ("fashion_mnist", (28, 28, 1), 10)),
     "glyphs": (
         "",
-        ("--config.model.width=8", "--config.evaluators.fewshot.seeds=(0,)"),
+        ("--config.model.width=8", "--config.evaluators.fewshot.every_steps=0"),
         ("glyphs32_latin", (32, 32, 1), 62),
     ),
     "vit_s16_i1k": ("size=32", SMALL_VIT, ("imagenet2012", (40, 48, 3), 1000)),

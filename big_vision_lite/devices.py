@@ -179,4 +179,5 @@ def cache_compiled() -> None:
     if folder:
         path = str(pathlib.Path(folder).expanduser())
         jax.config.update("jax_compilation_cache_dir", path)
-        jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
+        # The small ones, too: a restart meets dozens of them.
+        jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)

@@ -102,7 +102,16 @@ REDUCED = {
 }
 
 
-@pytest.mark.parametrize("name", REDUCED)
+@pytest.mark.parametrize(
+    "name",
+    [
+        # These compile for long and have the parts of those that stay.
+        pytest.param(name, marks=pytest.mark.slow)
+        if name in ("glyphs", "bit_i1k")
+        else name
+        for name in REDUCED
+    ],
+)
 def test_a_recipe_takes_two_steps_at_reduced_size(name, tmp_path, monkeypatch):
     arg, smaller, wanted = REDUCED[name]
     monkeypatch.setenv("TFDS_DATA_DIR", str(tmp_path))

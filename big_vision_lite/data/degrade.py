@@ -31,7 +31,9 @@ class RandomLowResolution:
         height, width = image.shape[:2]
         shorter = min(height, width)
         side = int(rng.integers(min(self.side_min, shorter), shorter + 1))
-        low = [max(1, round(n * side / shorter)) for n in (height, width)]
-        small = crops.resize(image, *low, Resampling.AREA)
+        low_height, low_width = (
+            max(1, round(n * side / shorter)) for n in (height, width)
+        )
+        small = crops.resize(image, low_height, low_width, Resampling.AREA)
         image = crops.resize(small, height, width, Resampling.BILINEAR)
         return {**example, "image": image}

@@ -78,6 +78,12 @@ class FewShot:
 
     def prepare(self, context: Context) -> Runner:
         tables = {few.name: self._test_labels(few, context) for few in self.sets}
+        for few in self.sets:
+            if tuple(few.train.class_names) == context.class_names:
+                context.log(
+                    f"{context.name}/{few.name} has the classes of the pretraining: a "
+                    "data-efficiency probe, not transfer"
+                )
         of_model = context.make_eval_step(features.pooled(context.model))
         of_pixels = context.make_eval_step(features.raw_pixels)
 

@@ -53,7 +53,13 @@ def checksums(tree: Any) -> list[Array]:
     """Returns the checksum of every leaf, a uint32 each, in the order of names."""
     # A small program a shape: a state has hundreds of leaves of a dozen shapes, and one
     # program for all of them takes four times as long to compile.
-    return [_compiled_checksum(leaf) for leaf in jax.tree.leaves(tree)]
+    sums = []
+    for leaf in jax.tree.leaves(tree):
+        sums.append(_compiled_checksum(leaf))
+        # XLA:CPU comes to a standstill when several programs wait for other devices.
+        if jax.default_backend() == "cpu" and jax.device_count() > 1:
+            sums[-1].block_until_ready()
+    return sums
 
 
 _compiled_checksum = jax.jit(leaf_checksum)

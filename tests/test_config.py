@@ -20,7 +20,7 @@ from big_vision_lite import command_line, mistakes, serialize, train
 from big_vision_lite.adapt import Init, PositionResize
 from big_vision_lite.checkpoint import Checkpoints
 from big_vision_lite.config import Platform, TrainConfig
-from big_vision_lite.data import augment, device_ops, ops, sources
+from big_vision_lite.data import augment, degrade, device_ops, ops, sources
 from big_vision_lite.data.pipeline import Stream
 from big_vision_lite.evaluators.classification import Classification
 from big_vision_lite.evaluators.fewshot import FewShot, FewShotSet
@@ -74,6 +74,7 @@ def everything() -> list[TrainConfig]:
         ops.RandomCrop(size=8),
         ops.FlipLeftRight(),
         ops.RandomAffine(),
+        degrade.RandomLowResolution(side_min=8),
         ops.ToGray(),
         ops.ToRgb(),
         ops.Invert(),

@@ -23,6 +23,9 @@ LAUNCHERS = ("SLURM_", "TPU_", "CUDA_VISIBLE_DEVICES", "JAX_PLATFORMS", "XLA_FLA
 @pytest.fixture(autouse=True)
 def bare_environment(monkeypatch):
     """Takes away what the launcher of the tests themselves may have left."""
+    # Joining sets it; what is changed here is put back after the test.
+    monkeypatch.setenv("PJRT_NPROC", "")
+    monkeypatch.delenv("PJRT_NPROC")
     for name in list(os.environ):
         if name.startswith(LAUNCHERS):
             monkeypatch.delenv(name)
@@ -164,6 +167,7 @@ def test_flags_are_followed_whatever_a_launcher_left_behind(joined, monkeypatch)
     # Ours speaks before the one that ends the process in a stack trace.
     assert call["initialization_timeout"] > devices.JOIN_SECONDS
     assert call["heartbeat_timeout_seconds"] <= 60
+    assert int(os.environ["PJRT_NPROC"]) >= 8
 
 
 def slurm(monkeypatch, **values: str) -> None:

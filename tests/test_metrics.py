@@ -171,7 +171,7 @@ def test_other_processes_write_nothing(workdir, monkeypatch):
 
 def test_a_folder_that_cannot_append_holds_the_same_records(workdir, monkeypatch):
     run(workdir / "local", range(1, 6))
-    monkeypatch.setattr(metrics, "_is_remote", lambda path: True)
+    monkeypatch.setattr(files, "is_remote", lambda path: True)
     run(workdir / "remote", range(1, 4))
     run(workdir / "remote", range(3, 6), restored=2)
     local, remote = workdir / "local", workdir / "remote"

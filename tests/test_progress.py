@@ -191,6 +191,7 @@ def test_at_most_two_steps_are_in_flight():
     clock.close()
 
 
+@pytest.mark.slow  # it takes the time, so it wants a machine to itself
 def test_a_step_costs_python_less_than_100_microseconds():
     progress = plain(num_steps=10_000)
     outputs = {"loss": jnp.ones(())}

@@ -14,6 +14,8 @@ from big_vision_lite.data.closest import did_you_mean, some
 from big_vision_lite.data.held_out import Files, hold_out
 
 logger = logging.getLogger(__name__)
+# Its own level: the command line silences the libraries through the root logger.
+logger.setLevel(logging.WARNING)
 
 SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp")
 # Folder names that mean a split, and the split they mean.

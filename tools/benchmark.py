@@ -427,7 +427,7 @@ def build_model(spec: str, dtype: str) -> Any:
 
 def read(field: str, kind: Any, text: str) -> Any:
     """Turns the text of a flag into a value of the field's type."""
-    if isinstance(kind, type) and issubclass(kind, enum.Enum):
+    if isinstance(kind, type) and issubclass(kind, enum.StrEnum):
         if text not in list(kind):
             raise ValueError(f"{field}={text} is none of {', '.join(kind)}.")
         return kind(text)

@@ -105,7 +105,8 @@ def _meet(who: str, where: str, **arguments: Any) -> None:
     """
     # On CPUs each device that waits for another holds a thread. With as many threads as
     # cores none may be left for the work that is waited for, and all stand still.
-    threads = 4 * max(2, os.cpu_count() or 1, jax.config.jax_num_cpu_devices)
+    virtual: int = jax.config.values["jax_num_cpu_devices"]
+    threads = 4 * max(2, os.cpu_count() or 1, virtual)
     os.environ.setdefault("PJRT_NPROC", str(threads))
     text = (
         f"the other processes: this is {who}, they meet at {where}. Is the same "

@@ -132,7 +132,8 @@ def train(
             if leaving and not last:
                 checkpointer.wait()
                 raise Stopped(stop.requested(), step, workdir)
-        progress.message(batches.unreadable.message())
+        if skipped := batches.unreadable.message():
+            progress.message(skipped)
     progress.summary(writer.latest(), next_commands(workdir, recipe))
     return state
 

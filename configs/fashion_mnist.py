@@ -24,7 +24,7 @@ from big_vision_lite.recipe_args import parse_arg
 from big_vision_lite.schedules import WarmupCosine
 
 BATCH_SIZE = 128
-STEPS_PER_EPOCH = 60_000 // BATCH_SIZE
+STEPS_PER_EPOCH = round(60_000 / BATCH_SIZE)
 
 
 def get_config(arg: str = "") -> TrainConfig:

@@ -18,9 +18,6 @@ from big_vision_lite.integrity import DamagedCheckpoint
 from big_vision_lite.sharding import Mesh, ShardingRule
 from big_vision_lite.state import TrainState
 
-pytestmark = pytest.mark.skipif(
-    jax.device_count() < 8, reason="needs 8 devices: JAX_NUM_CPU_DEVICES=8"
-)
 FSDP = (ShardingRule(pattern=".*"),)
 ALL = Checkpoints(keep_latest=100)
 

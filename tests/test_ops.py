@@ -124,7 +124,6 @@ def test_opaque_alpha_changes_nothing():
     np.testing.assert_array_equal(decode(part), mixed)
 
 
-@pytest.mark.skipif(not hasattr(cv2, "imencodeanimation"), reason="OpenCV below 4.12")
 @pytest.mark.parametrize("extension", [".webp", ".gif"])
 def test_animation_gives_its_first_frame(extension):
     animation = cv2.Animation()

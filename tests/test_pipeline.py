@@ -280,7 +280,6 @@ if __name__ == "__main__":
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(not os.path.exists("/proc"), reason="Linux only")
 def test_a_killed_run_leaves_no_worker_process(tmp_path):
     script = tmp_path / "run.py"
     script.write_text(KILLED_RUN)
@@ -608,7 +607,6 @@ def resident_bytes() -> int:
         return int(file.read().split()[1]) * os.sysconf("SC_PAGE_SIZE")
 
 
-@pytest.mark.skipif(not os.path.exists("/proc/self/statm"), reason="Linux only")
 def test_memory_does_not_grow(mesh):
     pixels = np.random.default_rng(0).integers(0, 255, (64, 96, 3), np.uint8)
     jpeg = cv2.imencode(".jpg", pixels)[1].tobytes()

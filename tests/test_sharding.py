@@ -34,10 +34,6 @@ SPECS = {
     "kernel": PartitionSpec(None, "fsdp"),
 }
 
-pytestmark = pytest.mark.skipif(
-    jax.device_count() < 8, reason="needs 8 devices: JAX_NUM_CPU_DEVICES=8"
-)
-
 
 def devices(count=8):
     return jax.devices()[:count]

@@ -16,10 +16,6 @@ from big_vision_lite.models.layers import Remat
 from big_vision_lite.objectives.classification import SoftmaxClassification
 from big_vision_lite.step import make_eval_step, make_train_step
 
-pytestmark = pytest.mark.skipif(
-    jax.device_count() < 8, reason="needs 8 devices: JAX_NUM_CPU_DEVICES=8"
-)
-
 MESHES = {
     "one": dict(devices=1),
     "data=8": dict(devices=8),

@@ -67,7 +67,7 @@ def score_tables(scores: Mapping[str, float | int]) -> list[Table]:
         rows.setdefault(group, {})[_column(leaf)] = text
     for row in controlled.values():  # the unit is in the title: it must fit 80 columns
         row.update({column: text.removesuffix(" %") for column, text in row.items()})
-    named = {"Scores": plain, "Transfer beside its controls, in %": controlled}
+    named = {"Scores": plain, "Scores beside their controls, in %": controlled}
     return [_table(title, rows) for title, rows in named.items() if rows]
 
 

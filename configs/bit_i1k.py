@@ -24,9 +24,9 @@ from big_vision_lite.data.ops import (
 from big_vision_lite.data.pipeline import Stream
 from big_vision_lite.data.sources import Tfds
 from big_vision_lite.evaluators.classification import Classification
+from big_vision_lite.models.bit import BiT
 from big_vision_lite.models.heads import Classifier
 from big_vision_lite.models.layers import Dtype
-from big_vision_lite.models.resnet import ResNet
 from big_vision_lite.objectives.classification import SoftmaxClassification
 from big_vision_lite.optimizers import SGD
 from big_vision_lite.recipe_args import parse_arg
@@ -41,7 +41,7 @@ def get_config(arg: str = "") -> TrainConfig:
     chosen = parse_arg(arg, size="R50x1")
     return TrainConfig(
         num_epochs=90.0,
-        model=ResNet.of(
+        model=BiT.of(
             chosen.size, head=Classifier(num_classes=1000), dtype=Dtype.BFLOAT16
         ),
         objective=SoftmaxClassification(),

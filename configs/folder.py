@@ -35,8 +35,8 @@ from big_vision_lite.data.pipeline import Stream
 from big_vision_lite.data.sources import ImageFolder
 from big_vision_lite.evaluators.classification import Classification
 from big_vision_lite.hyperrule import HEAD, HyperRule, parse_size, read_run
+from big_vision_lite.models.bit import BiT
 from big_vision_lite.models.heads import Classifier
-from big_vision_lite.models.resnet import ResNet
 from big_vision_lite.objectives.classification import SoftmaxClassification
 from big_vision_lite.optimizers import AdamW
 from big_vision_lite.recipe_args import open_folder, parse_arg
@@ -108,7 +108,7 @@ def from_scratch(
     flip = (FlipLeftRight(),) if chosen.flip else ()
     return TrainConfig(
         num_epochs=epochs,
-        model=ResNet.of("small" if size <= SMALL_NETWORK_PX else "R26x1", head=head),
+        model=BiT.of("small" if size <= SMALL_NETWORK_PX else "R26x1", head=head),
         objective=SoftmaxClassification(),
         data=Stream(
             source=train,

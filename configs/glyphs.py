@@ -20,8 +20,8 @@ from big_vision_lite.data.pipeline import Stream
 from big_vision_lite.data.sources import Digits, Tfds
 from big_vision_lite.evaluators.classification import Classification
 from big_vision_lite.evaluators.fewshot import FewShot, FewShotSet
+from big_vision_lite.models.bit import BiT, Stem
 from big_vision_lite.models.heads import Classifier
-from big_vision_lite.models.resnet import ResNet, Stem
 from big_vision_lite.models.vit import ViT
 from big_vision_lite.objectives.classification import SoftmaxClassification
 from big_vision_lite.optimizers import AdamW
@@ -41,9 +41,7 @@ def get_config(arg: str = "") -> TrainConfig:
         return Classifier(num_classes=chosen.classes, hidden_dim=hidden_dim)
 
     models = {
-        "resnet": lambda: ResNet.of(
-            "small", width=24, stem=Stem.MEDIUM, head=head(1280)
-        ),
+        "resnet": lambda: BiT.of("small", width=24, stem=Stem.MEDIUM, head=head(1280)),
         "vit": lambda: ViT(
             width=96,
             depth=4,

@@ -16,8 +16,8 @@ from big_vision_lite.data.pipeline import Stream
 from big_vision_lite.data.sources import Digits
 from big_vision_lite.evaluators.classification import Classification
 from big_vision_lite.evaluators.fewshot import FewShot, FewShotSet
+from big_vision_lite.models.bit import BiT
 from big_vision_lite.models.heads import Classifier
-from big_vision_lite.models.resnet import ResNet
 from big_vision_lite.objectives.classification import SoftmaxClassification
 from big_vision_lite.optimizers import AdamW
 from big_vision_lite.schedules import WarmupCosine
@@ -30,7 +30,7 @@ def get_config(arg: str = "") -> TrainConfig:
     train, test = Digits(split="train"), Digits(split="test")
     return TrainConfig(
         num_steps=400,
-        model=ResNet.of("small", head=Classifier(num_classes=10)),
+        model=BiT.of("small", head=Classifier(num_classes=10)),
         objective=SoftmaxClassification(),
         data=Stream(
             source=train,

@@ -26,10 +26,10 @@ from big_vision_lite.evaluators.classification import Classification
 from big_vision_lite.evaluators.fewshot import FewShot, FewShotSet
 from big_vision_lite.evaluators.finetune import FineTune
 from big_vision_lite.hyperrule import HyperRule, Repeated
+from big_vision_lite.models.bit import BiT
 from big_vision_lite.models.heads import Classifier
 from big_vision_lite.models.layers import Remat
 from big_vision_lite.models.positions import Positions
-from big_vision_lite.models.resnet import ResNet
 from big_vision_lite.models.vit import ViT
 from big_vision_lite.objectives.classification import (
     SigmoidClassification,
@@ -52,7 +52,7 @@ TINY = pathlib.Path(__file__).parent / "recipes" / "digits_tiny.py"
 def recipe(**overrides) -> TrainConfig:
     fields = dict(
         num_steps=10,
-        model=ResNet.of("small", head=Classifier(num_classes=10)),
+        model=BiT.of("small", head=Classifier(num_classes=10)),
         objective=SoftmaxClassification(),
         data=Stream(source=DIGITS(), ops=(ops.Decode(channels=1),), batch_size=8),
         preprocess=(ops.Decode(channels=1),),

@@ -4,8 +4,8 @@ import optax
 import pytest
 
 from big_vision_lite import flops
+from big_vision_lite.models.bit import BiT
 from big_vision_lite.models.heads import Classifier
-from big_vision_lite.models.resnet import ResNet
 from big_vision_lite.models.vit import ViT
 from big_vision_lite.objectives.classification import SoftmaxClassification
 
@@ -49,14 +49,14 @@ def test_resnet_flops_equal_a_sum_over_its_convolutions():
             expected += conv(side, 1, inputs, out) if unit == 0 else 0
             inputs = out
     expected += 2 * 2048 * 1000
-    model = ResNet.of("R50x1", head=Classifier(num_classes=1000))
+    model = BiT.of("R50x1", head=Classifier(num_classes=1000))
     counted = forward_flops(model, images())
     assert counted == expected
     assert counted / 1e9 == pytest.approx(8.18, abs=0.005)
 
 
 def test_gradients_cost_twice_the_forward_pass_less_the_stem():
-    model = ResNet.of("small", head=Classifier(num_classes=10))
+    model = BiT.of("small", head=Classifier(num_classes=10))
     image = jax.ShapeDtypeStruct((2, 8, 8, 1), jnp.uint8)
     params = jax.eval_shape(model.init, jax.random.key(0), image)
     gradient = jax.grad(lambda params, x: model.apply(params, x)["logits"].sum())

@@ -8,20 +8,20 @@ import pytest
 
 from big_vision_lite import layout, trees
 from big_vision_lite.models.attention import Attention, attend
-from big_vision_lite.models.heads import Classifier
-from big_vision_lite.models.layers import Dtype, Remat, scale_pixels
-from big_vision_lite.models.patches import patchify
-from big_vision_lite.models.pooling import Pooling
-from big_vision_lite.models.positions import Positions, sincos
-from big_vision_lite.models.resnet import (
+from big_vision_lite.models.bit import (
+    BiT,
     Block,
     PoolPadding,
-    ResNet,
     Stem,
     group_norm,
     max_pool,
     standardise,
 )
+from big_vision_lite.models.heads import Classifier
+from big_vision_lite.models.layers import Dtype, Remat, scale_pixels
+from big_vision_lite.models.patches import patchify
+from big_vision_lite.models.pooling import Pooling
+from big_vision_lite.models.positions import Positions, sincos
 from big_vision_lite.models.vit import ViT
 
 CLASSES = 5
@@ -49,7 +49,7 @@ def tiny_resnet(**overrides):
         stem=Stem.SMALL,
         head=Classifier(num_classes=CLASSES),
     )
-    return ResNet(**{**fields, **overrides})
+    return BiT(**{**fields, **overrides})
 
 
 def pixels(batch, height, width, channels=3, seed=0):
@@ -244,7 +244,7 @@ def test_vit_sizes_have_the_published_number_of_parameters(size, count):
     ],
 )
 def test_resnet_sizes_have_the_published_number_of_parameters(size, millions):
-    model = ResNet.of(size, head=Classifier(num_classes=1000))
+    model = BiT.of(size, head=Classifier(num_classes=1000))
     assert count_parameters(model, 224) / 1e6 == pytest.approx(millions, abs=0.005)
 
 
@@ -254,7 +254,7 @@ def test_so400m_with_attention_pooling_has_the_parameters_of_siglip():
 
 
 def test_the_small_resnet_has_less_than_0_4_million_parameters():
-    model = ResNet.of("small", head=Classifier(num_classes=26))
+    model = BiT.of("small", head=Classifier(num_classes=26))
     assert count_parameters(model, 32) < 0.4e6
 
 
@@ -558,7 +558,7 @@ def test_group_norm_equals_numpy():
     np.testing.assert_allclose(ours, numpy_group_norm(x, 3), atol=5e-3)
 
 
-class NumpyResNet:
+class NumpyBiT:
     """A BiT ResNet in loops, float64."""
 
     def __init__(self, params, groups):
@@ -607,7 +607,7 @@ def test_resnet_equals_loops_in_numpy(block, around):
     image = pixels(2, 16, 18)
     params = random_params(model, image)
     ours = run(model, params, image)
-    reference = NumpyResNet(params, groups=2)
+    reference = NumpyBiT(params, groups=2)
     x = reference.conv("stem", np.asarray(image, np.float64) / 127.5 - 1, stride=2)
     x = np.pad(x, ((0, 0), (1, 1), (1, 1), (0, 0)), constant_values=around)
     x = np.stack(
@@ -646,7 +646,7 @@ def test_the_padding_of_the_pool_shows_on_negative_borders():
     [
         (lambda: ViT.of("S16"), 'like "S/16"'),
         (lambda: ViT.of("X/16"), "Ti, S, M, B, L"),
-        (lambda: ResNet.of("R51x1"), "R26, R50"),
+        (lambda: BiT.of("R51x1"), "R26, R50"),
         (lambda: tiny_vit(num_heads=3), "use width=18"),
         (lambda: tiny_vit(dropout=1.0), "0 <= dropout < 1"),
         (lambda: tiny_vit(depth=0), "depth=0"),

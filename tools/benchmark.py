@@ -400,11 +400,11 @@ def build_model(spec: str, dtype: str) -> Any:
     Raises:
         ValueError: no such model or field; names those there are.
     """
+    from big_vision_lite.models.bit import BiT
     from big_vision_lite.models.heads import Classifier
-    from big_vision_lite.models.resnet import ResNet
     from big_vision_lite.models.vit import ViT
 
-    families = {"ViT": ViT, "ResNet": ResNet}
+    families = {"ViT": ViT, "BiT": BiT}
     name, *changes = spec.split(",")
     family, _, size = name.partition(":")
     if family not in families or not size:

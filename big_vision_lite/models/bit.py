@@ -163,7 +163,7 @@ class Stage(nn.Module, kw_only=True):
         return x
 
 
-class ResNet(nn.Module, kw_only=True):
+class BiT(nn.Module, kw_only=True):
     """Returns "grid" [B, h, w, D], "pooled" (its mean), "logits" if head, "image".
 
     `stages` holds the number of units of every stage; stage k has `width * 2**k`
@@ -202,8 +202,8 @@ class ResNet(nn.Module, kw_only=True):
         super().__post_init__()
 
     @classmethod
-    def of(cls, size: str, **overrides: object) -> "ResNet":
-        """Builds a published size, ResNet.of("R50x1", head=...), or "small".
+    def of(cls, size: str, **overrides: object) -> "BiT":
+        """Builds a published size, BiT.of("R50x1", head=...), or "small".
 
         R26, R50, R101 and R152 take any width factor. "small" is made for images of
         8 to 32 px: three stages of one basic unit, 0.3 M parameters.
@@ -220,7 +220,7 @@ class ResNet(nn.Module, kw_only=True):
         depth, _, factor = size.partition("x")
         if depth not in DEPTHS or not factor.isdecimal() or not int(factor):
             raise ValueError(
-                f'No ResNet is called "{size}"; write DEPTHxFACTOR with a depth of '
+                f'No BiT is called "{size}"; write DEPTHxFACTOR with a depth of '
                 f'{", ".join(DEPTHS)}, like "R50x1", or "small".'
             )
         fields = dict(stages=DEPTHS[depth], width=64 * int(factor))

@@ -1,7 +1,11 @@
 """BiT ResNet-50x1 on ImageNet-1k, after "Big Transfer" (arXiv:1912.11370), BiT-S.
 
-  python -m big_vision_lite.train --config configs/bit_i1k.py --workdir runs/bit
-  ... --config configs/bit_i1k.py:size=R101x1
+  python -m big_vision_lite.train --config configs/bit_i1k.py:data_dir=DATA_DIR \
+      --workdir runs/bit
+  ... --config configs/bit_i1k.py:data_dir=DATA_DIR,size=R101x1
+
+DATA_DIR holds imagenet2012 as TensorFlow Datasets prepares it; without the argument
+$TFDS_DATA_DIR or ~/tensorflow_datasets do.
 
 Settings: section 3.1 of the paper for ILSVRC-2012: SGD with momentum, 0.03 at batch
 256 scaled to 4096, 5,000 steps of warm-up, 90 epochs with drops by 10 after 30, 60 and
@@ -38,7 +42,13 @@ PEAK = 0.03 * BATCH_SIZE / 256
 
 def get_config(arg: str = "") -> TrainConfig:
     """Returns the recipe; `size` is a BiT size such as R50x1 or R152x4."""
-    chosen = parse_arg(arg, size="R50x1")
+    chosen = parse_arg(arg, size="R50x1", data_dir="")
+
+    def imagenet(split: str) -> Tfds:
+        return Tfds(
+            dataset="imagenet2012", split=split, data_dir=chosen.data_dir or None
+        )
+
     return TrainConfig(
         num_epochs=90.0,
         model=BiT.of(
@@ -46,7 +56,7 @@ def get_config(arg: str = "") -> TrainConfig:
         ),
         objective=SoftmaxClassification(),
         data=Stream(
-            source=Tfds(dataset="imagenet2012", split="train[:99%]"),
+            source=imagenet("train[:99%]"),
             ops=(DecodeInceptionCrop(size=224), FlipLeftRight()),
             batch_size=BATCH_SIZE,
         ),
@@ -62,14 +72,10 @@ def get_config(arg: str = "") -> TrainConfig:
         ),
         evaluators={
             "minival": Classification(
-                source=Tfds(dataset="imagenet2012", split="train[99%:]"),
-                batch_size=1024,
-                every_steps=2500,
+                source=imagenet("train[99%:]"), batch_size=1024, every_steps=2500
             ),
             "val": Classification(
-                source=Tfds(dataset="imagenet2012", split="validation"),
-                batch_size=1024,
-                every_steps=2500,
+                source=imagenet("validation"), batch_size=1024, every_steps=2500
             ),
         },
         checkpoints=Checkpoints(every_steps=1000),

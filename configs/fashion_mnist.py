@@ -1,8 +1,8 @@
 """A small ViT (width 192, depth 6, patch 7) on Fashion-MNIST.
 
-  python -m big_vision_lite.train --config configs/fashion_mnist.py \
-      --workdir runs/fashion --config.data.source.data_dir=DATA_DIR
-  ... --config configs/fashion_mnist.py:epochs=10
+  python -m big_vision_lite.train --config configs/fashion_mnist.py:data_dir=DATA_DIR \
+      --workdir runs/fashion
+  ... --config configs/fashion_mnist.py:data_dir=DATA_DIR,epochs=10
 
 DATA_DIR holds the prepared TFDS set (tools/prepare_dataset.py tfds fashion_mnist).
 Published: big_vision's ViT of this size with Adam 1e-3, decay 1e-4, 5 % warm-up and

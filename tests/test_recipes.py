@@ -4,8 +4,11 @@ After a wanted change: UPDATE_GOLDEN=1 pytest tests/test_recipes.py, and look at
 difference.
 """
 
+import ast
 import os
 import pathlib
+import re
+import shlex
 
 import pytest
 from etils import epath
@@ -72,6 +75,47 @@ def as_flag(value) -> str | None:
     if isinstance(value, dict) or value == ():
         return None
     return "none" if value is None else str(value)
+
+
+WITH_DATA_DIR = ("fashion_mnist", "glyphs", "vit_s16_i1k", "bit_i1k")
+
+
+def commands(text: str, start: str) -> list[list[str]]:
+    """Splits the commands of a text that begin with `start` as a shell would."""
+    lines = text.replace("\\\n", " ").splitlines()
+    return [shlex.split(line) for line in lines if line.strip().startswith(start)]
+
+
+@pytest.mark.parametrize("name", WITH_DATA_DIR)
+def test_the_command_of_a_docstring_names_the_data_of_training_and_evaluation(name):
+    docstring = ast.get_docstring(ast.parse((ROOT / f"configs/{name}.py").read_text()))
+    (command,) = commands(docstring or "", "python -m big_vision_lite.train")
+    flags = [word.replace("DATA_DIR", "/sets") for word in command[2:]]
+    check_data_dir(command_line.parse(flags, train.define_flags).config, "/sets")
+
+
+def test_the_commands_of_the_readme_name_the_data_of_training_and_evaluation():
+    rows = [
+        line.split("`")[3]
+        for line in (ROOT / "README.md").read_text().splitlines()
+        if line.startswith("|") and "--config configs/" in line and "DATA_DIR" in line
+    ]
+    assert len(rows) == len(WITH_DATA_DIR)
+    for row in rows:
+        command = ["train", *shlex.split(row.replace("DATA_DIR", "/sets"))]
+        check_data_dir(command_line.parse(command, train.define_flags).config, "/sets")
+
+
+def test_the_few_shot_sets_of_vit_s16_are_taken_from_data_dir_too():
+    config = parse("vit_s16_i1k", "fewshot=true,data_dir=/sets")
+    assert check_data_dir(config, "/sets") == 3 + 2 * 6
+
+
+def check_data_dir(config, folder: str) -> int:
+    """Checks that every prepared set lies in `folder`; returns their number."""
+    found = re.findall('"data_dir": (.*?),?\n', serialize.to_json(config))
+    assert len(found) >= 2 and set(found) == {f'"{folder}"'}
+    return len(found)
 
 
 SMALL_VIT = (

@@ -198,11 +198,11 @@ class FewShot:
         }
 
 
-def natural_sets() -> tuple[FewShotSet, ...]:
+def natural_sets(data_dir: str | None = None) -> tuple[FewShotSet, ...]:
     """Returns the six sets of natural and aerial images big_vision watches.
 
     Squeezed to 256 x 256 without antialias and cropped to 224; all must be prepared by
-    tensorflow_datasets.
+    tensorflow_datasets, in `data_dir` or where `Tfds` looks without it.
     """
     splits = {
         "caltech101": ("train", "test"),
@@ -212,18 +212,13 @@ def natural_sets() -> tuple[FewShotSet, ...]:
         "oxford_iiit_pet": ("train", "test"),
         "uc_merced": ("train[:1000]", "train[1000:]"),
     }
-    return tuple(_natural_set(name, *parts) for name, parts in splits.items())
+    return tuple(_natural_set(name, *parts, data_dir) for name, parts in splits.items())
 
 
-def imagenet_set() -> FewShotSet:
-    """Returns ImageNet-1k as a few-shot set: the pool has at least 30 of each class."""
-    return _natural_set("imagenet2012", "train[:65000]", "validation")
-
-
-def _natural_set(name: str, train: str, test: str) -> FewShotSet:
+def _natural_set(name: str, train: str, test: str, data_dir: str | None) -> FewShotSet:
     # Any: pyright does not take a cached_property for a protocol's property.
-    pool: Any = Tfds(dataset=name, split=train)
-    held_out: Any = Tfds(dataset=name, split=test)
+    pool: Any = Tfds(dataset=name, split=train, data_dir=data_dir)
+    held_out: Any = Tfds(dataset=name, split=test, data_dir=data_dir)
     return FewShotSet(
         name=name,
         train=pool,

@@ -2,7 +2,6 @@
 
 import dataclasses
 import enum
-import math
 import re
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -10,9 +9,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from orbax.checkpoint import v1 as ocp
 
-from big_vision_lite import checkpoint, layout, trees
+from big_vision_lite import layout, step_folder, trees
 from big_vision_lite.types import Array
 
 POSITIONS = "position_embedding"
@@ -58,7 +56,7 @@ def load_params(folder: Any) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
     Raises:
         DamagedCheckpoint: a file or a leaf is not what was saved.
     """
-    manifest = checkpoint.verified_manifest(folder)
+    manifest = step_folder.verified_manifest(folder)
     leaves = manifest["leaves"]
     averaged = any(name.startswith("ema/") for name in leaves)
     wanted = ("ema/" if averaged else "params/", "frozen/")
@@ -74,10 +72,7 @@ def load_params(folder: Any) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
         for name, leaf in leaves.items()
         if name.startswith(wanted)
     }
-    context = ocp.Context()
-    context.pytree.loading.partial_load = True
-    with context:
-        tree = checkpoint.restore(folder, trees.unflatten(named), manifest)
+    tree = step_folder.restore_part(folder, named, manifest)
     loaded = trees.flatten(tree)
     return {
         name.split("/", 1)[1]: np.asarray(leaf) for name, leaf in loaded.items()
@@ -200,7 +195,7 @@ def _resample(
 ) -> Any:
     if positions.ndim != len(shape) or positions.shape[-1] != shape[-1]:
         return positions  # another width: reported with the other differences
-    old, new = _grid(name, positions.shape), _grid(name, shape)
+    old, new = positions.shape[:2], shape[:2]
     line = (
         f"Checkpoint grid {old[0]}x{old[1]}, model grid {new[0]}x{new[1]}: "
         "resizing position embedding (bilinear)."
@@ -211,17 +206,4 @@ def _resample(
             "--config.init.position_resize=bilinear."
         )
     log(f"{line} --config.init.position_resize=error to forbid.")
-    resized = resample_positions(np.reshape(positions, (*old, shape[-1])), new)
-    return resized.reshape(shape)
-
-
-def _grid(name: str, shape: tuple[int, ...]) -> tuple[int, int]:
-    """Returns (rows, columns) of positions stored as [1, N, D], N a square."""
-    side = math.isqrt(shape[1])
-    if len(shape) != 3 or shape[0] != 1 or side * side != shape[1]:
-        raise ValueError(
-            f"{name} {tuple(shape)} is no square grid of positions, so its rows and "
-            "columns are not known and it cannot be resized. To start it from scratch: "
-            f"--config.init.drop='{name}'"
-        )
-    return side, side
+    return resample_positions(positions, new)

@@ -1,22 +1,17 @@
 """Saves and restores a run: asynchronous, checked, and complete or not there."""
 
-import contextlib
 import dataclasses
 import functools
 import threading
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
 from etils import epath
 from orbax.checkpoint import v1 as ocp
 
-from big_vision_lite import integrity, processes, trees
+from big_vision_lite import integrity, processes, step_folder, trees
 from big_vision_lite.state import TrainState
-
-FOLDER = "checkpoints"
-TRASH = "trash"
-CONFIG = "config.json"
 
 
 @dataclasses.dataclass(kw_only=True)
@@ -57,8 +52,8 @@ class Checkpointer:
         metadata: Mapping[str, Any],
         log: Callable[[str], None] = print,
     ):
-        self._folder = workdir / FOLDER
-        self._trash = workdir / TRASH
+        self._folder = workdir / step_folder.FOLDER
+        self._trash = workdir / step_folder.TRASH
         self._policy = policy
         self._config_text = config_text
         self._metadata = dict(metadata)
@@ -123,8 +118,7 @@ class Checkpointer:
         manifest = integrity.read_manifest(folder)
         self._check_data(manifest, folder)
         integrity.check_leaves(trees.flatten(abstract), manifest, folder)
-        with self._offering(folder):
-            state = restore(folder, abstract, manifest)
+        state = step_folder.restore(folder, abstract, manifest)
         self.last_saved = newest
         saved_on, now = manifest["devices"], count_devices(state)
         if saved_on != now:
@@ -132,10 +126,9 @@ class Checkpointer:
         return state
 
     def _newest_verified(self) -> int | None:
-        newest = max(complete_steps(self._folder), default=None)
+        newest = max(step_folder.complete_steps(self._folder), default=None)
         if newest is not None:
-            with self._offering(self._folder / str(newest)):
-                verified_manifest(self._folder / str(newest))
+            step_folder.verified_manifest(self._folder / str(newest))
         return newest
 
     def _finish(
@@ -144,7 +137,7 @@ class Checkpointer:
         try:
             pending.result()
             if jax.process_index() == 0:
-                (folder / CONFIG).write_text(self._config_text)
+                (folder / step_folder.CONFIG).write_text(self._config_text)
                 manifest = about | {
                     "leaves": integrity.describe_leaves(leaves, jax.device_get(sums)),
                     "files": integrity.digest_files(folder),
@@ -167,7 +160,7 @@ class Checkpointer:
     def _prune(self) -> None:
         # Only after the new step's manifest is there, so that a kill at any moment
         # leaves a complete step behind.
-        steps = complete_steps(self._folder)
+        steps = step_folder.complete_steps(self._folder)
         every = self._policy.keep_every_steps
         for step in steps[: -self._policy.keep_latest]:
             if not every or step % every:
@@ -177,7 +170,7 @@ class Checkpointer:
 
     def _discard_unfinished(self) -> None:
         self._folder.mkdir(parents=True, exist_ok=True)
-        complete = complete_steps(self._folder)
+        complete = step_folder.complete_steps(self._folder)
         for path in sorted(self._folder.iterdir(), key=str):
             if path.name.isdigit() and int(path.name) in complete:
                 continue
@@ -195,102 +188,12 @@ class Checkpointer:
     def _failure(self, step: int, error: Exception) -> str:
         # A full disk comes as ValueError from tensorstore, with a trace in its text.
         reason = str(error).strip().splitlines()[0] if str(error) else repr(error)
-        steps = complete_steps(self._folder)
+        steps = step_folder.complete_steps(self._folder)
         kept = f"Step {steps[-1]} is complete" if steps else "No step is saved yet"
         return (
             f"Could not save step {step} in {self._folder}: {reason}. {kept}. Free "
             "disk space or mend the folder; the same command continues from there."
         )
-
-    @contextlib.contextmanager
-    def _offering(self, folder: epath.Path) -> Iterator[None]:
-        try:
-            yield
-        except integrity.DamagedCheckpoint as error:
-            message = f"{error}\n{self._offer(folder)}"
-            raise integrity.DamagedCheckpoint(message) from error
-
-    def _offer(self, damaged: epath.Path) -> str:
-        steps = complete_steps(self._folder)
-        for step in reversed([s for s in steps if s < int(damaged.name)]):
-            try:
-                verified_manifest(self._folder / str(step))
-            except integrity.DamagedCheckpoint:
-                continue
-            return (
-                f"Step {step} is intact. To continue from it: mkdir -p '{self._trash}' "
-                f"&& mv '{damaged}' '{self._trash}'/ and run the same command again."
-            )
-        return (
-            "No other complete step is there. Restore the folder from a copy, or start "
-            "again with a new --workdir."
-        )
-
-
-def complete_steps(folder: epath.Path) -> list[int]:
-    """Lists the steps below `folder` that have a manifest, in increasing order."""
-    if not folder.exists():
-        return []
-    return sorted(
-        int(path.name)
-        for path in folder.iterdir()
-        if path.name.isdigit() and (path / integrity.MANIFEST).exists()
-    )
-
-
-def verified_manifest(folder: epath.Path) -> dict[str, Any]:
-    """Reads a step's manifest and compares every file with it."""
-    manifest = integrity.read_manifest(folder)
-    integrity.verify_files(folder, manifest)
-    return manifest
-
-
-def restore(folder: epath.Path, abstract: Any, manifest: Mapping[str, Any]) -> Any:
-    """Loads a step's leaves in the shardings of `abstract` and checks every one.
-
-    Raises:
-        DamagedCheckpoint: a leaf's checksum differs; it is named.
-    """
-    try:
-        state = ocp.load(folder, abstract)
-    except (RuntimeError, MemoryError):
-        raise  # the device's or the host's trouble, not the file's
-    except Exception as error:  # Orbax raises Exception itself where data is no data
-        cause = str(error.__cause__ or error).strip().splitlines()[0][:200]
-        raise integrity.DamagedCheckpoint(
-            f"{folder} cannot be read: {cause}"
-        ) from error
-    damaged = integrity.damaged_leaves(manifest["leaves"], state)
-    if damaged:
-        raise integrity.DamagedCheckpoint(
-            f"{folder}: {', '.join(damaged[:5])} differ from what was saved."
-        )
-    return state
-
-
-def find(path: str | epath.Path, log: Callable[[str], None] = print) -> epath.Path:
-    """Finds a step folder from a run folder, its checkpoints folder or a step folder.
-
-    Raises:
-        FileNotFoundError: there is none; says what was looked at.
-    """
-    given = epath.Path(path).expanduser().resolve()
-    what = "it is a file" if given.exists() else "it does not exist"
-    if given.is_dir():
-        if (given / integrity.MANIFEST).exists():
-            return given
-        for folder in (given / FOLDER, given):
-            steps = complete_steps(folder)
-            if steps:
-                newest = f"using step {steps[-1]}, the newest of {len(steps)} complete"
-                log(f"{path}: {newest}")
-                return folder / str(steps[-1])
-        seen = sorted(inside.name for inside in given.iterdir())[:5]
-        what = f"it holds {', '.join(seen) or 'nothing'}"
-    raise FileNotFoundError(
-        f"No complete checkpoint in {path}: {what}. Give a run folder, its "
-        f"{FOLDER}/ folder, or one step folder with its {integrity.MANIFEST}."
-    )
 
 
 def count_devices(state: TrainState) -> int:

@@ -9,7 +9,7 @@ from typing import Any, SupportsIndex
 
 import numpy as np
 
-from big_vision_lite import checkpoint, run_folder, schedules, serialize
+from big_vision_lite import run_folder, schedules, serialize, step_folder
 from big_vision_lite.adapt import Init
 from big_vision_lite.checkpoint import Checkpoints
 from big_vision_lite.config import TrainConfig
@@ -251,7 +251,7 @@ def crop_by_area(source: Source) -> int:
 def read_run(path: str, allow_module: str = "") -> TrainConfig:
     """Returns the configuration of a run, checkpoints or step folder."""
     # The folder is found again, and named, when the training starts.
-    folder = checkpoint.find(path, log=lambda _: None)
+    folder = step_folder.find(path, log=lambda _: None)
     return run_folder.read_config(folder, [allow_module] if allow_module else [])
 
 

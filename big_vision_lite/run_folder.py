@@ -14,7 +14,7 @@ from typing import Any
 import jax
 from etils import epath
 
-from big_vision_lite import checkpoint, files, integrity, processes, serialize
+from big_vision_lite import files, integrity, processes, serialize, step_folder
 from big_vision_lite.config import TrainConfig
 
 # What may change between the start of a run and its resumption: nothing here changes
@@ -80,7 +80,7 @@ class RunFolder:
         )
 
     def _check_shared(self) -> None:
-        seen = processes.gather((self.path / checkpoint.CONFIG).exists())
+        seen = processes.gather((self.path / step_folder.CONFIG).exists())
         if not all(seen):
             blind = ", ".join(str(i) for i, sees in enumerate(seen) if not sees)
             raise OSError(
@@ -93,7 +93,7 @@ class RunFolder:
         try:
             self.path.mkdir(parents=True, exist_ok=True)
             self._acquire()
-            known = self.path / checkpoint.CONFIG
+            known = self.path / step_folder.CONFIG
             if known.exists():
                 self._compare(known)
             files.replace(known, self.config_text())
@@ -127,7 +127,7 @@ class RunFolder:
         old = read_config_document(self.path)
         new = json.loads(self.config_text())
         changed = differences(old["config"], new["config"])
-        steps = checkpoint.complete_steps(self.path / checkpoint.FOLDER)
+        steps = step_folder.complete_steps(self.path / step_folder.FOLDER)
         binding = [line for line in changed if not _is_free(line[0])]
         if steps and binding and all(line[0] in LENGTH for line in binding):
             raise ValueError(self._length_message(old, binding, steps[-1]))
@@ -176,7 +176,7 @@ def read_config_document(folder: epath.Path) -> dict[str, Any]:
         FileNotFoundError: there is none.
         DamagedCheckpoint: it is no configuration.
     """
-    path = folder / checkpoint.CONFIG
+    path = folder / step_folder.CONFIG
     if not path.exists():
         raise FileNotFoundError(
             f"{path} is missing: {folder} is no run folder and no step folder."

@@ -6,9 +6,8 @@ from typing import Any
 
 import jax
 from etils import epath
-from orbax.checkpoint import v1 as ocp
 
-from big_vision_lite import checkpoint, run_folder, sharding, trees
+from big_vision_lite import run_folder, sharding, step_folder, trees
 from big_vision_lite import state as state_lib
 from big_vision_lite.config import TrainConfig
 from big_vision_lite.state import TrainState
@@ -43,7 +42,7 @@ class SavedRun:
     def place_for_results(self) -> epath.Path:
         """Returns the run's folder, or what holds a step folder that was copied."""
         above = self.folder.parent
-        if above.name == checkpoint.FOLDER:
+        if above.name == step_folder.FOLDER:
             return above.parent
         return above
 
@@ -81,8 +80,8 @@ def load(
         DamagedCheckpoint: a file or a leaf is not what was saved.
         ValueError: config.json needs a class that may not be imported.
     """
-    folder = checkpoint.find(path, log)
-    manifest = checkpoint.verified_manifest(folder)
+    folder = step_folder.find(path, log)
+    manifest = step_folder.verified_manifest(folder)
     config = run_folder.read_config(folder, allowed_modules)
     devices = jax.devices() if devices is None else devices
     mesh = sharding.make_mesh(fitting(config.mesh, len(devices), log), devices)
@@ -106,10 +105,7 @@ def load(
         shapes,
         places,
     )
-    context = ocp.Context()
-    context.pytree.loading.partial_load = True
-    with context:
-        tree = checkpoint.restore(folder, wanted, manifest)
+    tree = step_folder.restore_part(folder, trees.flatten(wanted), manifest)
     # flax.struct makes the constructor, which type checkers do not see.
     make: Any = TrainState
     state = make(

@@ -21,6 +21,7 @@ from big_vision_lite import (
     run_folder,
     serialize,
     sharding,
+    step_folder,
     trees,
 )
 from big_vision_lite import (
@@ -151,7 +152,7 @@ def start(
     same_classes = True
     loaded = first_params
     if loaded is None:
-        folder = checkpoint.find(init.path, log)
+        folder = step_folder.find(init.path, log)
         loaded, manifest = adapt.load_params(folder)
         classes = list(config.data.source.class_names)
         same_classes = manifest["class_names"] == classes

@@ -26,7 +26,7 @@ def params(classes=10, grid=4, width=8):
     return {
         "encoder/block_00/kernel": array(width, width),
         "encoder/block_00/bias": array(width),
-        "position_embedding": array(1, grid * grid, width),
+        "position_embedding": array(grid, grid, width),
         "head/kernel": array(width, classes),
         "head/bias": array(classes),
     }
@@ -116,9 +116,9 @@ def antialiased(old: int, new: int) -> np.ndarray:
 def test_positions_are_resampled_to_the_grid_of_the_model(old, new):
     loaded, fresh = params(grid=old), params(grid=new)
     found, lines = start_from(loaded, fresh)
-    grid = loaded["position_embedding"].reshape(old, old, 8)
+    grid = loaded["position_embedding"]
     w = antialiased(old, new)
-    expected = np.einsum("ri,cj,ijd->rcd", w, w, grid).reshape(1, new * new, 8)
+    expected = np.einsum("ri,cj,ijd->rcd", w, w, grid)
     np.testing.assert_allclose(found["position_embedding"], expected, atol=1e-5)
     assert_from(found, loaded, set(loaded) - {"position_embedding"})
     assert lines == [
@@ -131,9 +131,9 @@ def test_resampled_positions_keep_their_place_in_the_image():
     # A ramp along the columns stays one, constant along the rows.
     loaded, fresh = params(grid=8), params(grid=4)
     ramp = np.broadcast_to(np.arange(8.0)[None, :, None], (8, 8, 8))
-    loaded["position_embedding"] = ramp.reshape(1, 64, 8).astype(np.float32)
+    loaded["position_embedding"] = ramp.astype(np.float32)
     found, _ = start_from(loaded, fresh)
-    grid = np.asarray(found["position_embedding"]).reshape(4, 4, 8)
+    grid = np.asarray(found["position_embedding"])
     assert np.ptp(grid, axis=0).max() < 1e-5
     np.testing.assert_allclose(grid[0, 1:3, 0], [2.5, 4.5], atol=1e-5)
 
@@ -176,21 +176,21 @@ def test_resizing_positions_can_be_forbidden():
     assert lines == []
 
 
-def test_positions_that_are_no_square_are_not_guessed():
-    loaded, fresh = params(), params(grid=5)
-    loaded["position_embedding"] = np.ones((1, 12, 8), np.float32)
-    with pytest.raises(
-        ValueError, match=r"\(1, 12, 8\) is no square grid.*init.drop='"
-    ):
-        start_from(loaded, fresh)
-    found, _ = start_from(loaded, fresh, drop="position_embedding")
-    assert_from(found, fresh, ["position_embedding"])
+def test_grids_that_are_no_squares_are_resampled_side_by_side():
+    # As many patches, in another shape: nothing may be copied as it is.
+    loaded, fresh = params(), params(grid=4)
+    loaded["position_embedding"] = RNG.normal(size=(2, 8, 8)).astype(np.float32)
+    found, lines = start_from(loaded, fresh)
+    rows, columns = antialiased(2, 4), antialiased(8, 4)
+    expected = np.einsum("ri,cj,ijd->rcd", rows, columns, loaded["position_embedding"])
+    np.testing.assert_allclose(found["position_embedding"], expected, atol=1e-5)
+    assert lines[0].startswith("Checkpoint grid 2x8, model grid 4x4: resizing")
 
 
 def test_positions_of_another_width_are_a_difference_like_any_other():
     with pytest.raises(ValueError) as caught:
         start_from(params(width=8), params(width=16, grid=5), drop="head/.*")
-    assert "+ position_embedding (1, 25, 16) float32  in the model" in str(caught.value)
+    assert "+ position_embedding (5, 5, 16) float32  in the model" in str(caught.value)
 
 
 def test_a_head_for_other_classes_is_new():

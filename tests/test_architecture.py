@@ -26,7 +26,7 @@ ROWS = (
         {"stop"},
     ),
     ({"objectives"}, {"state"}, {"conversion"}),
-    ({"bound_model", "step"}, {"integrity", "checkpoint", "adapt"}),
+    ({"bound_model", "step"}, {"integrity", "step_folder", "checkpoint", "adapt"}),
     ({"evaluators"},),
     (
         {"config", "recipe_args", "mistakes", "command_line", "devices"},

@@ -12,7 +12,16 @@ import optax
 import pytest
 from etils import epath
 
-from big_vision_lite import adapt, checkpoint, files, integrity, sharding, trees
+from big_vision_lite import (
+    adapt,
+    checkpoint,
+    files,
+    integrity,
+    saved_run,
+    sharding,
+    step_folder,
+    trees,
+)
 from big_vision_lite import state as state_lib
 from big_vision_lite.checkpoint import Checkpointer, Checkpoints
 from big_vision_lite.integrity import DamagedCheckpoint
@@ -131,7 +140,7 @@ def test_what_is_restored_is_what_was_saved_on_any_mesh(saved, restored, tmp_pat
 def test_a_folder_without_a_checkpoint_restores_nothing(tmp_path):
     state, lines = restore(tmp_path)
     assert state is None and lines == []
-    assert checkpoint.complete_steps(epath.Path(tmp_path / "checkpoints")) == []
+    assert step_folder.complete_steps(epath.Path(tmp_path / "checkpoints")) == []
 
 
 def test_what_is_saved_is_the_state_at_the_call_not_after_later_steps(tmp_path):
@@ -170,7 +179,7 @@ def test_the_policy_says_which_steps_stay(policy, kept, tmp_path):
     found, _ = restore(tmp_path)
     assert_same_bits(found, at(build(), 6))
     first = epath.Path(tmp_path / "checkpoints" / kept[0])
-    assert checkpoint.verified_manifest(first)["step"] == int(kept[0])
+    assert step_folder.verified_manifest(first)["step"] == int(kept[0])
 
 
 def test_a_policy_that_keeps_nothing_is_refused():
@@ -200,7 +209,7 @@ def test_a_step_is_saved_once(tmp_path, monkeypatch):
 
 def test_the_manifest_describes_the_step(run):
     folder = epath.Path(run / "checkpoints" / "3")
-    manifest = checkpoint.verified_manifest(folder)
+    manifest = step_folder.verified_manifest(folder)
     assert manifest["step"] == 3 and manifest["devices"] == 1
     assert manifest["class_names"] == ["a", "b"]
     leaves = trees.flatten(at(build(), 3))
@@ -383,11 +392,20 @@ def test_a_manifest_that_is_no_manifest_is_damage(run):
             restore(run)
 
 
+@pytest.mark.parametrize("load", [saved_run.load, adapt.load_params])
+def test_who_else_loads_a_damaged_step_is_offered_the_intact_one(load, run):
+    newest = epath.Path(run / "checkpoints" / "3")
+    data = next(p for p in files_of_a_step(newest) if "/d/" in str(p))
+    data.write_bytes(data.read_bytes()[:-1])
+    with pytest.raises(DamagedCheckpoint, match="Step 2 is intact. To continue from"):
+        load(newest)
+
+
 def test_a_copied_step_folder_is_enough(run, tmp_path):
     copy = epath.Path(tmp_path / "elsewhere" / "my model")
     shutil.copytree(run / "checkpoints" / "2", copy)
     shutil.rmtree(run)
-    folder = checkpoint.find(copy)
+    folder = step_folder.find(copy)
     assert folder == copy
     params, manifest = adapt.load_params(folder)
     assert manifest["step"] == 2
@@ -395,7 +413,7 @@ def test_a_copied_step_folder_is_enough(run, tmp_path):
     np.testing.assert_array_equal(
         params["encoder/kernel"], expected.ema["encoder"]["kernel"]
     )
-    found = checkpoint.restore(folder, blueprint(), manifest)
+    found = step_folder.restore(folder, blueprint(), manifest)
     assert_same_bits(found, expected)
 
 
@@ -403,17 +421,17 @@ def test_find_takes_run_folder_checkpoints_folder_and_step_folder(run, monkeypat
     newest = epath.Path(run / "checkpoints" / "3")
     for given in (run, run / "checkpoints"):
         lines = []
-        assert checkpoint.find(given, lines.append) == newest
+        assert step_folder.find(given, lines.append) == newest
         assert lines == [f"{given}: using step 3, the newest of 3 complete"]
     lines = []
     older = run / "checkpoints" / "2"
-    assert checkpoint.find(older, lines.append) == epath.Path(older)
+    assert step_folder.find(older, lines.append) == epath.Path(older)
     monkeypatch.chdir(run.parent)
-    assert checkpoint.find("run", lines.append) == newest
-    assert checkpoint.find("run/checkpoints/../", lines.append) == newest
+    assert step_folder.find("run", lines.append) == newest
+    assert step_folder.find("run/checkpoints/../", lines.append) == newest
     # A step that is not complete is none.
     (run / "checkpoints" / "3" / "manifest.json").unlink()
-    assert checkpoint.find(run, lines.append).name == "2"
+    assert step_folder.find(run, lines.append).name == "2"
 
 
 def test_find_says_what_it_saw_instead(tmp_path):
@@ -421,14 +439,14 @@ def test_find_says_what_it_saw_instead(tmp_path):
     with pytest.raises(
         FileNotFoundError, match=r"No complete.*it does not exist.*run f"
     ):
-        checkpoint.find(tmp_path / "nowhere")
+        step_folder.find(tmp_path / "nowhere")
     with pytest.raises(FileNotFoundError, match="it holds nothing"):
-        checkpoint.find(tmp_path)
+        step_folder.find(tmp_path)
     (tmp_path / "weights.npz").write_text("")
     with pytest.raises(FileNotFoundError, match="it holds weights.npz. Give a run fo"):
-        checkpoint.find(tmp_path)
+        step_folder.find(tmp_path)
     with pytest.raises(FileNotFoundError, match="it is a file"):
-        checkpoint.find(tmp_path / "weights.npz")
+        step_folder.find(tmp_path / "weights.npz")
 
 
 def test_a_checkpoint_of_another_architecture_is_refused_with_the_names(run):
@@ -524,4 +542,4 @@ def test_a_disk_that_is_really_full_loses_nothing_earlier(tmp_path):
     found, lines = restore(tmp_path, abstract)
     assert_same_bits(found, state)
     assert len(lines) == 1 and "step 2 was left unfinished" in lines[0]
-    assert checkpoint.complete_steps(epath.Path(tmp_path / "checkpoints")) == [1, 3]
+    assert step_folder.complete_steps(epath.Path(tmp_path / "checkpoints")) == [1, 3]

@@ -18,13 +18,13 @@ from etils import epath
 
 from big_vision_lite import (
     adapt,
-    checkpoint,
     command_line,
     evaluate,
     hyperrule,
     program,
     saved_run,
     serialize,
+    step_folder,
     train,
     trees,
 )
@@ -223,7 +223,7 @@ def test_a_set_below_one_batch_is_repeated_evenly():
 def test_everything_but_the_head_starts_from_the_run_and_the_head_from_zero(
     pretrained, images, two_shapes
 ):
-    loaded, _ = adapt.load_params(checkpoint.find(str(pretrained)))
+    loaded, _ = adapt.load_params(step_folder.find(str(pretrained)))
     assert np.any(loaded["head/kernel"])
     for folder, classes in ((two_shapes, 2), (images, 3)):  # the old head fits three
         config = small_rule().config(
@@ -274,7 +274,7 @@ def test_the_outer_run_goes_on_as_if_nobody_had_fine_tuned(run, pretrained):
     sums = [
         {n: leaf["checksum"] for n, leaf in manifest["leaves"].items()}
         for manifest in (
-            checkpoint.verified_manifest(epath.Path(folder) / "checkpoints" / "10")
+            step_folder.verified_manifest(epath.Path(folder) / "checkpoints" / "10")
             for folder in (run, pretrained)
         )
     ]
@@ -314,7 +314,7 @@ def test_a_stop_in_the_inner_training_is_resumed_where_it_was(ready, run, tmp_pa
         stop.received = "SIGTERM"
         with pytest.raises(Stopped, match="saved step 1"):
             finetune.fine_tune(context, config, folder, params)
-    assert checkpoint.complete_steps(folder / "seed_0" / "checkpoints") == [1]
+    assert step_folder.complete_steps(folder / "seed_0" / "checkpoints") == [1]
     accuracy = finetune.fine_tune(context, config, folder, params)
     assert accuracy == records(run)[10]["transfer/accuracy"]
     digest = finetune.digest(params)

@@ -192,7 +192,7 @@ def test_parameters_have_the_documented_names():
     assert leaves["encoder/block_00/attention/query/kernel"].shape == (16, 2, 8)
     assert leaves["encoder/block_00/attention/out/kernel"].shape == (2, 8, 16)
     assert leaves["patch_embedding/kernel"].shape == (4, 4, 3, 16)
-    assert leaves["position_embedding"].shape == (1, 4, 16)
+    assert leaves["position_embedding"].shape == (2, 2, 16)
 
     resnet = shapes(tiny_resnet(), pixels(1, 8, 8))
     assert {
@@ -417,7 +417,9 @@ def test_vit_equals_a_transformer_written_in_numpy(pooling):
     ours = run(model, params, image)
     reference = NumpyViT(params)
     for index in range(2):
-        x = reference.embed(image[index]) + reference.params["position_embedding"][0]
+        positions = reference.params["position_embedding"]
+        x = reference.embed(image[index])
+        x = x + positions.reshape(x.shape)
         if pooling == Pooling.CLASS_TOKEN:
             x = np.concatenate([reference.params["class_token"][0], x])
         x = reference.encode(x)

@@ -12,12 +12,12 @@ import numpy as np
 from etils import epath
 
 from big_vision_lite import (
-    checkpoint,
     files,
     integrity,
     metrics,
     processes,
     serialize,
+    step_folder,
     train,
     trees,
 )
@@ -148,7 +148,7 @@ def fine_tune(
         processes.barrier(f"finetuned_{folder.parent.name}_{config.seed}")
     accuracy = _accuracy(folder, num_steps)
     assert accuracy is not None, f"{folder} has no test score at its last step"
-    for name in (checkpoint.FOLDER, checkpoint.TRASH):
+    for name in (step_folder.FOLDER, step_folder.TRASH):
         _remove(folder / name)
     return accuracy
 
@@ -174,7 +174,7 @@ def _accuracy(folder: epath.Path, num_steps: int) -> float | None:
 
 
 def _is_same(folder: epath.Path, config: TrainConfig) -> bool:
-    known = folder / checkpoint.CONFIG
+    known = folder / step_folder.CONFIG
     return not known.exists() or (
         json.loads(known.read_text())["config"] == _document(config)
     )

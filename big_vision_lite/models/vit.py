@@ -190,9 +190,9 @@ class ViT(nn.Module, kw_only=True):
                 positions = self.param(
                     "position_embedding",
                     nn.initializers.normal(width**-0.5),
-                    (1, rows * columns, width),
+                    (rows, columns, width),
                 )
-                x = x + positions.astype(self.dtype)
+                x = x + positions.reshape(x.shape[1:]).astype(self.dtype)
 
         if self.pooling == Pooling.CLASS_TOKEN:
             # After the positions, so the class token has none.

@@ -8,6 +8,9 @@ import subprocess
 import sys
 
 import pytest
+from prepared import prepare
+
+from big_vision_lite import command_line, train
 
 ROOT = pathlib.Path(__file__).parents[1]
 SCRIPT = ROOT / "tools" / "launch_tpu_vm.sh"
@@ -33,6 +36,7 @@ case "$*" in
   *"queued-resources create"*) touch there; echo READY > vm ;;
   *"queued-resources delete"*) rm there ;;
   *"tpu-vm describe"*) cat vm ;;
+  *"storage rsync"*) if [[ -e no_data ]]; then echo "no such bucket" >&2; exit 1; fi ;;
   *"tpu-vm scp"*) for word in "$@"; do
       if [[ $word == */train.sh ]]; then cp "$word" "train.$(date +%N)"; fi; done ;;
   *"kill -0"*) [[ -e going ]] ;;
@@ -131,7 +135,7 @@ def test_flags_with_spaces_and_quotes_reach_train_as_they_were(cloud):
     flags = ["--config.a=two words", "--config.b=it's", '--config.c="$HOME" `x` *\\']
     assert run("0", "--", *flags).returncode == 0
     (script,) = folder.glob("train.*")
-    line = script.read_text().splitlines()[3]
+    line = script.read_text().splitlines()[-2]
     assert shlex.split(line)[-3:] == flags
     # And as the workers' shell reads it, not only as Python does.
     echoed = subprocess.run(
@@ -158,6 +162,8 @@ def test_a_missing_option_is_named(missing):
         (options(config="configs/quikstart.py"), RECIPE),
         (options(type="v99-8"), "Give --version"),
         (options(name="Run 1"), "small letters"),
+        (options(data="/home/me/sets"), "rsync --recursive /home/me/sets gs://"),
+        (options(data_folder="/dev/shm/sets"), "give --data gs://"),
         ([*options(), "--max_restarts=x"], "not a number"),
         ([*options(), "--zone"], "--zone needs a value"),
         ([*options(), "--sopt"], "no option --sopt"),
@@ -187,6 +193,69 @@ def test_help_shows_every_option():
     assert shown.returncode == 0
     for option in (*NEEDED, "version", "spot", "keep", "max_restarts", "dry_run"):
         assert f"--{option}" in shown.stdout
+    for option in ("data", "data_folder", "project"):
+        assert f"--{option} " in shown.stdout
+
+
+def test_the_example_of_the_help_trains_on_the_data_that_it_copies(
+    tmp_path, monkeypatch
+):
+    """Followed as a worker would: the copied folder, what train.sh exports and runs."""
+    text = launch("--help").stdout.replace("\\\n", " ")
+    (example,) = [line for line in text.splitlines() if "--name s16" in line]
+    shown = launch("--dry_run", *shlex.split(example)[1:])
+    assert shown.returncode == 0, shown.stderr
+    source, folder = copies(shown.stdout)
+    assert source == "gs://BUCKET/tensorflow_datasets"
+    home = tmp_path / "a home"
+    prepare(
+        home / folder,
+        "imagenet2012",
+        shape=(40, 48, 3),
+        num_classes=1000,
+        splits={"train": 200, "validation": 50},
+    )
+    script = [line for line in shown.stdout.splitlines() if line[:4] == "    "]
+    export, train_line = script[2].strip(), script[4].strip()
+    exported = subprocess.run(
+        ["bash", "-c", f'{export}; echo "$TFDS_DATA_DIR"'],
+        capture_output=True,
+        text=True,
+        check=True,
+        cwd=home,
+    )
+    monkeypatch.setenv("TFDS_DATA_DIR", exported.stdout.strip())
+    monkeypatch.chdir(ROOT)
+    words = shlex.split(train_line)
+    config = command_line.parse(words[3:], train.define_flags).config
+    assert config.num_epochs == 300
+    assert len(config.data.source) == 198
+    assert len(config.evaluators["val"].source) == 50
+
+
+def copies(printed: str) -> list[str]:
+    """Returns what is copied to all workers, and the folder it is copied to."""
+    (command,) = [words for words in commands(printed) if "rsync" in " ".join(words)]
+    assert command[6] == "--worker=all"
+    return shlex.split(command[7])[-2:]
+
+
+@pytest.mark.parametrize("local", ["/dev/shm/my sets", "sets"])
+def test_the_data_is_copied_where_it_is_asked_for(cloud, local):
+    folder, run = cloud
+    ended = run("0", "--data=gs://bucket/tfds", f"--data_folder={local}")
+    assert ended.returncode == 0, ended.stderr
+    assert copies(ended.stdout) == ["gs://bucket/tfds", local]
+    (script,) = folder.glob("train.*")
+    assert f"realpath {shlex.quote(local)}" in script.read_text()
+
+
+def test_without_the_data_nothing_is_started(cloud):
+    folder, run = cloud
+    (folder / "no_data").touch()
+    ended = run("0", "--data=gs://bucket/tfds")
+    assert ended.returncode == 64 and "no such bucket" in ended.stderr
+    assert calls(folder, "tail") == 0
 
 
 def test_a_preempted_slice_is_made_again_and_the_same_command_resumes(cloud):

@@ -8,10 +8,10 @@ usage() {
 Usage: tools/launch_tpu_vm.sh --name NAME --zone ZONE --type TYPE \
          --workdir gs://BUCKET/RUN --config RECIPE [options] [-- FLAGS OF train]
 
-Asks Google Cloud for a TPU slice, copies this checkout to every worker, installs it,
-starts the same command on all of them and shows the log of worker 0. When the slice is
-preempted it asks for another one and starts the same command again, which resumes from
-the last checkpoint in --workdir. When the run is over the slice is deleted.
+Asks Google Cloud for a TPU slice, copies this checkout and the data to every worker,
+installs, starts the same command on all of them and shows the log of worker 0. When the
+slice is preempted it asks for another one and starts the same command again, which
+resumes from the last checkpoint in --workdir. When the run is over the slice is deleted.
 
   --name NAME          name of the queued resource and of the TPU VM
   --zone ZONE          for example europe-west4-b
@@ -19,6 +19,11 @@ the last checkpoint in --workdir. When the run is over the slice is deleted.
   --workdir gs://...   run folder; must be a bucket, which all workers share
   --config RECIPE      recipe in this checkout, for example configs/vit_s16_i1k.py:size=224
 
+  --data gs://...      folder of prepared TFDS sets, or of images; copied to a local folder
+                       of every worker, where recipes without data_dir look for sets
+  --data_folder PATH   that folder (default data, in the home folder); mind that all of
+                       it must fit: df -h on a worker shows its disks, and /dev/shm,
+                       which is memory
   --version RUNTIME    TPU runtime; default: the one for TYPE
   --project PROJECT    default: gcloud's own
   --spot               cheaper, may be preempted
@@ -27,8 +32,11 @@ the last checkpoint in --workdir. When the run is over the slice is deleted.
   --dry_run            print every command, run none
   --help
 
-What follows -- goes to big_vision_lite.train as it is, for example
-  -- --config.num_epochs=300 --config.data.source.data_dir=gs://BUCKET/tensorflow_datasets
+What follows -- goes to big_vision_lite.train as it is, for example:
+  tools/launch_tpu_vm.sh --name s16 --zone europe-west4-b --type v5litepod-16 --spot \
+    --workdir gs://BUCKET/runs/s16 --data gs://BUCKET/tensorflow_datasets \
+    --config configs/vit_s16_i1k.py:size=224 -- --config.num_epochs=300
+
 Needs gcloud, logged in: https://cloud.google.com/sdk/docs/install
 TEXT
 }
@@ -60,6 +68,7 @@ run() {
 }
 
 name='' zone='' type='' version='' workdir='' config='' project=''
+data='' data_folder=data
 spot=no keep=no dry_run=no max_restarts=100
 flags=() command=()
 # Exit codes of an attempt: installing or starting failed; somebody else ended the run.
@@ -79,7 +88,7 @@ parse() {
     esac
     case $option in
       --name | --zone | --type | --version | --workdir | --config | --project | \
-        --max_restarts)
+        --data | --data_folder | --max_restarts)
         (($#)) && [[ $1 != --* ]] || fail "$option needs a value."
         printf -v "${option#--}" '%s' "$1"
         shift
@@ -99,6 +108,10 @@ check() {
     fail "--name $name: Google Cloud wants small letters, digits and -, a letter first."
   [[ $workdir == gs://?* ]] ||
     fail "--workdir $workdir is not a bucket. Every worker has a disk of its own, and it is gone with the slice; use gs://BUCKET/RUN."
+  [[ -z $data || $data == gs://?* ]] ||
+    fail "--data $data is not a folder of a bucket. Copy it there first: gcloud storage rsync --recursive $data gs://BUCKET/FOLDER"
+  [[ -n $data || $data_folder == data ]] ||
+    fail "--data_folder $data_folder says where --data is copied to: give --data gs://BUCKET/FOLDER, too."
   [[ $max_restarts =~ ^[0-9]+$ ]] || fail "--max_restarts $max_restarts is not a number."
   [[ -f $root/${config%%:*} ]] ||
     fail "There is no recipe ${config%%:*} in $root. Recipes: $(recipes)"
@@ -199,7 +212,9 @@ on_workers() {
 # Writes what every worker runs: its process id, log and exit code go to files, so that
 # the run outlives the connection.
 write_train_script() {
-  printf '%s\n' '#!/usr/bin/env bash' "echo \$\$ > train.pid" 'cd code || exit 1' \
+  local where=()
+  [[ -z $data ]] || where=("export TFDS_DATA_DIR=\"\$(realpath $(quoted "$data_folder"))\"")
+  printf '%s\n' '#!/usr/bin/env bash' "echo \$\$ > train.pid" "${where[@]}" 'cd code || exit 1' \
     "$(quoted ../venv/bin/python -u -m big_vision_lite.train --config="$config" \
       --workdir="$workdir" "${flags[@]}")" "echo \$? > ../exit_code" >"$1"
 }
@@ -222,7 +237,17 @@ install() {
   on_workers all "set -e; rm -rf code; mkdir code; tar -C code -xzf code.tar.gz; \
 python3 -m pip install --quiet --user uv; \
 test -d venv || ~/.local/bin/uv venv --quiet --python 3.12 venv; \
-~/.local/bin/uv pip install --quiet --python venv/bin/python -e 'code[tpu,gcs]'"
+~/.local/bin/uv pip install --quiet --python venv/bin/python -e 'code[tpu,gcs]'" || return
+  [[ -z $data ]] || copy_data
+}
+
+# The records are read at random all the time, which a mounted bucket is too slow for.
+# After a restart on the same slice only what is missing is copied.
+copy_data() {
+  local folder
+  folder=$(quoted "$data_folder")
+  on_workers all "mkdir -p $folder && \
+gcloud storage rsync --recursive $(quoted "$data" "$data_folder")"
 }
 
 # $ and ` below belong to the workers' shells.

@@ -34,6 +34,10 @@ def make_train_step(
     "loss", "gradient_norm" (before clipping) and "finite". A step whose loss or
     gradient is not finite leaves everything but the counter as it was, so that what
     went wrong can still be looked at.
+
+    Raises:
+        ValueError: micro-batches with batch statistics, or with an objective that needs
+            the whole batch.
     """
     frozen = set(trees.names(abstract.frozen))
     named = [*trees.names(abstract.params), *frozen]
@@ -63,6 +67,13 @@ def make_train_step(
             f"micro_batches={micro_batches} with a model that keeps "
             f"{', '.join(abstract.collections)}: batch statistics of a part are not "
             "those of the batch. Use --config.micro_batches=1."
+        )
+    if micro_batches > 1 and getattr(objective, "needs_whole_batch", False):
+        raise ValueError(
+            f"micro_batches={micro_batches} with {type(objective).__name__}, which "
+            "compares the examples of the whole batch: a part holds other pairs. Use "
+            "--config.micro_batches=1, and more devices or a smaller "
+            "--config.data.batch_size if memory is short."
         )
 
     def whole_batch(

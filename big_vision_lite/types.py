@@ -92,7 +92,11 @@ class Forward(Protocol):
 
 @runtime_checkable
 class Objective(Protocol):
-    """A loss as a function of the batch: one value an example, and metrics alike."""
+    """A loss as a function of the batch: one value an example, and metrics alike.
+
+    One whose values depend on the other examples of the batch (contrastive) says so
+    with `needs_whole_batch: ClassVar[bool] = True`; it takes no micro-batches.
+    """
 
     def __call__(
         self, forward: Forward, batch: Batch, rng: Array

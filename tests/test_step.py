@@ -1,6 +1,8 @@
+import dataclasses
 import functools
 import math
 import re
+from typing import ClassVar
 
 import jax
 import jax.numpy as jnp
@@ -619,6 +621,31 @@ def test_micro_batches_are_refused_for_batch_statistics():
         r"batch_stats.*micro_batches=1",
     ):
         start(Net(batch_norm=True), micro_batches=2)
+
+
+@dataclasses.dataclass(frozen=True)
+class Contrast:
+    """Tells every image from the others of the batch: the parts have fewer others."""
+
+    def __call__(self, forward, batch, rng):
+        z = forward(image=batch["image"])["pooled"]
+        return -jax.nn.log_softmax(z @ z.T, axis=-1).diagonal(), {}
+
+
+class WholeContrast(Contrast):
+    needs_whole_batch: ClassVar[bool] = True
+
+
+def test_micro_batches_are_refused_for_an_objective_that_needs_the_whole_batch():
+    with pytest.raises(
+        ValueError,
+        match=r"micro_batches=2 with WholeContrast.*--config.micro_batches=1",
+    ):
+        start(objective=WholeContrast(), micro_batches=2)
+    (whole,) = start(objective=WholeContrast()).advance(rows())
+    # Why: undeclared, the parts give another loss without an error.
+    (parts,) = start(objective=Contrast(), micro_batches=2).advance(rows())
+    assert abs(parts["loss"] - whole["loss"]) > 0.1
 
 
 def test_device_ops_see_the_whole_batch_once_and_only_in_training():

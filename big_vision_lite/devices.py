@@ -1,7 +1,9 @@
 """What is settled before JAX looks at its devices: platform, processes, caches."""
 
+import contextlib
 import ctypes
 import importlib.util
+import json
 import os
 import pathlib
 import sys
@@ -9,7 +11,9 @@ import threading
 from typing import Any
 
 import jax
+from etils import epath
 
+from big_vision_lite import step_folder
 from big_vision_lite.config import Platform
 
 CACHE = "~/.cache/big_vision_lite/compiled"
@@ -28,8 +32,11 @@ def set_up(
     coordinator: str | None = None,
     num_processes: int | None = None,
     process_id: int | None = None,
+    platform_flag: str = "--config.platform",
 ) -> None:
     """Chooses the platform, joins the other processes, sets memory and caches up.
+
+    `platform_flag` is how this program's user chooses a platform, for messages.
 
     Raises:
         ValueError: the machine has a GPU that this JAX cannot use, or the other
@@ -44,8 +51,23 @@ def set_up(
         os.environ["XLA_FLAGS"] = f"{flags} --xla_gpu_deterministic_ops=true".strip()
     join(coordinator, num_processes, process_id, platform)
     if platform is None and not os.environ.get("JAX_PLATFORMS"):
-        check_not_idle()
+        check_not_idle(platform_flag)
     cache_compiled()
+
+
+def set_up_to_use(folder: epath.Path, platform: Platform | None) -> None:
+    """Sets up to use a saved step, on the CPU if its run has chosen that on purpose.
+
+    By `platform`, else JAX_PLATFORMS, if given. What was trained on another platform
+    goes wherever JAX goes by itself: a pod's checkpoint may be used on a laptop.
+    """
+    if platform is None and not os.environ.get("JAX_PLATFORMS"):
+        # What of it is damaged is said when the step is loaded and verified.
+        with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
+            document = json.loads((folder / step_folder.CONFIG).read_text())
+            if document["config"]["platform"] == Platform.CPU:
+                platform = Platform.CPU
+    set_up(platform, platform_flag="--platform")
 
 
 def join(
@@ -164,8 +186,10 @@ def _on_tpu_vm(dev: pathlib.Path = pathlib.Path("/dev")) -> bool:
     return bool(chips) and importlib.util.find_spec("libtpu") is not None
 
 
-def check_not_idle(proc: pathlib.Path = pathlib.Path("/proc")) -> None:
-    """Refuses to train on a CPU beside a GPU that JAX was not installed for."""
+def check_not_idle(
+    platform_flag: str, proc: pathlib.Path = pathlib.Path("/proc")
+) -> None:
+    """Refuses to run on a CPU beside a GPU that JAX was not installed for."""
     driver = proc / "driver" / "nvidia" / "version"
     if not driver.exists() or jax.default_backend() != "cpu":
         return
@@ -174,7 +198,7 @@ def check_not_idle(proc: pathlib.Path = pathlib.Path("/proc")) -> None:
     raise ValueError(
         f"This machine has an NVIDIA GPU (driver {numbers[0] if numbers else '?'}) but "
         f"JAX {jax.__version__} was installed for CPU only. Install: pip install -e "
-        "'.[cuda]'. To train on CPU on purpose: --config.platform=cpu"
+        f"'.[cuda]'. To use the CPU on purpose: {platform_flag}=cpu"
     )
 
 

@@ -25,6 +25,7 @@ from big_vision_lite import (
     files,
     run_folder,
     saved_run,
+    step_folder,
     trees,
 )
 from big_vision_lite import step as step_lib
@@ -183,9 +184,10 @@ def main(argv: Sequence[str]) -> None:
             "step folder."
         )
     chosen_platform = values["platform"].value
-    devices.set_up(None if chosen_platform is None else Platform(chosen_platform))
+    folder = step_folder.find(values["workdir"].value)
+    devices.set_up_to_use(folder, chosen_platform and Platform(chosen_platform))
     modules: Any = values["allow_module"].value
-    run = saved_run.load(values["workdir"].value, allowed_modules=modules)
+    run = saved_run.load(folder, allowed_modules=modules)
     recipe = command.recipe
     config = run.config if command.config is None else command.config
     names: Any = values["evaluators"].value

@@ -26,7 +26,7 @@ from rich.progress import track
 from rich.table import Table
 from rich.text import Text
 
-from big_vision_lite import command_line, devices, files, saved_run
+from big_vision_lite import command_line, devices, files, saved_run, step_folder
 from big_vision_lite import step as step_lib
 from big_vision_lite.config import Platform
 from big_vision_lite.data import pipeline
@@ -219,7 +219,7 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     add("--embed", help="npz file for the pooled features")
     add("--top", type=int, default=5, help="classes a file (default 5)")
     add("--batch_size", type=int, default=64, help="images at a time (default 64)")
-    add("--platform", choices=[p.value for p in Platform], help="device to run on")
+    add("--platform", type=Platform, choices=list(Platform), help="device to run on")
     add("--allow_module", action="append", default=[], help="a module of your own")
     options = parser.parse_args(list(argv)[1:])
     if options.out is None and options.embed is None:
@@ -234,10 +234,10 @@ def main(argv: Sequence[str]) -> None:
     options = parse(argv)
     out, embed = _output(options.out, "--out"), _output(options.embed, "--embed")
     images = ImageFiles(options.images)
-    platform = None if options.platform is None else Platform(options.platform)
-    devices.set_up(platform)
+    folder = step_folder.find(options.workdir)
+    devices.set_up_to_use(folder, options.platform)
     run = saved_run.load(
-        options.workdir,
+        folder,
         allowed_modules=options.allow_module,
         devices=jax.local_devices(),
     )

@@ -1,5 +1,6 @@
 """What is settled before JAX looks at its devices, on machines that are only faked."""
 
+import functools
 import os
 import pathlib
 import runpy
@@ -10,7 +11,16 @@ import jax
 import pytest
 from etils import epath
 
-from big_vision_lite import devices, processes, run_folder
+from big_vision_lite import (
+    command_line,
+    devices,
+    evaluate,
+    integrity,
+    predict,
+    processes,
+    run_folder,
+    saved_run,
+)
 from big_vision_lite.config import Platform
 
 DRIVER = (
@@ -60,7 +70,7 @@ def fake_gpu(tmp_path: pathlib.Path) -> pathlib.Path:
 
 def test_an_idle_gpu_is_refused_with_the_install_command(tmp_path):
     with pytest.raises(ValueError) as error:
-        devices.check_not_idle(fake_gpu(tmp_path))
+        devices.check_not_idle("--config.platform", fake_gpu(tmp_path))
     message = str(error.value)
     assert "driver 580.65.06" in message
     assert f"JAX {jax.__version__} was installed for CPU only" in message
@@ -69,18 +79,18 @@ def test_an_idle_gpu_is_refused_with_the_install_command(tmp_path):
 
 
 def test_a_machine_without_a_gpu_trains_on_its_cpu(tmp_path):
-    devices.check_not_idle(tmp_path)
+    devices.check_not_idle("--config.platform", tmp_path)
 
 
 def test_a_gpu_that_jax_uses_is_fine(tmp_path, monkeypatch):
     monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
-    devices.check_not_idle(fake_gpu(tmp_path))
+    devices.check_not_idle("--config.platform", fake_gpu(tmp_path))
 
 
 @pytest.mark.parametrize("by", ["recipe", "environment", "nobody"])
 def test_a_cpu_chosen_on_purpose_is_not_questioned(joined, monkeypatch, by):
     asked = []
-    monkeypatch.setattr(devices, "check_not_idle", lambda: asked.append(True))
+    monkeypatch.setattr(devices, "check_not_idle", lambda _: asked.append(True))
     if by == "environment":
         monkeypatch.setenv("JAX_PLATFORMS", "cpu")
     devices.set_up(Platform.CPU if by == "recipe" else None)
@@ -102,6 +112,71 @@ def test_deterministic_adds_to_the_flags_of_xla(joined, monkeypatch):
         "--xla_of_the_user=1",
         "--xla_gpu_deterministic_ops=true",
     ]
+
+
+@pytest.fixture
+def use(tmp_path, joined, monkeypatch, capsys):
+    """Returns a function that uses a saved step beside a GPU that JAX cannot use.
+
+    The command line runs up to the loading of the step; what it printed is returned.
+    """
+    fake = functools.partial(devices.check_not_idle, proc=fake_gpu(tmp_path))
+    monkeypatch.setattr(devices, "check_not_idle", fake)
+
+    def load(*_, **__):
+        raise ValueError("all set up")
+
+    monkeypatch.setattr(saved_run, "load", load)
+
+    def run(program, config: str, *flags: str) -> str:
+        folder = tmp_path / "run" / "checkpoints" / "5"
+        folder.mkdir(parents=True)
+        (folder / integrity.MANIFEST).write_text("{}")
+        (folder / "config.json").write_text(config)
+        (folder / "image.png").write_bytes(b"")
+        argv = ["program", f"--workdir={tmp_path / 'run'}", *flags]
+        if program is predict:
+            argv += [f"--images={folder}", f"--out={tmp_path / 'out.csv'}"]
+        assert command_line.run(program.main, argv) == 1
+        return capsys.readouterr().err
+
+    return run
+
+
+USERS = (predict, evaluate)
+
+
+@pytest.mark.parametrize("program", USERS)
+def test_a_run_trained_on_the_cpu_on_purpose_is_used_there(use, updates, program):
+    assert "all set up" in use(program, '{"config": {"platform": "cpu"}}')
+    assert updates["jax_platforms"] == "cpu"
+
+
+@pytest.mark.parametrize("program", USERS)
+@pytest.mark.parametrize("platform", ["null", '"gpu"', '"cp'])
+def test_an_idle_gpu_is_told_in_the_spelling_of_the_program(
+    use, updates, program, platform
+):
+    """Also where the run was on a GPU: it may be used elsewhere, but on purpose."""
+    message = use(program, f'{{"config": {{"platform": {platform}}}}}')
+    assert "on purpose: --platform=cpu" in message
+    assert "jax_platforms" not in updates
+
+
+@pytest.mark.parametrize("program", USERS)
+def test_the_platform_of_the_flag_comes_before_the_runs(use, updates, program):
+    config = '{"config": {"platform": "cpu"}}'
+    assert "all set up" in use(program, config, "--platform=gpu")
+    assert updates["jax_platforms"] == "cuda"
+
+
+@pytest.mark.parametrize("program", USERS)
+def test_the_platform_of_the_environment_comes_before_the_runs(
+    use, updates, monkeypatch, program
+):
+    monkeypatch.setenv("JAX_PLATFORMS", "cuda")
+    assert "all set up" in use(program, '{"config": {"platform": "cpu"}}')
+    assert "jax_platforms" not in updates
 
 
 # The compile cache.

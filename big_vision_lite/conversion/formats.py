@@ -52,12 +52,14 @@ class Weights:
 class Architecture:
     """The model that some weights belong to.
 
-    `image_size` is (height, width) in px where the weights fix it, else None. `notes`
-    are assumptions that shapes and names alone could not settle, said to the user.
+    `image_size` is (height, width) in px where the weights fix it, else None;
+    `channels` those of the image. `notes` are assumptions that shapes and names alone
+    could not settle, said to the user.
     """
 
     model: Any
     image_size: tuple[int, int] | None = None
+    channels: int = 3
     notes: tuple[str, ...] = ()
 
 
@@ -127,7 +129,6 @@ def load(
     form: Format,
     architecture: Architecture,
     image_size: tuple[int, int],
-    channels: int,
 ) -> dict[str, np.ndarray]:
     """Returns our {name: float32 array} of weights in a format.
 
@@ -138,7 +139,7 @@ def load(
     return mapping.read(
         form.entries(model, image_size),
         weights.arrays,
-        shapes(model, image_size, channels),
+        shapes(model, image_size, architecture.channels),
         what=f"{weights.path} ({form.name})",
         ignored=form.ignored,
     )

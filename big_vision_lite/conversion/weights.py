@@ -1,0 +1,228 @@
+"""Reads the arrays of weight files from elsewhere; what a file is, its bytes tell.
+
+Nothing in a file is ever executed: safetensors and numpy arrays hold none that could
+be, and torch's archives are opened by torch itself, tensors only.
+"""
+
+import json
+import pathlib
+import zipfile
+from collections.abc import Mapping
+from typing import Any
+
+import ml_dtypes
+import numpy as np
+import safetensors
+import safetensors.numpy
+
+from big_vision_lite.conversion.formats import Weights
+
+HUB = "hub:"
+# In the order in which they are looked for.
+FOLDER_FILES = ("model.safetensors", "pytorch_model.bin", "model.npz")
+READ = "Read are: Orbax run folders, .safetensors, .npz, torch's .pth and .bin"
+# What training scripts wrap around the parameters.
+WRAPPERS = ("state_dict", "model", "module", "params", "opt/target", "opt.target")
+
+
+def read(path: str) -> Weights:
+    """Reads a file, a folder with config.json, or `hub:organisation/name`.
+
+    Raises:
+        FileNotFoundError: there is nothing of that name.
+        ValueError: it is no weight file, is damaged, or holds other things than arrays.
+    """
+    if path.startswith(HUB):
+        return _read_folder(_download(path), path)
+    given = pathlib.Path(path).expanduser()
+    if given.is_dir():
+        return _read_folder(given, path)
+    if not given.exists():
+        raise FileNotFoundError(f"{path} does not exist. {READ}.")
+    beside = {name: _json(given.parent / name) for name in _SIDE_FILES}
+    return Weights(
+        arrays=arrays_of(given),
+        path=path,
+        config=beside["config.json"],
+        preprocessor=beside["preprocessor_config.json"],
+    )
+
+
+def is_foreign(path: str) -> bool:
+    """Says whether a path names weights of another library, not a run of ours."""
+    if path.startswith(HUB):
+        return True
+    given = pathlib.Path(path).expanduser()
+    if given.is_dir():
+        return any((given / name).exists() for name in FOLDER_FILES)
+    return given.is_file()
+
+
+def arrays_of(path: pathlib.Path) -> dict[str, np.ndarray]:
+    """Returns {name: array} of one file, floats as float32, wrappers taken off.
+
+    Raises:
+        ValueError: see `read`.
+    """
+    with path.open("rb") as file:
+        head = file.read(64)
+    if not head:
+        raise ValueError(f"{path} is empty. Fetch it again.")
+    if zipfile.is_zipfile(path):
+        with zipfile.ZipFile(path) as archive:
+            inside = archive.namelist()
+        is_torch = any(name.endswith("data.pkl") for name in inside)
+        found = _torch(path) if is_torch else _npz(path)
+    elif head[:4] == b"PK\x03\x04":
+        raise ValueError(f"{path} is a truncated archive (.npz or .pth). {_AGAIN}")
+    elif head[:2] in (b"\x80\x02", b"\x80\x03", b"\x80\x04", b"\x80\x05"):
+        found = _torch(path)
+    elif head[8:9] == b"{":
+        found = _safetensors(path)
+    else:
+        raise ValueError(_unknown(path, head))
+    return _unwrapped({name: _floats(array) for name, array in found.items()})
+
+
+_SIDE_FILES = ("config.json", "preprocessor_config.json")
+_AGAIN = "Fetch or copy it again."
+
+
+def _read_folder(folder: pathlib.Path, path: str) -> Weights:
+    for name in FOLDER_FILES:
+        if (folder / name).exists():
+            return Weights(
+                arrays=arrays_of(folder / name),
+                path=path,
+                config=_json(folder / "config.json"),
+                preprocessor=_json(folder / "preprocessor_config.json"),
+            )
+    seen = ", ".join(sorted(p.name for p in folder.iterdir())[:5]) or "nothing"
+    raise FileNotFoundError(
+        f"{path} holds no weights ({', '.join(FOLDER_FILES)}), but {seen}. {READ}."
+    )
+
+
+def _download(path: str) -> pathlib.Path:
+    try:
+        import huggingface_hub
+    except ImportError:
+        raise ValueError(
+            f"{path}: downloading needs the hub's client; pip install -e '.[hub]', or "
+            "give a folder that has been downloaded."
+        ) from None
+    try:
+        wanted = [*FOLDER_FILES, *_SIDE_FILES]
+        name = path.removeprefix(HUB)
+        return pathlib.Path(
+            huggingface_hub.snapshot_download(name, allow_patterns=wanted)
+        )
+    except Exception as error:  # the client raises a dozen kinds
+        reason = str(error).strip().splitlines()[0] if str(error) else repr(error)
+        raise ValueError(
+            f"{path} could not be downloaded: {reason} Write hub:organisation/name, "
+            "and see whether this machine reaches the network."
+        ) from error
+
+
+def _json(path: pathlib.Path) -> Mapping[str, Any]:
+    if not path.exists():
+        return {}
+    try:
+        found = json.loads(path.read_text())
+    except ValueError as error:
+        raise ValueError(f"{path} is no JSON: {error}. {_AGAIN}") from error
+    return found if isinstance(found, dict) else {}
+
+
+def _safetensors(path: pathlib.Path) -> dict[str, np.ndarray]:
+    try:
+        return safetensors.numpy.load_file(path)
+    except (safetensors.SafetensorError, ValueError, KeyError) as error:
+        raise ValueError(
+            f"{path} is a damaged safetensors file: {error}. {_AGAIN}"
+        ) from error
+
+
+def _npz(path: pathlib.Path) -> dict[str, np.ndarray]:
+    try:
+        with np.load(path, allow_pickle=False) as archive:
+            return {name: archive[name] for name in archive.files}
+    except (ValueError, OSError, EOFError, zipfile.BadZipFile) as error:
+        if "allow_pickle" in str(error):
+            raise ValueError(
+                f"{path} holds pickled Python objects, which could run anything; they "
+                "are never loaded. Save plain arrays: numpy.savez(FILE, **arrays)."
+            ) from error
+        raise ValueError(f"{path} is a damaged archive: {error}. {_AGAIN}") from error
+
+
+def _torch(path: pathlib.Path) -> dict[str, np.ndarray]:
+    try:
+        import torch
+    except ImportError:
+        raise ValueError(
+            f"{path} is a torch archive, which only torch opens: pip install -e "
+            "'.[torch]', or save it as safetensors."
+        ) from None
+    try:
+        found = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # torch raises a dozen kinds
+        reason = str(error).strip().splitlines()[0] if str(error) else repr(error)
+        raise ValueError(
+            f"{path} is no torch file of tensors alone: {reason} A file that holds "
+            "other objects could run anything and is not loaded; a truncated one: "
+            "fetch it again."
+        ) from error
+    arrays: dict[str, np.ndarray] = {}
+    _collect(found, "", arrays, torch.Tensor)
+    if not arrays:
+        raise ValueError(
+            f"{path} holds a {type(found).__name__} without tensors, no state dict."
+        )
+    return arrays
+
+
+def _collect(node: Any, name: str, arrays: dict[str, np.ndarray], tensor: type) -> None:
+    """Gathers the tensors of nested dicts; epochs, arguments and such are left out."""
+    if isinstance(node, tensor):
+        whole: Any = node
+        arrays[name] = whole.detach().float().numpy()
+    elif isinstance(node, Mapping):
+        for key, value in node.items():
+            _collect(value, f"{name}.{key}" if name else str(key), arrays, tensor)
+
+
+def _floats(array: np.ndarray) -> np.ndarray:
+    # numpy's archives keep bfloat16 as two bytes without a meaning.
+    if array.dtype == np.dtype("V2"):
+        array = array.view(ml_dtypes.bfloat16)
+    if array.dtype.kind in "fV" or array.dtype == ml_dtypes.bfloat16:
+        return np.asarray(array, np.float32)
+    return array
+
+
+def _unwrapped(arrays: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+    """Takes off what wraps all parameters, and drops what lies beside them."""
+    for wrapper in WRAPPERS:
+        for separator in ("/", "."):
+            prefix = f"{wrapper.replace('/', separator)}{separator}"
+            inside = {
+                name.removeprefix(prefix): array
+                for name, array in arrays.items()
+                if name.startswith(prefix)
+            }
+            # Training scripts keep optimiser states and averages beside the model.
+            if inside and len(inside) * 4 >= len(arrays):
+                return _unwrapped(inside)
+    return arrays
+
+
+def _unknown(path: pathlib.Path, head: bytes) -> str:
+    # MessagePack maps begin with these bytes: what flax.serialization writes.
+    if head[0] in range(0x80, 0x90) or head[0] in (0xDE, 0xDF):
+        return (
+            f"{path.name} is a Flax msgpack training checkpoint: this format is not "
+            f"read. {READ}."
+        )
+    return f"{path} is no weight file: it begins with {head[:8]!r}. {READ}."

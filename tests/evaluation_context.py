@@ -1,5 +1,6 @@
 """A real context around a tiny model: real batches, steps and meshes, no training."""
 
+import dataclasses
 import functools
 
 import flax.linen as nn
@@ -12,6 +13,7 @@ from jax.sharding import AxisType
 from big_vision_lite import layout
 from big_vision_lite import step as step_lib
 from big_vision_lite.data import pipeline
+from big_vision_lite.data.in_memory import InMemory
 from big_vision_lite.evaluators.context import Context
 from big_vision_lite.objectives.classification import SoftmaxClassification
 from big_vision_lite.state import TrainState
@@ -47,6 +49,32 @@ class Network(nn.Module):
         pooled = nn.relu(nn.Dense(48, name="hidden")(x))
         logits = nn.Dense(self.num_classes, name="head")(pooled)
         return {"pooled": pooled, "logits": logits}
+
+
+@dataclasses.dataclass
+class Damaged:
+    """A set in which some files are no images."""
+
+    source: InMemory
+    bad: tuple[int, ...]
+
+    @property
+    def class_names(self):
+        return self.source.class_names
+
+    @property
+    def fingerprint(self):
+        return f"{self.source.fingerprint} but {self.bad}"
+
+    def __len__(self):
+        return len(self.source)
+
+    def __getitem__(self, index):
+        example = self.source[index]
+        return example | {"image": b"no image"} if index in self.bad else example
+
+    def name(self, index):
+        return f"image {index}"
 
 
 def make_mesh(devices: int):

@@ -1,13 +1,13 @@
 """Every image counts once, for the right class, on any number of devices."""
 
 import csv
-import dataclasses
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from evaluation_context import (
+    Damaged,
     Network,
     Pixels,
     make_context,
@@ -191,27 +191,6 @@ def test_the_table_adds_up_and_is_continued_after_a_kill(tmp_path, source):
     for step in (4, 6):  # killed and restored before step 4
         evaluate(tmp_path, source, step=step)
     assert (tmp_path / "val_per_class.csv").read_bytes() == before
-
-
-@dataclasses.dataclass
-class Damaged:
-    """A set in which some files are no images."""
-
-    source: InMemory
-    bad: tuple[int, ...]
-
-    class_names = NAMES
-    fingerprint = "x"
-
-    def __len__(self):
-        return len(self.source)
-
-    def __getitem__(self, index):
-        example = self.source[index]
-        return example | {"image": b"no image"} if index in self.bad else example
-
-    def name(self, index):
-        return f"image {index}"
 
 
 def test_unreadable_images_are_counted_and_not_scored(tmp_path):

@@ -8,8 +8,16 @@ import jax.numpy as jnp
 import jaxtyping
 import numpy as np
 import pytest
-from evaluation_context import Network, Pixels, make_context, make_mesh, make_state
+from evaluation_context import (
+    Damaged,
+    Network,
+    Pixels,
+    make_context,
+    make_mesh,
+    make_state,
+)
 
+from big_vision_lite import console
 from big_vision_lite.data.ops import Decode, Resize
 from big_vision_lite.data.sources import Digits, InMemory
 from big_vision_lite.evaluators import features, fewshot, ridge
@@ -342,19 +350,59 @@ def test_shrinking_equals_the_means_of_blocks_and_leaves_small_images_alone():
 
 def test_features_come_in_the_order_of_the_source_without_unreadable_rows(tmp_path):
     model, mesh = Pixels(), make_mesh(8)
-    source = Digits(split="test")
+    bad = (0, 63, 64, 95)  # first and last of a batch
+    source = Damaged(TEST, bad)
     with jax.set_mesh(mesh):
         state = make_state(model, mesh, (8, 8, 1))
         context = make_context(tmp_path, mesh, model)
         step = context.make_eval_step(features.pooled(model))
-        found = features.extract(context, step, state, source, (), 64)
-    images, labels = arrays(source)
-    np.testing.assert_array_equal(found.vectors, images)
-    np.testing.assert_array_equal(found.labels, labels)
+        found = features.extract(
+            context, step, state, source, (Decode(channels=1),), 64
+        )
+    assert found.unreadable == 4
+    kept = np.setdiff1d(np.arange(96), bad)
+    images, labels = arrays(TEST)
+    np.testing.assert_array_equal(found.vectors, images[kept])
+    np.testing.assert_array_equal(found.labels, labels[kept])
     # The slow way: one image at a time.
-    for index in (0, 63, 64, 358):
-        alone = model.apply({"params": {"gain": 1.0}}, source[index]["image"][None])
-        np.testing.assert_array_equal(found.vectors[index], alone["pooled"][0])
+    for row in (0, 61, 62, 91):
+        image = source[kept[row]]["image"][None]
+        alone = model.apply({"params": {"gain": 1.0}}, image)
+        np.testing.assert_array_equal(found.vectors[row], alone["pooled"][0])
+
+
+def without(source, bad):
+    images, labels = arrays(source)
+    kept = np.setdiff1d(np.arange(len(labels)), bad)
+    return InMemory(images[kept].reshape(-1, 8, 8, 1), labels[kept], source.class_names)
+
+
+def test_unreadable_images_are_counted_said_once_and_as_if_not_there(tmp_path):
+    pool, test = (3, 127, 128, 399), (0, 95)
+    damaged = digits_set(train=Damaged(POOL, pool), test=Damaged(TEST, test))
+    clean = digits_set(train=without(POOL, pool), test=without(TEST, test))
+    messages = []
+    found = evaluate(
+        tmp_path / "damaged",
+        small(sets=(damaged,)),
+        ops=(Decode(channels=1),),
+        messages=messages,
+    )
+    expected = evaluate(tmp_path / "clean", small(sets=(clean,)))
+    assert expected["digits/unreadable"] == 0.0
+    assert found == expected | {"digits/unreadable": 6.0}
+    # Although the controls read the same images again.
+    (said,) = [message for message in messages if "unreadable" in message]
+    assert "4 of 400 training and 2 of 96 test images are unreadable" in said
+
+
+def test_the_count_of_unreadable_images_is_a_line_only_where_there_are_some():
+    scores = {"digits/5_shot/accuracy": 0.5, "digits/unreadable": 0.0}
+    assert list(console.format_scores(scores)) == ["digits/5_shot/accuracy"]
+    scores["digits/unreadable"] = 6.0
+    assert console.format_scores(scores)["digits/unreadable"] == "6"
+    (table,) = console.score_tables(scores)
+    assert table.row_count == 1
 
 
 def test_the_natural_sets_are_those_of_big_vision(monkeypatch):

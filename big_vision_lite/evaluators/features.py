@@ -19,10 +19,11 @@ RAW_PIXELS_SIDE = 32
 
 @dataclasses.dataclass(kw_only=True)
 class Features:
-    """One vector and one label an image, in the order of the source."""
+    """One vector and one label a readable image, in the order of the source."""
 
     vectors: Float[np.ndarray, "N D"]
     labels: Int[np.ndarray, " N"]
+    unreadable: int
 
 
 def pooled(model: Model) -> RowFunction:
@@ -75,7 +76,7 @@ def extract(
     ops: Sequence[Op],
     batch_size: int,
 ) -> Features:
-    """Runs `step` over all of `source`; unreadable images are left out.
+    """Runs `step` over all of `source`; unreadable images are left out and counted.
 
     Raises:
         ValueError: no image could be read, or the labels are not one number an image.
@@ -93,4 +94,5 @@ def extract(
             f"{context.name}: {source.name(0)} has several labels an image; few-shot "
             "and nearest-neighbour scores need exactly one."
         )
-    return Features(vectors=vectors, labels=labels)
+    unreadable = len(source) - len(vectors)
+    return Features(vectors=vectors, labels=labels, unreadable=unreadable)

@@ -43,6 +43,7 @@ class FewShot:
     that follow the seed's k shots, never test images; left out where none follow. Ties
     go to the larger penalty. Means over `seeds`, beside each "..._sd", the sample
     standard deviation. The protocol: big_vision (arXiv:2205.01580, section 3).
+    "<set>/unreadable" counts the images of pool and test set that were left out.
 
     With `controls` the same for the pixels themselves ("control_raw_pixels", at most 32
     px a side) and the network before step 1 ("control_untrained"), computed once a run
@@ -95,6 +96,9 @@ class FewShot:
                     features.extract(context, step, state, source, ops, self.batch_size)
                     for source in (few.train, few.test)
                 )
+                if kind == "accuracy":
+                    unreadable = _count_unreadable(context, few, train, test)
+                    scores[f"{few.name}/unreadable"] = float(unreadable)
                 test.labels = tables[few.name][test.labels]
                 found = self._few_shot(train, test, len(few.train.class_names), kind)
                 scores |= {f"{few.name}/{name}": x for name, x in found.items()}
@@ -196,6 +200,19 @@ class FewShot:
             "model": repr(context.model),
             "seed": context.seed,
         }
+
+
+def _count_unreadable(
+    context: Context, few: FewShotSet, train: Features, test: Features
+) -> int:
+    count = train.unreadable + test.unreadable
+    if count:
+        context.log(
+            f"{context.name}/{few.name}: {train.unreadable} of {len(few.train)} "
+            f"training and {test.unreadable} of {len(few.test)} test images are "
+            "unreadable and left out; tools/check_dataset.py lists them."
+        )
+    return count
 
 
 def natural_sets(data_dir: str | None = None) -> tuple[FewShotSet, ...]:

@@ -19,10 +19,11 @@ def count(function: Callable[..., Any], *args: Any) -> int:
     Raises:
         ValueError: a while loop holds products; nobody knows how often it turns.
     """
-    return _count(jax.make_jaxpr(function)(*args).jaxpr)
+    return count_jaxpr(jax.make_jaxpr(function)(*args).jaxpr)
 
 
-def _count(jaxpr: Any) -> int:
+def count_jaxpr(jaxpr: Any) -> int:
+    """Returns the FLOPs of a function that is traced already; as `count`."""
     return sum(_count_equation(equation) for equation in jaxpr.eqns)
 
 
@@ -34,7 +35,7 @@ def _count_equation(equation: Any) -> int:
         return _convolution(equation)
     if name.startswith("dot_product_attention_"):
         return _fused_attention(equation)
-    inside = [_count(jaxpr) for jaxpr in _jaxprs(params)]
+    inside = [count_jaxpr(jaxpr) for jaxpr in _jaxprs(params)]
     if name == "scan":
         return params["length"] * sum(inside)
     if name == "cond":

@@ -2,12 +2,13 @@
 
 import dataclasses
 import functools
+import shlex
 from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
 
-from big_vision_lite import flops
+from big_vision_lite import flops, mistakes
 from big_vision_lite import state as state_lib
 from big_vision_lite.config import TrainConfig
 from big_vision_lite.state import TrainState
@@ -36,7 +37,7 @@ def build(
 
     Raises:
         ValueError: a rule of the recipe (freeze, sharding, optimizer.rules) fits no
-            parameter.
+            parameter, or the head does not fit the classes.
     """
     num_steps = config.resolve_steps(len(config.data.source))
     optimizer = config.optimizer.build(num_steps)
@@ -59,22 +60,31 @@ def build(
         micro_batches=config.micro_batches,
         ema=config.ema,
     )
-    # Gradients with respect to inputs and to weights cost as much as forward, each.
-    forward = forward_flops(config, abstract, spec)
+    outline = trace_forward(config, abstract, spec)
+    check_head(config, outline.outputs)
     return Program(
         num_steps=num_steps,
         spec=spec,
         abstract=abstract,
         fresh=functools.partial(state_lib.create, initialize, abstract, config.seed),
         train_step=train_step,
-        flops_per_step=3 * config.data.batch_size * forward,
+        # Gradients with respect to inputs and to weights cost as much as forward, each.
+        flops_per_step=3 * config.data.batch_size * outline.flops,
     )
 
 
-def forward_flops(
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Outline:
+    """What the model does with one image: the shapes it gives, what they cost."""
+
+    outputs: Mapping[str, Any]
+    flops: int
+
+
+def trace_forward(
     config: TrainConfig, abstract: TrainState, spec: Mapping[str, Any]
-) -> int:
-    """Returns the model's matmul and convolution FLOPs forward, for one image."""
+) -> Outline:
+    """Returns the model's outputs, and its matmul and convolution FLOPs forward."""
     one = {
         name: jax.ShapeDtypeStruct((1, *leaf.shape[1:]), leaf.dtype)
         for name, leaf in spec.items()
@@ -85,4 +95,39 @@ def forward_flops(
         variables = {"params": params, **collections}
         return config.model.apply(variables, **config.model.inputs(batch), train=False)
 
-    return flops.count(forward, params, abstract.collections, one)
+    traced = jax.make_jaxpr(forward, return_shape=True)
+    jaxpr, outputs = traced(params, abstract.collections, one)
+    return Outline(outputs=outputs, flops=flops.count_jaxpr(jaxpr.jaxpr))
+
+
+def check_head(config: TrainConfig, outputs: Mapping[str, Any]) -> None:
+    """Refuses a head that has not one output for every class of the data.
+
+    A label that no output stands for would train as an image without a label.
+
+    Raises:
+        ValueError: says which options are to be changed.
+    """
+    names = tuple(config.data.source.class_names)
+    logits = outputs.get("logits")
+    if logits is None or not names:
+        return
+    width = logits.shape[-1]
+    wrong = {
+        path: value
+        for path, value, _ in mistakes.list_leaves(config)
+        if path.endswith("num_classes")
+        and value != len(names)
+        and (value == width or path.startswith("data.device_ops["))
+    }
+    if width == len(names) and not wrong:
+        return
+    shown = ", ".join(names[:5]) + (", ..." if len(names) > 5 else "")
+    found = [f"{width} logits", *(f"{path}={value}" for path, value in wrong.items())]
+    options = [shlex.quote(f"--config.{path}={len(names)}") for path in wrong]
+    raise ValueError(
+        f"data.source has {len(names)} classes ({shown}), the model and its labels "
+        f"have {', '.join(found)}; every class needs one logit. Use "
+        f"{' '.join(options) or f'a head of {len(names)} outputs'}, or the recipe's "
+        "own argument for the number of classes, if it takes one."
+    )

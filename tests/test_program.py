@@ -1,0 +1,81 @@
+"""What a recipe becomes before anything is compiled, and what is refused there."""
+
+import jax
+import numpy as np
+import pytest
+from tiny_runs import rows, tiny_vit
+
+from big_vision_lite import command_line, program, sharding, train
+from big_vision_lite.config import TrainConfig
+from big_vision_lite.data.device_ops import Mixup
+from big_vision_lite.data.ops import Decode
+from big_vision_lite.data.pipeline import Stream
+from big_vision_lite.data.sources import Digits
+from big_vision_lite.models.heads import Classifier
+from big_vision_lite.objectives.classification import SigmoidClassification
+from big_vision_lite.optimizers import AdamW
+from big_vision_lite.schedules import Constant
+
+HEAD = "--config.model.head.num_classes=10"
+MIXUP = "'--config.data.device_ops[0].num_classes=10'"
+
+
+class Embedding:
+    """An objective without classes: every image to the origin."""
+
+    def __call__(self, forward, batch, rng):
+        return (forward(image=batch["image"])["pooled"] ** 2).sum(-1), {}
+
+
+def build(head, mixup=None, objective=None, batch=None) -> program.Program:
+    ops = () if mixup is None else (Mixup(alpha=0.2, num_classes=mixup),)
+    config = TrainConfig(
+        num_steps=1,
+        model=tiny_vit(head=head),
+        objective=objective or SigmoidClassification(),
+        data=Stream(source=Digits(), device_ops=ops, batch_size=32),
+        preprocess=(Decode(channels=1),),
+        optimizer=AdamW(schedule=Constant(peak=0.1)),
+    )
+    mesh = sharding.make_mesh(config.mesh, jax.devices()[:1])
+    with jax.set_mesh(mesh):
+        spec = jax.eval_shape(lambda: batch or rows())
+        return program.build(config, mesh, spec)
+
+
+@pytest.mark.parametrize(
+    ("head", "mixup", "wrong"),
+    [(5, None, ["head"]), (12, None, ["head"]), (12, 12, ["head", "mixup"])]
+    + [(10, 12, ["mixup"])],
+)
+def test_a_head_that_does_not_fit_the_classes_is_refused(head, mixup, wrong):
+    """Narrower or wider: labels would go missing, or outputs stand for nothing."""
+    with pytest.raises(ValueError) as caught:
+        build(Classifier(num_classes=head), mixup)
+    found = [f"{head} logits"]
+    found += [f"model.head.num_classes={head}"] * ("head" in wrong)
+    found += ["data.device_ops[0].num_classes=12"] * ("mixup" in wrong)
+    options = " ".join({"head": HEAD, "mixup": MIXUP}[name] for name in wrong)
+    assert str(caught.value) == (
+        "data.source has 10 classes (0, 1, 2, 3, 4, ...), the model and its labels "
+        f"have {', '.join(found)}; every class needs one logit. Use {options}, or the "
+        "recipe's own argument for the number of classes, if it takes one."
+    )
+
+
+def test_a_head_that_fits_or_none_at_all_is_taken():
+    assert build(Classifier(num_classes=10), mixup=10).flops_per_step > 0
+    several = rows() | {"label": np.eye(10, dtype=np.float32)[np.arange(32) % 10]}
+    assert build(Classifier(num_classes=10), batch=several).flops_per_step > 0
+    assert build(None, objective=Embedding()).flops_per_step > 0
+
+
+def test_the_command_line_says_it_before_any_step(tmp_path, capsys):
+    recipe = f"--config={__file__.rpartition('/')[0]}/recipes/digits_spread.py"
+    command = ["train", recipe, f"--workdir={tmp_path}"]
+    narrow = "--config.model.head.num_classes=9"
+    assert command_line.run(train.main, [*command, narrow]) == 1
+    shown = capsys.readouterr()
+    assert "data.source has 10 classes" in shown.err and HEAD in shown.err
+    assert "loss" not in shown.out
+    assert not list((tmp_path / "checkpoints").iterdir())

@@ -1,6 +1,8 @@
 """Files that are the old one or the new one, whole, whenever the program is killed."""
 
+import contextlib
 import os
+from collections.abc import Iterator
 
 from etils import epath
 
@@ -20,3 +22,42 @@ def replace(path: epath.Path, content: bytes | str) -> None:
             file.flush()
             os.fsync(file.fileno())
     temporary.replace(path)
+
+
+@contextlib.contextmanager
+def writing(path: epath.Path) -> Iterator[None]:
+    """Names `path`, and what to do, where the system gives an error number alone.
+
+    Raises:
+        OSError: the disk is full, read-only or gone.
+    """
+    try:
+        yield
+    except OSError as error:
+        raise OSError(
+            f"Could not write {path}: {error.strerror or error}. Free disk space or "
+            "mend the folder; the same command continues from the last checkpoint."
+        ) from error
+
+
+class Growing:
+    """A local file that grows by whole records; nothing waits in a buffer.
+
+    Raises:
+        OSError: it cannot be written; what was added before stays.
+    """
+
+    def __init__(self, path: epath.Path):
+        self._path = path
+        with writing(path):
+            # Unbuffered: what a full disk refused is not tried again on closing.
+            self._file = open(os.fspath(path), "ab", buffering=0)  # noqa: SIM115
+
+    def add(self, record: bytes) -> None:
+        with writing(self._path):
+            while record:  # a disk that is nearly full takes a part
+                record = record[self._file.write(record) :]
+
+    def close(self) -> None:
+        with writing(self._path):
+            self._file.close()

@@ -1,5 +1,6 @@
 """Where scores go: metrics.jsonl, TensorBoard event files, Weights & Biases."""
 
+import contextvars
 import importlib.util
 import json
 import math
@@ -11,9 +12,7 @@ from collections.abc import Mapping
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 from etils import epath
-from jaxtyping import Array, Bool, Float
 
 # Imported from where they live: `tensorboard.summary` alone costs half a second, and
 # its EventFileWriter imports TensorFlow wherever that is installed.
@@ -29,16 +28,11 @@ _summary: Any = summary_pb2
 FILE_NAME = "metrics.jsonl"
 TENSORBOARD_FOLDER = "tensorboard"
 
-
-def masked_mean(
-    values: Float[Array, " B"], valid: Bool[Array, " B"]
-) -> Float[Array, ""]:
-    """Averages the valid rows in float32; 0 when there is none.
-
-    Rows that are not valid may hold anything, NaN included.
-    """
-    total = jnp.where(valid, values, 0).sum(dtype=jnp.float32)
-    return total / jnp.maximum(valid.sum(dtype=jnp.float32), 1)
+# A run inside a run (fine-tuning as an evaluator) keeps its records to itself: Weights
+# & Biases knows one run a process, the outer one.
+_inside: contextvars.ContextVar[bool] = contextvars.ContextVar(
+    "inside_writer", default=False
+)
 
 
 def read_history(workdir: epath.Path) -> list[dict[str, Any]]:
@@ -74,7 +68,11 @@ class Writer:
 
     The records are in `workdir/metrics.jsonl`, one JSON object a line, and the same
     in `workdir/tensorboard`. With the wandb package installed and the environment
-    variable WANDB_PROJECT set, they also go to Weights & Biases. Only process 0 writes.
+    variable WANDB_PROJECT set, they also go to Weights & Biases, but not those of a
+    Writer inside another one's context. Only process 0 writes.
+
+    Raises:
+        OSError: a file cannot be written, for example because the disk is full.
     """
 
     def __init__(self, workdir: epath.Path):
@@ -82,17 +80,19 @@ class Writer:
         self._writes = jax.process_index() == 0
         self._records: list[dict[str, Any]] = []
         self._seen: set[tuple[int, str]] = set()
-        self._file: Any = None
+        self._file: files.Growing | None = None
         self._events: _EventFile | None = None
         self._wandb: Any = None
 
     def __enter__(self) -> "Writer":
         self._remember(read_history(self._workdir))
-        if self._writes:
+        if self._writes and not _inside.get():
             self._wandb = _start_wandb(self._workdir)
+        self._token = _inside.set(True)
         return self
 
     def __exit__(self, *_: Any) -> None:
+        _inside.reset(self._token)
         self._close()
         if self._wandb is not None:
             self._wandb.finish()
@@ -136,10 +136,6 @@ class Writer:
         """Says whether a name that starts with "`prefix`/" is on record at `step`."""
         return any(s == step and n.startswith(f"{prefix}/") for s, n in self._seen)
 
-    def history(self) -> list[dict[str, Any]]:
-        """Returns all records, oldest first."""
-        return [dict(record) for record in self._records]
-
     def latest(self) -> dict[str, float | int]:
         """Returns the newest value of every score an evaluator has given."""
         scores = {}
@@ -154,20 +150,21 @@ class Writer:
 
     def _rewrite(self, *more: dict[str, Any]) -> None:
         lines = (_line(record) for record in (*self._records, *more))
-        self._workdir.mkdir(parents=True, exist_ok=True)
-        files.replace(self._workdir / FILE_NAME, b"".join(lines))
+        path = self._workdir / FILE_NAME
+        with files.writing(path):
+            self._workdir.mkdir(parents=True, exist_ok=True)
+            files.replace(path, b"".join(lines))
 
     def _append(self, record: dict[str, Any]) -> None:
-        if files.is_remote(self._workdir):
+        if self._file is None:
             # Object stores cannot append: there the file is replaced at every record.
             self._rewrite(record)
         else:
-            self._file.write(_line(record))
-            self._file.flush()
+            self._file.add(_line(record))
 
     def _open(self, first_step: int | None) -> "_EventFile":
         if not files.is_remote(self._workdir):
-            self._file = (self._workdir / FILE_NAME).open("ab")
+            self._file = files.Growing(self._workdir / FILE_NAME)
         return _EventFile(self._workdir / TENSORBOARD_FOLDER, first_step)
 
     def _close(self) -> None:
@@ -179,19 +176,19 @@ class Writer:
 
 
 class _EventFile:
-    """A TensorBoard event file: framed protocol buffers, flushed at every record."""
+    """A TensorBoard event file: framed protocol buffers, written at every record."""
 
     def __init__(self, folder: epath.Path, first_step: int | None):
-        folder.mkdir(parents=True, exist_ok=True)
+        with files.writing(folder):
+            folder.mkdir(parents=True, exist_ok=True)
         # TensorBoard reads files in the order of their names; nanoseconds keep the
         # order of two runs within one second.
         now = time.time_ns()
         name = f"events.out.tfevents.{now // 10**9:010d}.{now % 10**9:09d}"
         path = folder / f"{name}.{socket.gethostname()}.{os.getpid()}"
-        self._remote = files.is_remote(folder)
         self._path = path
         self._content = b""
-        self._file: Any = None if self._remote else path.open("wb")
+        self._file = None if files.is_remote(folder) else files.Growing(path)
         self._add(_event.Event(file_version="brain.Event:2"))
         if first_step is not None:
             # START makes TensorBoard forget what a killed run wrote from there on.
@@ -221,12 +218,12 @@ class _EventFile:
             + data
             + struct.pack("<I", masked_crc32c(data))
         )
-        if self._remote:
+        if self._file is None:
             self._content += framed
-            self._path.write_bytes(self._content)
+            with files.writing(self._path):
+                self._path.write_bytes(self._content)
         else:
-            self._file.write(framed)
-            self._file.flush()
+            self._file.add(framed)
 
 
 def _line(record: Mapping[str, Any]) -> bytes:
@@ -261,8 +258,9 @@ def _start_wandb(workdir: epath.Path) -> Any:
     wandb: Any = importlib.import_module("wandb")
     identity = workdir / "wandb_id.txt"
     if not identity.exists():
-        workdir.mkdir(parents=True, exist_ok=True)
-        files.replace(identity, wandb.util.generate_id().encode())
+        with files.writing(identity):
+            workdir.mkdir(parents=True, exist_ok=True)
+            files.replace(identity, wandb.util.generate_id().encode())
     run = wandb.init(id=identity.read_text(), resume="allow")
     # Its own counter may not go back, ours does when a killed run repeats some steps.
     run.define_metric("*", step_metric="step")

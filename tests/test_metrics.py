@@ -1,8 +1,10 @@
 """Records survive kills: nothing lost, nothing twice, and TensorBoard agrees."""
 
+import importlib
 import json
 import math
 import os
+import resource
 import subprocess
 import sys
 import textwrap
@@ -14,7 +16,7 @@ from etils import epath
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from big_vision_lite import files, metrics
-from big_vision_lite.metrics import Writer, masked_mean, read_history
+from big_vision_lite.metrics import Writer, read_history
 
 
 @pytest.fixture
@@ -41,7 +43,6 @@ def test_what_was_written_is_read_back_to_the_last_bit(workdir):
     with Writer(workdir) as writer:
         for step, value in enumerate(values):
             writer.write(step, {"train/loss": value})
-        assert [r["train/loss"] for r in writer.history()] == values
     assert read_history(workdir) == [
         {"step": step, "train/loss": value} for step, value in enumerate(values)
     ]
@@ -107,7 +108,7 @@ def test_resuming_drops_what_lies_beyond_the_restored_step_and_nothing_else(work
     run(workdir, range(1, 10))
     with Writer(workdir) as writer:
         writer.resume_at(6)
-        assert max(r["step"] for r in writer.history()) == 6
+        assert max(r["step"] for r in read_history(workdir)) == 6
         assert writer.recorded(6, "test")
         assert not writer.recorded(9, "test")
         assert not writer.recorded(6, "tes")  # a name's part is no evaluator
@@ -163,6 +164,37 @@ def test_the_latest_scores_are_those_of_evaluators(workdir):
         assert writer.latest() == {"test/accuracy": 0.75, "test/loss": 2.0}
 
 
+@pytest.mark.parametrize("full", ["metrics.jsonl", "events.out.tfevents"])
+def test_a_full_disk_is_said_with_the_file_and_loses_nothing_earlier(full, workdir):
+    # A record takes more room as JSON, the header of an event file is there first.
+    record = {f"train/loss_{i}": 1 / (i + 3) for i in range(40)}
+    first = 3 if full == "metrics.jsonl" else 0
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    with Writer(workdir) as writer:
+        writer.resume_at(0)
+        for step in range(first):
+            writer.write(step, record)
+        written = [*workdir.glob("*"), *workdir.glob("tensorboard/*")]
+        sizes = [path.stat().length for path in written if path.is_file()]
+        resource.setrlimit(resource.RLIMIT_FSIZE, (max(sizes) + 9, hard))
+        try:
+            with pytest.raises(OSError) as caught:
+                writer.write(first, record)
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    message = str(caught.value)
+    assert message.startswith(f"Could not write {workdir}/") and full in message
+    assert "File too large. Free disk space" in message
+    assert "the same command continues from the last checkpoint" in message
+    assert [r["step"] for r in read_history(workdir)] == list(range(first))
+    with Writer(workdir) as writer:  # with room again
+        writer.resume_at(first - 1)
+        writer.write(first, record)
+    assert [r["step"] for r in read_history(workdir)] == list(range(first + 1))
+    steps = [step for step, _ in points(workdir, "train/loss_0")]
+    assert steps == list(range(first + 1))
+
+
 def test_other_processes_write_nothing(workdir, monkeypatch):
     monkeypatch.setattr(metrics.jax, "process_index", lambda: 1)
     run(workdir, range(1, 4))
@@ -186,11 +218,11 @@ def test_wandb_that_was_asked_for_and_is_not_there_stops_the_run(workdir, monkey
         Writer(workdir).__enter__()
 
 
-def test_wandb_receives_every_record_under_one_lasting_name(workdir, monkeypatch):
-    # A stand-in: the package is an extra and its service is elsewhere.
-    folder = epath.Path(os.fspath(workdir)) / "site"
-    folder.mkdir(parents=True)
-    (folder / "wandb.py").write_text(
+@pytest.fixture
+def wandb_calls(tmp_path, monkeypatch):
+    """A stand-in: the package is an extra and its service is elsewhere."""
+    (tmp_path / "site").mkdir()
+    (tmp_path / "site" / "wandb.py").write_text(
         textwrap.dedent(
             """
             import types
@@ -206,14 +238,39 @@ def test_wandb_receives_every_record_under_one_lasting_name(workdir, monkeypatch
             """
         )
     )
-    monkeypatch.syspath_prepend(str(folder))
+    monkeypatch.syspath_prepend(str(tmp_path / "site"))
     monkeypatch.setenv("WANDB_PROJECT", "birds")
+    calls = importlib.import_module("wandb").calls
+    yield calls
+    del sys.modules["wandb"]
+
+
+def test_wandb_receives_every_record_under_one_lasting_name(workdir, wandb_calls):
     with Writer(workdir) as writer:
         writer.write(1, {"train/loss": 0.5})
-    calls = sys.modules.pop("wandb").calls
-    assert {"id": "abc", "resume": "allow"} in calls
-    assert {"step": 1, "train/loss": 0.5} in calls and calls[-1] == "finish"
+    assert {"id": "abc", "resume": "allow"} in wandb_calls
+    assert {"step": 1, "train/loss": 0.5} in wandb_calls
+    assert wandb_calls[-1] == "finish"
     assert (workdir / "wandb_id.txt").read_text() == "abc"
+
+
+def test_a_run_inside_a_run_neither_starts_nor_ends_the_outer_one_s_wandb(
+    workdir, wandb_calls
+):
+    with Writer(workdir) as outer:
+        outer.write(1, {"train/loss": 0.5})
+        for seed in range(2):
+            with Writer(workdir / f"seed_{seed}") as inner:
+                inner.write(1, {"train/loss": 7.0})
+        outer.write(2, {"train/loss": 0.25})
+    starts = [call for call in wandb_calls if "resume" in call]
+    losses = [call["train/loss"] for call in wandb_calls if "train/loss" in call]
+    assert len(starts) == 1 and losses == [0.5, 0.25]
+    assert wandb_calls.count("finish") == 1 and wandb_calls[-1] == "finish"
+    # The next run of this process is an outer one again.
+    with Writer(workdir / "later"):
+        pass
+    assert wandb_calls.count("finish") == 2
 
 
 def test_no_tensorflow_is_imported_even_where_it_is_installed(tmp_path):
@@ -251,11 +308,3 @@ def test_a_replaced_file_is_the_old_one_or_the_new_one(tmp_path, monkeypatch):
     assert path.read_bytes() == b"old"
     files.replace(path, b"new and longer")
     assert path.read_bytes() == b"new and longer"
-
-
-def test_masked_mean_ignores_what_is_in_invalid_rows():
-    values = jnp.array([1.0, jnp.nan, 3.0, jnp.inf])
-    valid = jnp.array([True, False, True, False])
-    assert masked_mean(values, valid) == 2.0
-    assert masked_mean(values[::2], valid[::2]) == np.mean([1.0, 3.0])
-    assert masked_mean(values, jnp.zeros(4, bool)) == 0.0

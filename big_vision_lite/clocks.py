@@ -9,6 +9,8 @@ from typing import Any
 import jax
 
 STEPS_IN_FLIGHT = 2
+# How long closing waits for the steps in flight; the thread's end is awaited at exit.
+CLOSE_SECONDS = 30
 
 
 class Clock:
@@ -31,7 +33,11 @@ class Clock:
 
 
 class DeviceClock:
-    """Notes, in a thread of its own, when the device had finished each step."""
+    """Notes, in a thread of its own, when the device had finished each step.
+
+    Close it on every way out: the thread waits inside of JAX, and the interpreter
+    aborts if it ends around a thread that does. So it is no daemon, either.
+    """
 
     def __init__(self) -> None:
         self._slots = threading.Semaphore(STEPS_IN_FLIGHT)
@@ -43,7 +49,9 @@ class DeviceClock:
 
     def dispatched(self, outputs: Any) -> None:
         if self._thread is None:
-            self._thread = threading.Thread(target=self._wait, daemon=True)
+            self._thread = threading.Thread(
+                target=self._wait, name="device-clock", daemon=False
+            )
             self._thread.start()
         self._dispatched += 1
         self._outputs.put(outputs)
@@ -58,9 +66,11 @@ class DeviceClock:
         return self._finished_at
 
     def close(self) -> None:
-        if self._thread is not None:
+        """Ends the thread as soon as the steps in flight are computed."""
+        thread, self._thread = self._thread, None
+        if thread is not None:
             self._outputs.put(None)
-            self._thread = None
+            thread.join(CLOSE_SECONDS)
 
     def _wait(self) -> None:
         while (outputs := self._outputs.get()) is not None:

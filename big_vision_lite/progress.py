@@ -69,6 +69,8 @@ class Progress:
 
     def __exit__(self, *_: Any) -> None:
         _outer.reset(self._token)
+        # An error in the loop's body leaves `watch` suspended in the traceback.
+        self._device.close()
         if self._live is not None:
             self._live.stop()
             self._live = None

@@ -10,10 +10,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from big_vision_lite import layout, step_folder, trees
+from big_vision_lite import layout, resample, serialize, step_folder, trees
+from big_vision_lite.conversion import foreign, weights
 from big_vision_lite.types import Array
 
-POSITIONS = "position_embedding"
 HEAD = "head/"
 
 
@@ -48,10 +48,50 @@ class Init:
                 )
 
 
-def load_params(folder: Any) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
-    """Loads a step folder's parameters {name: array} and its manifest.
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Loaded:
+    """Weights to start from: {name: array}, batch statistics as "batch_stats/...".
 
-    The averaged parameters are taken when the run kept an average.
+    `class_names` are empty when nobody knows them; `model` is what the weights belong
+    to where another library says so, else None; `origin` goes into manifests.
+    """
+
+    variables: Mapping[str, Any]
+    class_names: tuple[str, ...] = ()
+    model: Any = None
+    origin: Mapping[str, Any] | None = None
+
+
+def open_weights(path: str, log: Callable[[str], None] = print) -> Loaded:
+    """Reads a run, a step folder, or weights of another library (see `foreign`).
+
+    Raises:
+        FileNotFoundError: there is neither; says what was looked at.
+        ValueError: the weights are damaged or in no known format.
+    """
+    if weights.is_foreign(path):
+        found = foreign.load(path)
+        for note in (f"{path}: {found.format}", *found.notes):
+            log(f"init: {note}")
+        return Loaded(
+            variables=found.variables,
+            class_names=found.class_names,
+            model=found.model,
+            origin=found.origin,
+        )
+    variables, manifest = load_variables(step_folder.find(path, log))
+    return Loaded(
+        variables=variables,
+        class_names=tuple(manifest["class_names"]),
+        origin=manifest.get("origin"),
+    )
+
+
+def load_variables(folder: Any) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
+    """Loads a step folder's parameters and batch statistics, and its manifest.
+
+    Names are those of the model, statistics "batch_stats/...". The averaged parameters
+    are taken when the run kept an average.
 
     Raises:
         DamagedCheckpoint: a file or a leaf is not what was saved.
@@ -59,7 +99,7 @@ def load_params(folder: Any) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
     manifest = step_folder.verified_manifest(folder)
     leaves = manifest["leaves"]
     averaged = any(name.startswith("ema/") for name in leaves)
-    wanted = ("ema/" if averaged else "params/", "frozen/")
+    parts = ("ema/" if averaged else "params/", "frozen/", "collections/batch_stats/")
     # Under a mesh of several devices jit takes no array that lives on one of them.
     mesh = jax.sharding.get_mesh()
     device = (
@@ -70,13 +110,36 @@ def load_params(folder: Any) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
     named = {
         name: jax.ShapeDtypeStruct(leaf["shape"], leaf["dtype"], sharding=device)
         for name, leaf in leaves.items()
-        if name.startswith(wanted)
+        if name.startswith(parts)
     }
-    tree = step_folder.restore_part(folder, named, manifest)
-    loaded = trees.flatten(tree)
-    return {
-        name.split("/", 1)[1]: np.asarray(leaf) for name, leaf in loaded.items()
-    }, manifest
+    loaded = trees.flatten(step_folder.restore_part(folder, named, manifest))
+    return {n.split("/", 1)[1]: np.asarray(x) for n, x in loaded.items()}, manifest
+
+
+def model_differences(ours: Any, theirs: Any) -> list[str]:
+    """Lists the fields of two models that change what the same weights compute.
+
+    Empty for models of different classes: there the names differ, and are listed.
+    """
+    if type(ours) is not type(theirs):
+        return []
+    lines = []
+    for field in serialize.fields(ours):
+        mine, other = getattr(ours, field.name), getattr(theirs, field.name)
+        if field.name not in _ADAPTED and mine != other:
+            lines.append(
+                f"the weights were made for {field.name}={other}, this recipe has "
+                f"{mine}: the features will differ. To follow the weights: "
+                f"--config.model.{field.name}={other}"
+            )
+    return lines
+
+
+# Fields that may differ: they are adapted, listed otherwise, or change no result.
+_ADAPTED = {
+    *("head", "dtype", "remat", "attention", "dropout", "stochastic_depth"),
+    *("patch_size", "width", "depth", "mlp_dim", "stages", "statistics"),
+}
 
 
 def adapt(
@@ -100,10 +163,12 @@ def adapt(
     dropped = _dropped(renamed, fresh, init, same_classes, log)
     kept = {name: leaf for name, leaf in renamed.items() if name not in dropped}
     wanted = {name: leaf for name, leaf in fresh.items() if name not in dropped}
-    for name in wanted.keys() & kept.keys():
-        if name.endswith(POSITIONS) and kept[name].shape != wanted[name].shape:
-            shape = wanted[name].shape
-            kept[name] = _resample(name, kept[name], shape, init, log)
+    for name in sorted(wanted.keys() & kept.keys()):
+        if kept[name].shape != wanted[name].shape:
+            fitted = resample.fit(name, kept[name], wanted[name].shape)
+            kept[name] = fitted.values
+            if fitted.message:
+                _say_resized(name, fitted.message, init, log)
     lines = trees.difference(wanted, kept, "the model", "the checkpoint")
     if lines:
         module, _, leaf = lines[0].split()[1].rpartition("/")
@@ -123,17 +188,6 @@ def adapt(
         name: jnp.asarray(kept[name], leaf.dtype) if name in kept else leaf
         for name, leaf in fresh.items()
     }
-
-
-def resample_positions(positions: Any, grid: tuple[int, int]) -> np.ndarray:
-    """Resamples learned positions [rows, columns, D] to another grid.
-
-    Bilinear with half-pixel centres, antialiased when shrinking, as FlexiViT does
-    (arXiv:2212.08013); other programs have other forms, with other numbers.
-    """
-    shape = (*grid, positions.shape[-1])
-    resized = jax.image.resize(jnp.asarray(positions), shape, "linear", antialias=True)
-    return np.asarray(resized)
 
 
 def _renamed(leaves: Mapping[str, Any], pairs: Sequence[str]) -> dict[str, Any]:
@@ -186,24 +240,15 @@ def _dropped(
     return head
 
 
-def _resample(
-    name: str,
-    positions: Any,
-    shape: tuple[int, ...],
-    init: Init,
-    log: Callable[[str], None],
-) -> Any:
-    if positions.ndim != len(shape) or positions.shape[-1] != shape[-1]:
-        return positions  # another width: reported with the other differences
-    old, new = positions.shape[:2], shape[:2]
-    line = (
-        f"Checkpoint grid {old[0]}x{old[1]}, model grid {new[0]}x{new[1]}: "
-        "resizing position embedding (bilinear)."
-    )
-    if init.position_resize == PositionResize.ERROR:
+def _say_resized(
+    name: str, message: str, init: Init, log: Callable[[str], None]
+) -> None:
+    if not name.endswith(resample.POSITIONS):
+        log(f"init: {message}")
+    elif init.position_resize == PositionResize.ERROR:
         raise ValueError(
-            f"{line} Refused by --config.init.position_resize=error; allow it with "
+            f"{message} Refused by --config.init.position_resize=error; allow it with "
             "--config.init.position_resize=bilinear."
         )
-    log(f"{line} --config.init.position_resize=error to forbid.")
-    return resample_positions(positions, new)
+    else:
+        log(f"{message} --config.init.position_resize=error to forbid.")

@@ -1,15 +1,25 @@
 """A run as its folder holds it: configuration, manifest, and the state to evaluate."""
 
 import dataclasses
+import os
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
+import numpy as np
 from etils import epath
 
-from big_vision_lite import run_folder, sharding, step_folder, trees
+from big_vision_lite import (
+    imported,
+    layout,
+    run_folder,
+    sharding,
+    step_folder,
+    trees,
+)
 from big_vision_lite import state as state_lib
 from big_vision_lite.config import TrainConfig
+from big_vision_lite.conversion import foreign, weights
 from big_vision_lite.state import TrainState
 
 OPTIMIZER = "opt_state/"
@@ -70,9 +80,10 @@ def load(
     devices: Sequence[Any] | None = None,
     log: Callable[[str], None] = print,
 ) -> SavedRun:
-    """Loads the newest step of a run folder or checkpoints folder, or a step folder.
+    """Loads the newest step of a run or checkpoints folder, a step folder, or weights.
 
-    On `devices`, by default all: in the run's own mesh where that fits, else with the
+    Weights are files and folders of other libraries and `hub:organisation/name`. On
+    `devices`, by default all: in the run's own mesh where that fits, else with the
     parameters whole on each of them.
 
     Raises:
@@ -80,10 +91,12 @@ def load(
         DamagedCheckpoint: a file or a leaf is not what was saved.
         ValueError: config.json needs a class that may not be imported.
     """
+    devices = jax.devices() if devices is None else devices
+    if weights.is_foreign(os.fspath(path)):
+        return _from_weights(os.fspath(path), devices, log)
     folder = step_folder.find(path, log)
     manifest = step_folder.verified_manifest(folder)
     config = run_folder.read_config(folder, allowed_modules)
-    devices = jax.devices() if devices is None else devices
     mesh = sharding.make_mesh(fitting(config.mesh, len(devices), log), devices)
     shapes = trees.unflatten(
         {
@@ -92,12 +105,8 @@ def load(
             if not name.startswith(OPTIMIZER)
         }
     )
-    places = sharding.shardings(
-        shapes,
-        config.sharding,
-        mesh,
-        parameters=state_lib.merge(shapes["params"], shapes.get("frozen", {})),
-    )
+    parameters = state_lib.merge(shapes["params"], shapes.get("frozen", {}))
+    places = sharding.shardings(shapes, config.sharding, mesh, parameters=parameters)
     wanted = jax.tree.map(
         lambda leaf, place: jax.ShapeDtypeStruct(
             leaf.shape, leaf.dtype, sharding=place
@@ -106,18 +115,52 @@ def load(
         places,
     )
     tree = step_folder.restore_part(folder, trees.flatten(wanted), manifest)
+    return SavedRun(
+        folder=folder,
+        config=config,
+        manifest=manifest,
+        mesh=mesh,
+        state=_state(tree),
+    )
+
+
+def _from_weights(
+    path: str, devices: Sequence[Any], log: Callable[[str], None]
+) -> SavedRun:
+    """Returns weights of another library as a run that has made no step."""
+    found = foreign.load(path)
+    for note in (f"{path}: {found.format}", *found.notes):
+        log(note)
+    mesh = sharding.make_mesh(sharding.Mesh(), devices)
+    whole = layout.replicated(mesh)
+    variables = {n: jax.device_put(x, whole) for n, x in found.variables.items()}
+    params, collections = state_lib.split_variables(variables)
+    step = jax.device_put(np.zeros((), np.int32), whole)
+    tree = {"step": step, "params": params, "collections": collections}
+    return SavedRun(
+        folder=epath.Path(path.removeprefix(weights.HUB)),
+        config=imported.recipe(found),
+        manifest={
+            "step": 0,
+            "num_steps": 1,
+            "class_names": list(found.class_names),
+            "origin": found.origin,
+        },
+        mesh=mesh,
+        state=_state(tree),
+    )
+
+
+def _state(tree: Mapping[str, Any]) -> TrainState:
     # flax.struct makes the constructor, which type checkers do not see.
     make: Any = TrainState
-    state = make(
+    return make(
         step=tree["step"],
         params=tree["params"],
         frozen=tree.get("frozen", {}),
         collections=tree.get("collections", {}),
         opt_state=(),
         ema=tree.get("ema"),
-    )
-    return SavedRun(
-        folder=folder, config=config, manifest=manifest, mesh=mesh, state=state
     )
 
 

@@ -10,7 +10,7 @@ import optax
 from flax import struct
 
 from big_vision_lite import sharding, trees
-from big_vision_lite.types import Array, Model, Params
+from big_vision_lite.types import STATISTICS, Array, Model, Params
 
 
 @struct.dataclass
@@ -70,6 +70,29 @@ def merge(trained: Params, frozen: Params) -> dict:
     return trees.unflatten(trees.flatten(trained) | trees.flatten(frozen))
 
 
+def variables(state: TrainState, *, averaged: bool = False) -> dict[str, Any]:
+    """Returns {name: leaf} of all parameters, and of statistics as "batch_stats/...".
+
+    With `averaged` the averaged parameters where there are some.
+    """
+    trained = state.ema if averaged and state.ema is not None else state.params
+    statistics = {
+        name: leaf
+        for name, leaf in trees.flatten(state.collections).items()
+        if name.startswith(STATISTICS)
+    }
+    return trees.flatten(merge(trained, state.frozen)) | statistics
+
+
+def split_variables(named: Mapping[str, Any]) -> tuple[dict, dict]:
+    """Returns the nested (parameters, collections) of {name: leaf} of `variables`."""
+    inside = {name for name in named if name.startswith(STATISTICS)}
+    return (
+        trees.unflatten({n: x for n, x in named.items() if n not in inside}),
+        trees.unflatten({n: x for n, x in named.items() if n in inside}),
+    )
+
+
 def make_initializer(
     model: Model,
     batch_spec: Mapping[str, Any],
@@ -125,16 +148,27 @@ def blueprint(
     )
 
 
-def with_params(state: TrainState, params: Mapping[str, Any]) -> TrainState:
-    """Returns `state` with its parameters (and their average) from {name: array}."""
+def with_variables(state: TrainState, named: Mapping[str, Any]) -> TrainState:
+    """Returns `state` with the parameters, their average and statistics of `named`.
+
+    `named` has the names that `variables` gives; other collections stay as they are.
+    """
 
     def put(name: str, leaf: Array) -> Array:
-        return jax.device_put(params[name], leaf.sharding)
+        return jax.device_put(named[name], leaf.sharding)
+
+    def put_statistics(name: str, leaf: Array) -> Array:
+        return put(name, leaf) if name.startswith(STATISTICS) else leaf
 
     trained = trees.map_named(put, state.params)
     average = None if state.ema is None else jax.tree.map(jnp.copy, trained)
-    frozen = trees.map_named(put, state.frozen)
-    return dataclasses.replace(state, params=trained, frozen=frozen, ema=average)
+    return dataclasses.replace(
+        state,
+        params=trained,
+        frozen=trees.map_named(put, state.frozen),
+        collections=trees.map_named(put_statistics, state.collections),
+        ema=average,
+    )
 
 
 def create(

@@ -15,6 +15,8 @@ Example = dict[str, Any]
 Batch = Mapping[str, Any]
 # Nested dicts of arrays; the name of a leaf joins its keys by "/".
 Params = Mapping[str, Any]
+# Running statistics of batch norm are variables of this name beside the parameters.
+STATISTICS = "batch_stats/"
 
 
 @runtime_checkable
@@ -74,6 +76,13 @@ class Model(Protocol):
     def init(self, *args: Any, **kwargs: Any) -> Any: ...
 
     def apply(self, *args: Any, **kwargs: Any) -> Any: ...
+
+
+@runtime_checkable
+class Stem(Protocol):
+    """A Linen module before the patches: scaled images [B, H, W, C] to [B, h, w, D]."""
+
+    def __call__(self, image: Array, train: bool) -> Array: ...
 
 
 @runtime_checkable

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from etils import epath
 
-from big_vision_lite import adapt, integrity, trees
+from big_vision_lite import adapt, integrity, resample, trees
 from big_vision_lite.adapt import Init, PositionResize
 from big_vision_lite.checkpoint import Checkpointer, Checkpoints
 from big_vision_lite.integrity import DamagedCheckpoint
@@ -162,7 +162,7 @@ def test_the_embedding_of_a_real_vit_moves_to_another_image_size():
     loaded, fresh = init(8), init(12)
     found, lines = start_from(loaded, fresh)
     assert lines[0].startswith("Checkpoint grid 4x4, model grid 6x6: resizing")
-    (name,) = [n for n in fresh if n.endswith(adapt.POSITIONS)]
+    (name,) = [n for n in fresh if n.endswith(resample.POSITIONS)]
     assert fresh[name].shape != loaded[name].shape
     assert_from(found, loaded, set(loaded) - {name})
 
@@ -315,7 +315,7 @@ def saved(tmp_path_factory):
 @pytest.mark.parametrize("average", [False, True])
 def test_the_average_is_loaded_when_there_is_one_with_the_frozen_rest(average, saved):
     folder, expected = saved[average]
-    loaded, manifest = adapt.load_params(folder)
+    loaded, manifest = adapt.load_variables(folder)
     assert set(loaded) == set(expected)
     assert_from(loaded, expected, expected)
     assert manifest["class_names"] == ["a"] and manifest["step"] == 3
@@ -332,10 +332,10 @@ def test_a_damaged_folder_is_not_started_from(saved, tmp_path):
     manifest["leaves"]["ema/head/bias"]["checksum"] = "00000000"
     integrity.write_manifest(copy, manifest)
     with pytest.raises(DamagedCheckpoint, match="3: ema/head/bias differ from what"):
-        adapt.load_params(copy)
+        adapt.load_variables(copy)
     (copy / "config.json").write_text("{} ")
     with pytest.raises(DamagedCheckpoint, match="3/config.json has 3 bytes, 2 were"):
-        adapt.load_params(copy)
+        adapt.load_variables(copy)
 
 
 def test_init_holds_only_what_flags_can_set():

@@ -392,7 +392,7 @@ def test_a_manifest_that_is_no_manifest_is_damage(run):
             restore(run)
 
 
-@pytest.mark.parametrize("load", [saved_run.load, adapt.load_params])
+@pytest.mark.parametrize("load", [saved_run.load, adapt.load_variables])
 def test_who_else_loads_a_damaged_step_is_offered_the_intact_one(load, run):
     newest = epath.Path(run / "checkpoints" / "3")
     data = next(p for p in files_of_a_step(newest) if "/d/" in str(p))
@@ -407,7 +407,7 @@ def test_a_copied_step_folder_is_enough(run, tmp_path):
     shutil.rmtree(run)
     folder = step_folder.find(copy)
     assert folder == copy
-    params, manifest = adapt.load_params(folder)
+    params, manifest = adapt.load_variables(folder)
     assert manifest["step"] == 2
     expected = at(build(), 2)
     np.testing.assert_array_equal(
@@ -447,6 +447,21 @@ def test_find_says_what_it_saw_instead(tmp_path):
         step_folder.find(tmp_path)
     with pytest.raises(FileNotFoundError, match="it is a file"):
         step_folder.find(tmp_path / "weights.npz")
+
+
+def test_find_says_which_steps_are_incomplete(run, capsys):
+    folder = epath.Path(run / "checkpoints")
+    (folder / "3" / "manifest.json").unlink()
+    assert step_folder.find(run) == folder / "2"
+    said = capsys.readouterr().out
+    assert "using step 2" in said and "step 3 is incomplete (no manifest" in said
+    with pytest.raises(FileNotFoundError, match="step 3 is incomplete"):
+        step_folder.find(folder / "3")
+    for step in step_folder.complete_steps(folder):
+        (folder / str(step) / "manifest.json").unlink()
+    for given in (run, folder):
+        with pytest.raises(FileNotFoundError, match=r"steps .*2, 3 are incomplete"):
+            step_folder.find(given)
 
 
 def test_a_checkpoint_of_another_architecture_is_refused_with_the_names(run):

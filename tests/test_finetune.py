@@ -223,7 +223,7 @@ def test_a_set_below_one_batch_is_repeated_evenly():
 def test_everything_but_the_head_starts_from_the_run_and_the_head_from_zero(
     pretrained, images, two_shapes
 ):
-    loaded, _ = adapt.load_params(step_folder.find(str(pretrained)))
+    loaded, _ = adapt.load_variables(step_folder.find(str(pretrained)))
     assert np.any(loaded["head/kernel"])
     for folder, classes in ((two_shapes, 2), (images, 3)):  # the old head fits three
         config = small_rule().config(
@@ -304,7 +304,7 @@ def ready(pretrained, two_shapes, tmp_path):
     init = Init(path="memory", drop=hyperrule.HEAD)
     config = evaluator(two_shapes).training(context, 0, init)
     with jax.set_mesh(loaded.mesh):
-        yield context, config, finetune.parameters(loaded.state)
+        yield context, config, state_lib.variables(loaded.state, averaged=True)
 
 
 def test_a_stop_in_the_inner_training_is_resumed_where_it_was(ready, run, tmp_path):
@@ -395,7 +395,7 @@ def test_what_another_state_left_at_this_step_is_removed(ready, tmp_path):
 def test_averages_are_preferred_and_seeds_give_mean_and_spread(pretrained):
     state = shapes_run.load(pretrained, log=lambda _: None).state
     zeros = jax.tree.map(jnp.zeros_like, state.params)
-    found = finetune.parameters(state.replace(ema=zeros))
+    found = state_lib.variables(state.replace(ema=zeros), averaged=True)
     assert not any(np.any(leaf) for leaf in found.values())
     scores = finetune.summarise("accuracy", [0.5, 0.7, 0.9])
     assert scores == {"accuracy": pytest.approx(0.7), "accuracy_sd": pytest.approx(0.2)}

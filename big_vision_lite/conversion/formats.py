@@ -15,10 +15,8 @@ import numpy as np
 from big_vision_lite import conversion, trees
 from big_vision_lite.conversion import mapping
 from big_vision_lite.conversion.mapping import Entry
+from big_vision_lite.types import STATISTICS as STATISTICS
 from big_vision_lite.types import Model
-
-# Names of batch statistics start with this; all other names are parameters.
-STATISTICS = "batch_stats/"
 
 
 class Library(enum.StrEnum):

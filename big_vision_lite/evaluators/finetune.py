@@ -19,7 +19,6 @@ from big_vision_lite import (
     serialize,
     step_folder,
     train,
-    trees,
 )
 from big_vision_lite import state as state_lib
 from big_vision_lite.adapt import Init
@@ -86,7 +85,7 @@ class FineTune:
         root = context.workdir / FOLDER / context.name
 
         def run(state: TrainState) -> dict[str, float]:
-            params = parameters(state)
+            params = state_lib.variables(state, averaged=True)
             folder = root / f"{int(state.step)}_{digest(params)}"
             forget_others(context, folder)
             found = [fine_tune(context, c, folder, params) for c in pretrained]
@@ -151,12 +150,6 @@ def fine_tune(
     for name in (step_folder.FOLDER, step_folder.TRASH):
         _remove(folder / name)
     return accuracy
-
-
-def parameters(state: TrainState) -> dict[str, Array]:
-    """Returns {name: array} of all parameters, averaged ones where there are some."""
-    trained = state.params if state.ema is None else state.ema
-    return trees.flatten(state_lib.merge(trained, state.frozen))
 
 
 def digest(params: dict[str, Array]) -> str:

@@ -1,0 +1,107 @@
+"""A model from elsewhere, in our terms: recognised, converted, ready to run."""
+
+import dataclasses
+from typing import Any
+
+import numpy as np
+
+from big_vision_lite.conversion import formats, preprocessing, weights
+from big_vision_lite.conversion.formats import Architecture, Format, Weights
+from big_vision_lite.types import Op
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Foreign:
+    """What a weight file gives.
+
+    `variables` are our {name: float32 array}, batch statistics as "batch_stats/...".
+    `model` has the scaling of pixels (mean, std) that the weights were trained with,
+    `preprocess` is the road from a file to its input, `image_size` (height, width).
+    `class_names` are empty when the file does not name them. `format` is what was
+    recognised; `notes` are assumptions to be said.
+    """
+
+    path: str
+    format: str
+    model: Any
+    variables: dict[str, np.ndarray]
+    image_size: tuple[int, int]
+    channels: int
+    preprocess: tuple[Op, ...]
+    class_names: tuple[str, ...]
+    licence: str | None
+    notes: tuple[str, ...]
+
+    @property
+    def origin(self) -> dict[str, Any]:
+        """Says where the weights came from, for manifests."""
+        return {"path": self.path, "format": self.format, "licence": self.licence}
+
+
+def load(path: str) -> Foreign:
+    """Reads and converts a file, a folder with config.json, or `hub:org/name`.
+
+    Raises:
+        FileNotFoundError: there is nothing of that name.
+        ValueError: it is no weight file, is damaged, is in no known format, or is not
+            what its format should hold; lists names with "+" and "-".
+    """
+    found = weights.read(path)
+    form = recognise(found)
+    architecture = form.architecture(found)
+    road = preprocessing.read(found, architecture.image_size)
+    height, width = road.image_size
+    variables = formats.load(found, form, architecture, (height, width))
+    model = _scaling(architecture, road)
+    return Foreign(
+        path=path,
+        format=form.name,
+        model=model,
+        variables=variables,
+        image_size=(height, width),
+        channels=architecture.channels,
+        preprocess=road.ops,
+        class_names=_class_names(found, variables),
+        licence=found.config.get("license"),
+        notes=(*architecture.notes, *road.notes),
+    )
+
+
+def recognise(found: Weights) -> Format:
+    """Returns the format of some weights.
+
+    Raises:
+        ValueError: it is none of those known; says what the names look like.
+    """
+    for form in formats.all_formats():
+        if form.recognises(found):
+            return form
+    names = list(found.arrays)
+    known = ", ".join(sorted({form.name for form in formats.all_formats()}))
+    raise ValueError(
+        f"{found.path} holds {len(names)} arrays ({', '.join(names[:4])}, ...), the "
+        f"names of no model that is known here. Known are: {known}."
+    )
+
+
+def _scaling(architecture: Architecture, road: Any) -> Any:
+    model = architecture.model
+    mean, std = road.mean, road.std
+    if len(mean) not in (1, architecture.channels):
+        mean, std = mean[:1], std[:1]
+    return model.clone(mean=tuple(mean), std=tuple(std))
+
+
+def _class_names(found: Weights, variables: dict[str, np.ndarray]) -> tuple[str, ...]:
+    if "head/kernel" not in variables:
+        return ()
+    count = variables["head/kernel"].shape[-1]
+    config = found.config
+    labels = config.get("id2label")
+    if isinstance(labels, dict) and len(labels) == count:
+        return tuple(str(labels[key]) for key in sorted(labels, key=int))
+    names = config.get("label_names")
+    if isinstance(names, list) and len(names) == count:
+        described = config.get("label_descriptions", {})
+        return tuple(str(described.get(name, name)) for name in names)
+    return ()

@@ -7,6 +7,7 @@ from typing import NamedTuple
 import cv2
 import numpy as np
 
+from big_vision_lite.data import pillow_resize
 from big_vision_lite.data.decode import check_pixels
 
 
@@ -21,12 +22,25 @@ class Resampling(enum.StrEnum):
                to, not equal to, the triangle filter of PIL and torchvision.
     AREA       averages over the covered area, both ways (TensorFlow's "area").
     BICUBIC    4x4 taps with a = -0.75 (torch without antialias), no antialias.
+    PIL_...    the antialiased filters of PIL, bit for bit: what timm, torchvision and
+               Hugging Face evaluate with. 3 to 4 times the CPU time of PIL.
     """
 
     BILINEAR = "bilinear"
     ANTIALIAS = "antialias"
     AREA = "area"
     BICUBIC = "bicubic"
+    PIL_BILINEAR = "pil_bilinear"
+    PIL_BICUBIC = "pil_bicubic"
+    PIL_LANCZOS = "pil_lanczos"
+
+
+class Rounding(enum.StrEnum):
+    """What becomes of half a pixel."""
+
+    # Halves go to the even neighbour.
+    NEAREST = "nearest"
+    DOWN = "down"
 
 
 _GROWING = {
@@ -36,6 +50,11 @@ _GROWING = {
     Resampling.BICUBIC: cv2.INTER_CUBIC,
 }
 _SHRINKING = _GROWING | {Resampling.ANTIALIAS: cv2.INTER_AREA}
+_PILLOW = {
+    Resampling.PIL_BILINEAR: "bilinear",
+    Resampling.PIL_BICUBIC: "bicubic",
+    Resampling.PIL_LANCZOS: "lanczos",
+}
 
 
 class Box(NamedTuple):
@@ -65,6 +84,8 @@ def resize(
     if (old_height, old_width) == (height, width):
         return image
     check_pixels(height, width, f"{old_height} x {old_width} image, resized,")
+    if resampling in _PILLOW:
+        return pillow_resize.resize(image, height, width, _PILLOW[resampling])
     middle = min(height, old_height), min(width, old_width)
     if middle == (height, width):
         code = _SHRINKING[resampling]
@@ -76,11 +97,25 @@ def resize(
     return with_channels(cv2.resize(image, (width, height), interpolation=code))
 
 
-def short_side_size(shape: tuple[int, ...], short_side: int) -> tuple[int, int]:
-    """Returns the height and width that bring the short side to `short_side`."""
+def short_side_size(
+    shape: tuple[int, ...], short_side: int, rounding: Rounding = Rounding.NEAREST
+) -> tuple[int, int]:
+    """Returns the height and width that bring the short side to `short_side`.
+
+    DOWN is torchvision's Resize(short_side): the long side is cut to whole pixels.
+    """
     height, width = shape[:2]
+    if rounding == Rounding.DOWN:
+        short = min(height, width)
+        return short_side * height // short, short_side * width // short
     scale = short_side / min(height, width)
     return max(1, round(height * scale)), max(1, round(width * scale))
+
+
+def covering_size(shape: tuple[int, ...], height: int, width: int) -> tuple[int, int]:
+    """Returns the smallest size of the same aspect that holds height x width."""
+    ratio = min(shape[0] / height, shape[1] / width)
+    return round(shape[0] / ratio), round(shape[1] / ratio)
 
 
 def affine(
@@ -172,10 +207,21 @@ def random_resized_box(
     return centre_box(shape, box_height, box_width)
 
 
-def centre_box(shape: tuple[int, ...], box_height: int, box_width: int) -> Box:
-    """Returns the box in the middle, half a pixel up and left when it must choose."""
-    height, width = shape[:2]
-    top, left = (height - box_height) // 2, (width - box_width) // 2
+def centre_box(
+    shape: tuple[int, ...],
+    box_height: int,
+    box_width: int,
+    rounding: Rounding = Rounding.DOWN,
+) -> Box:
+    """Returns the box in the middle; `rounding` is that of its offset.
+
+    DOWN is half a pixel up and left when it must choose; torchvision has NEAREST.
+    """
+    margins = shape[0] - box_height, shape[1] - box_width
+    if rounding == Rounding.DOWN:
+        top, left = (margin // 2 for margin in margins)
+    else:
+        top, left = (round(margin / 2) for margin in margins)
     return Box(top, left, box_height, box_width)
 
 

@@ -5,8 +5,8 @@ import dataclasses
 import cv2
 import numpy as np
 
-from big_vision_lite.data import crops
-from big_vision_lite.data.crops import Resampling
+from big_vision_lite.data import checks, crops
+from big_vision_lite.data.crops import Resampling, Rounding
 from big_vision_lite.data.decode import Example, decode, image_of
 from big_vision_lite.data.decode import UndecodableImage as UndecodableImage
 
@@ -18,7 +18,7 @@ class Decode:
     channels: int = 3
 
     def __post_init__(self):
-        _check_channels(self)
+        checks.check_channels(self)
 
     def __call__(self, example: Example, rng: np.random.Generator) -> Example:
         return example | {"image": decode(example["image"], self.channels)}
@@ -40,8 +40,8 @@ class InceptionCrop:
     resampling: Resampling = Resampling.BILINEAR
 
     def __post_init__(self):
-        _check_size(self)
-        _check_area(self)
+        checks.check_size(self)
+        checks.check_area(self)
 
     def __call__(self, example: Example, rng: np.random.Generator) -> Example:
         image = image_of(example, self)
@@ -57,7 +57,7 @@ class DecodeInceptionCrop(InceptionCrop):
 
     def __post_init__(self):
         super().__post_init__()
-        _check_channels(self)
+        checks.check_channels(self)
 
     def __call__(self, example: Example, rng: np.random.Generator) -> Example:
         image = decode(example["image"], self.channels)
@@ -79,8 +79,8 @@ class RandomResizedCrop:
     resampling: Resampling = Resampling.BILINEAR
 
     def __post_init__(self):
-        _check_size(self)
-        _check_area(self)
+        checks.check_size(self)
+        checks.check_area(self)
 
     def __call__(self, example: Example, rng: np.random.Generator) -> Example:
         image = image_of(example, self)
@@ -98,7 +98,7 @@ class Resize:
     resampling: Resampling = Resampling.BILINEAR
 
     def __post_init__(self):
-        _check_size(self)
+        checks.check_size(self)
 
     def __call__(self, example: Example, rng: np.random.Generator) -> Example:
         return _resized(self, example, image_of(example, self))
@@ -106,36 +106,50 @@ class Resize:
 
 @dataclasses.dataclass(kw_only=True)
 class ResizeSmall:
-    """Resizes so that the short side has `size` pixels; both sides are rounded."""
+    """Resizes so that the short side has `size` pixels.
+
+    With `width` to the smallest image that covers size x width instead. The other side
+    is rounded to the nearest pixel; `rounding` DOWN is torchvision's Resize(size).
+    """
 
     size: int
     resampling: Resampling = Resampling.AREA
+    width: int | None = None
+    rounding: Rounding = Rounding.NEAREST
 
     def __post_init__(self):
-        _check_size(self)
+        checks.check_size(self)
 
     def __call__(self, example: Example, rng: np.random.Generator) -> Example:
         image = image_of(example, self)
-        height, width = crops.short_side_size(image.shape, self.size)
+        if self.width is None:
+            height, width = crops.short_side_size(image.shape, self.size, self.rounding)
+        else:
+            height, width = crops.covering_size(image.shape, self.size, self.width)
         resized = crops.resize(image, height, width, self.resampling)
         return example | {"image": resized}
 
 
 @dataclasses.dataclass(kw_only=True)
 class CentralCrop:
-    """Cuts size x width at offsets (side - size) // 2; refuses smaller images."""
+    """Cuts size x width at offsets (side - size) / 2; refuses smaller images.
+
+    Half a pixel is rounded DOWN (TensorFlow, Hugging Face) or to the NEAREST, even one
+    (torchvision, timm).
+    """
 
     size: int
     width: int | None = None
+    rounding: Rounding = Rounding.DOWN
 
     def __post_init__(self):
-        _check_size(self)
+        checks.check_size(self)
 
     def __call__(self, example: Example, rng: np.random.Generator) -> Example:
         image = image_of(example, self)
-        height, width = _target(self)
-        _check_fits(self, image)
-        box = crops.centre_box(image.shape, height, width)
+        height, width = checks.target(self)
+        checks.check_fits(self, image)
+        box = crops.centre_box(image.shape, height, width, self.rounding)
         return example | {"image": crops.crop(image, box)}
 
 
@@ -148,7 +162,7 @@ class RandomCrop:
     padding: int = 0
 
     def __post_init__(self):
-        _check_size(self)
+        checks.check_size(self)
         if self.padding < 0:
             raise ValueError(f"RandomCrop.padding={self.padding}: use 0 or more.")
 
@@ -157,8 +171,8 @@ class RandomCrop:
         if self.padding:
             around = (self.padding, self.padding), (self.padding, self.padding), (0, 0)
             image = np.pad(image, around)
-        height, width = _target(self)
-        _check_fits(self, image)
+        height, width = checks.target(self)
+        checks.check_fits(self, image)
         box = crops.random_box(image.shape, height, width, rng)
         return example | {"image": crops.crop(image, box)}
 
@@ -258,39 +272,5 @@ class Keep:
         return {key: example[key] for key in self.keys}
 
 
-def _target(op) -> tuple[int, int]:
-    return op.size, op.size if op.width is None else op.width
-
-
 def _resized(op, example: Example, image: np.ndarray) -> Example:
-    return example | {"image": crops.resize(image, *_target(op), op.resampling)}
-
-
-def _check_size(op) -> None:
-    for name in ("size", "width"):
-        side = getattr(op, name, None)
-        if side is not None and side < 1:
-            raise ValueError(f"{type(op).__name__}.{name}={side}: use 1 or more px.")
-
-
-def _check_area(op) -> None:
-    if not 0 < op.area_min <= op.area_max <= 1:
-        raise ValueError(
-            f"{type(op).__name__} area {op.area_min}..{op.area_max}: fractions of the "
-            "image, use 0 < area_min <= area_max <= 1."
-        )
-
-
-def _check_channels(op) -> None:
-    if op.channels not in (1, 3):
-        name = type(op).__name__
-        raise ValueError(f"{name}.channels={op.channels}: use 1 (gray) or 3 (RGB).")
-
-
-def _check_fits(op, image: np.ndarray) -> None:
-    height, width = _target(op)
-    if image.shape[0] < height or image.shape[1] < width:
-        raise ValueError(
-            f"{type(op).__name__} to {height} x {width} got an image of "
-            f"{image.shape[0]} x {image.shape[1]}: put ResizeSmall or Resize before it."
-        )
+    return example | {"image": crops.resize(image, *checks.target(op), op.resampling)}

@@ -106,7 +106,9 @@ def run(main: Callable[[Sequence[str]], None], argv: Sequence[str]) -> int:
 
 def quiet() -> None:
     """Keeps libraries from talking over our own lines."""
-    logging.set_verbosity(logging.ERROR)
+    # Not their errors either: Orbax logs the stack of every thread that a full disk
+    # stops, and raises what we say in one message; the stack goes to the trace file.
+    logging.set_verbosity(logging.FATAL)
     logging.use_absl_handler()
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
     os.environ.setdefault("GRPC_VERBOSITY", "ERROR")

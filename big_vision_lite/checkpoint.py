@@ -23,7 +23,7 @@ class Checkpoints:
     """
 
     every_steps: int = 1000
-    keep_latest: int = 1
+    keep_latest: int = 2
     keep_every_steps: int = 0
 
     def __post_init__(self):

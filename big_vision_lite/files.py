@@ -12,6 +12,12 @@ def is_remote(path: epath.Path) -> bool:
     return "://" in os.fspath(path)
 
 
+def absolute(path: str | epath.Path) -> epath.Path:
+    """Returns a local path in full, ~ being the home folder; a remote one as it is."""
+    given = epath.Path(path)
+    return given if is_remote(given) else given.expanduser().resolve()
+
+
 def replace(path: epath.Path, content: bytes | str) -> None:
     """Writes a file in one move; text is written as UTF-8."""
     data = content.encode() if isinstance(content, str) else content

@@ -11,7 +11,7 @@ from typing import Any
 from etils import epath
 from orbax.checkpoint import v1 as ocp
 
-from big_vision_lite import integrity, trees
+from big_vision_lite import files, integrity, trees
 
 FOLDER = "checkpoints"
 TRASH = "trash"
@@ -62,22 +62,46 @@ def find(path: str | epath.Path, log: Callable[[str], None] = print) -> epath.Pa
     Raises:
         FileNotFoundError: there is none; says what was looked at.
     """
-    given = epath.Path(path).expanduser().resolve()
+    given = files.absolute(path)
     what = "it is a file" if given.exists() else "it does not exist"
     if given.is_dir():
         if (given / integrity.MANIFEST).exists():
             return given
+        incomplete = _incomplete(given)
         for folder in (given / FOLDER, given):
             steps = complete_steps(folder)
             if steps:
                 newest = f"using step {steps[-1]}, the newest of {len(steps)} complete"
-                log(f"{path}: {newest}")
+                log(f"{path}: {newest}{incomplete and f'; {incomplete}'}")
                 return folder / str(steps[-1])
         seen = sorted(inside.name for inside in given.iterdir())[:5]
-        what = f"it holds {', '.join(seen) or 'nothing'}"
+        what = incomplete or f"it holds {', '.join(seen) or 'nothing'}"
     raise FileNotFoundError(
         f"No complete checkpoint in {path}: {what}. Give a run folder, its "
         f"{FOLDER}/ folder, or one step folder with its {integrity.MANIFEST}."
+    )
+
+
+def _incomplete(given: epath.Path) -> str:
+    """Names the steps that have no manifest in, below or at a folder; "" if none."""
+    inside = [
+        path
+        for folder in (given / FOLDER, given)
+        if folder.is_dir()
+        for path in folder.iterdir()
+    ]
+    names = [
+        path.name
+        for path in (*inside, given)
+        if path.name.isdigit() and path.is_dir()
+        if not (path / integrity.MANIFEST).exists()
+    ]
+    if not names:
+        return ""
+    which = f"step{'s' * (len(names) > 1)} {', '.join(sorted(names, key=int))}"
+    return (
+        f"{which} {'are' if len(names) > 1 else 'is'} incomplete (no "
+        f"{integrity.MANIFEST}: the save was cut short, or the file was lost)"
     )
 
 

@@ -16,6 +16,7 @@ from big_vision_lite import (
     devices,
     dry_run,
     evaluation,
+    files,
     processes,
     program,
     run_folder,
@@ -206,7 +207,7 @@ def main(argv: Sequence[str]) -> None:
         num_processes=values["num_processes"].value,
         process_id=values["process_id"].value,
     )
-    workdir = epath.Path(values["workdir"].value).expanduser().resolve()
+    workdir = files.absolute(values["workdir"].value)
     if values["dry_run"].value:
         print(dry_run.dry_run(config, workdir))
         return

@@ -6,7 +6,7 @@ from typing import Any
 import numpy as np
 
 from big_vision_lite.conversion import formats, preprocessing, weights
-from big_vision_lite.conversion.formats import Architecture, Format, Weights
+from big_vision_lite.conversion.formats import Format, Weights
 from big_vision_lite.types import Op
 
 
@@ -49,17 +49,18 @@ def load(path: str) -> Foreign:
     found = weights.read(path)
     form = recognise(found)
     architecture = form.architecture(found)
-    road = preprocessing.read(found, architecture.image_size)
+    channels = architecture.channels
+    road = preprocessing.read(found, architecture.image_size, channels)
     height, width = road.image_size
     variables = formats.load(found, form, architecture, (height, width))
-    model = _scaling(architecture, road)
+    model = architecture.model.clone(mean=tuple(road.mean), std=tuple(road.std))
     return Foreign(
         path=path,
         format=form.name,
         model=model,
         variables=variables,
         image_size=(height, width),
-        channels=architecture.channels,
+        channels=channels,
         preprocess=road.ops,
         class_names=_class_names(found, variables),
         licence=found.config.get("license"),
@@ -82,14 +83,6 @@ def recognise(found: Weights) -> Format:
         f"{found.path} holds {len(names)} arrays ({', '.join(names[:4])}, ...), the "
         f"names of no model that is known here. Known are: {known}."
     )
-
-
-def _scaling(architecture: Architecture, road: Any) -> Any:
-    model = architecture.model
-    mean, std = road.mean, road.std
-    if len(mean) not in (1, architecture.channels):
-        mean, std = mean[:1], std[:1]
-    return model.clone(mean=tuple(mean), std=tuple(std))
 
 
 def _class_names(found: Weights, variables: dict[str, np.ndarray]) -> tuple[str, ...]:

@@ -1,0 +1,200 @@
+"""A model of ours in the names, layout and files of another library."""
+
+import dataclasses
+import json
+import pathlib
+import shutil
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import safetensors.numpy
+
+from big_vision_lite.conversion import formats, mapping, preprocessing_export
+from big_vision_lite.conversion.formats import Format, Library
+from big_vision_lite.conversion.preprocessing import Preprocessing
+
+WEIGHTS = {Library.NPZ: "model.npz"}
+SAFETENSORS = "model.safetensors"
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Exported:
+    """What the other side needs, before it is written.
+
+    `arrays` {name: float32} in its names, `form` whose they are, `described` how it
+    builds the model (see Format.describe), `files` {name: text} beside the weights,
+    `code` the lines that use them, `notes` what the other side computes otherwise.
+    """
+
+    library: Library
+    form: Format
+    arrays: Mapping[str, np.ndarray]
+    described: Mapping[str, Any]
+    files: Mapping[str, str]
+    code: Sequence[str]
+    notes: Sequence[str]
+
+
+def export(
+    model: Any,
+    variables: Mapping[str, np.ndarray],
+    road: Preprocessing,
+    channels: int,
+    class_names: Sequence[str],
+    library: Library,
+    folder: str,
+) -> Exported:
+    """Returns `model` with `variables` ("batch_stats/..." included) for `library`.
+
+    `folder` is where it will lie, for the lines of code.
+
+    Raises:
+        ValueError: the library has no counterpart; says of what and what to do.
+    """
+    form = find(model, library)
+    described = form.describe(model, road.image_size)
+    entries = form.entries(model, road.image_size)
+    arrays = mapping.write(entries, variables)
+    constants = getattr(form, "constants", None)
+    if constants is not None:
+        arrays |= constants(model)
+    images = (
+        preprocessing_export.to_huggingface(road, channels)
+        if library == Library.HUGGINGFACE
+        else preprocessing_export.to_timm(road, channels)
+    )
+    return Exported(
+        library=library,
+        form=form,
+        arrays=arrays,
+        described=described,
+        files=_files(library, described, images.config, road, class_names),
+        code=_code(library, described, folder),
+        notes=images.inexact,
+    )
+
+
+def find(model: Any, library: Library) -> Format:
+    """Returns the format of a model in a library.
+
+    Raises:
+        ValueError: the library has none for this kind of model; names those that have.
+    """
+    fitting = [f for f in formats.all_formats() if isinstance(model, f.model)]
+    inside = [form for form in fitting if form.library == library]
+    refusals = []
+    for form in inside:
+        try:
+            form.describe(model, (224, 224))
+        except ValueError as error:
+            refusals.append(str(error))
+            continue
+        return form
+    if refusals:
+        raise ValueError(refusals[0])
+    others = ", ".join(sorted({form.library.value for form in fitting})) or "none"
+    raise ValueError(
+        f"{library.value} has no counterpart of {type(model).__name__}; it can go to: "
+        f"{others}."
+    )
+
+
+def write(exported: Exported, folder: pathlib.Path) -> None:
+    """Writes weights and files into `folder`, all of them or nothing.
+
+    Raises:
+        ValueError: the folder exists and holds something.
+    """
+    if folder.exists() and any(folder.iterdir()):
+        raise ValueError(f"{folder} is not empty; name a new folder with --out.")
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    unfinished = folder.parent / f".{folder.name}.unfinished"
+    shutil.rmtree(unfinished, ignore_errors=True)
+    unfinished.mkdir()
+    if exported.library == Library.NPZ:
+        np.savez(unfinished / WEIGHTS[Library.NPZ], **dict(exported.arrays))
+    else:
+        safetensors.numpy.save_file(
+            dict(exported.arrays), unfinished / SAFETENSORS, metadata={"format": "pt"}
+        )
+    for name, text in exported.files.items():
+        (unfinished / name).write_text(text)
+    (unfinished / "use.py").write_text("\n".join(exported.code) + "\n")
+    if folder.exists():
+        folder.rmdir()
+    unfinished.rename(folder)
+
+
+def _json(document: Mapping[str, Any]) -> str:
+    return json.dumps(document, indent=2, ensure_ascii=False) + "\n"
+
+
+def _files(
+    library: Library,
+    described: Mapping[str, Any],
+    images: Mapping[str, Any],
+    road: Preprocessing,
+    class_names: Sequence[str],
+) -> dict[str, str]:
+    """Returns {name: text} of what lies beside the weights."""
+    labels = {"label_names": list(class_names)} if class_names else {}
+    match library:
+        case Library.TIMM:
+            arguments = described["model_args"]
+            count = {"num_classes": arguments.get("num_classes", 0)}
+            config = {**described, **count, "pretrained_cfg": dict(images), **labels}
+        case Library.HUGGINGFACE:
+            names = dict(enumerate(class_names))
+            labels = {
+                "id2label": {str(index): name for index, name in names.items()},
+                "label2id": {name: index for index, name in names.items()},
+            }
+            config = {**described, **(labels if class_names else {})}
+            processor = _json(images)
+            return {
+                "config.json": _json(config),
+                "preprocessor_config.json": processor,
+            }
+        case _:
+            # No library reads this; it is read back here, and by people.
+            size = {"image_size": list(road.image_size)}
+            config = {**described, **size, "pretrained_cfg": dict(images), **labels}
+    return {"config.json": _json(config)}
+
+
+def _code(library: Library, described: Mapping[str, Any], folder: str) -> list[str]:
+    match library:
+        case Library.TIMM:
+            return [
+                "import timm",
+                f"model = timm.create_model('local-dir:{folder}', pretrained=True)",
+                "model = model.eval()",
+                "config = timm.data.resolve_model_data_config(model)",
+                "transform = timm.data.create_transform(**config)",
+            ]
+        case Library.HUGGINGFACE:
+            kind = described["architectures"][0]
+            return [
+                f"from transformers import AutoImageProcessor, {kind}",
+                f"model = {kind}.from_pretrained({folder!r}).eval()",
+                f"processor = AutoImageProcessor.from_pretrained({folder!r})",
+                "inputs = processor(image, return_tensors='pt')  # image: PIL, RGB",
+                "outputs = model(**inputs)",
+            ]
+        case Library.TORCHVISION:
+            return [
+                "import torchvision",
+                "from safetensors.torch import load_file",
+                f"model = torchvision.models.{described['builder']}("
+                f"**{described['arguments']!r})",
+                f"model.load_state_dict(load_file({folder + '/' + SAFETENSORS!r}))",
+                "model = model.eval()",
+            ]
+        case _:
+            return [
+                "import numpy",
+                f"arrays = numpy.load({folder + '/' + WEIGHTS[Library.NPZ]!r})",
+                "for name in sorted(arrays.files):",
+                "    print(name, arrays[name].shape)",
+            ]

@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from big_vision_lite.models.layers import Dtype
+from big_vision_lite.models.layers import Dtype, layer_norm
 
 
 class Attention(enum.StrEnum):
@@ -44,11 +44,18 @@ def attend(
 
 
 class MultiHeadAttention(nn.Module, kw_only=True):
-    """Lets every query attend to every memory; projections have biases."""
+    """Lets every query attend to every memory.
+
+    `qk_norm` normalises queries and keys within each head (arXiv:2302.05442); the
+    output projection has a bias whatever `qkv_bias` says.
+    """
 
     num_heads: int
     dtype: Dtype = Dtype.FLOAT32
     attention: Attention = Attention.XLA
+    qkv_bias: bool = True
+    qk_norm: bool = False
+    norm_epsilon: float = 1e-6
 
     @nn.compact
     def __call__(
@@ -60,17 +67,17 @@ class MultiHeadAttention(nn.Module, kw_only=True):
         def project(name: str, x: Array) -> Array:  # [B, N, W] -> [B, N, H, D]
             return nn.DenseGeneral(
                 (self.num_heads, head_dim),
+                use_bias=self.qkv_bias,
                 dtype=self.dtype,
                 kernel_init=nn.initializers.xavier_uniform(),
                 name=name,
             )(x)
 
-        attended = attend(
-            project("query", queries),
-            project("key", memory),
-            project("value", memory),
-            self.attention,
-        )
+        q, k = project("query", queries), project("key", memory)
+        if self.qk_norm:
+            q = layer_norm(self.dtype, "query_norm", self.norm_epsilon)(q)
+            k = layer_norm(self.dtype, "key_norm", self.norm_epsilon)(k)
+        attended = attend(q, k, project("value", memory), self.attention)
         return nn.DenseGeneral(
             width,
             axis=(-2, -1),

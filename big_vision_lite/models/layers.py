@@ -53,8 +53,8 @@ def scale_pixels(
     return scaled / jnp.asarray(std, jnp.float32)
 
 
-def layer_norm(dtype: Dtype, name: str) -> nn.LayerNorm:
-    """Returns the norm of transformers: eps 1e-6, statistics in float32.
+def layer_norm(dtype: Dtype, name: str, epsilon: float = 1e-6) -> nn.LayerNorm:
+    """Returns the norm of transformers, with statistics in float32.
 
     The variance is E[x^2] - E[x]^2, in one pass. Measured, ViT-S/16 on XLA:CPU: with
     the two-pass form XLA fuses the sum of all earlier blocks into each later norm and
@@ -62,7 +62,7 @@ def layer_norm(dtype: Dtype, name: str) -> nn.LayerNorm:
     time; an optimization_barrier on the sum is dropped before fusion and changes
     nothing. tests/test_flops.py would see it.
     """
-    return nn.LayerNorm(epsilon=1e-6, use_fast_variance=True, dtype=dtype, name=name)
+    return nn.LayerNorm(epsilon=epsilon, use_fast_variance=True, dtype=dtype, name=name)
 
 
 def rematerialised(block: type[nn.Module], remat: Remat) -> type[nn.Module]:

@@ -4,6 +4,7 @@ import flax.linen as nn
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Shaped
 
+from big_vision_lite.models import flexi
 from big_vision_lite.models.layers import Dtype
 
 
@@ -43,20 +44,22 @@ class PatchEmbedding(nn.Module, kw_only=True):
     """Projects every patch to a token: a convolution with stride = kernel size.
 
     The kernel has the layout of that convolution, [p, p, C, D]; the product is a
-    matrix product, which every backend does best.
+    matrix product, which every backend does best. With `kernel_patch_size` p is that,
+    and the kernel is resized to `patch_size` at every use (FlexiViT).
     """
 
     patch_size: int
     width: int
     dtype: Dtype = Dtype.FLOAT32
+    kernel_patch_size: int | None = None
 
     @nn.compact
     def __call__(self, image: Float[Array, "B H W C"]) -> Float[Array, "B h w D"]:
-        patch = (self.patch_size, self.patch_size, image.shape[-1])
-        kernel = self.param(
-            "kernel", nn.initializers.lecun_normal(), (*patch, self.width)
-        )
+        side = self.kernel_patch_size or self.patch_size
+        shape = (side, side, image.shape[-1], self.width)
+        kernel = self.param("kernel", nn.initializers.lecun_normal(), shape)
         bias = self.param("bias", nn.initializers.zeros, (self.width,))
         patches = patchify(image, self.patch_size).astype(self.dtype)
+        kernel = flexi.resize_kernel(kernel, self.patch_size)
         kernel = kernel.reshape(-1, self.width).astype(self.dtype)
         return patches @ kernel + jnp.asarray(bias, self.dtype)

@@ -8,7 +8,7 @@ from jaxtyping import Array, Float
 
 from big_vision_lite.models.attention import Attention, MultiHeadAttention
 from big_vision_lite.models.layers import Dtype, layer_norm
-from big_vision_lite.models.mlp import Mlp
+from big_vision_lite.models.mlp import Activation, Mlp
 
 
 class Pooling(enum.StrEnum):
@@ -19,6 +19,15 @@ class Pooling(enum.StrEnum):
     ATTENTION = "attention"
 
 
+class FinalNorm(enum.StrEnum):
+    """What the norm after the last block normalises."""
+
+    # Every token, before they are pooled.
+    TOKENS = "tokens"
+    # The pooled vector: timm's fc_norm, MAE's fine-tuning.
+    POOLED = "pooled"
+
+
 class AttentionPooling(nn.Module, kw_only=True):
     """One learned probe attends to all tokens, then an MLP (arXiv:1810.00825)."""
 
@@ -26,6 +35,8 @@ class AttentionPooling(nn.Module, kw_only=True):
     mlp_dim: int
     dtype: Dtype = Dtype.FLOAT32
     attention: Attention = Attention.XLA
+    activation: Activation = Activation.GELU_TANH
+    norm_epsilon: float = 1e-6
 
     @nn.compact
     def __call__(self, tokens: Float[Array, "B N D"]) -> Float[Array, "B D"]:
@@ -38,6 +49,11 @@ class AttentionPooling(nn.Module, kw_only=True):
             attention=self.attention,
             name="attention",
         )(probe, tokens)
-        y = layer_norm(self.dtype, "norm")(z)
-        y = Mlp(hidden_dim=self.mlp_dim, dtype=self.dtype, name="mlp")(y)
+        y = layer_norm(self.dtype, "norm", self.norm_epsilon)(z)
+        y = Mlp(
+            hidden_dim=self.mlp_dim,
+            dtype=self.dtype,
+            activation=self.activation,
+            name="mlp",
+        )(y)
         return (z + y)[:, 0]

@@ -5,7 +5,9 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Num
 
 from big_vision_lite import layout
-from big_vision_lite.models.attention import Attention, MultiHeadAttention
+from big_vision_lite.models import flexi
+from big_vision_lite.models.attention import Attention
+from big_vision_lite.models.encoder import Encoder
 from big_vision_lite.models.heads import Classifier
 from big_vision_lite.models.layers import (
     Dtype,
@@ -14,14 +16,13 @@ from big_vision_lite.models.layers import (
     check_positive,
     check_rate,
     layer_norm,
-    rematerialised,
     scale_pixels,
 )
-from big_vision_lite.models.mlp import Mlp
+from big_vision_lite.models.mlp import Activation
 from big_vision_lite.models.patches import PatchEmbedding
-from big_vision_lite.models.pooling import AttentionPooling, Pooling
+from big_vision_lite.models.pooling import AttentionPooling, FinalNorm, Pooling
 from big_vision_lite.models.positions import Positions, sincos
-from big_vision_lite.types import Batch
+from big_vision_lite.types import Batch, Stem
 
 # Width, depth, MLP width, heads: arXiv:2106.04560 Table 2 and arXiv:2106.10270 Table 1;
 # So400m: arXiv:2305.13035.
@@ -38,84 +39,22 @@ SIZES = {
 }
 
 
-class EncoderBlock(nn.Module, kw_only=True):
-    """x += attention(norm(x)); x += mlp(norm(x))."""
-
-    mlp_dim: int
-    num_heads: int
-    dropout: float
-    stochastic_depth: float
-    dtype: Dtype
-    attention: Attention
-
-    @nn.compact
-    def __call__(
-        self, x: Float[Array, "B N D"], train: bool = False
-    ) -> Float[Array, "B N D"]:
-        y = layer_norm(self.dtype, "attention_norm")(x)
-        y = MultiHeadAttention(
-            num_heads=self.num_heads,
-            dtype=self.dtype,
-            attention=self.attention,
-            name="attention",
-        )(y, y)
-        x = layout.pin_batch(x + self._drop("attention", y, train))
-
-        y = layer_norm(self.dtype, "mlp_norm")(x)
-        y = Mlp(
-            hidden_dim=self.mlp_dim,
-            dropout=self.dropout,
-            dtype=self.dtype,
-            name="mlp",
-        )(y, train)
-        return layout.pin_batch(x + self._drop("mlp", y, train))
-
-    def _drop(self, branch: str, y: Array, train: bool) -> Array:
-        y = nn.Dropout(self.dropout, name=f"{branch}_dropout")(
-            y, deterministic=not train
-        )
-        # Whole branches of whole images, arXiv:1603.09382.
-        return nn.Dropout(
-            self.stochastic_depth,
-            broadcast_dims=(1, 2),
-            name=f"{branch}_stochastic_depth",
-        )(y, deterministic=not train)
-
-
-class Encoder(nn.Module, kw_only=True):
-    """A stack of blocks and a last norm."""
-
-    depth: int
-    mlp_dim: int
-    num_heads: int
-    dropout: float
-    stochastic_depth: float
-    dtype: Dtype
-    attention: Attention
-    remat: Remat
-
-    @nn.compact
-    def __call__(self, x: Float[Array, "B N D"], train: bool) -> Float[Array, "B N D"]:
-        block = rematerialised(EncoderBlock, self.remat)
-        for index in range(self.depth):
-            x = block(
-                mlp_dim=self.mlp_dim,
-                num_heads=self.num_heads,
-                dropout=self.dropout,
-                stochastic_depth=self.stochastic_depth * index / max(1, self.depth - 1),
-                dtype=self.dtype,
-                attention=self.attention,
-                name=f"block_{index:02d}",
-            )(x, train)
-        return layer_norm(self.dtype, "norm")(x)
-
-
 class ViT(nn.Module, kw_only=True):
     """Returns "tokens" (of patches), "pooled", "logits" if there is a head, "image".
 
     `dropout` acts after the positions and after every dense layer but query, key and
     value; `stochastic_depth` is the rate of the last block, growing linearly from 0.
     `mean` and `std` are in units of 0..255, one value or one a channel.
+
+    What published variants add, each off by default (`towers.py` combines them):
+    `layer_scale` is the first value of a learned factor a channel on each branch,
+    `registers` counts learned tokens without positions that are no output
+    (arXiv:2309.16588). `distillation_token` (arXiv:2012.12877) is a second class token
+    with a head of its own: "logits" and "pooled" are then the means of both,
+    "class_logits" and "distillation_logits" the parts. `stem` makes a grid of the
+    image, and `patch_size` counts its cells. `kernel_patch_size` and `position_grid`
+    are the sizes in which the patch kernel and the learned positions are stored, to
+    be resized at every use (FlexiViT, arXiv:2212.08013).
     """
 
     width: int
@@ -133,6 +72,17 @@ class ViT(nn.Module, kw_only=True):
     remat: Remat = Remat.NONE
     mean: tuple[float, ...] = (127.5,)
     std: tuple[float, ...] = (127.5,)
+    activation: Activation = Activation.GELU_TANH
+    norm_epsilon: float = 1e-6
+    final_norm: FinalNorm = FinalNorm.TOKENS
+    layer_scale: float | None = None
+    qkv_bias: bool = True
+    qk_norm: bool = False
+    registers: int = 0
+    distillation_token: bool = False
+    stem: Stem | None = None
+    kernel_patch_size: int | None = None
+    position_grid: tuple[int, ...] = ()
 
     def __post_init__(self) -> None:
         check_positive(
@@ -151,6 +101,8 @@ class ViT(nn.Module, kw_only=True):
                 f"width={self.width} does not divide over num_heads={self.num_heads}; "
                 f"use width={nearest}, or other heads."
             )
+        # A function: Linen would let interceptors see a method, with no path yet.
+        _check_variants(self)
         super().__post_init__()
 
     @classmethod
@@ -177,28 +129,22 @@ class ViT(nn.Module, kw_only=True):
         image = scale_pixels(image, self.mean, self.std)
         x = PatchEmbedding(
             patch_size=self.patch_size,
+            kernel_patch_size=self.kernel_patch_size,
             width=self.width,
             dtype=self.dtype,
             name="patch_embedding",
-        )(image)
+        )(image if self.stem is None else self.stem(image, train))
         batch, rows, columns, width = x.shape
         x = x.reshape(batch, rows * columns, width)
         match self.positions:
             case Positions.SINCOS:
                 x = x + jnp.asarray(sincos(rows, columns, width), self.dtype)
             case Positions.LEARNED:
-                positions = self.param(
-                    "position_embedding",
-                    nn.initializers.normal(width**-0.5),
-                    (rows, columns, width),
-                )
+                positions = self._learned_positions((rows, columns))
                 x = x + positions.reshape(x.shape[1:]).astype(self.dtype)
-
-        if self.pooling == Pooling.CLASS_TOKEN:
-            # After the positions, so the class token has none.
-            token = self.param("class_token", nn.initializers.zeros, (1, 1, width))
-            token = jnp.broadcast_to(token, (batch, 1, width)).astype(self.dtype)
-            x = jnp.concatenate([token, x], axis=1)
+        # After the positions, so that none of these tokens has one.
+        before = self._tokens_before_patches(batch)
+        x = jnp.concatenate([*before, x], axis=1) if before else x
         x = nn.Dropout(self.dropout, name="dropout")(x, deterministic=not train)
 
         x = Encoder(
@@ -209,25 +155,113 @@ class ViT(nn.Module, kw_only=True):
             stochastic_depth=self.stochastic_depth,
             dtype=self.dtype,
             attention=self.attention,
+            activation=self.activation,
+            norm_epsilon=self.norm_epsilon,
+            last_norm=self.final_norm == FinalNorm.TOKENS,
+            layer_scale=self.layer_scale,
+            qkv_bias=self.qkv_bias,
+            qk_norm=self.qk_norm,
             remat=self.remat,
             name="encoder",
         )(layout.pin_batch(x), train)
 
+        special, x = x[:, : -rows * columns], x[:, -rows * columns :]
         match self.pooling:
             case Pooling.AVERAGE:
                 pooled = x.mean(axis=1, dtype=jnp.float32)
             case Pooling.CLASS_TOKEN:
-                pooled, x = x[:, 0], x[:, 1:]
+                pooled = special[:, 0]
             case Pooling.ATTENTION:
                 pooled = AttentionPooling(
                     num_heads=self.num_heads,
                     mlp_dim=self.mlp_dim,
                     dtype=self.dtype,
                     attention=self.attention,
+                    activation=self.activation,
+                    norm_epsilon=self.norm_epsilon,
                     name="pooling",
                 )(x)
+        if self.final_norm == FinalNorm.POOLED:
+            pooled = layer_norm(self.dtype, "pooled_norm", self.norm_epsilon)(pooled)
         pooled = pooled.astype(jnp.float32)
         outputs = {"image": image, "tokens": x, "pooled": pooled}
         if self.head is not None:
             outputs |= self.head(pooled)
+        if self.distillation_token:
+            outputs |= self._with_distillation(outputs, special[:, 1])
         return outputs
+
+    def _learned_positions(self, grid: tuple[int, int]) -> Float[Array, "h w D"]:
+        stored = self.position_grid or grid
+        positions = self.param(
+            "position_embedding",
+            nn.initializers.normal(self.width**-0.5),
+            (*stored, self.width),
+        )
+        return flexi.resample_positions(positions, grid)
+
+    def _tokens_before_patches(self, batch: int) -> list[Float[Array, "B n D"]]:
+        counts = {
+            "class_token": int(self.pooling == Pooling.CLASS_TOKEN),
+            "distillation_token": int(self.distillation_token),
+            "registers": self.registers,
+        }
+        starts = {"class_token": nn.initializers.zeros}
+        learned = [
+            self.param(
+                name, starts.get(name, nn.initializers.normal(0.02)), (1, n, self.width)
+            )
+            for name, n in counts.items()
+            if n
+        ]
+        return [
+            jnp.broadcast_to(tokens, (batch, *tokens.shape[1:])).astype(self.dtype)
+            for tokens in learned
+        ]
+
+    def _with_distillation(
+        self, outputs: dict[str, Array], token: Float[Array, "B D"]
+    ) -> dict[str, Array]:
+        token = token.astype(jnp.float32)
+        both = {"pooled": (outputs["pooled"] + token) / 2}
+        if self.head is None:
+            return both
+        head = Classifier(
+            num_classes=self.head.num_classes,
+            hidden_dim=self.head.hidden_dim,
+            bias_init=self.head.bias_init,
+            name="distillation_head",
+        )
+        parts = outputs["logits"], head(token)["logits"]
+        return both | {
+            "logits": (parts[0] + parts[1]) / 2,
+            "class_logits": parts[0],
+            "distillation_logits": parts[1],
+        }
+
+
+def _check_variants(model: ViT) -> None:
+    if model.norm_epsilon <= 0:
+        raise ValueError(f"norm_epsilon={model.norm_epsilon} must be positive.")
+    if model.registers < 0:
+        raise ValueError(f"registers={model.registers}: use 0 for none.")
+    if model.kernel_patch_size is not None:
+        check_positive(kernel_patch_size=model.kernel_patch_size)
+    if model.distillation_token and (
+        model.pooling != Pooling.CLASS_TOKEN or model.final_norm != FinalNorm.TOKENS
+    ):
+        raise ValueError(
+            "distillation_token=True goes with pooling=class_token and "
+            f"final_norm=tokens (DeiT), not with pooling={model.pooling} and "
+            f"final_norm={model.final_norm}."
+        )
+    if model.position_grid and (
+        len(model.position_grid) != 2
+        or min(model.position_grid) < 1
+        or model.positions != Positions.LEARNED
+    ):
+        raise ValueError(
+            f"position_grid={model.position_grid} with positions={model.positions}: "
+            "it is (rows, columns) of learned positions; use positions=learned, or "
+            "position_grid=()."
+        )

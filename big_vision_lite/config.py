@@ -96,6 +96,15 @@ class TrainConfig:
                     "it: letters, digits and _."
                 )
 
+    def length_note(self) -> str | None:
+        """Says which length counts when both are set, else returns None."""
+        if self.num_steps is None or self.num_epochs is None:
+            return None
+        return (
+            f"num_steps={self.num_steps} counts, num_epochs={self.num_epochs:g} does "
+            "not: both are set. For the epochs add --config.num_steps=none"
+        )
+
     def resolve_steps(self, num_examples: int) -> int:
         """Returns the number of steps: num_steps, or num_epochs over the examples."""
         if self.num_steps is not None:

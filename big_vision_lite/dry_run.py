@@ -28,7 +28,7 @@ def dry_run(config: TrainConfig, workdir: epath.Path) -> str:
     examples = len(config.data.source)
     with (
         jax.set_mesh(mesh),
-        pipeline.open_batches(config.data, config.seed, mesh) as (batches),
+        pipeline.open_batches(config.data, config.seed, mesh) as batches,
     ):
         built = program.build(config, mesh, batches.spec())
         step = built.train_step.lower(built.abstract, dict(built.spec)).compile()
@@ -37,6 +37,7 @@ def dry_run(config: TrainConfig, workdir: epath.Path) -> str:
         picture = workdir / "first_batch.png"
         write_grid(batch["image"], picture)
     per_epoch = examples / config.data.batch_size
+    note = config.length_note()
     lines = [
         *_parameter_lines(built.abstract),
         "",
@@ -45,6 +46,7 @@ def dry_run(config: TrainConfig, workdir: epath.Path) -> str:
         f"examples     {examples:,} in {config.data.source.fingerprint}",
         f"steps        {built.num_steps:,} of {config.data.batch_size} "
         f"({per_epoch:.1f} an epoch, {built.num_steps / per_epoch:.2f} epochs)",
+        *([f"length       {note}"] if note else []),
         f"model FLOPs  {built.flops_per_step / GIGA:.3g} G a step (3 times forward)",
         f"mesh         {dict(mesh.shape)} of {jax.devices()[0].device_kind}",
         f"memory       {_memory(memory)} a device",

@@ -17,7 +17,10 @@ from big_vision_lite.types import Runner
 
 
 class Evaluations:
-    """The evaluators of a run, each prepared when it first runs.
+    """The evaluators of a run, prepared before its first step.
+
+    What a wrong path, an empty set or another set of classes would end after hours is
+    refused at the start; preparing opens the sets and reads none whole.
 
     A score is named `<evaluator>/<score>`, `<evaluator>_ema/...` when the averaged
     parameters were evaluated.
@@ -33,12 +36,14 @@ class Evaluations:
         show: Callable[[int, Mapping[str, float]], None],
     ):
         self._evaluators = {n: e for n, e in config.evaluators.items() if e.every_steps}
-        self._make_context = make_context
+        self._runners: dict[str, Runner] = {
+            name: evaluator.prepare(make_context(name))
+            for name, evaluator in self._evaluators.items()
+        }
         self._writer = writer
         self._num_steps = num_steps
         self._show = show
         self._suffix = "" if config.ema is None else "_ema"
-        self._runners: dict[str, Runner] = {}
 
     def due(self, name: str, step: int) -> bool:
         """Says whether an evaluator runs after `step`: the last step is always due."""
@@ -50,17 +55,10 @@ class Evaluations:
         for name in self._evaluators:
             prefix = f"{name}{self._suffix}"
             if self.due(name, step) and not self._writer.recorded(step, prefix):
-                scores = self.run(name, state)
+                scores = self._runners[name](state)
                 named = {f"{prefix}/{k}": v for k, v in scores.items()}
                 self._writer.write(step, named)
                 self._show(step, named)
-
-    def run(self, name: str, state: TrainState) -> dict[str, float]:
-        """Runs one evaluator and returns its scores."""
-        if name not in self._runners:
-            evaluator = self._evaluators[name]
-            self._runners[name] = evaluator.prepare(self._make_context(name))
-        return self._runners[name](state)
 
 
 def make_context(

@@ -136,9 +136,15 @@ def shardings(
 
 
 def check_batch_size(
-    batch_size: int, mesh: jax.sharding.Mesh, micro_batches: int = 1
+    batch_size: int,
+    mesh: jax.sharding.Mesh,
+    micro_batches: int = 1,
+    *,
+    option: str = "data.batch_size",
 ) -> None:
     """Refuses a batch that does not give every device the same number of rows.
+
+    `option` is where the size stands in the configuration.
 
     Raises:
         ValueError: names the two nearest batch sizes that do.
@@ -152,8 +158,8 @@ def check_batch_size(
     if micro_batches > 1:
         over += f" times {micro_batches} micro-batches"
     raise ValueError(
-        f"data.batch_size={batch_size} does not divide over {over}; "
-        f"use --config.data.batch_size={nearest}."
+        f"{option}={batch_size} does not divide over {over}; "
+        f"use --config.{option}={nearest}."
     )
 
 

@@ -1,6 +1,7 @@
 """Trains a recipe: `python -m big_vision_lite.train --config FILE --workdir FOLDER`."""
 
 import functools
+import shlex
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -22,8 +23,6 @@ from big_vision_lite import (
     run_folder,
     serialize,
     sharding,
-    step_folder,
-    trees,
 )
 from big_vision_lite import (
     state as state_lib,
@@ -43,13 +42,14 @@ def train(
     workdir: epath.Path,
     *,
     first_params: Mapping[str, Any] | None = None,
-    recipe: str = "RECIPE",
+    command: str | None = None,
     quiet: bool = False,
 ) -> TrainState:
     """Runs `config` to its last step, resuming from `workdir` if it holds a checkpoint.
 
-    `first_params` {name: array} start the run in place of `config.init`'s checkpoint.
-    `recipe` is named in what to type next.
+    `first_params` {name: array, statistics as "batch_stats/..."} start the run in place
+    of `config.init`'s checkpoint.
+    `command` is what was typed: it is named in what to type next.
 
     Raises:
         ValueError, OSError: a mistake in the recipe, the data or the folder; the
@@ -78,16 +78,9 @@ def train(
             config.data, config.seed, mesh, workdir / "bad_files.txt"
         ) as batches,
     ):
+        if note := config.length_note():
+            progress.message(note)
         built = program.build(config, mesh, batches.spec())
-        state = checkpointer.restore_latest(built.abstract)
-        if state is None:
-            state = start(config, built.fresh(), first_params, progress.message)
-        # Anything else would compile the step a second time.
-        state_lib.check_same(built.abstract, state)
-        first_step = int(state.step) + 1
-        if first_step > 1:
-            progress.message(f"resuming from step {first_step - 1} of {num_steps}")
-        writer.resume_at(first_step - 1)
         evaluations = evaluation.Evaluations(
             config,
             functools.partial(
@@ -102,11 +95,23 @@ def train(
             num_steps,
             show=progress.scores,
         )
+        state = checkpointer.restore_latest(built.abstract)
+        if state is None:
+            state = start(config, built.fresh(), first_params, progress.message)
+        # Anything else would compile the step a second time.
+        state_lib.check_same(built.abstract, state)
+        first_step = int(state.step) + 1
+        if first_step > 1:
+            progress.message(f"resuming from step {first_step - 1} of {num_steps}")
+        writer.resume_at(first_step - 1)
         monitor = Monitor(
             config, num_steps, workdir, lambda step: next(batches.starting_at(step))
         )
         # A run killed between a save and its evaluations makes up for them.
-        evaluations.run_due(first_step - 1, state)
+        try:
+            evaluations.run_due(first_step - 1, state)
+        except Stopped:
+            raise Stopped(stop.requested(), first_step - 1, workdir) from None
         progress.begin(first_step - 1, built.flops_per_step)
         for step, batch in progress.watch(batches.starting_at(first_step), num_steps):
             profiler.before(step)
@@ -129,14 +134,21 @@ def train(
             with progress.paused():
                 if saving:
                     checkpointer.save(step, state)
-                if last or not leaving:
-                    evaluations.run_due(step, state)
+                try:
+                    if last or not leaving:
+                        evaluations.run_due(step, state)
+                except Stopped:
+                    # A training inside an evaluator was told to stop, and saved itself.
+                    # Resumed, this run makes up for the evaluation.
+                    monitor.look(state)
+                    checkpointer.save(step, state)
+                    leaving, last = True, False
             if leaving and not last:
                 checkpointer.wait()
                 raise Stopped(stop.requested(), step, workdir)
         if skipped := batches.unreadable.message():
             progress.message(skipped)
-    progress.summary(writer.latest(), next_commands(workdir, recipe))
+    progress.summary(writer.latest(), next_commands(workdir, command))
     return state
 
 
@@ -153,13 +165,14 @@ def start(
     same_classes = True
     loaded = first_params
     if loaded is None:
-        folder = step_folder.find(init.path, log)
-        loaded, manifest = adapt.load_params(folder)
-        classes = list(config.data.source.class_names)
-        same_classes = manifest["class_names"] == classes
-    ours = trees.flatten(state_lib.merge(fresh.params, fresh.frozen))
+        opened = adapt.open_weights(init.path, log)
+        loaded = opened.variables
+        same_classes = opened.class_names == tuple(config.data.source.class_names)
+        for line in adapt.model_differences(config.model, opened.model):
+            log(f"init: {line}")
+    ours = state_lib.variables(fresh)
     adapted = adapt.adapt(loaded, ours, init, same_classes=same_classes, log=log)
-    return state_lib.with_params(fresh, adapted)
+    return state_lib.with_variables(fresh, adapted)
 
 
 def describe(config: TrainConfig, num_steps: int) -> dict[str, Any]:
@@ -172,16 +185,17 @@ def describe(config: TrainConfig, num_steps: int) -> dict[str, Any]:
     }
 
 
-def next_commands(workdir: epath.Path, recipe: str) -> list[str]:
+def next_commands(workdir: epath.Path, command: str | None) -> list[str]:
     """Lists what one may type after a run, with the Python that is running."""
-    package = f"{sys.orig_argv[0]} -m big_vision_lite"
+    package = f"{shlex.quote(sys.orig_argv[0])} -m big_vision_lite"
+    run, tuned = (shlex.quote(f"{workdir}{end}") for end in ("", "_finetuned"))
+    recipe = shlex.quote(f"configs/finetune.py:init={workdir},data=FOLDER")
     return [
-        f"{package}.predict --workdir {workdir} --images FOLDER --out preds.csv",
-        f"{package}.evaluate --workdir {workdir}",
-        f"{package}.train --config configs/finetune.py:init={workdir},data=FOLDER "
-        f"--workdir {workdir}_finetuned",
-        f"{package}.train --config {recipe} --workdir {workdir}  # resumes",
-        f"tensorboard --logdir {workdir}",
+        f"{package}.predict --workdir {run} --images FOLDER --out preds.csv",
+        f"{package}.evaluate --workdir {run}",
+        f"{package}.train --config {recipe} --workdir {tuned}",
+        *([] if command is None else [f"{command}  # resumes"]),
+        f"tensorboard --logdir {run}",
     ]
 
 
@@ -211,8 +225,9 @@ def main(argv: Sequence[str]) -> None:
     if values["dry_run"].value:
         print(dry_run.dry_run(config, workdir))
         return
+    typed = [sys.orig_argv[0], "-m", "big_vision_lite.train", *argv[1:]]
     with processes.named_losses():
-        train(config, workdir, recipe=command.recipe or "RECIPE")
+        train(config, workdir, command=shlex.join(typed))
 
 
 def define_flags(values: flags.FlagValues) -> None:

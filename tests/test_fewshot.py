@@ -309,7 +309,7 @@ def test_several_labels_an_image_and_an_empty_set_are_refused(tmp_path):
             return ""
 
     few = FewShotSet(name="none", train=several, test=Empty())
-    with pytest.raises(ValueError, match="none has 2 training and 0 test images"):
+    with pytest.raises(ValueError, match="val: none test has no images; give a"):
         evaluate(tmp_path, small(sets=(few,)))
 
 

@@ -43,6 +43,7 @@ class Classification:
             )
 
     def prepare(self, context: Context) -> Runner:
+        context.check_set(self.source, self.batch_size)
         names = context.class_names or self.source.class_names
         table = class_table(
             self.source.class_names, names, name=context.name, ours_is="train"
@@ -170,5 +171,6 @@ def _write_per_class(
         writer.writerows(row for row in old if int(row[0]) < step)
     for name, n, c in zip(names, count.tolist(), correct.tolist(), strict=True):
         writer.writerow((step, name, n, c, c / n if n else ""))
-    path.parent.mkdir(parents=True, exist_ok=True)
-    files.replace(path, text.getvalue().encode())
+    with files.writing(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        files.replace(path, text.getvalue().encode())

@@ -10,6 +10,7 @@ from etils import epath
 from jax.experimental import multihost_utils
 from jaxtyping import Bool, Int32
 
+from big_vision_lite import sharding
 from big_vision_lite.types import Array, Batch, Forward, Model, Objective, Op, Source
 
 # function(forward, batch) -> {name: array with the rows of the batch}.
@@ -43,6 +44,29 @@ class Context:
     eval_batches: Callable[[Source, Sequence[Op], int], Iterable[Batch]]
     untrained_state: Callable[[], Any]
     log: Callable[[str], None]
+
+    def check_set(
+        self,
+        source: Source,
+        batch_size: int,
+        *,
+        what: str = "its set",
+        option: str = "batch_size",
+    ) -> None:
+        """Refuses, before any step, a set that could not be evaluated after many.
+
+        `what` is how messages call the set, `option` the evaluator's field that holds
+        the batch size.
+
+        Raises:
+            ValueError: the set is empty, or the batch does not divide over the devices.
+        """
+        if not len(source):
+            raise ValueError(
+                f"{self.name}: {what} has no images; give a split that has some."
+            )
+        option = f"evaluators.{self.name}.{option}"
+        sharding.check_batch_size(batch_size, self.mesh, option=option)
 
     def gather_rows(self, rows: Mapping[str, Array], valid: Bool[Array, " B"]) -> Rows:
         """Brings the valid rows to every host, in the order of the source."""

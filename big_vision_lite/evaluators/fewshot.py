@@ -78,6 +78,9 @@ class FewShot:
             raise ValueError(f"FewShot: {problem}.")
 
     def prepare(self, context: Context) -> Runner:
+        for few in self.sets:
+            for part, source in (("train", few.train), ("test", few.test)):
+                context.check_set(source, self.batch_size, what=f"{few.name} {part}")
         tables = {few.name: self._test_labels(few, context) for few in self.sets}
         for few in self.sets:
             if tuple(few.train.class_names) == context.class_names:
@@ -160,13 +163,6 @@ class FewShot:
         return scores
 
     def _test_labels(self, few: FewShotSet, context: Context) -> np.ndarray:
-        # Lengths are asked for now, so that a set that is not there stops the run at
-        # its start and not at its first evaluation.
-        if not len(few.train) or not len(few.test):
-            raise ValueError(
-                f"{context.name}: {few.name} has {len(few.train)} training and "
-                f"{len(few.test)} test images; both are needed."
-            )
         table = class_table(
             few.test.class_names,
             few.train.class_names,
@@ -257,7 +253,8 @@ def _once(
         return kept.get("scores", {})
     scores = compute()
     if jax.process_index() == 0:
-        context.workdir.mkdir(parents=True, exist_ok=True)
         content = {"key": key, "protocol": protocol, "scores": scores}
-        files.replace(path, json.dumps(content, indent=1).encode())
+        with files.writing(path):
+            context.workdir.mkdir(parents=True, exist_ok=True)
+            files.replace(path, json.dumps(content, indent=1).encode())
     return scores

@@ -1,0 +1,294 @@
+"""The loop as a whole: what it refuses, how it compiles, stops and goes on."""
+
+import dataclasses
+import os
+import re
+import shlex
+import signal
+from typing import ClassVar
+
+import jax
+import pytest
+from etils import epath
+from tiny_runs import Net
+
+from big_vision_lite import command_line, dry_run, step_folder, train
+from big_vision_lite.checkpoint import Checkpoints
+from big_vision_lite.config import TrainConfig
+from big_vision_lite.data.ops import Decode
+from big_vision_lite.data.pipeline import Stream
+from big_vision_lite.data.sources import Digits, ImageFolder
+from big_vision_lite.evaluators.classification import Classification
+from big_vision_lite.evaluators.fewshot import FewShot, FewShotSet
+from big_vision_lite.metrics import read_history
+from big_vision_lite.objectives.classification import SoftmaxClassification
+from big_vision_lite.optimizers import AdamW
+from big_vision_lite.schedules import Constant
+from big_vision_lite.stop import Stopped, StopSignal
+
+CLOCK = ("images_per_second", "data_wait", "eta_seconds")
+
+
+def on_digits(**changes) -> Classification:
+    fields = dict(source=Digits(split="test"), batch_size=128, every_steps=4)
+    return Classification(**fields | changes)
+
+
+def recipe(**changes) -> TrainConfig:
+    fields = dict(
+        num_steps=8,
+        model=Net(),
+        objective=SoftmaxClassification(),
+        data=Stream(source=Digits(), ops=(Decode(channels=1),), batch_size=64),
+        preprocess=(Decode(channels=1),),
+        optimizer=AdamW(schedule=Constant(peak=0.01)),
+        evaluators={"test": on_digits()},
+        checkpoints=Checkpoints(every_steps=4, keep_latest=9),
+        log_every_steps=1,
+    )
+    return TrainConfig(**fields | changes)
+
+
+def run(folder, config, **options):
+    return train.train(config, epath.Path(folder), **options)
+
+
+def records(folder) -> dict[int, dict[str, float]]:
+    found: dict[int, dict[str, float]] = {}
+    for record in read_history(epath.Path(folder)):
+        kept = {name: x for name, x in record.items() if name not in CLOCK}
+        found[record["step"]] = found.get(record["step"], {}) | kept
+    return found
+
+
+@pytest.fixture
+def built(monkeypatch):
+    """The programs that runs build, in order."""
+    programs = []
+    build = train.program.build
+
+    def kept(*args):
+        programs.append(build(*args))
+        return programs[-1]
+
+    monkeypatch.setattr(train.program, "build", kept)
+    return programs
+
+
+@dataclasses.dataclass(kw_only=True)
+class Stopping:
+    """As a training inside an evaluator: told to stop, it saves itself and leaves."""
+
+    every_steps: int = 3
+
+    def prepare(self, context):
+        def runner(state):
+            if not (context.workdir / "again").exists():
+                (context.workdir / "again").touch()
+                os.kill(os.getpid(), signal.SIGTERM)
+                with StopSignal() as stop:
+                    raise Stopped(stop.requested(), 1, context.workdir / "inner")
+            return {"score": float(state.step)}
+
+        return runner
+
+
+@pytest.fixture
+def interrupted(tmp_path):
+    """A run that was stopped in an evaluation after step 3, which is no save's."""
+    config = recipe(evaluators={"inner": Stopping(), "test": on_digits()})
+    with pytest.raises(Stopped) as caught:
+        run(tmp_path / "run", config)
+    return tmp_path / "run", config, str(caught.value)
+
+
+def test_a_stop_inside_an_evaluation_saves_the_outer_step_and_says_so(interrupted):
+    folder, _, message = interrupted
+    assert message.startswith(f"SIGTERM: saved step 3 in {folder}. The same command")
+    assert step_folder.complete_steps(epath.Path(folder / "checkpoints")) == [3]
+    assert list(records(folder)) == [1, 2, 3]
+
+
+def test_it_continues_with_that_evaluation_as_if_it_had_not_been_stopped(
+    interrupted, tmp_path
+):
+    folder, config, _ = interrupted
+    run(folder, config)
+    (tmp_path / "straight").mkdir()
+    (tmp_path / "straight" / "again").touch()
+    run(tmp_path / "straight", config)
+    assert records(folder) == records(tmp_path / "straight")
+    scores = {s: r["inner/score"] for s, r in records(folder).items() if s % 3 == 0}
+    assert scores == {3: 3.0, 6: 6.0}
+
+
+def test_a_stop_in_the_evaluation_that_is_made_up_for_names_the_outer_step(
+    interrupted,
+):
+    folder, config, _ = interrupted
+    (folder / "again").unlink()
+    with pytest.raises(Stopped, match=f"SIGTERM: saved step 3 in {folder}. The"):
+        run(folder, config)
+
+
+def test_one_compile_of_the_step_in_a_run_and_one_in_its_resumption(
+    tmp_path, built, caplog, monkeypatch
+):
+    """Two ways: entries in the step's cache, and what JAX logs when it compiles."""
+    add = train.Monitor.add
+
+    def broken(self, step, metrics):
+        if step == 6:
+            raise KeyboardInterrupt
+        add(self, step, metrics)
+
+    with jax.log_compiles(), caplog.at_level("WARNING"):
+        with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+            patch.setattr(train.Monitor, "add", broken)
+            run(tmp_path / "run", recipe(ema=0.9))
+        run(tmp_path / "run", recipe(ema=0.9))
+    # Evaluated at 4 and 8, saved at 4 and 8, resumed from 4.
+    steps = [s for s, r in records(tmp_path / "run").items() if "test_ema/loss" in r]
+    assert steps == [4, 8]
+    assert [program.train_step._cache_size() for program in built] == [1, 1]
+    assert len(re.findall(r"Compiling jit\(train_step\)", caplog.text)) == 2
+
+
+@dataclasses.dataclass(kw_only=True)
+class Counting:
+    """The test digits, and which of them were read, by anybody."""
+
+    class_names: ClassVar = Digits(split="test").class_names
+    fingerprint: ClassVar = "counted"
+    reads: ClassVar[list[int]] = []
+
+    def __len__(self):
+        return len(Digits(split="test"))
+
+    def __getitem__(self, index):
+        self.reads.append(index)
+        return Digits(split="test")[index]
+
+    def name(self, index):
+        return f"digit {index}"
+
+
+class Empty(Counting):
+    def __len__(self):
+        return 0
+
+
+def few_shot(source, **changes) -> FewShot:
+    sets = (FewShotSet(name="digits", train=Digits(split="train"), test=source),)
+    return FewShot(**dict(sets=sets, batch_size=64, controls=False) | changes)
+
+
+NOWHERE = ImageFolder(path="/no/such/folder", split="val")
+
+
+@pytest.mark.parametrize(
+    ("evaluator", "words"),
+    [
+        (on_digits(source=NOWHERE), "/no/such/folder"),
+        (on_digits(source=Empty()), "late: its set has no images; give a split"),
+        (
+            on_digits(batch_size=100),
+            "evaluators.late.batch_size=100 does not divide over 8 devices; use "
+            "--config.evaluators.late.batch_size=96 or 104.",
+        ),
+        (few_shot(NOWHERE), "/no/such/folder"),
+        (few_shot(Empty()), "late: digits test has no images; give a split"),
+        (few_shot(Digits(), batch_size=9), "evaluators.late.batch_size=9 does not div"),
+    ],
+    ids=["path", "empty", "batch", "fewshot path", "fewshot empty", "fewshot batch"],
+)
+def test_an_evaluator_that_could_not_run_is_refused_before_any_step(
+    evaluator, words, tmp_path
+):
+    config = recipe(evaluators={"late": evaluator})
+    with pytest.raises((ValueError, OSError)) as caught:
+        run(tmp_path, config)
+    assert words in str(caught.value)
+    assert records(tmp_path) == {}
+    assert step_folder.complete_steps(epath.Path(tmp_path / "checkpoints")) == []
+    # Switched off, it is in nobody's way.
+    evaluator.every_steps = 0
+    run(tmp_path, config)
+    assert list(records(tmp_path)) == list(range(1, 9))
+
+
+def test_evaluators_are_prepared_once_and_read_no_image_before_their_time(
+    tmp_path, monkeypatch
+):
+    Counting.reads.clear()
+    seen = []
+    prepare, add = Classification.prepare, train.Monitor.add
+
+    def noted(self, context):
+        seen.append(("prepare", len(Counting.reads)))
+        return prepare(self, context)
+
+    def stepped(self, step, metrics):
+        seen.append((step, len(Counting.reads)))
+        add(self, step, metrics)
+
+    monkeypatch.setattr(Classification, "prepare", noted)
+    monkeypatch.setattr(train.Monitor, "add", stepped)
+    run(tmp_path, recipe(evaluators={"test": on_digits(source=Counting())}))
+    assert seen[:2] == [("prepare", 0), (1, 0)]
+    assert [step for step, _ in seen] == ["prepare", *range(1, 9)]
+    assert sorted(Counting.reads) == sorted(2 * [*range(len(Counting()))])
+
+
+@pytest.mark.parametrize("dry", [False, True])
+@pytest.mark.parametrize("both", [False, True])
+def test_of_two_lengths_it_says_which_one_counts(both, dry, tmp_path, capsys):
+    config = recipe(num_epochs=50.0 if both else None, evaluators={})
+    if dry:
+        print(dry_run.dry_run(config, epath.Path(tmp_path)))
+    else:
+        run(tmp_path, config)
+        assert max(records(tmp_path)) == 8
+    said = "num_steps=8 counts, num_epochs=50 does not: both are set. For the epochs "
+    shown = " ".join(capsys.readouterr().out.split())
+    assert (f"{said}add --config.num_steps=none" in shown) == both
+    config.num_steps = None
+    assert config.length_note() is None
+
+
+RECIPE = """
+import test_train
+
+def get_config(arg=""):
+    return test_train.recipe()
+"""
+NEXT = ("predict", "evaluate")
+
+
+def test_the_next_commands_are_what_was_typed_and_can_be_pasted(tmp_path, capsys):
+    folder = tmp_path / "my rün's"
+    (tmp_path / "small.py").write_text(RECIPE)
+    typed = [
+        f"--config={tmp_path}/small.py",
+        "--allow_module=tiny_runs",
+        f"--workdir={folder}",
+        "--config.num_steps=3",
+        "--config.data.ops[0].channels=1",
+        "--config.evaluators.test.every_steps=0",
+    ]
+    assert command_line.run(train.main, ["train", *typed]) == 0
+    shown = capsys.readouterr().out.split("Next:\n")[1].splitlines()
+    words = [shlex.split(line, comments=True) for line in shown if line]
+    resumes = next(w for w, line in zip(words, shown, strict=False) if "# res" in line)
+    assert resumes[1:] == ["-m", "big_vision_lite.train", *typed]
+    # Typed again, it finds the run it belongs to, finished.
+    assert command_line.run(train.main, ["train", *resumes[3:]]) == 0
+    assert "resuming from step 3 of 3" in capsys.readouterr().out
+    for line in words:
+        assert str(folder) in " ".join(line) or line is resumes
+    assert [w[2] for w in words[:2]] == [f"big_vision_lite.{n}" for n in NEXT]
+
+
+def test_a_run_from_a_program_names_no_command_to_resume_it(tmp_path):
+    lines = train.next_commands(epath.Path("/runs/x"), None)
+    assert not any("resumes" in line for line in lines) and len(lines) == 4

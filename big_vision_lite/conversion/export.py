@@ -69,7 +69,7 @@ def export(
         form=form,
         arrays=arrays,
         described=described,
-        files=_files(library, described, images.config, road, class_names),
+        files=_files(library, described, images.config, road, channels, class_names),
         code=_code(library, described, folder),
         notes=images.inexact,
     )
@@ -135,6 +135,7 @@ def _files(
     described: Mapping[str, Any],
     images: Mapping[str, Any],
     road: Preprocessing,
+    channels: int,
     class_names: Sequence[str],
 ) -> dict[str, str]:
     """Returns {name: text} of what lies beside the weights."""
@@ -158,8 +159,8 @@ def _files(
             }
         case _:
             # No library reads this; it is read back here, and by people.
-            size = {"image_size": list(road.image_size)}
-            config = {**described, **size, "pretrained_cfg": dict(images), **labels}
+            shape = {"image_size": list(road.image_size), "channels": channels}
+            config = {**described, **shape, "pretrained_cfg": dict(images), **labels}
     return {"config.json": _json(config)}
 
 
@@ -191,6 +192,8 @@ def _code(library: Library, described: Mapping[str, Any], folder: str) -> list[s
                 f"model.load_state_dict(load_file({folder + '/' + SAFETENSORS!r}))",
                 "model = model.eval()",
             ]
+        case Library.SAFETENSORS:
+            return [f"# python -m big_vision_lite.evaluate --workdir {folder} ..."]
         case _:
             return [
                 "import numpy",

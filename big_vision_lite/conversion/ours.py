@@ -1,0 +1,44 @@
+"""Our own names in one safetensors file, with a config.json that rebuilds the model."""
+
+import json
+from collections.abc import Sequence
+from typing import Any
+
+from big_vision_lite import serialize
+from big_vision_lite.conversion import formats, mapping
+from big_vision_lite.conversion.formats import Architecture, Library, Weights
+from big_vision_lite.conversion.mapping import Entry
+
+
+class Ours:
+    """Any model of big_vision_lite: names like "encoder/block_03/mlp/out/kernel"."""
+
+    name = "big_vision_lite"
+    library = Library.SAFETENSORS
+    model = object
+    ignored: tuple[str, ...] = ()
+
+    def recognises(self, weights: Weights) -> bool:
+        document = weights.config.get("config")
+        return isinstance(document, dict) and serialize.CLASS in document
+
+    def architecture(self, weights: Weights) -> Architecture:
+        document = {name: weights.config[name] for name in ("version", "config")}
+        size = weights.config.get("image_size")
+        channels = weights.config.get("channels", 3)
+        return Architecture(
+            model=serialize.from_json(json.dumps(document)),
+            image_size=None if size is None else (size[0], size[1]),
+            channels=channels,
+        )
+
+    def entries(self, model: Any, image_size: tuple[int, int]) -> Sequence[Entry]:
+        channels = len(model.mean) if len(model.mean) > 1 else 3
+        names = formats.shapes(model, image_size, channels)
+        return [mapping.same(name, name) for name in names]
+
+    def describe(self, model: Any, image_size: tuple[int, int]) -> dict[str, Any]:
+        return json.loads(serialize.to_json(model))
+
+
+FORMATS = (Ours(),)

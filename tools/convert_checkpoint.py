@@ -1,0 +1,193 @@
+"""Converts models from and to other libraries, and proves that nothing changed.
+
+  python tools/convert_checkpoint.py RUN --to timm --out FOLDER
+  ... --to torchvision | huggingface | npz | safetensors
+  python tools/convert_checkpoint.py FILE --to orbax --out RUN
+
+RUN is a run folder, a checkpoints folder or one step folder; FILE a safetensors, npz or
+.pth file, a folder with config.json, or hub:organisation/name. Either can be the source
+of every conversion. FOLDER gets the weights, a config.json that the other side loads
+unchanged, use.py with the lines that use it, and parity.txt: both sides on random
+pixels and on eight photographs, layer by layer, when torch is installed. The exit code
+is not zero when the bound is missed.
+"""
+
+import argparse
+import importlib.util
+import pathlib
+import sys
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import numpy as np
+from etils import epath
+
+sys.path.insert(0, str(pathlib.Path(__file__).parents[1]))
+sys.path.insert(0, str(pathlib.Path(__file__).parent))
+
+from big_vision_lite import (  # noqa: E402 (needs the paths above)
+    command_line,
+    files,
+    hyperrule,
+    run_folder,
+    saved_run,
+    serialize,
+    trees,
+)
+from big_vision_lite import state as state_lib  # noqa: E402
+from big_vision_lite.checkpoint import Checkpointer, Checkpoints  # noqa: E402
+from big_vision_lite.conversion import export, foreign  # noqa: E402
+from big_vision_lite.conversion.formats import Library  # noqa: E402
+from big_vision_lite.conversion.preprocessing import Preprocessing  # noqa: E402
+from big_vision_lite.saved_run import SavedRun  # noqa: E402
+
+ORBAX = "orbax"
+
+
+def to_library(run: SavedRun, library: Library, out: pathlib.Path) -> bool:
+    """Writes `run` for another library; returns whether parity holds or is untested."""
+    model = run.config.model
+    variables = {
+        name: np.asarray(jax.device_get(leaf))
+        for name, leaf in state_lib.variables(run.state, averaged=True).items()
+    }
+    road, channels = preprocessing_of(run)
+    exported = export.export(
+        model, variables, road, channels, run.class_names, library, str(out)
+    )
+    export.write(exported, out)
+    print(f"{len(exported.arrays)} arrays of {run.folder} -> {out} ({library})")
+    for note in exported.notes:
+        print(f"note: {note}")
+    print("\n".join(["To use it:", *(f"  {line}" for line in exported.code)]))
+    if library in (Library.NPZ, Library.SAFETENSORS):
+        return _read_back(variables, out)
+    if importlib.util.find_spec("torch") is None:
+        print(
+            "Parity was not compared: torch is not installed (pip install '.[torch]')"
+        )
+        return True
+    return _prove(model, variables, road, channels, exported, out)
+
+
+def _read_back(variables: dict[str, np.ndarray], out: pathlib.Path) -> bool:
+    """Says whether what was written gives the same bits when it is read again."""
+    found = foreign.load(str(out)).variables
+    wrong = [n for n, x in variables.items() if not np.array_equal(found.get(n), x)]
+    print(f"Read back: {len(variables) - len(wrong)} of {len(variables)} arrays equal")
+    return not wrong
+
+
+def _prove(
+    model: Any,
+    variables: dict[str, np.ndarray],
+    road: Preprocessing,
+    channels: int,
+    exported: export.Exported,
+    out: pathlib.Path,
+) -> bool:
+    import parity
+
+    params, collections = state_lib.split_variables(variables)
+    report = parity.compare(
+        model,
+        {"params": params, **collections},
+        road,
+        channels,
+        exported,
+        list(exported.form.entries(model, road.image_size)),
+        out,
+    )
+    (out / "parity.txt").write_text(report.text())
+    print(report.text(), end="")
+    return report.passed
+
+
+def preprocessing_of(run: SavedRun) -> tuple[Preprocessing, int]:
+    """Returns a run's road from a file to the model's input, and its channels."""
+    ops, model = run.config.preprocess, run.config.model
+    height, width, channels = input_shape(run)
+    road = Preprocessing(
+        ops=ops, mean=model.mean, std=model.std, image_size=(height, width)
+    )
+    return road, channels
+
+
+def input_shape(run: SavedRun) -> tuple[int, ...]:
+    """Returns [H, W, C] of what the preprocessing makes of a photograph."""
+    import parity
+
+    class Photographs:
+        def __len__(self) -> int:
+            return 1
+
+        def __getitem__(self, index: int) -> dict[str, Any]:
+            return {"image": parity.jpegs()[0], "label": 0}
+
+        def name(self, index: int) -> str:
+            return "a photograph"
+
+    source: Any = Photographs()
+    return hyperrule.input_shape(source, run.config.preprocess)
+
+
+def to_run(run: SavedRun, out: pathlib.Path) -> None:
+    """Writes weights from elsewhere as a run folder: evaluate, predict, start from."""
+    workdir = epath.Path(out)
+    if workdir.exists() and any(workdir.iterdir()):
+        raise ValueError(f"{out} is not empty; name a new folder with --out.")
+    text = serialize.to_json(
+        run.config,
+        versions=run_folder.versions(),
+        machine=run_folder.describe_machine(),
+    )
+    metadata = {
+        "num_steps": int(run.manifest["num_steps"]),
+        "class_names": list(run.class_names),
+        "source": run.config.data.source.fingerprint,
+        "origin": run.manifest.get("origin"),
+        "versions": run_folder.versions(),
+    }
+    policy = Checkpoints()
+    with Checkpointer(
+        workdir, policy, config_text=text, metadata=metadata
+    ) as checkpointer:
+        checkpointer.save(run.step, run.state)
+    files.replace(workdir / "config.json", text)
+    count = sum(x.size for x in trees.flatten(run.state.params).values())
+    print(f"{count:,} parameters of {run.folder} -> {out}")
+    print(
+        f"python -m big_vision_lite.predict --workdir {out} --images FOLDER --out ..."
+    )
+
+
+def parse(argv: Sequence[str]) -> argparse.Namespace:
+    """Reads the command line."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    add = parser.add_argument
+    add("source", help="run, step folder, weight file, or hub:organisation/name")
+    choices = [ORBAX, *(library.value for library in Library)]
+    add("--to", required=True, choices=choices, help="what to write")
+    add("--out", required=True, help="a new folder")
+    add("--allow_module", action="append", default=[], help="a module of your own")
+    return parser.parse_args(list(argv)[1:])
+
+
+def main(argv: Sequence[str]) -> None:
+    """Runs the command line."""
+    options = parse(argv)
+    out = pathlib.Path(options.out).expanduser().resolve()
+    run = saved_run.load(
+        options.source, allowed_modules=options.allow_module, devices=jax.devices()[:1]
+    )
+    if options.to == ORBAX:
+        to_run(run, out)
+    elif not to_library(run, Library(options.to), out):
+        raise SystemExit(1)
+
+
+if __name__ == "__main__":
+    sys.exit(command_line.run(main, sys.argv))

@@ -1,0 +1,311 @@
+"""Proves that an exported model computes what ours does: same images, both sides.
+
+Imported by convert_checkpoint.py; needs torch and the library in question. The images
+are random pixels and eight JPEGs cut from two photographs that scikit-learn ships.
+"""
+
+import dataclasses
+import importlib
+import importlib.resources
+import io
+import pathlib
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import simplejpeg
+
+from big_vision_lite.conversion.export import SAFETENSORS, Exported
+from big_vision_lite.conversion.formats import Library
+from big_vision_lite.conversion.mapping import Entry
+from big_vision_lite.conversion.preprocessing import Preprocessing
+
+# Largest |difference| over largest |value|, float32 on a CPU.
+BOUND = 1e-5
+PHOTOGRAPHS = ("china.jpg", "flower.jpg")
+NUM_RANDOM = 2
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Layer:
+    """Outputs of one pair of modules: their largest difference, relative."""
+
+    ours: str
+    theirs: str
+    difference: float
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Report:
+    """`logits` on random pixels and on photographs, relative; `layers` in order.
+
+    `pixels` is the largest difference of the two preprocessings in units of 0..255,
+    `same_top1` how many of the photographs get the same class through each side's own.
+    """
+
+    logits: Mapping[str, float]
+    layers: Sequence[Layer]
+    pixels: float | None
+    same_top1: int | None
+    num_images: int
+
+    @property
+    def passed(self) -> bool:
+        return all(difference <= BOUND for difference in self.logits.values())
+
+    def text(self) -> str:
+        lines = [
+            f"{'logits' if kind != 'features' else kind} on {kind}: "
+            f"{difference:.1e} of the largest value (bound {BOUND:.0e})"
+            for kind, difference in self.logits.items()
+        ]
+        if self.pixels is not None:
+            lines.append(
+                f"preprocessing of {self.num_images} photographs: at most "
+                f"{self.pixels:.3g} of 255 apart"
+            )
+        if self.same_top1 is not None:
+            lines.append(
+                f"same top class, each side with its own preprocessing: "
+                f"{self.same_top1} of {self.num_images}"
+            )
+        lines.append("layer by layer:")
+        lines += [
+            f"  {layer.difference:.1e}  {layer.ours} = {layer.theirs}"
+            for layer in self.layers
+        ]
+        if not self.passed:
+            wrong = [layer for layer in self.layers if layer.difference > BOUND]
+            where = f"{wrong[0].ours} = {wrong[0].theirs}" if wrong else "the head"
+            lines.append(f"FAILED: the first that differs is {where}")
+        return "\n".join(lines) + "\n"
+
+
+def compare(
+    model: Any,
+    variables: Mapping[str, Any],
+    road: Preprocessing,
+    channels: int,
+    exported: Exported,
+    entries: Sequence[Entry],
+    folder: pathlib.Path,
+) -> Report:
+    """Runs our `model` and what lies in `folder` on the same images.
+
+    `variables` are nested, as `model.apply` takes them.
+    """
+    theirs = load(exported, folder)
+    height, width = road.image_size
+    rng = np.random.default_rng(0)
+    shape = (NUM_RANDOM, height, width, channels)
+    photographs = jpegs()
+    images = {
+        "random pixels": rng.integers(0, 256, shape, np.uint8),
+        "photographs": np.stack([through(road, data) for data in photographs]),
+    }
+    logits, layers = {}, []
+    for kind, image in images.items():
+        pairs = paired_modules(entries)
+        ours, captured = run_ours(model, variables, image, [p[0] for p in pairs])
+        other, seen = run_theirs(theirs, ours["image"], [p[1] for p in pairs])
+        logits[kind] = relative(_result(ours), other)
+        if kind == "random pixels":
+            layers = _layers(pairs, captured, seen)
+    pixels, same = None, None
+    own = their_images(exported, theirs, folder, photographs)
+    if own is not None:
+        ours, _ = run_ours(model, variables, images["photographs"], [])
+        other, _ = run_theirs(theirs, own, [])
+        spread = np.broadcast_to(np.asarray(road.std), (channels,))
+        pixels = float(np.abs((ours["image"] - own) * spread).max())
+        same = int((_result(ours).argmax(-1) == other.argmax(-1)).sum())
+    return Report(
+        logits=logits,
+        layers=layers,
+        pixels=pixels,
+        same_top1=same,
+        num_images=len(photographs),
+    )
+
+
+def jpegs() -> list[bytes]:
+    """Returns eight real JPEGs: the quarters of two photographs."""
+    found = []
+    for name in PHOTOGRAPHS:
+        file = importlib.resources.files("sklearn.datasets.images") / name
+        image = simplejpeg.decode_jpeg(file.read_bytes())
+        rows, columns = image.shape[0] // 2, image.shape[1] // 2
+        for top in (0, rows):
+            for left in (0, columns):
+                part = image[top : top + rows, left : left + columns]
+                part = np.ascontiguousarray(part)
+                found.append(simplejpeg.encode_jpeg(part, quality=95))
+    return found
+
+
+def through(road: Preprocessing, data: bytes) -> np.ndarray:
+    """Returns what our preprocessing makes of a file, uint8 [H, W, C]."""
+    example: dict[str, Any] = {"image": data}
+    for op in road.ops:
+        example = op(example, np.random.default_rng(0))
+    return example["image"]
+
+
+def load(exported: Exported, folder: pathlib.Path) -> Any:
+    """Returns their model with the weights in `folder`, as its users would load it."""
+    match exported.library:
+        case Library.TIMM:
+            timm = importlib.import_module("timm")
+            model = timm.create_model(f"local-dir:{folder}", pretrained=True)
+        case Library.HUGGINGFACE:
+            transformers = importlib.import_module("transformers")
+            kind = getattr(transformers, exported.described["architectures"][0])
+            model = kind.from_pretrained(folder)
+        case Library.TORCHVISION:
+            models = importlib.import_module("torchvision.models")
+            torch_files = importlib.import_module("safetensors.torch")
+            builder = getattr(models, exported.described["builder"])
+            model = builder(**exported.described["arguments"])
+            model.load_state_dict(torch_files.load_file(folder / SAFETENSORS))
+        case other:
+            raise ValueError(f"{other} has no program to compare with.")
+    return model.eval()
+
+
+def run_ours(
+    model: Any, variables: Mapping[str, Any], image: np.ndarray, modules: Sequence[str]
+) -> tuple[dict[str, np.ndarray], dict[str, np.ndarray]]:
+    """Returns our outputs and those of `modules` ("encoder/block_03")."""
+    wanted = set(modules)
+
+    def apply(variables: Any, image: Any) -> Any:
+        return model.apply(
+            variables,
+            image=image,
+            train=False,
+            mutable=["intermediates"],
+            capture_intermediates=lambda module, method: (
+                method == "__call__" and "/".join(module.path) in wanted
+            ),
+        )
+
+    outputs, changed = jax.jit(apply)(variables, jnp.asarray(image))
+    captured = {}
+    for name in modules:
+        node = changed.get("intermediates", {})
+        for part in name.split("/"):
+            node = node.get(part, {})
+        if "__call__" in node and not isinstance(node["__call__"][0], dict):
+            captured[name] = np.asarray(node["__call__"][0])
+    return {name: np.asarray(x) for name, x in outputs.items()}, captured
+
+
+def run_theirs(
+    model: Any, scaled: np.ndarray, modules: Sequence[str]
+) -> tuple[np.ndarray, dict[str, np.ndarray]]:
+    """Returns their logits (or pooled features) and the outputs of `modules`."""
+    torch = importlib.import_module("torch")
+    seen: dict[str, np.ndarray] = {}
+
+    def keep(name: str) -> Any:
+        def hook(module: Any, inputs: Any, output: Any) -> None:
+            output = output[0] if isinstance(output, tuple) else output
+            if isinstance(output, torch.Tensor):
+                seen[name] = output.numpy()
+
+        return hook
+
+    known = dict(model.named_modules())
+    handles = [
+        known[name].register_forward_hook(keep(name))
+        for name in modules
+        if name in known
+    ]
+    pixels = np.ascontiguousarray(np.moveaxis(scaled, -1, 1), np.float32)
+    with torch.no_grad():
+        output = model(torch.from_numpy(pixels))
+    for handle in handles:
+        handle.remove()
+    if not isinstance(output, torch.Tensor):
+        output = output.logits if "logits" in output else output.pooler_output
+    return output.numpy(), seen
+
+
+def their_images(
+    exported: Exported, model: Any, folder: pathlib.Path, files: Sequence[bytes]
+) -> np.ndarray | None:
+    """Returns what their own preprocessing makes of files, scaled [B, H, W, C]."""
+    pillow = importlib.import_module("PIL.Image")
+    images = [pillow.open(io.BytesIO(data)).convert("RGB") for data in files]
+    if exported.library == Library.TIMM:
+        data = importlib.import_module("timm.data")
+        config = data.resolve_model_data_config(model)
+        if config["input_size"][0] != 3:
+            images = [image.convert("L") for image in images]
+        transform = data.create_transform(**config)
+        made = [transform(image).numpy() for image in images]
+    elif exported.library == Library.HUGGINGFACE:
+        transformers = importlib.import_module("transformers")
+        processor = transformers.AutoImageProcessor.from_pretrained(folder)
+        made = list(processor(images, return_tensors="np")["pixel_values"])
+    else:
+        return None
+    return np.moveaxis(np.stack(made), 1, -1)
+
+
+def paired_modules(entries: Sequence[Entry]) -> list[tuple[str, str]]:
+    """Lists (our module, their module) that hold the same arrays, in table order."""
+    ours: dict[str, set[int]] = {}
+    theirs: dict[str, set[int]] = {}
+    for index, entry in enumerate(entries):
+        for name in entry.ours:
+            for module in _above(name, "/"):
+                ours.setdefault(module, set()).add(index)
+        for name in entry.theirs:
+            for module in _above(name, "."):
+                theirs.setdefault(module, set()).add(index)
+    # Of several modules around the same arrays the outermost, on each side.
+    by_content: dict[frozenset[int], str] = {}
+    for module, content in theirs.items():
+        by_content.setdefault(frozenset(content), module)
+    pairs, used = [], set()
+    for module, content in ours.items():
+        key = frozenset(content)
+        if key in by_content and key not in used:
+            used.add(key)
+            pairs.append((max(content), len(content), module, by_content[key]))
+    return [(ours, theirs) for _, _, ours, theirs in sorted(pairs)]
+
+
+def relative(ours: np.ndarray, theirs: np.ndarray) -> float:
+    """Returns the largest |difference| over the largest |value| of theirs."""
+    return float(np.abs(ours - theirs).max() / max(np.abs(theirs).max(), 1e-30))
+
+
+def _above(name: str, separator: str) -> list[str]:
+    parts = name.split(separator)
+    return [separator.join(parts[:length]) for length in range(1, len(parts))]
+
+
+def _result(outputs: Mapping[str, np.ndarray]) -> np.ndarray:
+    return outputs.get("logits", outputs["pooled"])
+
+
+def _layers(
+    pairs: Sequence[tuple[str, str]],
+    ours: Mapping[str, np.ndarray],
+    theirs: Mapping[str, np.ndarray],
+) -> list[Layer]:
+    found = []
+    for mine, other in pairs:
+        if mine not in ours or other not in theirs:
+            continue
+        a, b = ours[mine], theirs[other]
+        if a.ndim == b.ndim == 4:
+            b = np.moveaxis(b, 1, -1)
+        if a.size == b.size:
+            difference = relative(a.reshape(b.shape), b)
+            found.append(Layer(ours=mine, theirs=other, difference=difference))
+    return found

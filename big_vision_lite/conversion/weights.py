@@ -147,7 +147,7 @@ def _safetensors(path: pathlib.Path) -> dict[str, np.ndarray]:
 def _npz(path: pathlib.Path) -> dict[str, np.ndarray]:
     try:
         with np.load(path, allow_pickle=False) as archive:
-            return {name: archive[name] for name in archive.files}
+            found = {name: archive[name] for name in archive.files}
     except (ValueError, OSError, EOFError, zipfile.BadZipFile) as error:
         if "allow_pickle" in str(error):
             raise ValueError(
@@ -155,6 +155,13 @@ def _npz(path: pathlib.Path) -> dict[str, np.ndarray]:
                 "are never loaded. Save plain arrays: numpy.savez(FILE, **arrays)."
             ) from error
         raise ValueError(f"{path} is a damaged archive: {error}. {_AGAIN}") from error
+    others = [n for n, array in found.items() if not isinstance(array, np.ndarray)]
+    if others or not found:
+        raise ValueError(
+            f"{path} is a zip file of {', '.join(others[:3]) or 'nothing'}, not of "
+            f"arrays. {READ}."
+        )
+    return found
 
 
 def _torch(path: pathlib.Path) -> dict[str, np.ndarray]:
@@ -219,8 +226,8 @@ def _unwrapped(arrays: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
 
 
 def _unknown(path: pathlib.Path, head: bytes) -> str:
-    # MessagePack maps begin with these bytes: what flax.serialization writes.
-    if head[0] in range(0x80, 0x90) or head[0] in (0xDE, 0xDF):
+    # A MessagePack map and its first key: what flax.serialization writes.
+    if head[0] in (*range(0x80, 0x90), 0xDE, 0xDF) and head[1] in range(0xA0, 0xC0):
         return (
             f"{path.name} is a Flax msgpack training checkpoint: this format is not "
             f"read. {READ}."

@@ -1,0 +1,199 @@
+"""What a weight file is, its bytes tell; what is no plain array is refused."""
+
+import json
+import pickle
+import zipfile
+
+import ml_dtypes
+import numpy as np
+import pytest
+import safetensors.numpy
+
+from big_vision_lite.conversion import foreign, weights
+
+RNG = np.random.default_rng(0)
+ARRAYS = {
+    "a/kernel": RNG.normal(size=(3, 4)).astype(np.float32),
+    "a/bias": RNG.normal(size=4).astype(np.float32),
+}
+
+
+def assert_arrays(found, expected=ARRAYS):
+    assert found.keys() == expected.keys()
+    for name, array in expected.items():
+        np.testing.assert_array_equal(found[name], array)
+
+
+@pytest.mark.parametrize("name", ["model.bin", "weights", "x.npz", "ä b.pth"])
+def test_the_format_is_found_by_content_not_by_name(name, tmp_path):
+    path = tmp_path / name
+    with path.open("wb") as file:
+        np.savez(file, **ARRAYS)
+    assert_arrays(weights.arrays_of(path))
+    safetensors.numpy.save_file(ARRAYS, path)
+    assert_arrays(weights.arrays_of(path))
+
+
+def test_bfloat16_that_numpy_stored_as_void_is_read(tmp_path):
+    half = ARRAYS["a/kernel"].astype(ml_dtypes.bfloat16)
+    np.savez(tmp_path / "x.npz", a=half.view("V2"), b=ARRAYS["a/bias"])
+    found = weights.arrays_of(tmp_path / "x.npz")
+    assert found["a"].dtype == np.float32
+    np.testing.assert_array_equal(found["a"], half.astype(np.float32))
+
+
+def test_half_precision_safetensors_are_read(tmp_path):
+    half = {"x": ARRAYS["a/kernel"].astype(ml_dtypes.bfloat16)}
+    whole = {"x": ARRAYS["a/kernel"].astype(np.float16)}
+    for stored in (half, whole):
+        safetensors.numpy.save_file(stored, tmp_path / "x")
+        found = weights.arrays_of(tmp_path / "x")
+        np.testing.assert_array_equal(found["x"], stored["x"].astype(np.float32))
+
+
+@pytest.mark.parametrize("prefix", ["params/", "opt/target/", "state_dict.", "model."])
+def test_what_training_scripts_wrap_around_parameters_is_taken_off(prefix, tmp_path):
+    wrapped = {f"{prefix}{name}": array for name, array in ARRAYS.items()}
+    beside = {"epoch": np.ones(1, np.float32)}
+    np.savez(tmp_path / "x.npz", **wrapped, **beside)
+    assert_arrays(weights.arrays_of(tmp_path / "x.npz"))
+
+
+def test_torch_archives_are_opened_by_torch_tensors_only(tmp_path):
+    torch = pytest.importorskip("torch")
+    tensors = {name: torch.from_numpy(array) for name, array in ARRAYS.items()}
+    for content in (tensors, {"state_dict": tensors, "epoch": 3}, {"model": tensors}):
+        torch.save(content, tmp_path / "x.pth")
+        assert_arrays(weights.arrays_of(tmp_path / "x.pth"))
+    torch.save(tensors, tmp_path / "old", _use_new_zipfile_serialization=False)
+    assert_arrays(weights.arrays_of(tmp_path / "old"))
+
+
+class Harmful:
+    """Leaves a file behind when it is unpickled."""
+
+    def __init__(self, path):
+        self._path = path
+
+    def __reduce__(self):
+        return open, (self._path, "w")
+
+
+def harmful_torch(path, trap):
+    torch = pytest.importorskip("torch")
+    torch.save({"a": Harmful(trap)}, path)
+
+
+def harmful_pickle(path, trap):
+    pytest.importorskip("torch")
+    path.write_bytes(pickle.dumps({"a": Harmful(trap)}))
+
+
+def harmful_npz(path, trap):
+    array = np.array([Harmful(trap)], dtype=object)
+    with path.open("wb") as file:
+        np.savez(file, a=array)
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (harmful_torch, "no torch file of tensors alone"),
+        (harmful_pickle, "no torch file of tensors alone"),
+        (harmful_npz, "pickled Python objects.*never loaded"),
+    ],
+)
+def test_no_file_runs_code(make, message, tmp_path):
+    trap = tmp_path / "trap"
+    make(tmp_path / "x", str(trap))
+    with pytest.raises(ValueError, match=message):
+        weights.arrays_of(tmp_path / "x")
+    assert not trap.exists()
+
+
+@pytest.mark.parametrize("keep", [0, 7, 30, 100, -1])
+@pytest.mark.parametrize("kind", ["npz", "safetensors"])
+def test_truncated_files_are_refused_by_name(kind, keep, tmp_path):
+    path = tmp_path / f"cut.{kind}"
+    if kind == "npz":
+        np.savez(path, **ARRAYS)
+    else:
+        safetensors.numpy.save_file(ARRAYS, path)
+    path.write_bytes(path.read_bytes()[:keep])
+    with pytest.raises(ValueError, match=f"cut.{kind}.*(again|Read are)"):
+        weights.arrays_of(path)
+
+
+def test_a_truncated_torch_file_is_refused_by_name(tmp_path):
+    torch = pytest.importorskip("torch")
+    path = tmp_path / "cut.pth"
+    torch.save({"a": torch.ones(1000)}, path)
+    for keep in (100, 2000, -1):
+        whole = path.read_bytes()
+        path.write_bytes(whole[:keep])
+        with pytest.raises(ValueError, match="cut.pth"):
+            weights.arrays_of(path)
+        path.write_bytes(whole)
+
+
+def test_a_state_dict_without_tensors_is_none(tmp_path):
+    torch = pytest.importorskip("torch")
+    torch.save({"epoch": 3}, tmp_path / "x")
+    with pytest.raises(ValueError, match="dict without tensors"):
+        weights.arrays_of(tmp_path / "x")
+
+
+def test_flax_msgpack_checkpoints_are_named(tmp_path):
+    # What flax.serialization.to_bytes({"params": {}, "step": 0}) begins with.
+    (tmp_path / "checkpoint_10000").write_bytes(b"\x82\xa6params\x80\xa4step\x00")
+    with pytest.raises(ValueError) as caught:
+        weights.arrays_of(tmp_path / "checkpoint_10000")
+    assert str(caught.value).startswith(
+        "checkpoint_10000 is a Flax msgpack training checkpoint: this format is not "
+        "read. Read are: Orbax run folders, .safetensors, .npz, torch's .pth"
+    )
+
+
+@pytest.mark.parametrize("content", [b"hello world, no weights", b"\x89PNG\r\n\x1a\n"])
+def test_other_files_are_no_weights(content, tmp_path):
+    (tmp_path / "x").write_bytes(content)
+    with pytest.raises(ValueError, match="x is no weight file"):
+        weights.arrays_of(tmp_path / "x")
+
+
+def test_a_zip_that_is_no_archive_of_arrays_is_refused(tmp_path):
+    with zipfile.ZipFile(tmp_path / "x.zip", "w") as archive:
+        archive.writestr("readme.txt", "hello")
+    with pytest.raises(ValueError, match="x.zip"):
+        foreign.load(str(tmp_path / "x.zip"))
+
+
+def test_names_of_no_known_model_are_shown(tmp_path):
+    np.savez(tmp_path / "x.npz", **ARRAYS)
+    with pytest.raises(ValueError, match="2 arrays .a/kernel, a/bias.*Known are:.*ViT"):
+        foreign.load(str(tmp_path / "x.npz"))
+
+
+def test_a_folder_brings_its_configuration_along(tmp_path):
+    safetensors.numpy.save_file(ARRAYS, tmp_path / "model.safetensors")
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "vit"}))
+    found = weights.read(str(tmp_path))
+    assert found.config == {"model_type": "vit"} and found.preprocessor == {}
+    assert weights.read(str(tmp_path / "model.safetensors")).config == found.config
+    (tmp_path / "config.json").write_text("{")
+    with pytest.raises(ValueError, match="config.json is no JSON"):
+        weights.read(str(tmp_path))
+
+
+def test_what_is_not_there_is_said(tmp_path):
+    with pytest.raises(FileNotFoundError, match="nowhere does not exist"):
+        weights.read(str(tmp_path / "nowhere"))
+    (tmp_path / "notes.txt").write_text("x")
+    with pytest.raises(FileNotFoundError, match="holds no weights.*notes.txt"):
+        weights.read(str(tmp_path))
+    assert not weights.is_foreign(str(tmp_path))
+
+
+def test_a_download_without_client_or_network_says_what_to_type(monkeypatch):
+    with pytest.raises(ValueError, match="hub:nobody/nothing.*(could not|pip install)"):
+        weights.read("hub:nobody/nothing")

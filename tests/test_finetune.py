@@ -420,6 +420,28 @@ def test_wrong_settings_say_what_is_allowed(ready, two_shapes):
     swapped.train, swapped.test = Digits(), swapped.test
     with pytest.raises(ValueError, match="unknown to transfer train: cross"):
         swapped.prepare(context)
+    for change, words in (
+        ({"rule": small_rule(batch_size=12)}, "transfer.rule.batch_size=12 does not"),
+        ({"eval_batch_size": 9}, r"use --config\.evaluators\.transfer\.eval_ba"),
+        ({"test": Sized(0)}, "transfer: its test set has no images; give a split"),
+        ({"train": Sized(0)}, "transfer: its training set has no images"),
+    ):
+        with pytest.raises(ValueError, match=words):
+            evaluator(two_shapes, **change).prepare(context)
+
+
+def test_preparing_looks_at_a_sample_of_the_images_once(ready, two_shapes, monkeypatch):
+    context, _, _ = ready
+    reads = []
+    read = ImageFolder.__getitem__
+    monkeypatch.setattr(
+        ImageFolder,
+        "__getitem__",
+        lambda source, index: reads.append(index) or read(source, index),
+    )
+    evaluator(two_shapes, seeds=(0, 1, 2), rule=small_rule(size=None)).prepare(context)
+    # Twelve images: one for the channels, all for the median of their areas.
+    assert len(reads) == 1 + 12
 
 
 def parse(name: str, arg: str, *overrides: str):

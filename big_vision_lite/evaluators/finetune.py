@@ -67,21 +67,28 @@ class FineTune:
             )
 
     def prepare(self, context: Context) -> Runner:
-        if not len(self.train) or not len(self.test):
-            raise ValueError(
-                f"{context.name}: there are {len(self.train)} training and "
-                f"{len(self.test)} test images; both are needed."
-            )
-        # Before hours of training, not after them.
+        context.check_set(
+            self.train,
+            self.rule.batch_size,
+            what="its training set",
+            option="rule.batch_size",
+        )
+        context.check_set(
+            self.test,
+            self.eval_batch_size,
+            what="its test set",
+            option="eval_batch_size",
+        )
         class_table(
             self.test.class_names,
             self.train.class_names,
             name=f"{context.name} test",
             ours_is=f"{context.name} train",
         )
-        init = Init(path="memory", drop=HEAD)
-        pretrained = [self.training(context, seed, init) for seed in self.seeds]
-        untrained = [self.training(context, seed, None) for seed in self.seeds]
+        # Once: the rule looks at a sample of the images.
+        config = self.training(context, self.seeds[0], Init(path="memory", drop=HEAD))
+        pretrained = [dataclasses.replace(config, seed=seed) for seed in self.seeds]
+        untrained = [dataclasses.replace(c, init=None) for c in pretrained]
         root = context.workdir / FOLDER / context.name
 
         def run(state: TrainState) -> dict[str, float]:
@@ -211,7 +218,8 @@ def _once(
     scores = compute()
     if jax.process_index() == 0:
         content = json.dumps({"key": key, "scores": scores}, indent=1)
-        files.replace(path, content.encode())
+        with files.writing(path):
+            files.replace(path, content.encode())
     return scores
 
 

@@ -2,7 +2,8 @@
 
 The evaluators are those of the run's own recipe, or of another one for transfer:
 `--config configs/OTHER.py`, of which only `evaluators` is used. RUN is a run folder, a
-checkpoints folder or one step folder.
+checkpoints folder, one step folder, or weights of another library: a file, a folder
+with config.json, or hub:organisation/name.
 """
 
 import contextlib

@@ -2,7 +2,8 @@
 
   ... --images FOLDER --out preds.csv [--embed features.npz]
 
-RUN is a run folder, a checkpoints folder or one step folder; no recipe is needed.
+RUN is a run folder, a checkpoints folder, one step folder, or weights of another
+library (file, folder with config.json, hub:organisation/name); no recipe is needed.
 """
 
 import argparse
@@ -116,7 +117,7 @@ def check_head(run: SavedRun, outputs: Mapping[str, Any]) -> None:
             "data=FOLDER"
         )
     width, count = outputs["logits"].shape[-1], len(run.class_names)
-    if width != count:
+    if run.class_names and width != count:
         raise ValueError(
             f"The model has {width} logits, but {run.folder} names {count} classes."
         )
@@ -151,7 +152,7 @@ def table_of(found: Predictions, class_names: Sequence[str]) -> list[list[str]]:
     ):
         # The shortest digits that read back as the same float32.
         pairs = [
-            (class_names[int(label)], str(probability))
+            (_class_name(int(label), class_names), str(probability))
             for label, probability in zip(labels, likely, strict=True)
         ]
         if file in found.errors:
@@ -159,6 +160,11 @@ def table_of(found: Predictions, class_names: Sequence[str]) -> list[list[str]]:
         texts = [text for pair in pairs for text in pair]
         rows.append([file, *texts, found.errors.get(file, "")])
     return rows
+
+
+def _class_name(label: int, class_names: Sequence[str]) -> str:
+    # Weights from elsewhere may come without names.
+    return class_names[label] if class_names else f"class_{label}"
 
 
 def write_csv(path: epath.Path, rows: Sequence[Sequence[str]]) -> None:

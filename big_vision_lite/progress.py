@@ -2,7 +2,6 @@
 
 import contextlib
 import contextvars
-import os
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
@@ -13,6 +12,7 @@ from rich.live import Live
 from rich.text import Text
 
 from big_vision_lite import console as texts
+from big_vision_lite import cores
 from big_vision_lite.clocks import Clock, DeviceClock
 from big_vision_lite.peaks import peak_flops
 
@@ -215,7 +215,7 @@ class Progress:
             clock.steps,
             batches.stages(),
             batches.threads,
-            _cores(),
+            cores.available(),
         )
         if advice is not None:
             self._advise_after *= 10  # said once, it is known
@@ -245,9 +245,3 @@ class Progress:
     def _print(self, text: str) -> None:
         # Text, not markup: brackets in file names and recipes are just brackets.
         self._console.print(Text(text), soft_wrap=True)
-
-
-def _cores() -> int:
-    if hasattr(os, "sched_getaffinity"):
-        return len(os.sched_getaffinity(0))
-    return os.cpu_count() or 1

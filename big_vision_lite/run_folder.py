@@ -14,7 +14,14 @@ from typing import Any
 import jax
 from etils import epath
 
-from big_vision_lite import files, integrity, processes, serialize, step_folder
+from big_vision_lite import (
+    cores,
+    files,
+    integrity,
+    processes,
+    serialize,
+    step_folder,
+)
 from big_vision_lite.config import TrainConfig
 
 # What may change between the start of a run and its resumption: nothing here changes
@@ -140,15 +147,26 @@ class RunFolder:
                 "a new --workdir to start from its weights. "
                 f"{serialize.newer_version(old['version'])}".rstrip()
             )
-        then, now = old.get("machine", {}), describe_machine()
-        moved = [
-            f"{k} {then.get(k)} -> {v}" for k, v in now.items() if then.get(k) != v
-        ]
-        if steps and then and moved:
-            self._log(
-                f"resuming on another machine ({'; '.join(moved)}): the same batches, "
-                "but the last bits of the results may differ"
-            )
+        if steps:
+            self._say_what_moved(old, new)
+
+    def _say_what_moved(self, old: Mapping[str, Any], new: Mapping[str, Any]) -> None:
+        """Says what of the machine and of the versions is not what it was."""
+        kinds = {
+            "on another machine": [old.get("machine"), new["machine"]],
+            "with other versions": [_deciding(old), _deciding(new)],
+        }
+        for what, (then, now) in kinds.items():
+            if not then:
+                continue  # written by hand, or by a program of one's own
+            moved = differences(then, now)
+            if moved:
+                shown = "; ".join(f"{name} {a} -> {b}" for name, a, b in moved)
+                shown = shown.replace('"', "")
+                self._log(
+                    f"resuming {what} ({shown}): the same batches, but the last bits "
+                    "of the results may differ"
+                )
 
     def _length_message(
         self, old: Mapping[str, Any], binding: Sequence[Any], step: int
@@ -237,8 +255,14 @@ def describe_machine() -> dict[str, Any]:
         "device_kind": jax.devices()[0].device_kind,
         "devices": jax.device_count(),
         "processes": jax.process_count(),
-        "cores": len(os.sched_getaffinity(0)),
+        "cores": cores.available(),
     }
+
+
+def _deciding(document: Mapping[str, Any]) -> dict[str, str]:
+    """Returns the versions that decide results: not the commit, of which most don't."""
+    found = {"big_vision_lite": document["version"], **document.get("versions", {})}
+    return {name: version for name, version in found.items() if name != "commit"}
 
 
 def _is_free(path: str) -> bool:

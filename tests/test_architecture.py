@@ -9,10 +9,10 @@ ROOT = pathlib.Path(__file__).parents[1]
 PACKAGE = ROOT / "big_vision_lite"
 FILES = sorted(PACKAGE.rglob("*.py"))
 
-# Rows of design section 5, lowest first; a module may import from lower rows, or from
-# its own group. The names of one row are groups that never import each other.
+# Lowest row first: a module may import from lower rows, or from its own group. The
+# groups of one row never import each other.
 ROWS = (
-    ({"types"}, {"trees"}, {"files"}),
+    ({"types"}, {"trees"}, {"files"}, {"cores"}),
     ({"layout"}, {"processes"}),
     (
         {"schedules", "optimizers"},
@@ -26,7 +26,10 @@ ROWS = (
         {"stop"},
     ),
     ({"objectives"}, {"state"}, {"conversion"}),
-    ({"bound_model", "step"}, {"integrity", "step_folder", "checkpoint", "adapt", "resample"}),
+    (
+        {"bound_model", "step"},
+        {"integrity", "step_folder", "checkpoint", "adapt", "resample"},
+    ),
     ({"evaluators"},),
     (
         {"config", "recipe_args", "mistakes", "command_line", "devices"},

@@ -225,6 +225,29 @@ def test_another_machine_is_said_and_allowed(tmp_path):
     assert f"resuming on another machine (cores 99 -> {cores})" in lines[0]
 
 
+@pytest.mark.parametrize("name", ["jax", "jaxlib", "flax", "optax", "python"])
+def test_other_versions_are_said_and_allowed(name, tmp_path):
+    begin(tmp_path)
+    document = json.loads((tmp_path / "config.json").read_text())
+    now = document["versions"][name]
+    document["versions"] |= {name: "0.1", "commit": "another one"}
+    (tmp_path / "config.json").write_text(json.dumps(document))
+    lines = []
+    with open_folder(tmp_path, log=lines.append):
+        pass
+    assert len(lines) == 1
+    assert f"resuming with other versions ({name} 0.1 -> {now})" in lines[0]
+    assert "the same batches, but the last bits of the results may differ" in lines[0]
+    # Said once; and a run that has saved nothing has nothing to continue.
+    with open_folder(tmp_path, log=lines.append):
+        pass
+    (tmp_path / "config.json").write_text(json.dumps(document))
+    (tmp_path / "checkpoints" / "50" / "manifest.json").unlink()
+    with open_folder(tmp_path, log=lines.append):
+        pass
+    assert len(lines) == 1
+
+
 def test_a_folder_that_cannot_be_written_is_refused_before_anything_else(tmp_path):
     # Root may write anywhere, so: below a file, and in a folder that takes nothing.
     (tmp_path / "file").write_text("")
@@ -249,12 +272,12 @@ def test_a_damaged_config_is_refused_and_left_alone(tmp_path):
 def test_a_config_from_a_newer_version_says_what_to_install(tmp_path):
     document = json.loads(serialize.to_json(recipe()))
     document["version"] = "99.1.0"
-    document["config"]["model"]["registers"] = 4
+    document["config"]["model"]["foresight"] = 4
     (tmp_path / "config.json").write_text(json.dumps(document))
     with pytest.raises(ValueError) as caught:
         run_folder.read_config(epath.Path(tmp_path))
     message = str(caught.value)
-    assert 'ViT has no field "registers"' in message
+    assert 'ViT has no field "foresight"' in message
     assert "written by big_vision_lite 99.1.0" in message
     assert "pip install 'big_vision_lite>=99.1.0'" in message
     # The same of this version or an older one is just wrong.
@@ -269,9 +292,9 @@ def test_a_resume_in_a_folder_of_a_newer_version_says_so(tmp_path):
     begin(tmp_path)
     document = json.loads((tmp_path / "config.json").read_text())
     document["version"] = "99.1.0"
-    document["config"]["model"]["registers"] = 4
+    document["config"]["model"]["foresight"] = 4
     (tmp_path / "config.json").write_text(json.dumps(document))
-    with pytest.raises(ValueError, match="model.registers 4 -> null") as caught:
+    with pytest.raises(ValueError, match="model.foresight 4 -> null") as caught:
         open_folder(tmp_path).__enter__()
     assert "written by big_vision_lite 99.1.0" in str(caught.value)
 

@@ -232,7 +232,7 @@ def _dropped(
         what: leaves["head/kernel"].shape[-1] if "head/kernel" in leaves else "no"
         for what, leaves in (("loaded", loaded), ("fresh", fresh))
     }
-    other = " other" if count["loaded"] == count["fresh"] else ""
+    other = " with other names" if count["loaded"] == count["fresh"] else ""
     log(
         f"Head has {count['loaded']} classes, data {count['fresh']}{other}: new head "
         '(zero init). To refuse instead: --config.init.drop=""'

@@ -9,15 +9,15 @@ import os
 import pathlib
 import re
 import sys
+import tempfile
 import traceback
-import warnings
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from absl import flags, logging
+from absl import flags
 from ml_collections.config_flags import config_flags, config_path
 
-from big_vision_lite import mistakes, serialize, trees
+from big_vision_lite import files, log_lines, mistakes, serialize, trees
 from big_vision_lite.stop import Stopped
 
 # What a user can mend: shown as one message, the trace goes to a file.
@@ -33,14 +33,22 @@ class Command:
     flags: flags.FlagValues
 
 
-def parse(argv: Sequence[str], define: Callable[[flags.FlagValues], None]) -> Command:
+def parse(
+    argv: Sequence[str],
+    define: Callable[[flags.FlagValues], None],
+    *,
+    about: str = "",
+    recorded: Callable[[str, Sequence[str]], Any] | None = None,
+) -> Command:
     """Reads `--config FILE[:arg] --config.a.b=value` and what `define` adds.
 
     The configuration is rebuilt once through its constructors, so that what runs is
-    exactly what config.json says.
+    exactly what config.json says. `about` is shown above the flags by --help. Without
+    --config, `recorded(workdir, allowed_modules)` may give what --workdir recorded.
 
     Raises:
         ValueError: an unknown name (with the closest one), or a value that is refused.
+        SystemExit: --help was asked for, and is printed.
     """
     values = flags.FlagValues()
     define(values)
@@ -50,15 +58,28 @@ def parse(argv: Sequence[str], define: Callable[[flags.FlagValues], None]) -> Co
         "A module of your own whose components a recipe may use.",
         flag_values=values,
     )
+    if any(word in ("--help", "-help", "-h") for word in argv[1:]):
+        print(_help(about, values))
+        raise SystemExit(0)
     argv, cleared = _take_none(argv)
     recipe = _recipe(argv)
-    for module in _flag_values(argv, "allow_module"):
-        importlib.import_module(module)
+    modules = _flag_values(argv, "allow_module")
+    for module in modules:
+        _import(module)
+    workdir = _flag_values(argv, "workdir")
+    known = None
+    if recorded is not None and recipe is None and workdir:
+        known = recorded(workdir[-1], modules)
     try:
-        argv = _build_missing(argv, recipe)
-        config_flags.DEFINE_config_file(
-            "config", help_string="Recipe.", flag_values=values, sys_argv=list(argv)
-        )
+        if known is not None:
+            config_flags.DEFINE_config_dataclass(
+                "config", known, flag_values=values, sys_argv=list(argv)
+            )
+        else:
+            argv = _build_missing(argv, recipe)
+            config_flags.DEFINE_config_file(
+                "config", help_string="Recipe.", flag_values=values, sys_argv=list(argv)
+            )
         rest = values(list(argv))
     except Exception as error:
         raise ValueError(mistakes.explain(error, recipe, argv, values)) from error
@@ -80,15 +101,24 @@ def parse(argv: Sequence[str], define: Callable[[flags.FlagValues], None]) -> Co
     for path in cleared:
         _clear(config, path, recipe)
     return Command(
-        config=serialize.rebuild(config, _flag_values(argv, "allow_module")),
+        config=serialize.rebuild(config, modules),
         recipe=recipe,
         flags=values,
     )
 
 
-def run(main: Callable[[Sequence[str]], None], argv: Sequence[str]) -> int:
-    """Calls `main(argv)` and returns the exit code; a user's mistake is one message."""
-    quiet()
+def run(
+    main: Callable[[Sequence[str]], None],
+    argv: Sequence[str],
+    *,
+    trace_flag: str | None = None,
+) -> int:
+    """Calls `main(argv)` and returns the exit code; a user's mistake is one message.
+
+    Its trace goes into the folder given by `trace_flag`, which must be one that this
+    program writes, else into a temporary file.
+    """
+    log_lines.quiet()
     try:
         main(argv)
         return 0
@@ -99,20 +129,9 @@ def run(main: Callable[[Sequence[str]], None], argv: Sequence[str]) -> int:
         print("\nInterrupted.", file=sys.stderr)
         return 130
     except USER_ERRORS as error:
-        where = _write_trace(argv)
+        where = _write_trace(argv, trace_flag)
         print(f"\nerror: {error}\n(the trace is in {where})", file=sys.stderr)
         return 1
-
-
-def quiet() -> None:
-    """Keeps libraries from talking over our own lines."""
-    # Not their errors either: Orbax logs the stack of every thread that a full disk
-    # stops, and raises what we say in one message; the stack goes to the trace file.
-    logging.set_verbosity(logging.FATAL)
-    logging.use_absl_handler()
-    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
-    os.environ.setdefault("GRPC_VERBOSITY", "ERROR")
-    warnings.filterwarnings("ignore", category=DeprecationWarning)
 
 
 def _take_none(argv: Sequence[str]) -> tuple[list[str], list[str]]:
@@ -190,6 +209,11 @@ def _recipe(argv: Sequence[str]) -> str | None:
             f'There is no recipe "{path}".{trees.did_you_mean(str(path), recipes)} '
             f"Recipes there: {', '.join(recipes) or 'none'}."
         )
+    if path.suffix != ".py":
+        raise ValueError(
+            f"{path} is no recipe: that is a Python file, NAME.py, with a function "
+            "get_config(arg). For example: --config configs/quickstart.py"
+        )
     return given[-1]
 
 
@@ -203,17 +227,46 @@ def _flag_values(argv: Sequence[str], name: str) -> list[str]:
     return found
 
 
-def _write_trace(argv: Sequence[str]) -> pathlib.Path:
-    """Puts the trace into the run folder, or beside it where that cannot be written."""
+def _import(module: str) -> None:
+    try:
+        importlib.import_module(module)
+    except ModuleNotFoundError as error:
+        if error.name is None or not f"{module}.".startswith(f"{error.name}."):
+            raise  # something that the module itself imports
+        raise ValueError(
+            f'--allow_module={module}: there is no module "{error.name}". It was '
+            f"looked for in {pathlib.Path.cwd()}, PYTHONPATH and what is installed in "
+            f"{sys.prefix}: write it as in Python's import, and put its folder into "
+            "PYTHONPATH or install it."
+        ) from error
+
+
+def _help(about: str, values: flags.FlagValues) -> str:
+    known = {name: values[name] for name in values if values[name].help}
+    lines = [about.strip(), "", "Flags:"]
+    if "workdir" in known:
+        lines += [
+            f"  {'--config':16}FILE.py or FILE.py:name=value,...: a recipe.",
+            f"  {'--config.A.B=x':16}Overrides what the recipe sets.",
+        ]
+    for name, flag in sorted(known.items()):
+        lines.append(f"  {f'--{name}':16}{flag.help}")
+    return "\n".join(lines)
+
+
+def _write_trace(argv: Sequence[str], flag: str | None) -> str:
+    """Appends the trace to error.txt of the flag's folder, or to a temporary file."""
     text = f"{datetime.datetime.now().isoformat()} {' '.join(argv)}\n"
     text += traceback.format_exc() + "\n"
-    given = _flag_values(argv, "workdir")
-    folders = [pathlib.Path(given[-1])] if given else []
-    for folder in (*folders, pathlib.Path(os.environ.get("TMPDIR", "/tmp"))):
-        path = folder / "error.txt"
-        with contextlib.suppress(OSError):
-            if folder.is_dir():
-                with path.open("a") as file:
-                    file.write(text)
-                return path
-    return pathlib.Path("nowhere: no folder could be written")
+    given = _flag_values(argv, flag) if flag else []
+    with contextlib.suppress(OSError):
+        if given and (folder := files.absolute(given[-1])).is_dir():
+            with open(os.fspath(folder / "error.txt"), "a") as file:
+                file.write(text)
+            return file.name
+    with contextlib.suppress(OSError):
+        descriptor, path = tempfile.mkstemp("_error.txt", "big_vision_lite_")
+        with open(descriptor, "w") as file:
+            file.write(text)
+        return path
+    return "nowhere: no folder could be written"

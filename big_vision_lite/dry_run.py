@@ -7,7 +7,7 @@ import jax
 import numpy as np
 from etils import epath
 
-from big_vision_lite import program, sharding, trees
+from big_vision_lite import files, program, sharding, trees
 from big_vision_lite import state as state_lib
 from big_vision_lite.config import TrainConfig
 from big_vision_lite.data import pipeline
@@ -22,7 +22,11 @@ def dry_run(config: TrainConfig, workdir: epath.Path) -> str:
 
     Compiles the train step but runs nothing on the device. Writes the first batch as
     `workdir/first_batch.png`.
+
+    Raises:
+        OSError: `workdir` cannot be written; said before anything is computed.
     """
+    files.make_folder(workdir)
     mesh = sharding.make_mesh(config.mesh)
     sharding.check_batch_size(config.data.batch_size, mesh, config.micro_batches)
     examples = len(config.data.source)

@@ -1,4 +1,8 @@
-"""Evaluates a saved run: `python -m big_vision_lite.evaluate --workdir RUN`.
+"""Evaluates a saved run, here a finished one and its step 300 on other images.
+
+  python -m big_vision_lite.evaluate --workdir runs/first
+  python -m big_vision_lite.evaluate --workdir runs/first/checkpoints/300 \
+      --config configs/folder.py:dir=DIR
 
 The evaluators are those of the run's own recipe, or of another one for transfer:
 `--config configs/OTHER.py`, of which only `evaluators` is used. RUN is a run folder, a
@@ -177,7 +181,7 @@ def _folder_for(run: SavedRun, name: str) -> Iterator[epath.Path]:
 
 def main(argv: Sequence[str]) -> None:
     """Runs the command line."""
-    command = command_line.parse(argv, define_flags)
+    command = command_line.parse(argv, define_flags, about=__doc__ or "")
     values = command.flags
     if not values["workdir"].value:
         raise ValueError(

@@ -18,6 +18,23 @@ def absolute(path: str | epath.Path) -> epath.Path:
     return given if is_remote(given) else given.expanduser().resolve()
 
 
+def make_folder(path: epath.Path) -> None:
+    """Makes a folder in which files can be written, parents included.
+
+    Raises:
+        OSError: it cannot be; says what to type.
+    """
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+        if not is_remote(path) and not os.access(path, os.W_OK):
+            raise PermissionError("it is read-only")
+    except OSError as error:
+        raise OSError(
+            f"Cannot write {path}: {error.strerror or error}. Use another --workdir or "
+            "free the disk."
+        ) from error
+
+
 def replace(path: epath.Path, content: bytes | str) -> None:
     """Writes a file in one move; text is written as UTF-8."""
     data = content.encode() if isinstance(content, str) else content

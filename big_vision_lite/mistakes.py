@@ -40,6 +40,11 @@ def _wrong_value(recipe: str | None, argv: Sequence[str]) -> str | None:
         if found is None:
             continue
         path, text = found.groups()
+        if path in leaves and (part := _part_of(leaves[path][1])) and text != "build":
+            return (
+                f"--config.{path}={text}: {path} is a component, none in the recipe; "
+                f"give what it holds: --config.{path}.{part}={text}"
+            )
         if path in leaves and not _fits(text, leaves[path][1]):
             value, declared = leaves[path]
             return (
@@ -53,6 +58,14 @@ def _wrong_value(recipe: str | None, argv: Sequence[str]) -> str | None:
                 f"override what it holds, for example --config.{inside[0]}="
                 f"{_shown(leaves[inside[0]][0])}"
             )
+    return None
+
+
+def _part_of(declared: Any) -> str | None:
+    """Returns the first field of a component's class, or None for what is a value."""
+    kind, _ = serialize.without_none(declared)
+    if isinstance(kind, type) and dataclasses.is_dataclass(kind):
+        return next(iter(serialize.field_types(kind)), None)
     return None
 
 
@@ -91,6 +104,13 @@ def _mistake_in_recipe(error: BaseException | None, recipe: str | None) -> str |
         return None
     file = recipe.split(":", 1)[0]
     while error is not None:
+        if isinstance(error, SyntaxError):  # of the recipe, or of what it imports
+            return f"{error.filename}:{error.lineno}: {error.msg}"
+        if isinstance(error, AttributeError) and "'get_config'" in str(error):
+            return (
+                f"{file} has no function get_config(arg), which returns the "
+                "configuration: it is no recipe. See configs/quickstart.py"
+            )
         frames = list(traceback.walk_tb(error.__traceback__))
         inside = [(f, line) for f, line in frames if f.f_code.co_filename == file]
         if inside:

@@ -197,8 +197,7 @@ def _decode(value: Any, declared: Any, where: str, allowed: tuple[str, ...]) -> 
         if isinstance(built, kind):
             return built
     raise ValueError(
-        f"{where}={_short(value)} is not a {_word(kind)}. "
-        f"Overrides go as --{where}=VALUE"
+        f"{where}={_short(value)} is not {_word(kind)}. Overrides go as --{where}=VALUE"
     )
 
 
@@ -209,7 +208,8 @@ def _short(value: Any) -> str:
 
 
 def _word(kind: Any) -> str:
-    return getattr(kind, "__name__", None) or str(kind)
+    name = getattr(kind, "__name__", None) or str(kind)
+    return f"{'an' if name[0].lower() in 'aeiou' else 'a'} {name}"
 
 
 def _numbers(version: str) -> tuple[int, ...]:

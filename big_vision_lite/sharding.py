@@ -71,11 +71,12 @@ def make_mesh(config: Mesh, devices: Sequence[Any] | None = None) -> jax.shardin
     data, fsdp = config.data, config.fsdp
     given = max(data, 1) * max(fsdp, 1)
     if count % given or (given != count and -1 not in (data, fsdp)):
-        divisors = ", ".join(str(n) for n in range(1, count + 1) if count % n == 0)
+        divisors = [str(n) for n in range(1, count + 1) if count % n == 0]
+        fitting = f"={divisors[0]}" if count == 1 else f" one of {', '.join(divisors)}"
         raise ValueError(
             f"mesh.data={data} and mesh.fsdp={fsdp} do not make the {count} "
-            f"{devices[0].platform} devices. Use --config.mesh.data=-1 with "
-            f"--config.mesh.fsdp one of {divisors}."
+            f"{devices[0].platform} device{'s' * (count > 1)}. Use "
+            f"--config.mesh.data=-1 with --config.mesh.fsdp{fitting}."
         )
     data = count // given if data == -1 else data
     fsdp = count // given if fsdp == -1 else fsdp

@@ -1,4 +1,8 @@
-"""Trains a recipe: `python -m big_vision_lite.train --config FILE --workdir FOLDER`."""
+"""Trains a recipe; the same command, or --workdir alone, resumes a run.
+
+python -m big_vision_lite.train --config configs/quickstart.py --workdir runs/first
+python -m big_vision_lite.train --workdir runs/first
+"""
 
 import functools
 import shlex
@@ -18,11 +22,13 @@ from big_vision_lite import (
     dry_run,
     evaluation,
     files,
+    integrity,
     processes,
     program,
     run_folder,
     serialize,
     sharding,
+    step_folder,
 )
 from big_vision_lite import (
     state as state_lib,
@@ -49,7 +55,7 @@ def train(
 
     `first_params` {name: array, statistics as "batch_stats/..."} start the run in place
     of `config.init`'s checkpoint.
-    `command` is what was typed: it is named in what to type next.
+    `command` resumes the run: it is named in what to type next.
 
     Raises:
         ValueError, OSError: a mistake in the recipe, the data or the folder; the
@@ -201,12 +207,15 @@ def next_commands(workdir: epath.Path, command: str | None) -> list[str]:
 
 def main(argv: Sequence[str]) -> None:
     """Parses the command line, sets the devices up and trains."""
-    command = command_line.parse(argv, define_flags)
+    command = command_line.parse(
+        argv, define_flags, about=__doc__ or "", recorded=recorded_config
+    )
     values = command.flags
     if command.config is None:
         raise ValueError(
             "Which recipe? For example: python -m big_vision_lite.train "
-            "--config configs/quickstart.py --workdir runs/first"
+            "--config configs/quickstart.py --workdir runs/first. A run that has begun "
+            "needs none: --workdir RUN resumes it."
         )
     config: TrainConfig = command.config
     if values["print_config"].value:
@@ -225,9 +234,41 @@ def main(argv: Sequence[str]) -> None:
     if values["dry_run"].value:
         print(dry_run.dry_run(config, workdir))
         return
-    typed = [sys.orig_argv[0], "-m", "big_vision_lite.train", *argv[1:]]
     with processes.named_losses():
-        train(config, workdir, command=shlex.join(typed))
+        train(config, workdir, command=resume_command(workdir, values))
+
+
+def resume_command(workdir: epath.Path, values: flags.FlagValues) -> str:
+    """Returns the shortest command that resumes a run: its folder holds its recipe."""
+    kept = [
+        f"--{name}={values[name].value}"
+        for name in ("coordinator", "num_processes", "process_id")
+        if values[name].present
+    ]
+    modules: Any = values["allow_module"].value
+    kept += [f"--allow_module={module}" for module in modules]
+    words = [sys.orig_argv[0], "-m", "big_vision_lite.train", "--workdir", str(workdir)]
+    return shlex.join([*words, *kept])
+
+
+def recorded_config(workdir: str, allowed_modules: Sequence[str]) -> TrainConfig | None:
+    """Returns the configuration of the run that `workdir` holds, or None if none.
+
+    With it a run resumes wherever its recipe, or what that reads, has gone.
+
+    Raises:
+        ValueError: it is the folder of a step, in which nobody trains.
+    """
+    folder = files.absolute(workdir)
+    if (folder / integrity.MANIFEST).exists():
+        raise ValueError(
+            f"{folder} is one saved step. To resume its run give the run's folder; to "
+            f"start from the step: --config FILE --config.init.path={folder} with a "
+            "new --workdir."
+        )
+    if not (folder / step_folder.CONFIG).exists():
+        return None
+    return run_folder.read_config(folder, allowed_modules)
 
 
 def define_flags(values: flags.FlagValues) -> None:
@@ -245,4 +286,5 @@ def define_flags(values: flags.FlagValues) -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(processes.run(lambda: command_line.run(main, sys.argv)))
+    run = functools.partial(command_line.run, main, sys.argv, trace_flag="workdir")
+    sys.exit(processes.run(run))

@@ -205,7 +205,7 @@ def test_a_head_for_other_classes_is_new():
     # As many classes, but others.
     found, lines = start_from(params(), fresh := params(), same_classes=False)
     assert_from(found, fresh, ["head/kernel", "head/bias"])
-    assert "Head has 10 classes, data 10 other: new head" in lines[0]
+    assert "Head has 10 classes, data 10 with other names: new head" in lines[0]
 
 
 def test_a_head_for_the_same_classes_is_kept():

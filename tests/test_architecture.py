@@ -24,6 +24,7 @@ ROWS = (
         {"flops"},
         {"serialize"},
         {"stop"},
+        {"log_lines"},
     ),
     ({"objectives"}, {"state"}, {"conversion"}),
     (

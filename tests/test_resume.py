@@ -78,6 +78,26 @@ def test_a_run_killed_during_a_checkpoint_write_continues_bit_for_bit(
     check_equal(tmp_path, straight)
 
 
+def test_the_folder_alone_resumes_its_run_bit_for_bit(tmp_path, straight):
+    assert run(tmp_path, "term:6").returncode == 128 + signal.SIGTERM
+    resumed = subprocess.run(
+        [sys.executable, "-m", "big_vision_lite.train", "--workdir", tmp_path / "run"]
+        # What changes no result may be overridden, as with a recipe.
+        + ["--config.checkpoints.keep_latest=3"],
+        capture_output=True,
+        text=True,
+        timeout=300,
+        env=dict(os.environ, JAX_NUM_CPU_DEVICES="2", JAX_PLATFORMS="cpu"),
+        check=False,
+    )
+    assert resumed.returncode == 0, resumed.stderr
+    assert "resuming from step 6 of 16" in resumed.stdout
+    assert records(tmp_path) == records(straight)
+    assert last_parameters(tmp_path) == last_parameters(straight)
+    kept = {path.name for path in (tmp_path / "run" / "checkpoints").iterdir()}
+    assert kept == {"8", "12", "16"}
+
+
 @pytest.mark.slow
 def test_a_run_killed_again_and_again_equals_the_straight_run_bit_for_bit(
     tmp_path, straight

@@ -265,7 +265,7 @@ def get_config(arg=""):
 NEXT = ("predict", "evaluate")
 
 
-def test_the_next_commands_are_what_was_typed_and_can_be_pasted(tmp_path, capsys):
+def test_the_next_commands_can_be_pasted_and_resume_needs_no_recipe(tmp_path, capsys):
     folder = tmp_path / "my rün's"
     (tmp_path / "small.py").write_text(RECIPE)
     typed = [
@@ -280,8 +280,12 @@ def test_the_next_commands_are_what_was_typed_and_can_be_pasted(tmp_path, capsys
     shown = capsys.readouterr().out.split("Next:\n")[1].splitlines()
     words = [shlex.split(line, comments=True) for line in shown if line]
     resumes = next(w for w, line in zip(words, shown, strict=False) if "# res" in line)
-    assert resumes[1:] == ["-m", "big_vision_lite.train", *typed]
-    # Typed again, it finds the run it belongs to, finished.
+    assert resumes[1:] == [
+        *("-m", "big_vision_lite.train", "--workdir", str(folder)),
+        "--allow_module=tiny_runs",
+    ]
+    # It finds the run it belongs to, finished, though the recipe has gone.
+    (tmp_path / "small.py").unlink()
     assert command_line.run(train.main, ["train", *resumes[3:]]) == 0
     assert "resuming from step 3 of 3" in capsys.readouterr().out
     for line in words:

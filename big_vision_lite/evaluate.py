@@ -30,7 +30,6 @@ from big_vision_lite import (
     files,
     run_folder,
     saved_run,
-    step_folder,
     trees,
 )
 from big_vision_lite import step as step_lib
@@ -189,10 +188,12 @@ def main(argv: Sequence[str]) -> None:
             "step folder."
         )
     chosen_platform = values["platform"].value
-    folder = step_folder.find(values["workdir"].value)
-    devices.set_up_to_use(folder, chosen_platform and Platform(chosen_platform))
+    place = saved_run.locate(values["workdir"].value)
+    devices.set_up_to_use(
+        epath.Path(place), chosen_platform and Platform(chosen_platform)
+    )
     modules: Any = values["allow_module"].value
-    run = saved_run.load(folder, allowed_modules=modules)
+    run = saved_run.load(place, allowed_modules=modules)
     recipe = command.recipe
     config = run.config if command.config is None else command.config
     names: Any = values["evaluators"].value

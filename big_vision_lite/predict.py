@@ -27,7 +27,7 @@ from rich.progress import track
 from rich.table import Table
 from rich.text import Text
 
-from big_vision_lite import command_line, devices, files, saved_run, step_folder
+from big_vision_lite import command_line, devices, files, saved_run
 from big_vision_lite import step as step_lib
 from big_vision_lite.config import Platform
 from big_vision_lite.data import pipeline
@@ -240,10 +240,10 @@ def main(argv: Sequence[str]) -> None:
     options = parse(argv)
     out, embed = _output(options.out, "--out"), _output(options.embed, "--embed")
     images = ImageFiles(options.images)
-    folder = step_folder.find(options.workdir)
-    devices.set_up_to_use(folder, options.platform)
+    place = saved_run.locate(options.workdir)
+    devices.set_up_to_use(epath.Path(place), options.platform)
     run = saved_run.load(
-        folder,
+        place,
         allowed_modules=options.allow_module,
         devices=jax.local_devices(),
     )

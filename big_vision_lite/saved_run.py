@@ -73,6 +73,17 @@ class SavedRun:
         return state_lib.create(initialize, abstract, config.seed)
 
 
+def locate(
+    path: str | epath.Path, log: Callable[[str], None] = print
+) -> str | epath.Path:
+    """Returns the step folder that a run's path means, or the path of weights as it is.
+
+    Raises:
+        FileNotFoundError: there is neither; says what was looked at.
+    """
+    return path if weights.is_foreign(os.fspath(path)) else step_folder.find(path, log)
+
+
 def load(
     path: str | epath.Path,
     *,

@@ -10,9 +10,11 @@ from typing import Any
 import numpy as np
 import safetensors.numpy
 
-from big_vision_lite.conversion import formats, mapping, preprocessing_export
+from big_vision_lite import serialize
+from big_vision_lite.conversion import foreign, formats, mapping, preprocessing_export
 from big_vision_lite.conversion.formats import Format, Library
 from big_vision_lite.conversion.preprocessing import Preprocessing
+from big_vision_lite.conversion.preprocessing_export import Written
 
 WEIGHTS = {Library.NPZ: "model.npz"}
 SAFETENSORS = "model.safetensors"
@@ -59,11 +61,7 @@ def export(
     constants = getattr(form, "constants", None)
     if constants is not None:
         arrays |= constants(model)
-    images = (
-        preprocessing_export.to_huggingface(road, channels)
-        if library == Library.HUGGINGFACE
-        else preprocessing_export.to_timm(road, channels)
-    )
+    images = _images(library, road, channels)
     return Exported(
         library=library,
         form=form,
@@ -73,6 +71,18 @@ def export(
         code=_code(library, described, folder),
         notes=images.inexact,
     )
+
+
+def _images(library: Library, road: Preprocessing, channels: int) -> Written:
+    match library:
+        case Library.HUGGINGFACE:
+            return preprocessing_export.to_huggingface(road, channels)
+        case Library.TIMM | Library.TORCHVISION:
+            return preprocessing_export.to_timm(road, channels)
+        case _:
+            # Read back here, by our own ops.
+            own = json.loads(serialize.to_json(road))["config"]
+            return Written(config={foreign.ROAD: own}, inexact=())
 
 
 def find(model: Any, library: Library) -> Format:
@@ -141,6 +151,9 @@ def _files(
     """Returns {name: text} of what lies beside the weights."""
     labels = {"label_names": list(class_names)} if class_names else {}
     match library:
+        case Library.TORCHVISION:
+            # torchvision reads no configuration; this one is read back here.
+            config = {**described, "pretrained_cfg": dict(images), **labels}
         case Library.TIMM:
             arguments = described["model_args"]
             count = {"num_classes": arguments.get("num_classes", 0)}
@@ -158,9 +171,8 @@ def _files(
                 "preprocessor_config.json": processor,
             }
         case _:
-            # No library reads this; it is read back here, and by people.
             shape = {"image_size": list(road.image_size), "channels": channels}
-            config = {**described, **shape, "pretrained_cfg": dict(images), **labels}
+            config = {**described, **shape, **images, **labels}
     return {"config.json": _json(config)}
 
 

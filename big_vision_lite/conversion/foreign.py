@@ -1,13 +1,19 @@
 """A model from elsewhere, in our terms: recognised, converted, ready to run."""
 
 import dataclasses
+import json
 from typing import Any
 
 import numpy as np
 
+from big_vision_lite import __version__, serialize
 from big_vision_lite.conversion import formats, preprocessing, weights
 from big_vision_lite.conversion.formats import Format, Weights
+from big_vision_lite.conversion.preprocessing import Preprocessing
 from big_vision_lite.types import Op
+
+# Where config.json of our exports holds the preprocessing.
+ROAD = "preprocessing"
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -50,7 +56,9 @@ def load(path: str) -> Foreign:
     form = recognise(found)
     architecture = form.architecture(found)
     channels = architecture.channels
-    road = preprocessing.read(found, architecture.image_size, channels)
+    road = _own_road(found)
+    if road is None:
+        road = preprocessing.read(found, architecture.image_size, channels)
     height, width = road.image_size
     variables = formats.load(found, form, architecture, (height, width))
     model = architecture.model.clone(mean=tuple(road.mean), std=tuple(road.std))
@@ -83,6 +91,15 @@ def recognise(found: Weights) -> Format:
         f"{found.path} holds {len(names)} arrays ({', '.join(names[:4])}, ...), the "
         f"names of no model that is known here. Known are: {known}."
     )
+
+
+def _own_road(found: Weights) -> Preprocessing | None:
+    """Returns the preprocessing that our own exports carry, every op of it."""
+    document = found.config.get(ROAD)
+    if document is None:
+        return None
+    text = json.dumps({"version": __version__, "config": document})
+    return serialize.from_json(text)
 
 
 def _class_names(found: Weights, variables: dict[str, np.ndarray]) -> tuple[str, ...]:

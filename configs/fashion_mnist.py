@@ -12,7 +12,8 @@ Hardware: 2 CPU cores, minutes an epoch.
 
 from big_vision_lite.checkpoint import Checkpoints
 from big_vision_lite.config import TrainConfig
-from big_vision_lite.data.ops import Decode
+from big_vision_lite.data.crops import Resampling
+from big_vision_lite.data.ops import Decode, Resize
 from big_vision_lite.data.pipeline import Stream
 from big_vision_lite.data.sources import Tfds
 from big_vision_lite.evaluators.classification import Classification
@@ -53,7 +54,11 @@ def get_config(arg: str = "") -> TrainConfig:
             ops=(Decode(channels=1),),
             batch_size=BATCH_SIZE,
         ),
-        preprocess=(Decode(channels=1),),
+        # The data are of this size; images that are predicted may be of any.
+        preprocess=(
+            Decode(channels=1),
+            Resize(size=28, resampling=Resampling.ANTIALIAS),
+        ),
         optimizer=AdamW(
             schedule=WarmupCosine(peak=1e-3, warmup_steps=num_steps // 20),
             weight_decay=1e-4,

@@ -14,6 +14,7 @@ README.md. Hardware: 2 CPU cores, about 5 minutes.
 
 from big_vision_lite.checkpoint import Checkpoints
 from big_vision_lite.config import TrainConfig
+from big_vision_lite.data.crops import Resampling
 from big_vision_lite.data.degrade import RandomLowResolution
 from big_vision_lite.data.ops import Decode, RandomAffine, Resize
 from big_vision_lite.data.pipeline import Stream
@@ -60,6 +61,7 @@ def get_config(arg: str = "") -> TrainConfig:
             dataset=chosen.dataset, split=split, data_dir=chosen.data_dir or None
         )
 
+    to_size = Resize(size=32, resampling=Resampling.ANTIALIAS)
     digits = FewShotSet(
         name="digits",
         train=Digits(split="train"),
@@ -74,6 +76,7 @@ def get_config(arg: str = "") -> TrainConfig:
             source=glyphs("train"),
             ops=(
                 Decode(channels=1),
+                to_size,
                 # Handwriting leans, varies in size, and was scanned at 8 px.
                 RandomAffine(
                     degrees=10.0,
@@ -86,7 +89,8 @@ def get_config(arg: str = "") -> TrainConfig:
             ),
             batch_size=128,
         ),
-        preprocess=(Decode(channels=1),),
+        # The set is of this size; images that are predicted may be of any.
+        preprocess=(Decode(channels=1), to_size),
         optimizer=AdamW(
             schedule=WarmupCosine(peak=3e-3, warmup_steps=100), weight_decay=1e-4
         ),

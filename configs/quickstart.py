@@ -11,7 +11,8 @@ Published: a support vector machine reaches 96.1 % on this split. Ours: see READ
 
 from big_vision_lite.checkpoint import Checkpoints
 from big_vision_lite.config import Platform, TrainConfig
-from big_vision_lite.data.ops import Decode, RandomAffine
+from big_vision_lite.data.crops import Resampling
+from big_vision_lite.data.ops import Decode, RandomAffine, Resize
 from big_vision_lite.data.pipeline import Stream
 from big_vision_lite.data.sources import Digits
 from big_vision_lite.evaluators.classification import Classification
@@ -40,7 +41,11 @@ def get_config(arg: str = "") -> TrainConfig:
             ),
             batch_size=128,
         ),
-        preprocess=(Decode(channels=1),),
+        # The data are of this size; images that are predicted may be of any.
+        preprocess=(
+            Decode(channels=1),
+            Resize(size=8, resampling=Resampling.ANTIALIAS),
+        ),
         optimizer=AdamW(schedule=WarmupCosine(peak=3e-3, warmup_steps=40)),
         evaluators={
             "test": Classification(source=test, batch_size=128, every_steps=100),

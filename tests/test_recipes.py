@@ -10,6 +10,8 @@ import pathlib
 import re
 import shlex
 
+import cv2
+import numpy as np
 import pytest
 from etils import epath
 from prepared import prepare
@@ -48,6 +50,35 @@ def test_a_recipe_resolves_to_what_is_checked_in(name, arg):
         golden.parent.mkdir(exist_ok=True)
         golden.write_text(resolved)
     assert resolved == golden.read_text(), f"look at the change, then update {golden}"
+
+
+NATIVE = {"quickstart": 8, "fashion_mnist": 28, "glyphs": 32}
+
+
+def preprocessed(config, pixels):
+    example = {"image": cv2.imencode(".png", pixels)[1].tobytes()}
+    for op in config.preprocess:
+        example = op(example, np.random.default_rng(0))
+    return example["image"]
+
+
+@pytest.mark.parametrize("name, arg", CASES)
+def test_whatever_size_an_image_has_the_model_gets_its_own(name, arg):
+    config, rng = parse(name, arg), np.random.default_rng(0)
+    sizes = ((300, 280), (40, 64), (5, 7))
+    pixels = [rng.integers(0, 256, size, np.uint8) for size in sizes]
+    shapes = {preprocessed(config, image).shape for image in pixels}
+    assert len(shapes) == 1
+    if (side := NATIVE.get(name)) is not None:
+        assert shapes == {(side, side, 1)}
+        # What has this size already passes bit for bit, so that scores are what
+        # they would be without resizing.
+        image = rng.integers(0, 256, (side, side), np.uint8)
+        np.testing.assert_array_equal(preprocessed(config, image)[..., 0], image)
+        # Smaller by averaging: a fine pattern becomes gray, not black or white.
+        checkered = np.indices((8 * side, 8 * side)).sum(0) % 2 * 255
+        gray = preprocessed(config, checkered.astype(np.uint8))
+        assert abs(gray.astype(int) - 127).max() <= 1
 
 
 @pytest.mark.parametrize("name, arg", CASES)

@@ -11,8 +11,28 @@ from rich.text import Text
 INPUT_BOUND_ABOVE = 0.2
 
 
-def format_line(step: int, num_steps: int, metrics: Mapping[str, float | int]) -> str:
-    """Returns "step  200/400  loss 0.1234  lr 1.0e-03  812 img/s ..."."""
+# What a narrow terminal does without, the first named first.
+DISPENSABLE = (
+    "train/gradient_norm",
+    "train/learning_rate",
+    "mfu",
+    "train/accuracy",
+    "data_wait",
+    "images_per_second",
+    "train/loss",
+)
+
+
+def format_line(
+    step: int,
+    num_steps: int,
+    metrics: Mapping[str, float | int],
+    columns: int | None = None,
+) -> str:
+    """Returns "step  200/400  loss 0.1234  lr 1.0e-03  812 img/s ...".
+
+    Where that is longer than `columns`, less important parts are left out.
+    """
     formats = (
         ("train/loss", lambda x: f"loss {x:.4f}"),
         ("train/accuracy", lambda x: f"acc {x:6.1%}"),
@@ -24,9 +44,13 @@ def format_line(step: int, num_steps: int, metrics: Mapping[str, float | int]) -
         ("eta_seconds", lambda x: f"eta {datetime.timedelta(seconds=round(x))}"),
     )
     width = len(str(num_steps))
-    parts = [f"step {step:{width}d}/{num_steps}"]
-    parts += [text(metrics[name]) for name, text in formats if name in metrics]
-    return "  ".join(parts)
+    parts = {"step": f"step {step:{width}d}/{num_steps}"}
+    parts |= {name: text(metrics[name]) for name, text in formats if name in metrics}
+    for name in DISPENSABLE:
+        if columns is None or len("  ".join(parts.values())) <= columns:
+            break
+        parts.pop(name, None)
+    return "  ".join(parts.values())
 
 
 def format_scores(scores: Mapping[str, float | int]) -> dict[str, str]:

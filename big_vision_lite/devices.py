@@ -39,8 +39,8 @@ def set_up(
     `platform_flag` is how this program's user chooses a platform, for messages.
 
     Raises:
-        ValueError: the machine has a GPU that this JAX cannot use, or the other
-            processes cannot be joined.
+        ValueError: the machine has a GPU that this JAX cannot use, or has not what was
+            chosen, or the other processes cannot be joined.
     """
     share_arenas()
     if platform is not None:
@@ -53,6 +53,8 @@ def set_up(
     if platform is None and not os.environ.get("JAX_PLATFORMS"):
         check_not_idle(platform_flag)
     cache_compiled()
+    if platform is not None:
+        check_there(platform, platform_flag)
 
 
 def set_up_to_use(folder: epath.Path, platform: Platform | None) -> None:
@@ -200,6 +202,24 @@ def check_not_idle(
         f"JAX {jax.__version__} was installed for CPU only. Install: pip install -e "
         f"'.[cuda]'. To use the CPU on purpose: {platform_flag}=cpu"
     )
+
+
+def check_there(platform: Platform, platform_flag: str) -> None:
+    """Refuses a platform that this machine, or this JAX, does not have."""
+    try:
+        jax.devices()
+    except (AssertionError, RuntimeError) as error:
+        jax.config.update("jax_platforms", "")
+        known = {"gpu": "gpu", "cuda": "gpu"}
+        there = sorted({known.get(d.platform, d.platform) for d in jax.devices()})
+        reason = str(error).strip().splitlines()[:1]
+        extra = {Platform.GPU: "cuda", Platform.TPU: "tpu"}.get(platform)
+        install = f" If it has one: pip install -e '.[{extra}]'." if extra else ""
+        raise ValueError(
+            f"{platform_flag}={platform}: JAX {jax.__version__} finds no {platform} on "
+            f"this machine{''.join(f' ({line})' for line in reason)}. There is: "
+            f"{', '.join(there)}, so {platform_flag}={there[0]}.{install}"
+        ) from error
 
 
 def share_arenas() -> None:

@@ -18,6 +18,7 @@ from big_vision_lite.peaks import peak_flops
 
 REDRAW_SECONDS = 0.5
 ADVISE_AFTER_STEPS = 100
+INNER = "  "  # before the line of a run inside a run
 
 # A terminal has one live line: a run inside a run (fine-tuning as an evaluator) shows
 # itself through the outer one.
@@ -165,13 +166,14 @@ class Progress:
         self._shown = dict(metrics)
         if self._quiet:
             return
-        line = texts.format_line(step, self._num_steps, metrics)
         if self._outer is not None:
+            columns = self._console.width - len(INNER)
+            line = texts.format_line(step, self._num_steps, metrics, columns)
             self._outer._show_inner(line)
         elif self._live is not None:
             self._draw()
         else:
-            self._print(line)
+            self._print(texts.format_line(step, self._num_steps, metrics))
         if batches is not None:
             self._advise(batches)
 
@@ -229,9 +231,10 @@ class Progress:
         if self._live is None:
             return
         self._drawn = time.perf_counter()
-        lines = [texts.format_line(self._step, self._num_steps, self._shown)]
+        columns = self._console.width
+        lines = [texts.format_line(self._step, self._num_steps, self._shown, columns)]
         if self._inner is not None:
-            lines.append(f"  {self._inner}")
+            lines.append(f"{INNER}{self._inner}")
         drawn = [Text(line, no_wrap=True, overflow="ellipsis") for line in lines]
         self._live.update(Group(*drawn), refresh=True)
 

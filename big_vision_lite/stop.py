@@ -1,5 +1,7 @@
 """SIGTERM and Ctrl-C: finish the step, save, leave."""
 
+import contextlib
+import os
 import signal
 import threading
 from types import FrameType
@@ -14,13 +16,14 @@ class StopSignal:
     """Notes SIGTERM and SIGINT while it is open; all processes stop at one step.
 
     A second Ctrl-C interrupts at once. Inside another StopSignal it shares the outer
-    one's note, so that an inner training stops too.
+    one's note, so that an inner training stops too. What happens next is said at once.
     """
 
     _open: "StopSignal | None" = None
 
     def __init__(self) -> None:
         self.received: str | None = None
+        self._step = 0
         self._outer: StopSignal | None = None
         self._previous: dict[int, Any] = {}
 
@@ -51,6 +54,7 @@ class StopSignal:
         they wait for the device anyway, so that all save the same step.
         """
         here = self.requested() is not None
+        self._step = step
         if jax.process_count() > 1 and step % every_steps:
             return False
         return any(processes.gather(here))
@@ -58,7 +62,14 @@ class StopSignal:
     def _note(self, number: int, frame: FrameType | None) -> None:
         if self.received is not None and number == signal.SIGINT:
             raise KeyboardInterrupt
-        self.received = signal.Signals(number).name
+        first, self.received = self.received is None, signal.Signals(number).name
+        again = "Ctrl-C again" if number == signal.SIGINT else "Ctrl-C"
+        if first:
+            step = f"step {self._step + 1}" if self._step else "the first step"
+            text = f"\n{self.received}: finishing {step} and saving; {again} leaves"
+            # Not print: the signal may have come in the middle of one.
+            with contextlib.suppress(OSError):
+                os.write(2, f"{text} at once\n".encode())
 
 
 class Stopped(Exception):

@@ -105,6 +105,26 @@ def test_the_platform_of_the_recipe_is_asked_of_jax(joined, updates, platform, n
     assert updates["jax_platforms"] == name
 
 
+@pytest.mark.parametrize("platform", ["gpu", "tpu"])
+def test_a_platform_that_is_not_there_is_one_message(platform):
+    program = (
+        "import jax; from big_vision_lite import devices; from big_vision_lite.config "
+        "import Platform\n"
+        "devices._on_tpu_vm = lambda: False\n"
+        f"try: devices.set_up(Platform('{platform}'), platform_flag='--platform')\n"
+        "except ValueError as error: print(error)"
+    )
+    ended = subprocess.run(
+        [sys.executable, "-c", program],
+        capture_output=True,
+        text=True,
+        env={n: v for n, v in os.environ.items() if n != "JAX_PLATFORMS"},
+        check=True,
+    )
+    assert f"--platform={platform}: JAX {jax.__version__} finds no" in ended.stdout
+    assert "There is: cpu, so --platform=cpu. If it has one: pip" in ended.stdout
+
+
 def test_deterministic_adds_to_the_flags_of_xla(joined, monkeypatch):
     monkeypatch.setenv("XLA_FLAGS", "--xla_of_the_user=1")
     devices.set_up(Platform.CPU, deterministic=True)

@@ -222,6 +222,25 @@ def test_without_a_terminal_every_record_is_one_short_line():
     assert lines[0] == format_line(5, 100, RECORD)
 
 
+def test_a_narrow_terminal_shows_the_time_left_and_drops_what_matters_less():
+    full = RECORD | {"train/accuracy": 0.983, "mfu": 0.41}
+    narrow = format_line(5000, 100_000, full, 80)
+    assert len(narrow) <= 80
+    for part in ("step   5000/100000", "loss 0.1235", "8,123 img/s", "eta 0:01:15"):
+        assert part in narrow
+    assert "grad" not in narrow
+    for columns in range(20, 140):
+        line = format_line(5, 100, full, columns)
+        assert "step   5/100" in line and "eta" in line
+        assert len(line) <= max(columns, len("step   5/100  eta 0:01:15"))
+    assert format_line(5, 100, full, 140) == format_line(5, 100, full)
+    # And the live line does so.
+    console = Console(file=io.StringIO(), width=80, force_terminal=True)
+    with Progress(100_000, 8, console=console) as progress:
+        progress.show(5, full)
+    assert "eta 0:01:15" in text(progress) and "…" not in text(progress)
+
+
 def test_on_a_terminal_messages_stay_above_the_live_line():
     progress = terminal()
     with progress:

@@ -33,6 +33,21 @@ def test_a_signal_is_noted_and_the_program_goes_on(number):
     assert stop.requested() == number.name
 
 
+def test_the_first_signal_is_answered_at_once_and_the_others_are_not(capfd):
+    with StopSignal() as stop:
+        send(signal.SIGINT)  # during start-up: no step was made
+        said = capfd.readouterr().err
+        assert said.startswith("\nSIGINT: finishing the first step and saving; ")
+        assert said.endswith("Ctrl-C again leaves at once\n")
+        send(signal.SIGTERM)
+        assert capfd.readouterr().err == "" and stop.agreed(8, 1)
+    with StopSignal() as stop:
+        stop.agreed(8, 1)
+        send(signal.SIGTERM)
+        said = capfd.readouterr().err
+        assert "SIGTERM: finishing step 9 and saving; Ctrl-C leaves at once" in said
+
+
 def test_several_sigterms_are_one():
     with StopSignal() as stop:
         for _ in range(3):

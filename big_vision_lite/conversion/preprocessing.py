@@ -1,10 +1,50 @@
-"""How images become the input of a model that was trained elsewhere."""
+"""How images become the input of a model that was trained elsewhere, as our ops."""
 
 import dataclasses
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
 
 from big_vision_lite.conversion.formats import Weights
-from big_vision_lite.data.ops import CentralCrop, Decode, ResizeSmall
+from big_vision_lite.data.crops import Resampling, Rounding
+from big_vision_lite.data.ops import CentralCrop, Decode, Resize, ResizeSmall
 from big_vision_lite.types import Op
+
+Size = tuple[int, int]
+
+# Of torchvision, in 0..1.
+IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+# Of CLIP (arXiv:2103.00020), in 0..1.
+CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
+CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
+HALF = (0.5,)
+
+INTERPOLATIONS = {
+    "bilinear": Resampling.PIL_BILINEAR,
+    "bicubic": Resampling.PIL_BICUBIC,
+    "lanczos": Resampling.PIL_LANCZOS,
+}
+# Hugging Face writes PIL's numbers.
+RESAMPLES = {
+    1: Resampling.PIL_LANCZOS,
+    2: Resampling.PIL_BILINEAR,
+    3: Resampling.PIL_BICUBIC,
+}
+# What an image processor of Hugging Face does where its file is silent, by the
+# beginning of its name.
+PROCESSORS: dict[str, dict[str, Any]] = {
+    "ViT": {"size": {"height": 224, "width": 224}, "resample": 2},
+    "Siglip": {"size": {"height": 224, "width": 224}, "resample": 3},
+    "Bit": {
+        "size": {"shortest_edge": 224},
+        "crop_size": {"height": 224, "width": 224},
+        "resample": 3,
+        "do_center_crop": True,
+        "image_mean": CLIP_MEAN,
+        "image_std": CLIP_STD,
+    },
+    "ConvNext": {"size": {"shortest_edge": 384}, "resample": 3, "crop_pct": 0.875},
+}
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -14,21 +54,223 @@ class Preprocessing:
     ops: tuple[Op, ...]
     mean: tuple[float, ...]
     std: tuple[float, ...]
-    image_size: tuple[int, int]
+    image_size: Size
     notes: tuple[str, ...] = ()
 
 
-def read(weights: Weights, image_size: tuple[int, int] | None) -> Preprocessing:
-    """Returns the preprocessing that comes with weights; notes say what was assumed."""
-    height, width = image_size or (224, 224)
+def read(weights: Weights, image_size: Size | None, channels: int = 3) -> Preprocessing:
+    """Returns the preprocessing that comes with weights; notes say what was assumed.
+
+    `image_size` is (height, width) where the weights fix it: then it wins, and what
+    is resized before a crop keeps its proportion to it.
+
+    Raises:
+        ValueError: it cannot be expressed in our ops; says what it is.
+    """
+    config, names = weights.config, weights.arrays
+    if "image_mean" in weights.preprocessor or "size" in weights.preprocessor:
+        return from_huggingface(weights.preprocessor, image_size, channels)
+    if "pretrained_cfg" in config or {"input_size", "mean"} <= config.keys():
+        return from_timm(config, image_size, channels)
+    if any("/" in name for name in names):
+        assumed = from_big_vision(image_size or (224, 224), channels)
+        what = "big_vision's: resized to the input, no antialias, [-1, 1]"
+    elif "conv1.weight" in names or "stem.conv.weight" in names:
+        assumed = from_torchvision(image_size or (224, 224), channels=channels)
+        what = "torchvision's: 256, central 224, bilinear, ImageNet mean and std"
+    else:
+        # AugReg's transformers and mixers, timm's most common cfg.
+        config = {"crop_pct": 0.9, "mean": HALF, "std": HALF}
+        assumed = from_timm(config, image_size, channels)
+        what = "timm's for transformers: 0.9 central crop, bicubic, [-1, 1]"
+    note = f"no preprocessing comes with {weights.path}; assumed is {what}"
+    return dataclasses.replace(assumed, notes=(note,))
+
+
+def from_timm(
+    config: Mapping[str, Any], image_size: Size | None = None, channels: int = 3
+) -> Preprocessing:
+    """Reads a pretrained_cfg, or the config.json around it, as timm resolves it."""
+    config = config.get("pretrained_cfg") or config
+    _, height, width = config.get("input_size") or (channels, 224, 224)
+    written = (height, width)
+    size = image_size or written
+    fraction = config.get("crop_pct") or 0.875
+    if fraction > 1:
+        raise ValueError(
+            f"crop_pct={fraction} puts a border around the image, which no op here "
+            "does; use 1 or less."
+        )
+    mode = config.get("crop_mode") or "center"
+    if mode not in ("center", "squash"):
+        raise ValueError(f'crop_mode="{mode}" is not read; read are center and squash.')
+    resampling = _resampling(INTERPOLATIONS, config.get("interpolation") or "bicubic")
+    resized = _sides([math.floor(side / fraction) for side in size])
+    if mode == "squash":
+        resize: Op = Resize(**resized, resampling=resampling)
+    else:
+        # Towards a square torchvision resizes, towards other shapes timm itself.
+        down = resized["width"] is None
+        rounding = Rounding.DOWN if down else Rounding.NEAREST
+        resize = ResizeSmall(**resized, resampling=resampling, rounding=rounding)
     return Preprocessing(
         ops=(
-            Decode(),
-            ResizeSmall(size=min(height, width) * 8 // 7),
-            CentralCrop(size=height, width=width),
+            Decode(channels=channels),
+            resize,
+            CentralCrop(**_sides(size), rounding=Rounding.NEAREST),
         ),
+        mean=_pixels(config.get("mean") or IMAGENET_MEAN),
+        std=_pixels(config.get("std") or IMAGENET_STD),
+        image_size=size,
+        notes=_wins(image_size, written),
+    )
+
+
+def from_torchvision(
+    crop_size: Size = (224, 224),
+    resize_size: int | None = None,
+    interpolation: str = "bilinear",
+    channels: int = 3,
+) -> Preprocessing:
+    """Returns the ImageClassification preset: Resize, CenterCrop, ImageNet's mean, std.
+
+    Without `resize_size` that of the first weights, 256 for 224.
+    """
+    short = min(crop_size) * 8 // 7 if resize_size is None else resize_size
+    resampling = _resampling(INTERPOLATIONS, interpolation)
+    return Preprocessing(
+        ops=(
+            Decode(channels=channels),
+            ResizeSmall(size=short, resampling=resampling, rounding=Rounding.DOWN),
+            CentralCrop(**_sides(crop_size), rounding=Rounding.NEAREST),
+        ),
+        mean=_pixels(IMAGENET_MEAN),
+        std=_pixels(IMAGENET_STD),
+        image_size=crop_size,
+    )
+
+
+def from_big_vision(image_size: Size, channels: int = 3) -> Preprocessing:
+    """Returns what big_vision, vision_transformer and BiT evaluate with."""
+    return Preprocessing(
+        ops=(Decode(channels=channels), Resize(**_sides(image_size))),
         mean=(127.5,),
         std=(127.5,),
-        image_size=(height, width),
-        notes=("no preprocessing comes with the weights: 7/8 central crop, [-1, 1]",),
+        image_size=image_size,
+    )
+
+
+def from_huggingface(
+    config: Mapping[str, Any], image_size: Size | None = None, channels: int = 3
+) -> Preprocessing:
+    """Reads a preprocessor_config.json of an image classifier or encoder."""
+    config = _in_full(config)
+    short, squash, crop = _huggingface_sizes(config)
+    written = crop or squash
+    size = image_size or written
+    if size is None:
+        raise ValueError(
+            "The preprocessor fixes no input size (no crop_size, no size with height "
+            "and width); add one to preprocessor_config.json."
+        )
+    scale = size[0] / written[0] if written else 1.0
+    resampling = _resampling(RESAMPLES, config.get("resample", 2))
+    steps: list[Op] = [Decode(channels=channels)]
+    if short:
+        small, down = round(short * scale), Rounding.DOWN
+        steps += [ResizeSmall(size=small, resampling=resampling, rounding=down)]
+    elif squash:
+        sides = [round(side * scale) for side in squash] if crop else size
+        steps += [Resize(**_sides(sides), resampling=resampling)]
+    if crop or short:
+        steps += [CentralCrop(**_sides(size), rounding=Rounding.DOWN)]
+    # The model there gets (p * factor - offset - mean) / std.
+    factor = config.get("rescale_factor", 1 / 255) if _does(config, "rescale") else 1.0
+    offset = 1.0 if config.get("rescale_offset") else 0.0
+    mean, std = (0.0,), (1.0,)
+    if _does(config, "normalize"):
+        mean, std = config.get("image_mean", HALF), config.get("image_std", HALF)
+    return Preprocessing(
+        ops=tuple(steps),
+        mean=_pixels([m + offset for m in mean], factor),
+        std=_pixels(std, factor),
+        image_size=size,
+        notes=_wins(image_size, written),
+    )
+
+
+def _in_full(config: Mapping[str, Any]) -> dict[str, Any]:
+    """Adds what the processor does where its file is silent, in the newest form."""
+    kind = config.get("image_processor_type") or config.get("feature_extractor_type")
+    known = [name for name in PROCESSORS if str(kind).startswith(name)]
+    defaults = PROCESSORS[known[0]] if known else PROCESSORS["ViT"]
+    full = {**defaults, **{k: v for k, v in config.items() if v is not None}}
+    for name in ("size", "crop_size"):
+        side = full.get(name)
+        if isinstance(side, int):  # as the first versions wrote it
+            short = name == "size" and "shortest_edge" in defaults["size"]
+            square = {"height": side, "width": side}
+            full[name] = {"shortest_edge": side} if short else square
+    return full
+
+
+class _Sizes(NamedTuple):
+    """What is resized to, one of two or neither, and what is cut out of that."""
+
+    short: int | None
+    squash: Size | None
+    crop: Size | None
+
+
+def _huggingface_sizes(config: Mapping[str, Any]) -> _Sizes:
+    size = config["size"] if _does(config, "resize") else {}
+    if set(size) - {"height", "width", "shortest_edge"}:
+        raise ValueError(
+            f"The preprocessor's size={size} is not read; read are height and width, "
+            "or shortest_edge."
+        )
+    crop = None
+    if config.get("do_center_crop"):
+        crop = config["crop_size"]["height"], config["crop_size"]["width"]
+    short = size.get("shortest_edge")
+    if short and config.get("crop_pct"):
+        # ConvNeXt's form, which ResNets share: from 384 px on nothing is cut off.
+        if short >= 384:
+            return _Sizes(None, (short, short), crop)
+        return _Sizes(int(short / config["crop_pct"]), None, crop or (short, short))
+    squash = None if short or not size else (size["height"], size["width"])
+    return _Sizes(short, squash, crop)
+
+
+def _does(config: Mapping[str, Any], what: str) -> bool:
+    return config.get(f"do_{what}") is not False
+
+
+def _resampling(known: Mapping[Any, Resampling], name: Any) -> Resampling:
+    if name not in known:
+        choices = ", ".join(map(str, known))
+        raise ValueError(f"The resampling {name} is not read; read are {choices}.")
+    return known[name]
+
+
+def _sides(size: Sequence[int]) -> dict[str, Any]:
+    height, width = size
+    return {"size": height, "width": None if height == width else width}
+
+
+def _pixels(values: Sequence[float], factor: float = 1 / 255) -> tuple[float, ...]:
+    """Returns values in 0..1 (in units of `factor`) in 0..255, equal ones as one."""
+    # Multiplied by 255, not divided by 1/255, which would not give 127.5 for 0.5.
+    scale = 255.0 if factor == 1 / 255 else 1 / factor
+    scaled = tuple(float(value) * scale for value in values)
+    return scaled[:1] if len(set(scaled)) == 1 else scaled
+
+
+def _wins(image_size: Size | None, written: Size | None) -> tuple[str, ...]:
+    if image_size is None or written is None or image_size == written:
+        return ()
+    said, held = (f"{height}x{width} px" for height, width in (written, image_size))
+    return (
+        f"the preprocessing is for {said}, the weights for {held}: images are resized "
+        f"and cropped to {held} in proportion",
     )

@@ -33,17 +33,29 @@ def resize(image: np.ndarray, height: int, width: int, name: str) -> np.ndarray:
     """Returns uint8 [height, width, C] of a uint8 image [H, W, C].
 
     `name` is one of FILTERS. A side that shrinks is averaged over (antialias); each of
-    the two passes, first along the rows, rounds to 8 bits.
+    the two passes rounds to 8 bits. Their order is that of Pillow 13, found by
+    comparing: 11 and 12 always resize the width first, which is one of 255 off here
+    and there where images lose far more rows than columns.
     """
-    old_height, old_width, channels = image.shape
-    if old_width != width:
-        columns = image.swapaxes(0, 1).reshape(old_width, old_height * channels)
-        columns = _resize_rows(columns, width, name)
-        image = columns.reshape(width, old_height, channels).swapaxes(0, 1)
-    if old_height != height:
-        rows = _resize_rows(image.reshape(old_height, -1), height, name)
-        image = rows.reshape(height, width, channels)
+    old_height, old_width, _ = image.shape
+    rows_lost, columns_lost = old_height - height, old_width - width
+    if rows_lost > 0 and rows_lost > 2 * columns_lost:
+        image = _resize_width(_resize_height(image, height, name), width, name)
+    else:
+        image = _resize_height(_resize_width(image, width, name), height, name)
     return np.ascontiguousarray(image)
+
+
+def _resize_width(image: np.ndarray, width: int, name: str) -> np.ndarray:
+    return _resize_height(image.swapaxes(0, 1), width, name).swapaxes(0, 1)
+
+
+def _resize_height(image: np.ndarray, height: int, name: str) -> np.ndarray:
+    old_height, width, channels = image.shape
+    if old_height == height:
+        return image
+    rows = _resize_rows(image.reshape(old_height, width * channels), height, name)
+    return rows.reshape(height, width, channels)
 
 
 def _resize_rows(rows: np.ndarray, new: int, name: str) -> np.ndarray:

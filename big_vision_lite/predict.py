@@ -7,6 +7,7 @@ library (file, folder with config.json, hub:organisation/name); no recipe is nee
 """
 
 import argparse
+import contextlib
 import csv
 import dataclasses
 import io
@@ -14,8 +15,8 @@ import os
 import sys
 import time
 import unicodedata
-from collections.abc import Mapping, Sequence
-from typing import Any, NoReturn
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -32,6 +33,7 @@ from big_vision_lite import step as step_lib
 from big_vision_lite.config import Platform
 from big_vision_lite.data import pipeline
 from big_vision_lite.data.image_files import Guarded, ImageFiles
+from big_vision_lite.data.image_folder import SUFFIXES
 from big_vision_lite.saved_run import SavedRun
 from big_vision_lite.types import Array, Batch, Forward, Objective
 
@@ -91,7 +93,7 @@ def predict(
 
     step = step_lib.make_eval_step(model, infer)
     found: dict[str, np.ndarray] = {}
-    with jax.set_mesh(run.mesh):
+    with jax.set_mesh(run.mesh), _refusing(images, ops):
         for batch in track(batches, "predicting", transient=True, disable=quiet):
             # Zeros where nothing could be read, whole batches of it included.
             rows = jax.device_get(step(run.state, batch))
@@ -102,8 +104,6 @@ def predict(
                     found[name] = np.zeros(shape, values.dtype)
                 found[name][np.asarray(batch["index"])[valid]] = values[valid]
     errors = {images.files[i]: reason for i, reason in sorted(ops.errors.items())}
-    if len(errors) == len(images):
-        _refuse(images, errors)
     return Predictions(files=images.files, errors=errors, **found)
 
 
@@ -123,12 +123,23 @@ def check_head(run: SavedRun, outputs: Mapping[str, Any]) -> None:
         )
 
 
-def _refuse(images: ImageFiles, errors: Mapping[str, str]) -> NoReturn:
-    first, reason = next(iter(errors.items()))
-    raise ValueError(
-        f"Not one of {len(images)} images of {images.root} can be read; the first is "
-        f"{first}: {reason}"
-    )
+@contextlib.contextmanager
+def _refusing(images: ImageFiles, ops: Guarded) -> Iterator[None]:
+    """Says in the words of this program that not one image can be read."""
+    try:
+        yield
+    except ValueError as error:
+        if len(ops.errors) < len(images):
+            raise
+        index, reason = min(ops.errors.items())
+        first = images.files[index]
+        text = f"{images.root / first} cannot be read: {reason}"
+        if len(images) > 1:
+            text = (
+                f"Not one of {len(images)} images of {images.root} can be read; the "
+                f"first is {first}: {reason}"
+            )
+        raise ValueError(text) from error
 
 
 def probabilities(
@@ -216,7 +227,9 @@ def _output(path: str | None, flag: str) -> epath.Path | None:
 def parse(argv: Sequence[str]) -> argparse.Namespace:
     """Reads the command line."""
     parser = argparse.ArgumentParser(
-        prog="python -m big_vision_lite.predict", description=__doc__
+        prog="python -m big_vision_lite.predict",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     add = parser.add_argument
     add("--workdir", required=True, help="run, checkpoints or step folder")
@@ -270,6 +283,8 @@ def main(argv: Sequence[str]) -> None:
             f"warning: {len(found.errors)} of {len(images)} images cannot be read, "
             f"see {listed}"
         )
+    if images.skipped.counts:
+        print(f"left out, as they are no {'/'.join(SUFFIXES)}: {images.skipped}")
     where = " and ".join(str(path) for path in (out, embed) if path is not None)
     print(
         f"{len(images) - len(found.errors)} images of {images.root} -> {where}, in "

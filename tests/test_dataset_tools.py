@@ -128,6 +128,28 @@ def test_uneven_classes_are_a_warning(tmp_path, capsys):
     assert "val has no image of 1 classes: cat" in text
 
 
+def test_an_empty_folder_is_one_problem_and_cannot_be_opened(tmp_path, capsys):
+    code, text = check(capsys, tmp_path)
+    assert code == 2 and text.count("PROBLEM") == 1 and "holds no images" in text
+    # Class folders without images are no better.
+    (tmp_path / "cat").mkdir()
+    assert check(capsys, tmp_path)[0] == 2
+
+
+def test_an_empty_class_folder_is_mentioned(pictures, tmp_path, capsys):
+    (pictures / "emu" / "young").mkdir(parents=True)
+    code, text = check(capsys, pictures)
+    assert code == 0
+    assert f"warning: {pictures}/emu holds no image, so it is no class" in text
+    assert text.count("so it is no class") == 1
+    names = ("train/cat", "train/dog", "val/cat", "val/dog")
+    for number, name in enumerate(names):
+        put(tmp_path / "split" / name / "0.png", number)
+    (tmp_path / "split" / "val" / "emu").mkdir()
+    code, text = check(capsys, tmp_path / "split")
+    assert f"warning: {tmp_path}/split/val/emu holds no image" in text
+
+
 def test_wrong_names_end_with_code_2_and_no_trace(tmp_path, capsys):
     code, text = check(capsys, tmp_path / "none")
     assert code == 2 and "there is no folder" in text

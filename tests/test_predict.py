@@ -4,6 +4,7 @@ import csv
 import functools
 import json
 import os
+import pathlib
 import shutil
 import subprocess
 import sys
@@ -100,6 +101,24 @@ def test_files_are_sorted_and_found_at_any_depth_in_any_case(tmp_path, run, imag
     ]
 
 
+def test_what_is_left_out_is_counted_by_kind(tmp_path, run, images, capsys):
+    folder = tmp_path / "mixed"
+    folder.mkdir()
+    shutil.copy(images / "val" / "disc" / "000.jpg", folder)
+    for name in ("a.gif", "b.GIF", "c.tiff", "no_suffix", ".hidden.gif"):
+        (folder / name).write_bytes(b"")
+    assert len(predicted(tmp_path, run, folder)) == 1
+    shown = capsys.readouterr().out
+    assert "left out, as they are no .jpg/.jpeg/" in shown
+    assert ": 2 .gif, 1 .tiff, 1 files without a suffix\n" in shown
+
+
+def test_help_keeps_its_lines(capsys):
+    with pytest.raises(SystemExit):
+        predict.parse(["predict", "--help"])
+    assert predict.__doc__.strip() in capsys.readouterr().out
+
+
 def test_unreadable_files_have_a_row_that_says_why(tmp_path, run, images, capsys):
     folder = tmp_path / "mixed"
     folder.mkdir()
@@ -182,16 +201,21 @@ def test_mistakes_are_one_message_and_leave_no_file(tmp_path, run, images, capsy
     empty.mkdir()
     broken.mkdir()
     (broken / "a.jpg").write_text("text")
+    two = pathlib.Path(shutil.copytree(broken, tmp_path / "two"))
+    (two / "b.jpg").write_text("text")
     out = tmp_path / "preds.csv"
     for workdir, folder, words in (
         (run, tmp_path / "emty", ["there is no folder", "empty"]),
         (run, empty, ["holds no images", "nothing"]),
-        (run, broken, ["do not decode", "a.jpg"]),
+        (run, broken, [f"{broken}/a.jpg cannot be read: not"]),
+        (run, broken / "a.jpg", [f"{broken}/a.jpg cannot be read: not"]),
+        (run, two, ["Not one of 2 images", "the first is a.jpg: not"]),
         (tmp_path, images, ["No complete checkpoint"]),
     ):
         assert command(workdir, folder, "--out", out) == 1
         error = capsys.readouterr().err
         assert all(word in error for word in words), error
+        assert "in a row" not in error
         assert not out.exists()
     assert command(run, images, "--out", empty) == 1
     assert "is a folder" in capsys.readouterr().err

@@ -72,18 +72,28 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"Cannot open the set: {error}", file=sys.stderr)
         return 2
     audits: dict[str, Audit] = {}
-    problems = []
+    problems: list[str] = []
+    nothing = []
     for split, source in sources.items():
         try:
             audits[split] = audit(source, options.threads)
+        except FileNotFoundError as error:
+            nothing.append(str(error))
+            problems.append(f"{split}: {error}")
+            continue
         except (OSError, ValueError) as error:
             problems.append(f"{split}: {error}")
             continue
         print_split(split, audits[split], options.all_classes)
         problems += unusable(split, audits[split])
+    if len(nothing) == len(sources):  # both splits say it of a folder without images
+        print(f"PROBLEM: {nothing[0]}")
+        return 2
     problems += repeated(audits)
     for line in [line for item in audits.items() for line in uneven(*item)]:
         print(f"warning: {line}")
+    for name in [] if options.tfds else empty_folders(options.folder):
+        print(f"warning: {name} holds no image, so it is no class")
     for line in problems:
         print(f"PROBLEM: {line}")
     print(f"Problems: {len(problems) or 'none'}.")
@@ -115,6 +125,18 @@ def open_folder(folder: str) -> dict[str, ImageFolder]:
     root = Path(folder).expanduser()
     splits = list(image_folder.find_splits(root)) or ["train", "val"]
     return {split: ImageFolder(path=folder, split=split) for split in splits}
+
+
+def empty_folders(folder: str) -> list[Path]:
+    """Lists the folders that look like classes and hold no image."""
+    root = Path(folder).expanduser()
+    return [
+        path
+        for parent in list(image_folder.find_splits(root).values()) or [root]
+        for path in sorted(parent.iterdir())
+        if path.is_dir() and not path.name.startswith((".", "__MACOSX"))
+        if path.name not in image_folder.class_folders(parent)
+    ]
 
 
 def open_set(options: argparse.Namespace) -> dict[str, Tfds]:

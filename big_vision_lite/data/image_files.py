@@ -8,7 +8,7 @@ from typing import Any, SupportsIndex
 
 import numpy as np
 
-from big_vision_lite.data.image_folder import SUFFIXES, check_folder
+from big_vision_lite.data.image_folder import SUFFIXES, Skipped, check_folder
 from big_vision_lite.data.ops import UndecodableImage
 
 Example = dict[str, Any]
@@ -18,8 +18,8 @@ class ImageFiles:
     """The images of a folder and all below it, or one image, as a source.
 
     `files` are paths relative to `root`, sorted. An example is {"image": the file's
-    bytes, "index": its place among them}. Raises FileNotFoundError for a wrong path,
-    ValueError for a folder without images.
+    bytes, "index": its place among them}; `skipped` counts what else is there, by kind.
+    Raises FileNotFoundError for a wrong path, ValueError for a folder without images.
     """
 
     class_names: tuple[str, ...] = ()
@@ -27,11 +27,12 @@ class ImageFiles:
 
     def __init__(self, path: str):
         given = pathlib.Path(path).expanduser()
+        self.skipped = Skipped()
         if given.is_file():
             self.root, self._paths = given.parent, [given.name]
         else:
             check_folder(given)
-            self.root, self._paths = given, sorted(_image_paths(given))
+            self.root, self._paths = given, sorted(_image_paths(given, self.skipped))
         if not self._paths:
             there = sorted(p.name for p in given.iterdir())[:5]
             raise ValueError(
@@ -78,7 +79,7 @@ class Guarded:
         return example
 
 
-def _image_paths(root: pathlib.Path) -> Iterator[str]:
+def _image_paths(root: pathlib.Path, skipped: Skipped) -> Iterator[str]:
     """Yields paths relative to `root`; links are followed, loops of them are not."""
     seen: set[str] = set()
     for folder, folders, files in os.walk(root, followlinks=True):
@@ -89,8 +90,13 @@ def _image_paths(root: pathlib.Path) -> Iterator[str]:
         seen.add(real)
         folders[:] = sorted(name for name in folders if not _is_hidden(name))
         for name in files:
-            if name.lower().endswith(SUFFIXES) and not _is_hidden(name):
+            if _is_hidden(name):
+                continue
+            if name.lower().endswith(SUFFIXES):
                 yield os.path.relpath(os.path.join(folder, name), root)
+            else:
+                kind = os.path.splitext(name)[1].lower() or "files without a suffix"
+                skipped.counts[kind] += 1
 
 
 def _is_hidden(name: str) -> bool:

@@ -2,9 +2,10 @@
 
     python killable_run.py WORKDIR JOURNAL MOMENT [flags of train]
 
-MOMENT: none; step:N before update N; save:N while checkpoint N is half written;
-manifest:N when N is written but not yet complete; evaluate:N between the save of N and
-its evaluation; term:N a SIGTERM during step N. Every batch that trains is noted in
+MOMENT: none; step:N before update N; after:N:MS any time, MS milliseconds after update
+N began; save:N while checkpoint N is half written; manifest:N when N is written but not
+yet complete; evaluate:N between the save of N and its evaluation; term:N a SIGTERM
+during step N. Every batch that trains is noted in
 JOURNAL with its digest, so that a run in pieces can be compared with one in one piece.
 """
 
@@ -13,6 +14,7 @@ import os
 import pathlib
 import signal
 import sys
+import threading
 
 import jax
 import numpy as np
@@ -28,7 +30,7 @@ def kill() -> None:
 
 def arm(moment: str, journal: pathlib.Path) -> None:
     """Puts the kill where `moment` says, and the journal around every step."""
-    what, _, number = moment.partition(":")
+    what, number, delay = (*moment.split(":"), "", "")[:3]
     at = int(number or 0)
     make_train_step = program.make_train_step
 
@@ -39,6 +41,8 @@ def arm(moment: str, journal: pathlib.Path) -> None:
             now = int(state.step) + 1
             if (what, at) == ("step", now):
                 kill()
+            if (what, at) == ("after", now):
+                threading.Timer(int(delay) / 1000, kill).start()
             if (what, at) == ("term", now):
                 os.kill(os.getpid(), signal.SIGTERM)
             digest = hashlib.sha256()

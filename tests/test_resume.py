@@ -1,13 +1,18 @@
-"""A killed run loses nothing: invariant 1 of the design, by real kills."""
+"""A killed run loses nothing, by real kills, at moments drawn anew (KILL_SEED=n)."""
 
 import json
 import os
 import pathlib
+import random
+import secrets
 import signal
 import subprocess
 import sys
 
 import pytest
+from etils import epath
+
+from big_vision_lite import step_folder
 
 SCRIPT = pathlib.Path(__file__).parent / "killable_run.py"
 NUM_STEPS = 16
@@ -15,14 +20,18 @@ NUM_STEPS = 16
 CLOCK = ("images_per_second", "data_wait", "eta_seconds", "mfu")
 
 
-def run(folder: pathlib.Path, moment: str) -> subprocess.CompletedProcess:
+def run(
+    folder: pathlib.Path, moment: str, workdir: pathlib.Path | str = "run"
+) -> subprocess.CompletedProcess:
+    """Starts the program in `folder`, so that its work directory is a relative path."""
     environment = dict(os.environ, JAX_NUM_CPU_DEVICES="2", JAX_PLATFORMS="cpu")
     return subprocess.run(
-        [sys.executable, SCRIPT, folder / "run", folder / "journal", moment],
+        [sys.executable, SCRIPT, workdir, folder / "journal", moment],
         capture_output=True,
         text=True,
         timeout=300,
         env=environment,
+        cwd=folder,
         check=False,
     )
 
@@ -67,13 +76,23 @@ def check_equal(pieces: pathlib.Path, straight: pathlib.Path) -> None:
     assert logged == list(range(1, NUM_STEPS + 1)), "a step is missing"
 
 
+@pytest.fixture
+def draw():
+    """A random generator whose seed is shown when a test fails."""
+    seed = int(os.environ.get("KILL_SEED") or secrets.randbelow(2**32))
+    print(f"KILL_SEED={seed}")
+    return random.Random(seed)
+
+
 def test_a_run_killed_during_a_checkpoint_write_continues_bit_for_bit(
-    tmp_path, straight
+    tmp_path, straight, draw
 ):
-    assert run(tmp_path, "save:8").returncode == -signal.SIGKILL
+    step = draw.choice((8, 12, 16))
+    print(f"killed while step {step} is written")
+    assert run(tmp_path, f"save:{step}").returncode == -signal.SIGKILL
     resumed = run(tmp_path, "none")
     assert resumed.returncode == 0, resumed.stderr
-    assert "resuming from step 4" in resumed.stdout
+    assert f"resuming from step {step - 4} " in resumed.stdout
     assert "left unfinished by a killed run" in resumed.stdout
     check_equal(tmp_path, straight)
 
@@ -99,22 +118,47 @@ def test_the_folder_alone_resumes_its_run_bit_for_bit(tmp_path, straight):
 
 
 @pytest.mark.slow
-def test_a_run_killed_again_and_again_equals_the_straight_run_bit_for_bit(
-    tmp_path, straight
+def test_a_run_killed_at_three_random_moments_equals_the_straight_run_bit_for_bit(
+    tmp_path, straight, draw
 ):
-    for moment in ("step:3", "manifest:4", "evaluate:8", "step:14", "save:16"):
-        killed = run(tmp_path, moment)
-        assert killed.returncode == -signal.SIGKILL, (moment, killed.stderr)
-    stopped = run(tmp_path, "term:15")
-    assert stopped.returncode == 128 + signal.SIGTERM, stopped.stderr
-    assert "SIGTERM: saved step 15" in stopped.stdout
+    for _ in range(3):
+        done = max(
+            step_folder.complete_steps(epath.Path(tmp_path / "run/checkpoints")),
+            default=0,
+        )
+        if done == NUM_STEPS:
+            break
+        step = draw.randint(done + 1, min(done + 8, NUM_STEPS))
+        moment = f"after:{step}:{draw.randrange(1500)}"
+        print(moment)
+        assert run(tmp_path, moment).returncode == -signal.SIGKILL
     assert run(tmp_path, "none").returncode == 0
     check_equal(tmp_path, straight)
 
 
-def test_a_finished_run_started_again_changes_nothing(straight):
+@pytest.mark.slow
+def test_a_run_killed_in_saves_and_before_an_evaluation_and_stopped_equals_it_too(
+    tmp_path, straight, draw
+):
+    saves = draw.sample((4, 8, 12, 16), 3)
+    moments = list(zip(saves, ("save", "manifest", "evaluate"), strict=True))
+    moments.append((draw.choice([n for n in range(1, 16) if n % 4]), "term"))
+    for step, what in sorted(moments):
+        print(what, step)
+        ended = run(tmp_path, f"{what}:{step}")
+        if what == "term":
+            assert ended.returncode == 128 + signal.SIGTERM, ended.stderr
+            assert f"SIGTERM: saved step {step} in" in ended.stdout
+        else:
+            assert ended.returncode == -signal.SIGKILL, ended.stderr
+    assert run(tmp_path, "none").returncode == 0
+    check_equal(tmp_path, straight)
+
+
+def test_a_finished_run_started_again_by_its_absolute_path_changes_nothing(straight):
+    assert not (straight / "run" / "run").exists(), "the relative path was taken twice"
     before = (straight / "run" / "metrics.jsonl").read_text()
-    again = run(straight, "none")
+    again = run(straight, "none", workdir=straight / "run")
     assert again.returncode == 0, again.stderr
     assert (straight / "run" / "metrics.jsonl").read_text() == before
     assert len(batches(straight)) == NUM_STEPS

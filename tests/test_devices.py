@@ -65,7 +65,7 @@ def fake_gpu(tmp_path: pathlib.Path) -> pathlib.Path:
     return tmp_path
 
 
-# E1, by faked device files.
+# By faked device files.
 
 
 def test_an_idle_gpu_is_refused_with_the_install_command(tmp_path):
@@ -274,7 +274,7 @@ def slurm(monkeypatch, **values: str) -> None:
     ("nodes", "visible", "all_gpus"),
     [
         ("4", "0,1,2,3,4,5,6,7", True),  # one task a node, all its GPUs
-        ("1", "3", True),  # each task sees its own GPU, as number 0 (E25)
+        ("1", "3", True),  # each task sees its own GPU, as number 0
         ("1", "0,1,2,3", False),  # tasks share what they see: one each
     ],
 )
@@ -352,7 +352,7 @@ def test_a_failed_join_says_who_where_and_what_to_type(monkeypatch, updates):
 
 
 def test_a_process_that_waits_alone_says_so_and_gives_up():
-    # E6. A real one: it is the library's silence that is tested.
+    # A real one: it is the library's silence that is tested.
     code = (
         "from big_vision_lite import devices\n"
         "devices.REMIND_SECONDS, devices.JOIN_SECONDS = 0.5, 2\n"

@@ -121,7 +121,7 @@ def test_a_mesh_that_does_not_fit_is_replaced_and_said(run):
 def test_another_recipe_evaluates_other_images_by_the_names_of_the_classes(
     run, tmp_path, images, capsys
 ):
-    """E8: two of three classes, in another order of numbers."""
+    """Two of three classes, in another order of numbers."""
     recipe = tmp_path / "other.py"
     recipe.write_text(RECIPE)
     folder = tmp_path / "two"
@@ -156,7 +156,6 @@ def test_the_file_keeps_the_scores_of_evaluators_that_ran_before(run):
 
 
 def test_run_checkpoints_and_step_folders_are_found_and_named(run, tmp_path, capsys):
-    """E27."""
     copied = shutil.copytree(run / "checkpoints" / "5", tmp_path / "copied" / "mine")
     for path, step, place in (
         (run, 10, run),

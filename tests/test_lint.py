@@ -1,6 +1,7 @@
-"""ruff and pyright (basic) find nothing."""
+"""ruff and pyright (basic) find nothing, and nothing names what is elsewhere."""
 
 import pathlib
+import re
 import subprocess
 import sys
 
@@ -21,3 +22,18 @@ def test_the_code_is_clean(command):
         [program, *command[1:]], cwd=ROOT, capture_output=True, text=True, check=False
     )
     assert found.returncode == 0, found.stdout[-3000:] + found.stderr[-500:]
+
+
+def test_every_document_that_is_named_is_in_the_repository():
+    listed = subprocess.run(
+        ["git", "ls-files"], cwd=ROOT, capture_output=True, text=True, check=False
+    ).stdout.split()
+    kinds = (".py", ".md", ".toml", ".sh", "run")
+    texts = {p: ROOT / p for p in listed if p.endswith(kinds) and (ROOT / p).exists()}
+    missing = [
+        f"{path}: {name}"
+        for path, file in texts.items()
+        for name in re.findall(r"[\w./-]+\.md\b", file.read_text())
+        if not (ROOT / name).exists()
+    ]
+    assert not missing, missing

@@ -77,7 +77,7 @@ def mlp_arrays(rng, name):
 
 
 def big_vision(case: Case, seed: int = 0, token_size: float = 0.5):
-    """Returns the arrays of protocols.md section 18.1, by name."""
+    """Returns the arrays of a big_vision ViT file, by name."""
     rng = np.random.default_rng(seed)
     patch = (case.patch, case.patch, 3)
     arrays = dense(rng, "embedding", patch, (WIDTH,))

@@ -1,12 +1,15 @@
 """Packs images into a prepared TFDS set: few large files, read at random.
 
   python tools/prepare_dataset.py folder DIR --out DATA_DIR --name my_set
+  python tools/prepare_dataset.py glyphs --fonts FOLDER --out DATA_DIR
   python tools/prepare_dataset.py tfds oxford_iiit_pet --data_dir DATA_DIR
 
 `folder` needs no TensorFlow; what it writes is read by `Tfds(dataset="my_set",
 data_dir=DATA_DIR)` and by tensorflow_datasets. Splits and classes are those of
 ImageFolder. It may be killed at any moment: the same command goes on, and the set gets
-its name when it is whole. `tfds` downloads and prepares a set that TFDS knows; it
+its name when it is whole. `glyphs` renders 62 Latin letters and digits, 32x32 gray,
+light on dark, from every font below FOLDER, a family of fonts in one split only; it
+needs `pip install pillow`. `tfds` downloads and prepares a set that TFDS knows; it
 needs `pip install -e ".[prepare]"` and a network.
 """
 
@@ -51,7 +54,7 @@ class Shard:
 
     path: Path
     split: str
-    source: ImageFolder
+    source: Any
     rows: list[int]
 
     def record(self, row: int) -> tuple[bytes, str]:
@@ -80,6 +83,15 @@ class Report:
     skipped: list[str] = dataclasses.field(default_factory=list)
 
 
+@dataclasses.dataclass(kw_only=True)
+class About:
+    """What the metadata say: class names, shape of the images (-1: any), origin."""
+
+    names: Sequence[str]
+    shape: tuple[int, int, int]
+    origin: str
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     """Returns the exit code."""
     options = parser().parse_args(arguments)
@@ -103,6 +115,14 @@ def parser() -> argparse.ArgumentParser:
     folder.add_argument("--shard_mb", type=float, default=256, help="size of a file")
     folder.add_argument("--threads", type=int, default=8)
     folder.set_defaults(run=pack_folder)
+    glyphs = commands.add_parser("glyphs", help="render fonts and pack their letters")
+    glyphs.add_argument("--fonts", required=True, help="folder of .ttf and .otf files")
+    glyphs.add_argument("--out", required=True, help="folder of prepared sets")
+    glyphs.add_argument("--name", default="glyphs32_latin")
+    glyphs.add_argument("--version", default="1.0.0")
+    glyphs.add_argument("--shard_mb", type=float, default=256, help="size of a file")
+    glyphs.add_argument("--threads", type=int, default=8)
+    glyphs.set_defaults(run=pack_glyphs)
     tfds = commands.add_parser("tfds", help="prepare a set that TFDS knows")
     tfds.add_argument("dataset", help="like oxford_iiit_pet or cifar10_1/v4")
     tfds.add_argument(
@@ -113,7 +133,33 @@ def parser() -> argparse.ArgumentParser:
 
 
 def pack_folder(options: argparse.Namespace) -> int:
-    """Writes DATA_DIR/NAME/VERSION from a folder of images; goes on after a kill."""
+    """Packs a folder of images."""
+    final = place_for(options)
+    sources = open_splits(options.folder)
+    names = next(iter(sources.values())).class_names
+    refuse_names(names)
+    stats = {split: file_stats(source) for split, source in sources.items()}
+    times = [f"{s.st_size} {s.st_mtime_ns}" for rows in stats.values() for s in rows]
+    sizes = {split: [s.st_size for s in rows] for split, rows in stats.items()}
+    about = About(names=names, shape=(-1, -1, 3), origin="a folder of images")
+    return pack(options, final, sources, sizes, times, about)
+
+
+def pack_glyphs(options: argparse.Namespace) -> int:
+    """Renders the fonts below a folder and packs their letters and digits."""
+    import glyph_fonts  # beside this file, which runs as a script
+
+    final = place_for(options)
+    sources = glyph_fonts.open_splits(options.fonts)
+    pixels = glyph_fonts.SIDE_PX**2
+    sizes = {split: [pixels] * len(source) for split, source in sources.items()}
+    shape = (glyph_fonts.SIDE_PX, glyph_fonts.SIDE_PX, 1)
+    about = About(names=tuple(glyph_fonts.ALPHABET), shape=shape, origin="fonts")
+    return pack(options, final, sources, sizes, [], about)
+
+
+def place_for(options: argparse.Namespace) -> Path:
+    """Returns DATA_DIR/NAME/VERSION; raises if it cannot be a new set."""
     if not re.fullmatch(r"[a-z][a-z0-9_]*", options.name):
         raise ValueError(
             f"--name {options.name!r}: use small letters, digits and _, like my_set."
@@ -126,21 +172,34 @@ def pack_folder(options: argparse.Namespace) -> int:
             f"{final} is already prepared; choose another --name or --version, or "
             "remove it."
         )
-    sources = open_splits(options.folder)
-    names = next(iter(sources.values())).class_names
-    refuse_names(names)
+    return final
+
+
+def pack(
+    options: argparse.Namespace,
+    final: Path,
+    sources: dict[str, Any],
+    sizes: dict[str, list[int]],
+    times: Sequence[str],
+    about: About,
+) -> int:
+    """Writes a set from a source a split; goes on where a killed call has stopped.
+
+    `sizes` are those of the images, in proportion; `times` tell changed images apart
+    where the fingerprints of the sources do not.
+    """
+    names = about.names
     staging = final.with_name(f"{options.version}.incomplete")
     (staging / PROGRESS).mkdir(parents=True, exist_ok=True)
     with only_process(staging / PROGRESS / "lock"):
-        sizes = {split: file_sizes(source) for split, source in sources.items()}
-        start_or_go_on(staging, identity(options, sources, sizes))
+        start_or_go_on(staging, identity(options, sources, times))
         plan = [
             shard
             for split, source in sources.items()
             for shard in plan_shards(options, split, source, sizes[split], staging)
         ]
         reports = [finish_shard(shard, options.threads) for shard in plan]
-        write_metadata(staging, options, names, plan, reports)
+        write_metadata(staging, options, about, plan, reports)
         sync(staging)
         # From here on the set is whole: a kill leaves at most the folder of progress.
         staging.rename(final)
@@ -167,22 +226,21 @@ def refuse_names(names: Sequence[str]) -> None:
         raise ValueError(f"class folders begin or end with a space: {some(wrong)!r}.")
 
 
-def file_sizes(source: ImageFolder) -> list[os.stat_result]:
+def file_stats(source: ImageFolder) -> list[os.stat_result]:
     root = Path(source.path).expanduser()
     return [os.stat(root / source.relative_path(i)) for i in range(len(source))]
 
 
 def identity(
     options: argparse.Namespace,
-    sources: dict[str, ImageFolder],
-    sizes: dict[str, list[os.stat_result]],
+    sources: dict[str, Any],
+    times: Sequence[str],
 ) -> str:
     """Returns a hash of all that decides what the shards hold."""
     parts = [f"{options.name} {options.version} {options.shard_mb}"]
     for split, source in sources.items():
         parts += [split, source.fingerprint]
-        parts += [f"{stat.st_size} {stat.st_mtime_ns}" for stat in sizes[split]]
-    return content_hash(parts)
+    return content_hash([*parts, *times])
 
 
 def start_or_go_on(staging: Path, wanted: str) -> None:
@@ -202,8 +260,8 @@ def start_or_go_on(staging: Path, wanted: str) -> None:
 def plan_shards(
     options: argparse.Namespace,
     split: str,
-    source: ImageFolder,
-    sizes: Sequence[os.stat_result],
+    source: Any,
+    sizes: Sequence[int],
     staging: Path,
 ) -> list[Shard]:
     """Cuts a split into shards of about equal size, its images in hashed order.
@@ -213,7 +271,7 @@ def plan_shards(
     order = sorted(
         range(len(source)), key=lambda i: stable_order(source.relative_path(i))
     )
-    ends = np.cumsum([sizes[index].st_size for index in order])
+    ends = np.cumsum([sizes[index] for index in order])
     count = min(len(order), max(1, round(ends[-1] / (options.shard_mb * 1e6))))
     cuts = np.searchsorted(ends, ends[-1] * np.arange(1, count) / count)
     rows = [part.tolist() for part in np.split(np.asarray(order), cuts)]
@@ -278,7 +336,7 @@ def write_shard(shard: Shard, path: Path, threads: int) -> Report:
 def write_metadata(
     staging: Path,
     options: argparse.Namespace,
-    names: Sequence[str],
+    about: About,
     plan: Sequence[Shard],
     reports: Sequence[Report],
 ) -> None:
@@ -300,26 +358,27 @@ def write_metadata(
     info = {
         "name": options.name,
         "version": options.version,
-        "description": "Packed from a folder of images by tools/prepare_dataset.py.",
-        "releaseNotes": {options.version: "packed from a folder"},
+        "description": f"Made from {about.origin} by tools/prepare_dataset.py.",
+        "releaseNotes": {options.version: f"made from {about.origin}"},
         "fileFormat": "array_record",
         "splits": splits,
         "supervisedKeys": {
             "tuple": {"items": [{"featureKey": "image"}, {"featureKey": "label"}]}
         },
     }
-    image = {"dtype": "uint8", "shape": {"dimensions": ["-1", "-1", "3"]}}
+    dimensions = [str(length) for length in about.shape]
+    image = {"dtype": "uint8", "shape": {"dimensions": dimensions}}
     features = {
         "file_name": feature("text_feature.Text", text={}),
         "image": feature("image_feature.Image", image=image),
         "label": feature(
             "class_label_feature.ClassLabel",
-            classLabel={"numClasses": str(len(names))},
+            classLabel={"numClasses": str(len(about.names))},
         ),
     }
     whole = feature("features_dict.FeaturesDict", featuresDict={"features": features})
     skipped = [row for report in reports for row in report.skipped]
-    write(staging / "label.labels.txt", "".join(f"{name}\n" for name in names))
+    write(staging / "label.labels.txt", "".join(f"{name}\n" for name in about.names))
     write(staging / "features.json", json.dumps(whole, indent=2))
     write(staging / "dataset_info.json", json.dumps(info, indent=2))
     write(staging / "skipped.txt", "".join(f"{row}\n" for row in skipped))

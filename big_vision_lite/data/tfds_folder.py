@@ -8,6 +8,8 @@ from big_vision_lite.data.closest import did_you_mean, some
 
 # What TFDS cannot download: the user must have brought it.
 BROUGHT_FILES = {"imagenet2012": ("ILSVRC2012_img_train.tar", "ILSVRC2012_img_val.tar")}
+# Sets that are rendered from fonts; TFDS does not know them.
+GLYPHS = "glyphs32_"
 _VERSION = re.compile(r"\d+\.\d+\.\d+")
 
 
@@ -83,7 +85,10 @@ def _not_prepared(name: str, root: Path) -> str:
         message += (
             f"; to prepare it, {brought[0][0].parent} needs {' and '.join(states)}"
         )
+    command = f"tfds {name or 'NAME'} --data_dir {root}"
+    if name.startswith(GLYPHS):
+        command = f"glyphs --fonts FOLDER --out {root} --name {name}"
     return (
-        f"{message}. Prepare it: python tools/prepare_dataset.py tfds {name or 'NAME'} "
-        f"--data_dir {root}; or name another place: data_dir=..., TFDS_DATA_DIR=..."
+        f"{message}. Prepare it: python tools/prepare_dataset.py {command}; or name "
+        "another place: data_dir=..., TFDS_DATA_DIR=..."
     )

@@ -17,8 +17,9 @@ from typing import Any
 from absl import flags
 from ml_collections.config_flags import config_flags, config_path
 
-from big_vision_lite import files, log_lines, mistakes, serialize, trees
+from big_vision_lite import files, log_lines, mistakes, serialize
 from big_vision_lite.stop import Stopped
+from big_vision_lite.wording import did_you_mean
 
 # What a user can mend: shown as one message, the trace goes to a file.
 USER_ERRORS = (ValueError, OSError, FloatingPointError, ImportError, flags.Error)
@@ -206,7 +207,7 @@ def _recipe(argv: Sequence[str]) -> str | None:
         folder = path.parent if path.parent.is_dir() else pathlib.Path("configs")
         recipes = sorted(str(p) for p in folder.glob("*.py"))
         raise FileNotFoundError(
-            f'There is no recipe "{path}".{trees.did_you_mean(str(path), recipes)} '
+            f'There is no recipe "{path}".{did_you_mean(str(path), recipes)} '
             f"Recipes there: {', '.join(recipes) or 'none'}."
         )
     if path.suffix != ".py":

@@ -14,7 +14,8 @@ from typing import Any
 from absl import flags
 from ml_collections.config_flags import config_flags, config_path
 
-from big_vision_lite import serialize, trees
+from big_vision_lite import serialize
+from big_vision_lite.wording import did_you_mean
 
 
 def explain(
@@ -136,7 +137,7 @@ def _meant_field(error: BaseException, names: dict[str, Any]) -> str:
     for kind in kinds:
         if kind.__name__ == found.group(1) and dataclasses.is_dataclass(kind):
             known = [field.name for field in serialize.fields(kind)]
-            meant = trees.did_you_mean(found.group(2), known)
+            meant = did_you_mean(found.group(2), known)
             return f".{meant} Fields: {', '.join(known)}."
     return ""
 

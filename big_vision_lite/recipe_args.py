@@ -1,13 +1,11 @@
 """The argument of a recipe: `--config configs/NAME.py:size=32,init=runs/first`."""
 
-import pathlib
 import re
 import types
 from typing import Any
 
-from big_vision_lite import trees
-from big_vision_lite.data.image_folder import find_splits
-from big_vision_lite.data.sources import ImageFolder
+from big_vision_lite.data.sources import ImageFolder, folder_splits
+from big_vision_lite.wording import did_you_mean
 
 _BOOLEANS = {"true": True, "1": True, "false": False, "0": False}
 
@@ -33,7 +31,7 @@ def parse_arg(arg: str, **defaults: Any) -> types.SimpleNamespace:
         if name not in defaults:
             raise ValueError(
                 f'The recipe has no argument "{name}".'
-                f"{trees.did_you_mean(name, defaults)} {_known(defaults)}"
+                f"{did_you_mean(name, defaults)} {_known(defaults)}"
             )
         if name in values:
             raise ValueError(f'The argument "{name}" is given twice in "{arg}".')
@@ -54,24 +52,21 @@ def parse_arg(arg: str, **defaults: Any) -> types.SimpleNamespace:
     return types.SimpleNamespace(**{**defaults, **values})
 
 
-def open_folder(path: str) -> dict[str, ImageFolder]:
+def open_folder(path: str, split_seed: int = 0) -> dict[str, ImageFolder]:
     """Returns the splits of an image folder by name, all with the classes of "train".
 
     Beside "train" those are "val" and "test" as far as there are folders of these
-    names, or a held-out tenth as "val". The names of the classes are written into the
-    sources, so that config.json says what every label means.
+    names, or a held-out tenth as "val", chosen by the seed. The names of the classes
+    are written into the sources, so that config.json says what every label means.
 
     Raises:
         FileNotFoundError, ValueError: there is no such folder, or no two classes.
     """
-    train = ImageFolder(path=path, split="train")
-    train.classes = train.class_names
-    named = find_splits(pathlib.Path(path).expanduser())
-    others = [name for name in ("val", "test") if name in named] if named else ["val"]
-    return {"train": train} | {
-        split: ImageFolder(path=path, split=split, classes=train.classes)
-        for split in others
-    }
+    splits = folder_splits(path, split_seed)
+    train = splits.get("train") or ImageFolder(path=path, split="train")
+    for source in splits.values():
+        source.classes = train.class_names
+    return splits
 
 
 def _convert(name: str, text: str, kind: type) -> Any:

@@ -14,7 +14,8 @@ import typing
 from collections.abc import Iterable
 from typing import Any
 
-from big_vision_lite import __version__, trees
+from big_vision_lite import __version__
+from big_vision_lite.wording import did_you_mean
 
 CLASS = "class"
 PACKAGE = "big_vision_lite"
@@ -143,7 +144,7 @@ def _build(encoded: Any, where: str, allowed: tuple[str, ...]) -> Any:
         if name not in declared:
             raise ValueError(
                 f'{where}: {kind.__name__} has no field "{name}".'
-                f"{trees.did_you_mean(name, declared)}"
+                f"{did_you_mean(name, declared)}"
             )
         arguments[name] = _decode(value, declared[name], f"{where}.{name}", allowed)
     try:

@@ -1,11 +1,12 @@
 """Names of parameters, first-match rules over names, and readable differences."""
 
-import difflib
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, TypeVar
 
 import jax
+
+from big_vision_lite.wording import did_you_mean
 
 T = TypeVar("T")
 
@@ -134,12 +135,6 @@ _EMBEDDING = re.compile(
     r"(?<![^/])(\w*embed\w*|patch\w*|position\w*|cls|\w*tokens?|registers?|stem\w*"
     r"|root\w*|\w+_root)(?![^/])"
 )
-
-
-def did_you_mean(word: str, allowed: Iterable[str]) -> str:
-    """Returns ' Did you mean "x"?' for the closest allowed word, or ''."""
-    close = difflib.get_close_matches(word, list(allowed), n=1, cutoff=0.5)
-    return f' Did you mean "{close[0]}"?' if close else ""
 
 
 def describe(leaf: Any) -> str:

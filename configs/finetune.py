@@ -13,6 +13,7 @@ size      rule: by the area of the images, 128 or 480 px; keep: what the run was
 batch     images a step; the rule's learning rate is for 512, peak=0.001 goes with 128
 steps     0: by the number of training images, 500, 10,000 or 20,000
 flip      false where left and right mean something
+split_seed  which tenth of data is held out, where there are no split folders
 allow_module  a module of your own that the run's model comes from
 
 The rule is in big_vision_lite/hyperrule.py; its settings are never chosen on the test
@@ -47,6 +48,7 @@ def get_config(arg: str = "") -> TrainConfig:
         steps=0,
         peak=0.003,
         flip=True,
+        split_seed=0,
         allow_module="",
     )
     if bool(chosen.data) == bool(chosen.tfds):
@@ -55,7 +57,7 @@ def get_config(arg: str = "") -> TrainConfig:
             "folder of images or a prepared TFDS set."
         )
     if chosen.data:
-        splits = open_folder(chosen.data)
+        splits = open_folder(chosen.data, chosen.split_seed)
     else:
         splits = {
             name: Tfds(

@@ -13,6 +13,7 @@ batch     images a step; 0: 128, or less where there are fewer images
 epochs    from scratch, 0: 100
 steps     from a checkpoint, 0: by the number of images, 500, 10,000 or 20,000
 flip      false where left and right mean something
+split_seed  which tenth is held out, where there are no split folders
 allow_module  a module of your own that the run's model comes from
 
 The folder is listed when the run starts; the class names go into config.json. From
@@ -58,9 +59,10 @@ def get_config(arg: str = "") -> TrainConfig:
         epochs=0.0,
         steps=0,
         flip=True,
+        split_seed=0,
         allow_module="",
     )
-    splits = open_folder(chosen.dir)
+    splits = open_folder(chosen.dir, chosen.split_seed)
     train = splits.pop("train")
     if chosen.init:
         return from_checkpoint(chosen, train, splits)

@@ -12,6 +12,7 @@ FILES = sorted(PACKAGE.rglob("*.py"))
 # Lowest row first: a module may import from lower rows, or from its own group. The
 # groups of one row never import each other.
 ROWS = (
+    ({"wording"},),
     ({"types"}, {"trees"}, {"files"}, {"cores"}),
     ({"layout"}, {"processes"}),
     (

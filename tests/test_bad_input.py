@@ -329,6 +329,7 @@ def test_a_label_outside_of_the_range_is_refused_with_its_record(tmp_path, capsy
             "model.mlp_dim=16",
             "model.head.num_classes=7",
             "data.batch_size=8",
+            "evaluators.test.batch_size=8",
             "num_steps=40",
         )
     ]

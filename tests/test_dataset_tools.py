@@ -13,6 +13,7 @@ from pathlib import Path
 import cv2
 import numpy as np
 import pytest
+from prepared import labels_of
 
 from big_vision_lite.data.decode import decode
 from big_vision_lite.data.sources import ImageFolder, Tfds
@@ -190,7 +191,7 @@ def test_split_folders_stay_splits_and_slices_hold_all_classes(tmp_path, capsys)
     code, text = pack(capsys, tmp_path / "in", tmp_path / "out")
     assert code == 0 and "train 160, test 16" in text
     tenth = Tfds(dataset="pets", split="train[:25%]", data_dir=str(tmp_path / "out"))
-    assert set(tenth.labels()) == {0, 1, 2, 3}
+    assert set(labels_of(tenth)) == {0, 1, 2, 3}
 
 
 def test_unreadable_images_are_left_out_and_listed(pictures, tmp_path, capsys):
@@ -377,7 +378,7 @@ def test_a_set_that_tfds_knows_is_prepared_and_read(tmp_path, capsys, monkeypatc
     source = Tfds(dataset="bvl_tiny_bugs", data_dir=str(tmp_path))
     assert source.class_names == ("ant", "bee")
     pixels = [decode(example["image"])[0, 0, 0] for example in source]
-    assert [number % 2 for number in pixels] == source.labels().tolist()
+    assert [number % 2 for number in pixels] == labels_of(source).tolist()
     assert sorted(pixels) == list(range(6))
     words[1] = "bvl_tiny_bug"
     assert prepare_dataset.main(words) == 1

@@ -16,6 +16,7 @@ import cv2
 import numpy as np
 import pytest
 from array_record.python import array_record_module
+from prepared import labels_of
 
 from big_vision_lite.data import image_folder, prepared_set, records, tfds_folder
 from big_vision_lite.data.held_out import hold_out
@@ -151,7 +152,7 @@ def test_a_tfds_set_gives_images_still_encoded_and_labels_in_order(bugs):
     assert len(source) == 20 and source.class_names == CLASSES
     for index in range(20):
         assert source[index] == {"image": png(index), "label": index % 3}
-    np.testing.assert_array_equal(source.labels(), np.arange(20) % 3)
+    np.testing.assert_array_equal(labels_of(source), np.arange(20) % 3)
     assert source[np.int64(6)] == source[6]
     with pytest.raises(IndexError):
         source[20]
@@ -277,7 +278,7 @@ def test_a_list_of_classes_becomes_a_multi_hot_vector(tmp_path):
     assert source[0]["label"].dtype == np.float32
     np.testing.assert_array_equal(source[2]["label"], [1, 1, 0])
     np.testing.assert_array_equal(source[0]["label"], [0, 0, 0])
-    assert source.labels().shape == (20, 3)
+    assert labels_of(source).shape == (20, 3)
 
 
 def test_features_in_the_older_form_are_read(tmp_path):
@@ -339,7 +340,7 @@ def test_a_set_not_prepared_is_named_with_what_is_there(bugs):
         len(Tfds(dataset="bug", data_dir=str(bugs)))
     message = str(error.value)
     assert f"bug is not prepared in {bugs}: sets there: bugs" in message
-    assert "did you mean 'bugs'?" in message
+    assert 'Did you mean "bugs"?' in message
     assert f"tools/prepare_dataset.py tfds bug --data_dir {bugs}" in message
 
 
@@ -356,7 +357,7 @@ def test_imagenet_not_prepared_says_which_tars_are_missing(tmp_path):
 @pytest.mark.parametrize(
     ("split", "message"),
     [
-        ("trian", "no split 'trian' .did you mean 'train'.*its splits: train, test"),
+        ("trian", "no split 'trian'; its splits: train, test. Did you mean \"train\""),
         ("train[7:7]", "holds no example; the splits hold: train 20, test 6"),
         ("train[:1000]", r"slice \[0:1000\] .*beyond its 20 examples"),
         ("train[3]", "cannot read split='train.3.'; write a split or a slice"),
@@ -375,7 +376,10 @@ def test_a_wrong_split_is_refused(bugs, split, message):
             r"image_key='img' does not exist.*images there: image\.",
         ),
         ({"image_key": "label"}, "image_key='label' is not an image feature"),
-        ({"label_key": "labels"}, "label_key='labels' does not.*did you mean 'label'"),
+        (
+            {"label_key": "labels"},
+            "label_key='labels' does not.*Did you mean \"label\"",
+        ),
         ({"label_key": "image"}, "label_key='image' is not a class label"),
     ],
 )
@@ -481,7 +485,7 @@ def test_the_fingerprint_knows_the_set_and_not_its_place_or_format(tmp_path):
 def test_reading_imports_no_large_library(bugs):
     code = (
         "import sys; from big_vision_lite.data.sources import Digits, Tfds\n"
-        f"s = Tfds(dataset='bugs', data_dir={str(bugs)!r}); s[0], s.labels()\n"
+        f"s = Tfds(dataset='bugs', data_dir={str(bugs)!r}); s[0], s[19]\n"
         "Digits()[0]\n"
         "large = ('tensorflow', 'tensorflow_datasets', 'jax', 'torch', 'pandas', "
         "'sklearn', 'cv2')\n"
@@ -518,20 +522,46 @@ def test_a_folder_of_classes_gives_files_and_labels(plain):
         path = Path(source.name(index))
         label = source.class_names.index(path.relative_to(plain).parts[0])
         assert source[index] == {"image": path.read_bytes(), "label": label}
-        assert source.labels()[index] == label
     assert len({source.name(index) for index in range(80)}) == 80
 
 
-def test_hashed_splits_are_disjoint_whole_and_a_tenth_of_each_class(plain):
-    train, val = (ImageFolder(path=str(plain), split=s) for s in ("train", "val"))
+@pytest.mark.parametrize("seed", [0, 7])
+def test_hashed_splits_are_disjoint_whole_and_a_tenth_of_each_class(plain, seed):
+    train, val = (
+        ImageFolder(path=str(plain), split=split, split_seed=seed)
+        for split in ("train", "val")
+    )
     names = [{s.name(i) for i in range(len(s))} for s in (train, val)]
     assert not names[0] & names[1] and len(names[0] | names[1]) == 80
-    np.testing.assert_array_equal(np.bincount(val.labels()), [4, 4])
+    np.testing.assert_array_equal(np.bincount(labels_of(val)), [4, 4])
 
 
-def test_hashed_splits_do_not_depend_on_order_or_place(plain, tmp_path, monkeypatch):
+def test_every_seed_holds_out_other_files(plain):
+    for split in ("train", "val"):
+        sources = [
+            ImageFolder(path=str(plain), split=split, split_seed=seed)
+            for seed in (*range(5), 2**32 - 1)
+        ]
+        listed = {
+            tuple(source.relative_path(index) for index in range(len(source)))
+            for source in sources
+        }
+        assert len(listed) == len({source.fingerprint for source in sources}) == 6
+    sizes = {
+        len(ImageFolder(path=str(plain), split="all", split_seed=s)) for s in (0, 3)
+    }
+    assert sizes == {80}
+    for seed in (-1, 2**32):
+        with pytest.raises(ValueError, match=f"split_seed={seed} is outside 0 to"):
+            ImageFolder(path=str(plain), split_seed=seed)
+
+
+@pytest.mark.parametrize("seed", [0, 7])
+def test_hashed_splits_do_not_depend_on_order_or_place(
+    plain, tmp_path, monkeypatch, seed
+):
     def held(root):
-        source = ImageFolder(path=str(root), split="val")
+        source = ImageFolder(path=str(root), split="val", split_seed=seed)
         return [source.relative_path(i) for i in range(len(source))]
 
     first = held(plain)
@@ -559,8 +589,9 @@ def test_hashed_splits_do_not_depend_on_order_or_place(plain, tmp_path, monkeypa
 
 def test_the_held_out_files_are_pinned():
     files = {"a": [f"a/{number}.jpg" for number in range(20)], "b": ["b/only.jpg"]}
-    train, held = hold_out(files)
+    train, held = hold_out(files, 0)
     assert held == {"a": ["a/3.jpg", "a/14.jpg"]} and train["b"] == ["b/only.jpg"]
+    assert hold_out(files, 1)[1] == {"a": ["a/5.jpg", "a/12.jpg"]}
     assert sorted(train["a"] + held["a"]) == sorted(files["a"])
 
 
@@ -597,7 +628,7 @@ def test_pinned_classes_keep_their_order_and_warn_of_gaps_once(plain, caplog):
     classes = ("dög", "zebra", "cat")
     source = ImageFolder(path=str(plain), classes=classes)
     assert source.class_names == classes
-    assert set(source.labels()) == {0, 2}
+    assert set(labels_of(source)) == {0, 2}
     assert [record.message for record in caplog.records] == [
         f"train of {plain} has 2 of the 3 train classes (missing: zebra); indices "
         "follow train."
@@ -635,7 +666,7 @@ def test_wrong_folders_are_refused_with_what_is_there(tmp_path):
 
     (tmp_path / "flowers").mkdir()
     refused(
-        FileNotFoundError, "no folder .*did you mean 'flowers'", tmp_path / "flower"
+        FileNotFoundError, 'no folder .*Did you mean "flowers"', tmp_path / "flower"
     )
     refused(
         FileNotFoundError, "has no 'a'; folders there: flowers", tmp_path / "a" / "b"
@@ -683,7 +714,7 @@ def test_a_class_may_be_called_train(tmp_path):
 
 
 def test_wrong_fields_are_refused_at_once():
-    with pytest.raises(ValueError, match="'tran' of an image folder.*mean 'train'"):
+    with pytest.raises(ValueError, match="'tran' of an image folder.*mean \"train\""):
         ImageFolder(path="x", split="tran")
     with pytest.raises(ValueError, match="names b twice"):
         ImageFolder(path="x", classes=("a", "b", "b"))
@@ -753,8 +784,6 @@ def test_digits_equal_those_of_scikit_learn():
     expected = np.round(theirs.images * 255 / 16)[..., None]
     assert images.dtype == np.uint8 and images.shape == (1797, 8, 8, 1)
     np.testing.assert_array_equal(images, expected)
-    labels = np.concatenate([source.labels() for source in ours])
-    np.testing.assert_array_equal(labels, theirs.target)
     assert [example["label"] for example in examples] == theirs.target.tolist()
     assert ours[0].fingerprint != ours[1].fingerprint
     assert ours[0].name(7) == "digits train: image 7"

@@ -120,14 +120,6 @@ def test_layers_above_refuse_no_block_and_two_stacks():
         trees.layers_above(["image/block_0/kernel", "text/block_0/kernel"])
 
 
-def test_did_you_mean_suggests_only_close_words():
-    allowed = ["weight_decay", "clip_norm"]
-    assert trees.did_you_mean("weigth_decay", allowed) == (
-        ' Did you mean "weight_decay"?'
-    )
-    assert trees.did_you_mean("zzz", allowed) == ""
-
-
 def test_difference_lists_both_sides_and_is_empty_for_equals():
     ours = {"a": np.ones((2, 3), np.float32), "head": np.ones((2, 5), np.float32)}
     theirs = {"head": np.ones((2, 9), np.float32), "fc": np.ones(4, np.float16)}

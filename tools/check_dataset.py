@@ -21,9 +21,9 @@ from typing import Any
 import numpy as np
 
 from big_vision_lite.data import image_folder, prepared_set, tfds_folder
-from big_vision_lite.data.closest import some
 from big_vision_lite.data.decode import UndecodableImage, decode
-from big_vision_lite.data.sources import ImageFolder, Tfds
+from big_vision_lite.data.sources import Tfds, folder_splits
+from big_vision_lite.wording import some
 
 # Edges of the short side, in pixels, between the rows of the size table.
 SIZE_EDGES = (8, 16, 32, 64, 128, 256, 512, 1024, 2048)
@@ -67,7 +67,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Returns the exit code."""
     options = parser().parse_args(arguments)
     try:
-        sources = open_set(options) if options.tfds else open_folder(options.folder)
+        sources = open_set(options) if options.tfds else folder_splits(options.folder)
     except (OSError, ValueError) as error:
         print(f"Cannot open the set: {error}", file=sys.stderr)
         return 2
@@ -118,13 +118,6 @@ def parser() -> argparse.ArgumentParser:
         "--all_classes", action="store_true", help="print the count of every class"
     )
     return arguments
-
-
-def open_folder(folder: str) -> dict[str, ImageFolder]:
-    """Returns a source for each split folder, or for the two hashed splits."""
-    root = Path(folder).expanduser()
-    splits = list(image_folder.find_splits(root)) or ["train", "val"]
-    return {split: ImageFolder(path=folder, split=split) for split in splits}
 
 
 def empty_folders(folder: str) -> list[Path]:

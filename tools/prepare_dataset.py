@@ -31,15 +31,15 @@ from typing import Any
 
 import numpy as np
 
-from big_vision_lite.data import image_folder, tfds_folder
-from big_vision_lite.data.closest import some
+from big_vision_lite.data import tfds_folder
 from big_vision_lite.data.content_hash import content_hash
 from big_vision_lite.data.decode import UndecodableImage, decode
 from big_vision_lite.data.held_out import stable_order
 from big_vision_lite.data.prepared_set import FILE_TEMPLATE, shard_file
 from big_vision_lite.data.records import ArrayRecordFile
-from big_vision_lite.data.sources import ImageFolder
+from big_vision_lite.data.sources import ImageFolder, folder_splits
 from big_vision_lite.data.tf_example import encode_example
+from big_vision_lite.wording import some
 
 FEATURES = "tensorflow_datasets.core.features"
 # Read and decoded side by side; bounds memory, too.
@@ -135,7 +135,9 @@ def parser() -> argparse.ArgumentParser:
 def pack_folder(options: argparse.Namespace) -> int:
     """Packs a folder of images."""
     final = place_for(options)
-    sources = open_splits(options.folder)
+    sources = folder_splits(options.folder)
+    for split, source in sources.items():
+        print(f"{split}: {len(source)} images; beside them: {source.skipped}")
     names = next(iter(sources.values())).class_names
     refuse_names(names)
     stats = {split: file_stats(source) for split, source in sources.items()}
@@ -209,16 +211,6 @@ def pack(
     return 0
 
 
-def open_splits(folder: str) -> dict[str, ImageFolder]:
-    """Returns a source for each split folder, or for the two hashed splits."""
-    root = Path(folder).expanduser()
-    found = list(image_folder.find_splits(root)) or ["train", "val"]
-    sources = {split: ImageFolder(path=folder, split=split) for split in found}
-    for split, source in sources.items():
-        print(f"{split}: {len(source)} images; beside them: {source.skipped}")
-    return sources
-
-
 def refuse_names(names: Sequence[str]) -> None:
     """Raises ValueError for names that a file of one name a line cannot hold."""
     wrong = [name for name in names if name != name.strip() or "\n" in name]
@@ -269,7 +261,7 @@ def plan_shards(
     So that a slice like train[:10%] holds all classes.
     """
     order = sorted(
-        range(len(source)), key=lambda i: stable_order(source.relative_path(i))
+        range(len(source)), key=lambda i: stable_order(source.relative_path(i), 0)
     )
     ends = np.cumsum([sizes[index] for index in order])
     count = min(len(order), max(1, round(ends[-1] / (options.shard_mb * 1e6))))

@@ -10,8 +10,8 @@ from pathlib import Path
 
 import numpy as np
 
-from big_vision_lite.data.closest import did_you_mean, some
 from big_vision_lite.data.held_out import Files, hold_out
+from big_vision_lite.wording import did_you_mean, some
 
 logger = logging.getLogger(__name__)
 # Its own level: the command line silences the libraries through the root logger.
@@ -52,19 +52,25 @@ class Listing:
     skipped: Skipped
 
 
-def open_split(root: Path, split: str, classes: Sequence[str]) -> Listing:
+def open_split(root: Path, split: str, classes: Sequence[str], seed: int) -> Listing:
     """Lists `split`; labels follow `classes`, else the sorted training classes.
 
-    Raises FileNotFoundError when there is nothing, ValueError for one class and for
-    classes that training does not have; warns of classes that have no image.
+    Raises FileNotFoundError when there is nothing, ValueError for one class, for
+    classes that training does not have and for a seed that has nothing to choose; warns
+    of classes that have no image.
     """
     split = SPLIT_FOLDERS.get(split.lower(), split.lower())
     skipped = Skipped()
     splits = find_splits(root)
+    if splits and seed:
+        raise ValueError(
+            f"split_seed={seed} chooses nothing: {root} has split folders "
+            f"({some(splits)}). Leave it out."
+        )
     if splits:
         parts, trained = _from_split_folders(root, splits, split, skipped)
     else:
-        parts, trained = _from_class_folders(root, split, skipped)
+        parts, trained = _from_class_folders(root, split, seed, skipped)
     names = tuple(unicodedata.normalize("NFC", c) for c in classes) or tuple(trained)
     if not names:
         raise ValueError(
@@ -102,8 +108,8 @@ def check_classes(
     if unknown:
         raise ValueError(
             f"{split} of {where} has {len(unknown)} classes unknown to training: "
-            f"{some(unknown)}{did_you_mean(unknown[0], names)}; rename or remove these "
-            "folders, or train with them."
+            f"{some(unknown)}; rename or remove these folders, or train with them."
+            f"{did_you_mean(unknown[0], names)}"
         )
     missing = [name for name in names if name not in set(held)]
     if missing:
@@ -133,7 +139,7 @@ def _from_split_folders(
 
 
 def _from_class_folders(
-    root: Path, split: str, skipped: Skipped
+    root: Path, split: str, seed: int, skipped: Skipped
 ) -> tuple[list[Files], list[str]]:
     files = list_images(root, skipped)
     if not files:
@@ -147,7 +153,7 @@ def _from_class_folders(
             "(a tenth of each class) and all. For a test split make folders "
             f"{root}/train and {root}/test."
         )
-    train, held = hold_out(files)
+    train, held = hold_out(files, seed)
     return [{"train": train, "val": held, "all": files}[split]], list(files)
 
 
@@ -193,8 +199,8 @@ def check_folder(root: Path) -> None:
     wrong = root.absolute().relative_to(parent).parts[0]
     there = sorted(folder.name for folder in _folders(parent))
     raise FileNotFoundError(
-        f"there is no folder {root}: {parent} has no {wrong!r}"
-        f"{did_you_mean(wrong, there)}; folders there: {some(there)}."
+        f"there is no folder {root}: {parent} has no {wrong!r}; folders there: "
+        f"{some(there)}.{did_you_mean(wrong, there)}"
     )
 
 

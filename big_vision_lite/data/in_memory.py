@@ -45,10 +45,6 @@ class InMemory:
         """Says which row of the array."""
         return f"image {range(len(self))[index]} of an array"
 
-    def labels(self) -> np.ndarray:
-        """Returns all labels, int32 [N] or float32 [N, C]."""
-        return self._labels
-
 
 def _checked_images(images: np.ndarray) -> np.ndarray:
     if images.ndim not in (3, 4) or 0 in images.shape:

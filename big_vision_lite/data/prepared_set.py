@@ -12,9 +12,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from big_vision_lite.data.closest import did_you_mean
 from big_vision_lite.data.records import ArrayRecordFile, Records, TFRecordFile
 from big_vision_lite.data.tfds_features import children
+from big_vision_lite.wording import did_you_mean
 
 RECORD_FILES = {"tfrecord": TFRecordFile, "array_record": ArrayRecordFile}
 FILE_TEMPLATE = "{DATASET}-{SPLIT}.{FILEFORMAT}-{SHARD_X_OF_Y}"
@@ -113,9 +113,8 @@ class PreparedSet:
         split = self.splits.get(match["split"])
         if split is None:
             raise ValueError(
-                f"{self.folder} has no split {match['split']!r}"
-                f"{did_you_mean(match['split'], self.splits)}; its splits: "
-                f"{', '.join(self.splits)}."
+                f"{self.folder} has no split {match['split']!r}; its splits: "
+                f"{', '.join(self.splits)}.{did_you_mean(match['split'], self.splits)}"
             )
         if match["slice"] is None:
             return Range(split=split.name, start=0, stop=split.length)

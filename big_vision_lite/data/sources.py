@@ -15,11 +15,11 @@ from typing import Any, SupportsIndex
 import numpy as np
 
 from big_vision_lite.data import image_folder, prepared_set, tfds_features, tfds_folder
-from big_vision_lite.data.closest import did_you_mean, some
 from big_vision_lite.data.content_hash import content_hash
 from big_vision_lite.data.in_memory import InMemory as InMemory
 from big_vision_lite.data.records import with_retries
 from big_vision_lite.data.tf_example import parse_example
+from big_vision_lite.wording import did_you_mean, some
 
 # The Example of types.py, which would import jax: worker processes go without.
 Example = dict[str, Any]
@@ -113,15 +113,6 @@ class Tfds:
             return place
         return f"{place} ({stored.decode('utf-8', 'replace')})"
 
-    def labels(self) -> np.ndarray:
-        """Returns all labels, int32 [N] or float32 [N, C]; reads every record."""
-        keys = (self.label_key,)
-        targets = [
-            self._target(parse_example(self._records[i], keys), i)
-            for i in range(len(self))
-        ]
-        return np.asarray(targets, np.float32 if self._label.multiple else np.int32)
-
     def _target(self, features: dict[str, Any], index: int) -> int | np.ndarray:
         labels = features.get(self.label_key, [])
         count = len(self.class_names)
@@ -147,30 +138,36 @@ class ImageFolder:
     """Images in `path/CLASS/**`, or in `path/{train,val,test}/CLASS/**`.
 
     JPEG, PNG, WebP and BMP by suffix; other files are skipped and counted. Without
-    split folders a tenth of each class, chosen by a hash of the path, is "val", the
-    rest "train"; "all" is everything. Classes are those of the training split, sorted,
-    unless `classes` pins names and order. Raises FileNotFoundError for a wrong path or
-    an empty split, ValueError for one class and for classes unknown to training.
+    split folders a tenth of each class, chosen by `split_seed` and a hash of the path,
+    is "val", the rest "train"; "all" is everything. Classes are those of the training
+    split, sorted, unless `classes` pins names and order. Raises FileNotFoundError for a
+    wrong path or an empty split, ValueError for one class and for classes unknown to
+    training.
     """
 
     path: str
     split: str = "train"
     classes: tuple[str, ...] = ()
+    split_seed: int = 0
 
     def __post_init__(self):
         if self.split.lower() not in (*image_folder.SPLIT_FOLDERS, "all"):
             raise ValueError(
                 f"split={self.split!r} of an image folder is none of train, val, test, "
-                f"all{did_you_mean(self.split, image_folder.SPLIT_FOLDERS)}."
+                f"all.{did_you_mean(self.split, image_folder.SPLIT_FOLDERS)}"
             )
         if len(set(self.classes)) < len(self.classes):
             twice = sorted({c for c in self.classes if self.classes.count(c) > 1})
             raise ValueError(f"classes names {some(twice)} twice; name each once.")
+        if not 0 <= self.split_seed < 2**32:
+            raise ValueError(
+                f"split_seed={self.split_seed} is outside 0 to {2**32 - 1}; use 0."
+            )
 
     @functools.cached_property
     def _listing(self) -> image_folder.Listing:
         root = Path(self.path).expanduser()
-        return image_folder.open_split(root, self.split, self.classes)
+        return image_folder.open_split(root, self.split, self.classes, self.split_seed)
 
     @property
     def class_names(self) -> tuple[str, ...]:
@@ -183,7 +180,7 @@ class ImageFolder:
 
     @functools.cached_property
     def fingerprint(self) -> str:
-        """A hash of class names, paths in the folder and labels, not of the images."""
+        """A hash of class names and of the split's paths, not of the images."""
         return content_hash((*self.class_names, "", *self._listing.paths))
 
     def __len__(self) -> int:
@@ -204,12 +201,17 @@ class ImageFolder:
         path = os.path.join(self.path, self.relative_path(index))
         return os.fsencode(path).decode("utf-8", "replace")
 
-    def labels(self) -> np.ndarray:
-        """Returns all labels, int32 [N]; reads no image."""
-        return self._listing.labels
-
     def __getstate__(self) -> dict[str, Any]:
         return _fields_of(self)
+
+
+def folder_splits(path: str, split_seed: int = 0) -> dict[str, ImageFolder]:
+    """Returns a source for each split folder of `path`, else for train and val."""
+    named = image_folder.find_splits(Path(path).expanduser()) or ("train", "val")
+    return {
+        split: ImageFolder(path=path, split=split, split_seed=split_seed)
+        for split in named
+    }
 
 
 @dataclasses.dataclass(kw_only=True)
@@ -226,7 +228,7 @@ class Digits:
         if self.split not in DIGITS_SPLITS:
             raise ValueError(
                 f"split={self.split!r} of the digits is none of "
-                f"{', '.join(DIGITS_SPLITS)}{did_you_mean(self.split, DIGITS_SPLITS)}."
+                f"{', '.join(DIGITS_SPLITS)}.{did_you_mean(self.split, DIGITS_SPLITS)}"
             )
 
     @functools.cached_property
@@ -256,10 +258,6 @@ class Digits:
     def name(self, index: SupportsIndex) -> str:
         """Says which digit of which split."""
         return f"digits {self.split}: image {range(len(self))[index]}"
-
-    def labels(self) -> np.ndarray:
-        """Returns all labels, int32 [N]."""
-        return self._arrays[1]
 
     def __getstate__(self) -> dict[str, Any]:
         return _fields_of(self)

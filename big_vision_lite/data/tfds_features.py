@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from big_vision_lite.data.closest import did_you_mean, some
+from big_vision_lite.wording import did_you_mean, some
 
 # One feature as features.json describes it.
 Node = Mapping[str, Any]
@@ -39,8 +39,8 @@ def check_image(features: Mapping[str, Node], key: str, where: Path) -> None:
         ]
         what = "is not an image feature" if node is not None else "does not exist"
         raise ValueError(
-            f"image_key={key!r} {what} in {where}{did_you_mean(key, images)}; images "
-            f"there: {some(images)}."
+            f"image_key={key!r} {what} in {where}; images there: {some(images)}."
+            f"{did_you_mean(key, images)}"
         )
     dtype = str(content.get("dtype", "uint8"))
     if "int" not in dtype:
@@ -58,8 +58,8 @@ def label_feature(features: Mapping[str, Node], key: str, where: Path) -> LabelF
         labels = [k for k in _paths(features) if _is_label(features, k)]
         what = "does not exist" if node is None else "is not a class label"
         raise ValueError(
-            f"label_key={key!r} {what} in {where}{did_you_mean(key, labels)}; class "
-            f"labels there: {some(labels)}."
+            f"label_key={key!r} {what} in {where}; class labels there: {some(labels)}."
+            f"{did_you_mean(key, labels)}"
         )
     count = int(content.get("numClasses") or content.get("num_classes") or 0)
     names = tuple(str(number) for number in range(count))

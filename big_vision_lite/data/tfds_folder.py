@@ -4,7 +4,7 @@ import os
 import re
 from pathlib import Path
 
-from big_vision_lite.data.closest import did_you_mean, some
+from big_vision_lite.wording import did_you_mean, some
 
 # What TFDS cannot download: the user must have brought it.
 BROUGHT_FILES = {"imagenet2012": ("ILSVRC2012_img_train.tar", "ILSVRC2012_img_val.tar")}
@@ -71,12 +71,10 @@ def brought_files(name: str, root: Path) -> list[tuple[Path, bool]]:
 
 def _not_prepared(name: str, root: Path) -> str:
     message = f"{name} is not prepared in {root}: "
-    if root.is_dir():
-        found = _prepared_in(root)
-        message += f"sets there: {some(found)}"
-        message += did_you_mean(name, found)
-    else:
-        message += "that folder does not exist"
+    found = _prepared_in(root)
+    message += (
+        f"sets there: {some(found)}" if root.is_dir() else "that folder does not exist"
+    )
     brought = brought_files(name, root)
     if brought:
         states = (
@@ -89,6 +87,7 @@ def _not_prepared(name: str, root: Path) -> str:
     if name.startswith(GLYPHS):
         command = f"glyphs --fonts FOLDER --out {root} --name {name}"
     return (
-        f"{message}. Prepare it: python tools/prepare_dataset.py {command}; or name "
+        f"{message}.{did_you_mean(name, found)} Prepare it: python "
+        f"tools/prepare_dataset.py {command}; or name "
         "another place: data_dir=..., TFDS_DATA_DIR=..."
     )

@@ -1,14 +1,14 @@
-"""What a user may have meant by a name that does not exist."""
+"""Words that many messages need: what was meant, and lists that do not end."""
 
 import difflib
 from collections.abc import Iterable
 
 
-def did_you_mean(word: str, words: Iterable[str]) -> str:
-    """Returns ` (did you mean 'x'?)` when something is close, else nothing."""
-    by_lower = {known.lower(): known for known in words}
+def did_you_mean(word: str, allowed: Iterable[str]) -> str:
+    """Returns ' Did you mean "x"?' for the closest allowed word, or ''."""
+    by_lower = {known.lower(): known for known in allowed}
     close = difflib.get_close_matches(word.lower(), by_lower, n=1, cutoff=0.6)
-    return f" (did you mean {by_lower[close[0]]!r}?)" if close else ""
+    return f' Did you mean "{by_lower[close[0]]}"?' if close else ""
 
 
 def some(names: Iterable[str], most: int = 8) -> str:

@@ -6,12 +6,10 @@ import re
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 
-from big_vision_lite import layout, resample, serialize, step_folder, trees
-from big_vision_lite.conversion import foreign, weights
+from big_vision_lite import resample, trees
 from big_vision_lite.types import Array
 
 HEAD = "head/"
@@ -46,100 +44,6 @@ class Init:
                     f'init.rename: "{pair}" is not of the form "old=>new", for '
                     'example "backbone/=>encoder/".'
                 )
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Loaded:
-    """Weights to start from: {name: array}, batch statistics as "batch_stats/...".
-
-    `class_names` are empty when nobody knows them; `model` is what the weights belong
-    to where another library says so, else None; `origin` goes into manifests.
-    """
-
-    variables: Mapping[str, Any]
-    class_names: tuple[str, ...] = ()
-    model: Any = None
-    origin: Mapping[str, Any] | None = None
-
-
-def open_weights(path: str, log: Callable[[str], None] = print) -> Loaded:
-    """Reads a run, a step folder, or weights of another library (see `foreign`).
-
-    Raises:
-        FileNotFoundError: there is neither; says what was looked at.
-        ValueError: the weights are damaged or in no known format.
-    """
-    if weights.is_foreign(path):
-        found = foreign.load(path)
-        for note in (f"{path}: {found.format}", *found.notes):
-            log(f"init: {note}")
-        return Loaded(
-            variables=found.variables,
-            class_names=found.class_names,
-            model=found.model,
-            origin=found.origin,
-        )
-    variables, manifest = load_variables(step_folder.find(path, log))
-    return Loaded(
-        variables=variables,
-        class_names=tuple(manifest["class_names"]),
-        origin=manifest.get("origin"),
-    )
-
-
-def load_variables(folder: Any) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
-    """Loads a step folder's parameters and batch statistics, and its manifest.
-
-    Names are those of the model, statistics "batch_stats/...". The averaged parameters
-    are taken when the run kept an average.
-
-    Raises:
-        DamagedCheckpoint: a file or a leaf is not what was saved.
-    """
-    manifest = step_folder.verified_manifest(folder)
-    leaves = manifest["leaves"]
-    averaged = any(name.startswith("ema/") for name in leaves)
-    parts = ("ema/" if averaged else "params/", "frozen/", "collections/batch_stats/")
-    # Under a mesh of several devices jit takes no array that lives on one of them.
-    mesh = jax.sharding.get_mesh()
-    device = (
-        jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
-        if mesh.empty
-        else layout.replicated(mesh)
-    )
-    named = {
-        name: jax.ShapeDtypeStruct(leaf["shape"], leaf["dtype"], sharding=device)
-        for name, leaf in leaves.items()
-        if name.startswith(parts)
-    }
-    loaded = trees.flatten(step_folder.restore_part(folder, named, manifest))
-    return {n.split("/", 1)[1]: np.asarray(x) for n, x in loaded.items()}, manifest
-
-
-def model_differences(ours: Any, theirs: Any) -> list[str]:
-    """Lists the fields of two models that change what the same weights compute.
-
-    Empty for models of different classes: there the names differ, and are listed.
-    """
-    if type(ours) is not type(theirs):
-        return []
-    lines = []
-    for field in serialize.fields(ours):
-        mine, other = getattr(ours, field.name), getattr(theirs, field.name)
-        if field.name not in _ADAPTED and mine != other:
-            lines.append(
-                f"the weights were made for {field.name}={other}, this recipe has "
-                f"{mine}: the features will differ. To follow the weights: "
-                f"--config.model.{field.name}={other}"
-            )
-    return lines
-
-
-# Fields that may differ: they are adapted, listed otherwise, or change no result.
-_ADAPTED = {
-    *("head", "dtype", "remat", "attention", "dropout", "stochastic_depth"),
-    *("patch_size", "width", "depth", "mlp_dim", "stages", "statistics"),
-}
 
 
 def adapt(

@@ -102,6 +102,10 @@ class Checkpointer:
             error, self._error = self._error, None
             raise error
 
+    def note_origin(self, origin: Mapping[str, Any] | None) -> None:
+        """Records in every manifest from now on where the first weights came from."""
+        self._metadata["origin"] = origin
+
     def restore_latest(self, abstract: TrainState) -> TrainState | None:
         """Returns the newest complete state in the shardings of `abstract`, or None.
 
@@ -120,6 +124,7 @@ class Checkpointer:
         integrity.check_leaves(trees.flatten(abstract), manifest, folder)
         state = step_folder.restore(folder, abstract, manifest)
         self.last_saved = newest
+        self.note_origin(manifest.get("origin"))
         saved_on, now = manifest["devices"], count_devices(state)
         if saved_on != now:
             self._log(f"saved on {saved_on} devices, restoring on {now}")

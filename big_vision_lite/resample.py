@@ -3,9 +3,10 @@
 import dataclasses
 from typing import Any
 
-import jax
 import jax.numpy as jnp
 import numpy as np
+
+from big_vision_lite.models import flexi
 
 POSITIONS = "position_embedding"
 PATCHES = "patch_embedding/kernel"
@@ -49,28 +50,17 @@ def fit(name: str, values: Any, shape: tuple[int, ...]) -> Fitted:
             f"{name} for patches of {old} px, the model has {new}: resized so that "
             f"resized patches give the same tokens (arXiv:2212.08013).{exact}"
         )
-        values = resize_patches(values, new)
+        values = flexi.resize_kernel(np.asarray(values), new)
     return Fitted(values=values, message=" ".join(messages) or None)
 
 
 def _fit_positions(values: Any, shape: tuple[int, ...]) -> Fitted:
-    old, new = values.shape, shape
+    old, new = values.shape, (shape[0], shape[1])
     return Fitted(
-        values=resample_positions(values, new[:2]),
+        values=np.asarray(flexi.resample_positions(jnp.asarray(values), new)),
         message=f"Checkpoint grid {old[0]}x{old[1]}, model grid {new[0]}x{new[1]}: "
         "resizing position embedding (bilinear).",
     )
-
-
-def resample_positions(positions: Any, grid: tuple[int, ...]) -> np.ndarray:
-    """Resamples learned positions [rows, columns, D] to another grid.
-
-    Bilinear with half-pixel centres, antialiased when shrinking, as FlexiViT does
-    (arXiv:2212.08013); other programs have other forms, with other numbers.
-    """
-    shape = (*grid, positions.shape[-1])
-    resized = jax.image.resize(jnp.asarray(positions), shape, "linear", antialias=True)
-    return np.asarray(resized)
 
 
 def resize_channels(kernel: Any, channels: int) -> np.ndarray:
@@ -89,22 +79,3 @@ def resize_channels(kernel: Any, channels: int) -> np.ndarray:
     # Channels that are repeated more often than others weigh less.
     counts = np.bincount(np.arange(channels) % old, minlength=old)
     return repeated / counts[np.arange(channels) % old][:, None]
-
-
-def resize_patches(kernel: Any, patch_size: int) -> np.ndarray:
-    """Makes a kernel [p, p, C, D] take patches of another size.
-
-    The new weights w' give every patch x, resized bilinearly by B, what w gave x:
-    w' = pinv(B^T) w (PI-resize, arXiv:2212.08013, section 3.4). Exact when patches
-    grow, the closest in the mean when they shrink.
-    """
-    kernel = np.asarray(kernel, np.float64)
-    old = kernel.shape[0]
-    one_side = np.asarray(
-        jax.image.resize(jnp.eye(old), (patch_size, old), "linear", antialias=True),
-        np.float64,
-    )
-    # B is the Kronecker product of one side with itself, and so is its inverse.
-    inverse = np.linalg.pinv(one_side.T)
-    resized = np.einsum("ai,bj,ijcd->abcd", inverse, inverse, kernel)
-    return resized.astype(np.float32)

@@ -7,7 +7,7 @@ python -m big_vision_lite.train --workdir runs/first
 import functools
 import shlex
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
@@ -15,7 +15,6 @@ from absl import flags
 from etils import epath
 
 from big_vision_lite import (
-    adapt,
     checkpoint,
     command_line,
     devices,
@@ -28,6 +27,7 @@ from big_vision_lite import (
     run_folder,
     serialize,
     sharding,
+    start,
     step_folder,
 )
 from big_vision_lite import (
@@ -71,18 +71,18 @@ def train(
         StopSignal() as stop,
         Progress(num_steps, config.data.batch_size, quiet=quiet) as progress,
         run_folder.RunFolder(workdir, config, log=progress.message) as folder,
+        pipeline.open_batches(
+            config.data, config.seed, mesh, workdir / "bad_files.txt"
+        ) as batches,
         checkpoint.Checkpointer(
             workdir,
             config.checkpoints,
             config_text=folder.config_text(),
-            metadata=describe(config, num_steps),
+            metadata=describe(config, num_steps, batches.spec()),
             log=progress.message,
         ) as checkpointer,
         Writer(workdir) as writer,
         Profiler(config.profile_steps, workdir / "profile") as profiler,
-        pipeline.open_batches(
-            config.data, config.seed, mesh, workdir / "bad_files.txt"
-        ) as batches,
     ):
         if note := config.length_note():
             progress.message(note)
@@ -103,7 +103,13 @@ def train(
         )
         state = checkpointer.restore_latest(built.abstract)
         if state is None:
-            state = start(config, built.fresh(), first_params, progress.message)
+            state = start.first_state(
+                config,
+                built.fresh(),
+                first_params,
+                progress.message,
+                note_origin=checkpointer.note_origin,
+            )
         # Anything else would compile the step a second time.
         state_lib.check_same(built.abstract, state)
         first_step = int(state.step) + 1
@@ -158,33 +164,16 @@ def train(
     return state
 
 
-def start(
-    config: TrainConfig,
-    fresh: TrainState,
-    first_params: Mapping[str, Any] | None,
-    log: Callable[[str], None],
-) -> TrainState:
-    """Returns the state before step 1: fresh, or with parameters from elsewhere."""
-    if config.init is None and first_params is None:
-        return fresh
-    init = config.init or adapt.Init(path="memory")
-    same_classes = True
-    loaded = first_params
-    if loaded is None:
-        opened = adapt.open_weights(init.path, log)
-        loaded = opened.variables
-        same_classes = opened.class_names == tuple(config.data.source.class_names)
-        for line in adapt.model_differences(config.model, opened.model):
-            log(f"init: {line}")
-    ours = state_lib.variables(fresh)
-    adapted = adapt.adapt(loaded, ours, init, same_classes=same_classes, log=log)
-    return state_lib.with_variables(fresh, adapted)
-
-
-def describe(config: TrainConfig, num_steps: int) -> dict[str, Any]:
+def describe(
+    config: TrainConfig, num_steps: int, spec: Mapping[str, Any]
+) -> dict[str, Any]:
     """Returns what every manifest says of the run beside its leaves and files."""
     return {
         "num_steps": num_steps,
+        "input": {
+            name: {"shape": list(leaf.shape[1:]), "dtype": str(leaf.dtype)}
+            for name, leaf in spec.items()
+        },
         "class_names": list(config.data.source.class_names),
         "source": config.data.source.fingerprint,
         "versions": run_folder.versions(),

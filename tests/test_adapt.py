@@ -7,10 +7,11 @@ import numpy as np
 import pytest
 from etils import epath
 
-from big_vision_lite import adapt, integrity, resample, trees
+from big_vision_lite import adapt, integrity, loaded_weights, resample, trees
 from big_vision_lite.adapt import Init, PositionResize
 from big_vision_lite.checkpoint import Checkpointer, Checkpoints
 from big_vision_lite.integrity import DamagedCheckpoint
+from big_vision_lite.models import flexi
 from big_vision_lite.models.heads import Classifier
 from big_vision_lite.models.positions import Positions
 from big_vision_lite.models.vit import ViT
@@ -315,7 +316,7 @@ def saved(tmp_path_factory):
 @pytest.mark.parametrize("average", [False, True])
 def test_the_average_is_loaded_when_there_is_one_with_the_frozen_rest(average, saved):
     folder, expected = saved[average]
-    loaded, manifest = adapt.load_variables(folder)
+    loaded, manifest = loaded_weights.load_variables(folder)
     assert set(loaded) == set(expected)
     assert_from(loaded, expected, expected)
     assert manifest["class_names"] == ["a"] and manifest["step"] == 3
@@ -332,12 +333,89 @@ def test_a_damaged_folder_is_not_started_from(saved, tmp_path):
     manifest["leaves"]["ema/head/bias"]["checksum"] = "00000000"
     integrity.write_manifest(copy, manifest)
     with pytest.raises(DamagedCheckpoint, match="3: ema/head/bias differ from what"):
-        adapt.load_variables(copy)
+        loaded_weights.load_variables(copy)
     (copy / "config.json").write_text("{} ")
     with pytest.raises(DamagedCheckpoint, match="3/config.json has 3 bytes, 2 were"):
-        adapt.load_variables(copy)
+        loaded_weights.load_variables(copy)
 
 
 def test_init_holds_only_what_flags_can_set():
     kinds = {f.name: f.type for f in dataclasses.fields(Init)}
     assert list(kinds) == ["path", "drop", "rename", "position_resize"]
+
+
+def stem(channels, patch=4, width=6):
+    return RNG.normal(size=(patch, patch, channels, width)).astype(np.float32)
+
+
+def tokens(kernel, image):
+    return np.einsum("hwcd,hwc->d", kernel, image)
+
+
+@pytest.mark.parametrize("channels", [1, 2, 4, 13])
+def test_a_stem_for_other_channels_gives_equal_channels_the_same_tokens(channels):
+    name = "patch_embedding/kernel"
+    loaded, fresh = {name: stem(3)}, {name: stem(channels)}
+    found, lines = start_from(loaded, fresh)
+    gray = RNG.normal(size=(4, 4, 1))
+    if channels == 2:
+        # Only two of the three channels are left; their weights are kept.
+        np.testing.assert_array_equal(found[name], loaded[name][:, :, :2])
+    else:
+        np.testing.assert_allclose(
+            tokens(np.asarray(found[name]), np.repeat(gray, channels, -1)),
+            tokens(loaded[name], np.repeat(gray, 3, -1)),
+            atol=1e-4,
+        )
+    assert lines[0].startswith(f"init: {name} for 3 channels, images have {channels}")
+
+
+def test_patches_of_another_size_give_the_tokens_of_resized_patches():
+    name = "patch_embedding/kernel"
+    loaded, fresh = {name: stem(3, patch=4)}, {name: stem(3, patch=8)}
+    found, lines = start_from(loaded, fresh)
+    small = RNG.normal(size=(4, 4, 3))
+    large = np.stack(
+        [flexi.bilinear(4, 8) @ c @ flexi.bilinear(4, 8).T for c in small.T], -1
+    )
+    np.testing.assert_allclose(
+        tokens(np.asarray(found[name]), large.transpose(1, 0, 2)),
+        tokens(loaded[name], small),
+        atol=1e-4,
+    )
+    assert "patches of 4 px, the model has 8" in lines[0]
+    assert "not exact" not in lines[0]
+    _, lines = start_from(fresh, loaded)
+    assert "Shrinking is not exact" in lines[0]
+
+
+def vit(**fields):
+    return ViT.of("Ti/16", **{"width": 16, "num_heads": 2, **fields})
+
+
+def test_weights_for_another_range_of_pixels_are_folded_into_the_patches():
+    images = jnp.asarray(RNG.integers(0, 256, (2, 32, 32, 3), np.uint8))
+    theirs = vit(depth=1, mean=(123.7, 116.3, 103.5), std=(58.4, 57.1, 57.4))
+    ours = vit(depth=1)
+    variables = theirs.init(jax.random.key(0), image=images)
+    given = loaded_weights.Loaded(
+        variables=trees.flatten(variables["params"]), model=theirs
+    )
+    lines = []
+    moved = loaded_weights.scaled_like(given, ours, lines.append)
+    params = trees.unflatten(moved.variables)
+    expected = theirs.apply(variables, image=images)["pooled"]
+    found = ours.apply({"params": params}, image=images)["pooled"]
+    np.testing.assert_allclose(found, expected, atol=2e-5)
+    wrong = ours.apply(variables, image=images)["pooled"]
+    assert np.abs(wrong - expected).max() > 1e-2
+    assert "folded into the patch embedding" in lines[0]
+    assert loaded_weights.model_differences(ours, moved.model) == []
+
+
+def test_what_changes_the_features_of_the_same_weights_is_said():
+    ours, theirs = vit(), vit(norm_epsilon=1e-12, head=Classifier(num_classes=3))
+    (line,) = loaded_weights.model_differences(ours, theirs)
+    assert "norm_epsilon=1e-12, this recipe has 1e-06" in line
+    assert "--config.model.norm_epsilon=1e-12" in line
+    assert loaded_weights.model_differences(ours, object()) == []

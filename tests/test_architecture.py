@@ -30,7 +30,7 @@ ROWS = (
     ({"objectives"}, {"state"}, {"conversion"}),
     (
         {"bound_model", "step"},
-        {"integrity", "step_folder", "checkpoint", "adapt", "resample"},
+        {"integrity", "step_folder", "checkpoint", "adapt", "resample", "loaded_weights"},
     ),
     ({"evaluators"},),
     (
@@ -47,6 +47,7 @@ ROWS = (
             "dry_run",
             "saved_run",
             "imported",
+            "start",
             "hyperrule",
         },
     ),

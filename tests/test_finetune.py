@@ -1,5 +1,6 @@
 """Fine-tuning by BiT-HyperRule: as an evaluator, and as recipes that do only that."""
 
+import functools
 import json
 import os
 import pathlib
@@ -17,13 +18,14 @@ import shapes_run
 from etils import epath
 
 from big_vision_lite import (
-    adapt,
     command_line,
     evaluate,
     hyperrule,
+    loaded_weights,
     program,
     saved_run,
     serialize,
+    start,
     step_folder,
     train,
     trees,
@@ -224,7 +226,7 @@ def test_a_set_below_one_batch_is_repeated_evenly():
 def test_everything_but_the_head_starts_from_the_run_and_the_head_from_zero(
     pretrained, images, two_shapes
 ):
-    loaded, _ = adapt.load_variables(step_folder.find(str(pretrained)))
+    loaded, _ = loaded_weights.load_variables(step_folder.find(str(pretrained)))
     assert np.any(loaded["head/kernel"])
     for folder, classes in ((two_shapes, 2), (images, 3)):  # the old head fits three
         config = small_rule().config(
@@ -240,8 +242,17 @@ def test_everything_but_the_head_starts_from_the_run_and_the_head_from_zero(
             pipeline.open_batches(config.data, 0, mesh) as batches,
         ):
             fresh = program.build(config, mesh, batches.spec()).fresh()
-            from_file = train.start(config, fresh, None, lambda _: None)
-            from_memory = train.start(config, fresh, loaded, lambda _: None)
+            origins = []
+            begin = functools.partial(
+                start.first_state,
+                config,
+                fresh,
+                log=lambda _: None,
+                note_origin=origins.append,
+            )
+            from_file = begin(first_params=None)
+            from_memory = begin(first_params=loaded)
+        assert [origin["path"] for origin in origins] == [str(pretrained)]
         for state in (from_file, from_memory):
             params = trees.flatten(state_lib.merge(state.params, state.frozen))
             assert params["head/kernel"].shape == (16, classes)

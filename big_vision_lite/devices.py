@@ -210,8 +210,7 @@ def check_there(platform: Platform, platform_flag: str) -> None:
         jax.devices()
     except (AssertionError, RuntimeError) as error:
         jax.config.update("jax_platforms", "")
-        known = {"gpu": "gpu", "cuda": "gpu"}
-        there = sorted({known.get(d.platform, d.platform) for d in jax.devices()})
+        there = sorted({str(device.platform) for device in jax.devices()})
         reason = str(error).strip().splitlines()[:1]
         extra = {Platform.GPU: "cuda", Platform.TPU: "tpu"}.get(platform)
         install = f" If it has one: pip install -e '.[{extra}]'." if extra else ""

@@ -13,7 +13,6 @@ with config.json, or hub:organisation/name.
 import contextlib
 import functools
 import json
-import os
 import pathlib
 import sys
 import tempfile
@@ -169,7 +168,7 @@ def _folder_for(run: SavedRun, name: str) -> Iterator[epath.Path]:
     place = run.place_for_results()
     with contextlib.ExitStack() as stack:
         folder = place / name
-        if not os.access(place, os.W_OK):
+        if not files.is_writable(place):
             folder = epath.Path(stack.enter_context(tempfile.TemporaryDirectory()))
         folder.mkdir(parents=True, exist_ok=True)
         for known in place.glob("*_controls.json"):
@@ -211,7 +210,7 @@ def main(argv: Sequence[str]) -> None:
         scores = evaluate(run, evaluators, folder, progress=progress)
     progress.summary(scores, [])
     path = run.place_for_results() / f"{name}.json"
-    if os.access(path.parent, os.W_OK):
+    if files.is_writable(path.parent):
         record(run, scores, path, recipe)
         print(f"Scores of step {run.step} written to {path}")
     else:

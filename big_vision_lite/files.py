@@ -18,6 +18,11 @@ def absolute(path: str | epath.Path) -> epath.Path:
     return given if is_remote(given) else given.expanduser().resolve()
 
 
+def is_writable(folder: epath.Path) -> bool:
+    """Says whether files can be made in `folder`; of a remote one that shows later."""
+    return is_remote(folder) or os.access(folder, os.W_OK)
+
+
 def make_folder(path: epath.Path) -> None:
     """Makes a folder in which files can be written, parents included.
 
@@ -26,7 +31,7 @@ def make_folder(path: epath.Path) -> None:
     """
     try:
         path.mkdir(parents=True, exist_ok=True)
-        if not is_remote(path) and not os.access(path, os.W_OK):
+        if not is_writable(path):
             raise PermissionError("it is read-only")
     except OSError as error:
         raise OSError(

@@ -11,7 +11,6 @@ import contextlib
 import csv
 import dataclasses
 import io
-import os
 import sys
 import time
 import unicodedata
@@ -215,11 +214,11 @@ def _output(path: str | None, flag: str) -> epath.Path | None:
     """Checks before any work that the file can be written."""
     if path is None:
         return None
-    given = epath.Path(path).expanduser()
+    given = files.absolute(path)
     if given.is_dir():
         raise ValueError(f"{flag} {path} is a folder; name a file in it.")
     given.parent.mkdir(parents=True, exist_ok=True)
-    if not os.access(given.parent, os.W_OK):
+    if not files.is_writable(given.parent):
         raise OSError(f"Cannot write {path}: {given.parent} is read-only.")
     return given
 

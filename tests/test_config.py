@@ -609,7 +609,7 @@ def test_json_from_a_stranger_imports_nothing(path):
         ("big_vision_lite.nowhere.X", "there is no class"),
         ("big_vision_lite.trees.flatten", "is no component"),
         ("big_vision_lite.serialize.json", "is no component"),
-        ("big_vision_lite.sharding.Mesh", "is not a Objective"),
+        ("big_vision_lite.sharding.Mesh", "is not an Objective"),
     ],
 )
 def test_json_with_a_class_that_does_not_fit_is_refused(path, message):

@@ -2,6 +2,7 @@
 
 import csv
 import json
+import os
 import shutil
 
 import jax
@@ -200,7 +201,7 @@ def test_a_damaged_checkpoint_is_refused_by_name(run, capsys):
 
 def test_a_read_only_run_is_evaluated_and_nothing_written(run, monkeypatch, capsys):
     # Root may write anywhere, so the answer of the system is put in its mouth.
-    monkeypatch.setattr(evaluate.os, "access", lambda *_: False)
+    monkeypatch.setattr(os, "access", lambda *_: False)
     assert command(run, "--evaluators=val") == 0
     assert "read-only" in capsys.readouterr().out
     assert not list(run.glob("evaluation*"))

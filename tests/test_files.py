@@ -44,3 +44,9 @@ def test_nobody_resolves_paths_in_another_way():
         if ".resolve()" in path.read_text() and path.name != "files.py"
     ]
     assert found == []
+
+
+def test_a_remote_folder_is_not_taken_for_a_read_only_one(tmp_path):
+    assert files.is_writable(epath.Path("gs://bucket/runs"))
+    assert files.is_writable(epath.Path(tmp_path))
+    assert not files.is_writable(epath.Path(tmp_path / "nowhere"))

@@ -67,7 +67,8 @@ def arguments_of(weights: Weights) -> dict[str, Any]:
             f"{weights.path}: global_pool={pool}; here it is one of "
             f"{', '.join(POOLINGS)}."
         )
-    if arguments.get("pool_include_prefix") and pool != "token":
+    include = config.get("architecture") == "test_vit3"
+    if arguments.get("pool_include_prefix", include) and pool != "token":
         raise ValueError(
             f"{weights.path}: pool_include_prefix=True; here only patches are pooled."
         )
@@ -213,6 +214,8 @@ def model_args(model: ViT, image_size: tuple[int, int]) -> dict[str, Any]:
     ratio = hidden / model.width
     if int(model.width * ratio) != hidden:
         ratio = (hidden + 0.5) / model.width  # timm rounds down
+    # timm takes 0 for none, and drops arguments that are None.
+    scale = 0.0 if model.layer_scale is None else model.layer_scale or 1e-5
     arguments: dict[str, Any] = {
         "img_size": list(image_size),
         "patch_size": model.patch_size,
@@ -225,7 +228,7 @@ def model_args(model: ViT, image_size: tuple[int, int]) -> dict[str, Any]:
         "mlp_ratio": ratio,
         "qkv_bias": model.qkv_bias,
         "qk_norm": model.qk_norm,
-        "init_values": model.layer_scale,
+        "init_values": scale,
         "no_embed_class": not model.distillation_token,
         "reg_tokens": model.registers,
         "pos_embed": "none" if model.positions == Positions.NONE else "learn",

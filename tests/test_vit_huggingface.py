@@ -196,9 +196,9 @@ def from_pretrained(kind, folder):
 POOLERS = ("ViTModel", "eiTModel")
 
 
-def random_variables(model, image_size, seed=3):
+def random_variables(model, image_size, seed=3, channels=3):
     rng = np.random.default_rng(seed)
-    shapes = formats.shapes(model, image_size, 3)
+    shapes = formats.shapes(model, image_size, channels)
     return {n: np.float32(rng.normal(size=s) * 0.4) for n, s in shapes.items()}
 
 
@@ -312,6 +312,24 @@ def test_a_dinov2_classifier_gives_its_features_without_the_head(tmp_path, kind)
     found = our_outputs(architecture.model, variables, image)
     for output in ("pooled", "tokens"):
         assert relative_difference(found[output], expected[output]) < BOUND
+
+
+@pytest.mark.parametrize("name", ["vit", "siglip, classifier", "dinov2, registers"])
+def test_images_of_four_channels_go_there_and_come_back(tmp_path, name):
+    grey = (127.5,) * 4
+    model, size = ours(**OURS[name], mean=grey, std=grey), (24, 24)
+    variables = random_variables(model, size, channels=4)
+    theirs = from_pretrained(
+        put(model, variables, size, tmp_path / "put"), tmp_path / "put"
+    )
+    image = images(size, channels=4)
+    expected = their_outputs(theirs, image)
+    found = our_outputs(model, variables, image)
+    for output, value in expected.items():
+        assert relative_difference(found[output], value) < BOUND, output
+    _, architecture, back = load(save(theirs, tmp_path / "saved"))
+    assert architecture.channels == 4
+    assert all(np.array_equal(back[name], variables[name]) for name in back)
 
 
 def changed(case, tmp_path, change, seed=0):

@@ -130,6 +130,8 @@ def config_for(model: ViT, image_size: tuple[int, int]) -> dict[str, Any]:
         "layer_norm_eps": model.norm_epsilon,
         "image_size": height if height == width else [height, width],
         "patch_size": model.patch_size,
+        # One mean may stand for every channel, of which there are mostly three.
+        "num_channels": len(model.mean) if len(model.mean) > 1 else 3,
         "dtype": "float32",
     }
 

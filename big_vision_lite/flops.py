@@ -24,10 +24,11 @@ def count(function: Callable[..., Any], *args: Any) -> int:
 
 def count_jaxpr(jaxpr: Any) -> int:
     """Returns the FLOPs of a function that is traced already; as `count`."""
-    return sum(_count_equation(equation) for equation in jaxpr.eqns)
+    return sum(count_equation(equation) for equation in jaxpr.eqns)
 
 
-def _count_equation(equation: Any) -> int:
+def count_equation(equation: Any) -> int:
+    """Returns the FLOPs of one equation of such a function, with what is inside it."""
     name, params = equation.primitive.name, equation.params
     if name == "dot_general":
         return _dot_general(equation)
@@ -35,7 +36,7 @@ def _count_equation(equation: Any) -> int:
         return _convolution(equation)
     if name.startswith("dot_product_attention_"):
         return _fused_attention(equation)
-    inside = [count_jaxpr(jaxpr) for jaxpr in _jaxprs(params)]
+    inside = [count_jaxpr(jaxpr) for jaxpr in inner_jaxprs(params)]
     if name == "scan":
         return params["length"] * sum(inside)
     if name == "cond":
@@ -82,7 +83,8 @@ def _fused_attention(equation: Any) -> int:
     return products * 2 * batch * heads * queries * memory * head_dim
 
 
-def _jaxprs(params: dict[str, Any]) -> Iterator[Any]:
+def inner_jaxprs(params: dict[str, Any]) -> Iterator[Any]:
+    """Yields the functions that an equation with these parameters calls."""
     for value in params.values():
         for item in value if isinstance(value, tuple | list) else (value,):
             if hasattr(item, "eqns"):  # Jaxpr, and ClosedJaxpr in newer versions

@@ -20,10 +20,8 @@ what rematerialisation repeats; MFU compares them with the devices' data sheet.
 """
 
 import argparse
-import ast
 import dataclasses
 import datetime
-import enum
 import importlib.util
 import json
 import os
@@ -38,11 +36,11 @@ import sys
 import tempfile
 import time
 import types
-import typing
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
+import model_spec
 import numpy as np
 
 sys.path.insert(0, str(pathlib.Path(__file__).parents[1]))
@@ -279,7 +277,7 @@ def recipe_rows(argv: Sequence[str], steps: int, rounds: int, starts: int) -> li
 
     built, windows = seen["program"], seen["windows"]
     mesh = built.abstract.step.sharding.mesh
-    plain = dataclasses.replace(measured, model=without_remat(config.model))
+    plain = dataclasses.replace(measured, model=model_spec.without_remat(config.model))
     with jax.set_mesh(mesh):
         compiles = [
             timed_compile(built.train_step, built.abstract, built.spec)
@@ -339,12 +337,6 @@ def recipe_rows(argv: Sequence[str], steps: int, rounds: int, starts: int) -> li
     ]
 
 
-def without_remat(model: Any) -> Any:
-    if not hasattr(model, "remat"):
-        return model
-    return model.clone(remat=type(model.remat)("none"))
-
-
 def start_twice(argv: Sequence[str], config: Any) -> Iterator[dict[str, Any]]:
     """Starts the real program with an empty compile cache, and again with its cache."""
     off = [f"--config.evaluators.{name}.every_steps=0" for name in config.evaluators]
@@ -394,49 +386,6 @@ def start(command: Sequence[str], cache: str) -> dict[str, float]:
 # Made-up images.
 
 
-def build_model(spec: str, dtype: str) -> Any:
-    """Builds "ViT:S/16,remat=dots" with a head of 1,000 classes.
-
-    Raises:
-        ValueError: no such model or field; names those there are.
-    """
-    from big_vision_lite.models.bit import BiT
-    from big_vision_lite.models.heads import Classifier
-    from big_vision_lite.models.vit import ViT
-
-    families = {"ViT": ViT, "BiT": BiT}
-    name, *changes = spec.split(",")
-    family, _, size = name.partition(":")
-    if family not in families or not size:
-        raise ValueError(
-            f'--model "{spec}" is not NAME:SIZE[,field=value...] with a NAME of '
-            f'{", ".join(families)}, like "ViT:S/16,attention=cudnn".'
-        )
-    kind = families[family]
-    declared = typing.get_type_hints(kind)
-    fields: dict[str, Any] = {"dtype": dtype}
-    for change in changes:
-        field, _, value = change.partition("=")
-        if field not in declared:
-            known = [f.name for f in dataclasses.fields(kind) if f.name in declared]
-            raise ValueError(f"{family} has no {field}; it has {', '.join(known)}.")
-        fields[field] = value
-    fields = {name: read(name, declared[name], text) for name, text in fields.items()}
-    return kind.of(size, head=Classifier(num_classes=CLASSES), **fields)
-
-
-def read(field: str, kind: Any, text: str) -> Any:
-    """Turns the text of a flag into a value of the field's type."""
-    if isinstance(kind, type) and issubclass(kind, enum.StrEnum):
-        if text not in list(kind):
-            raise ValueError(f"{field}={text} is none of {', '.join(kind)}.")
-        return kind(text)
-    try:
-        return ast.literal_eval(text)
-    except (ValueError, SyntaxError) as error:
-        raise ValueError(f"{field}={text} is no value: {error}.") from error
-
-
 @dataclasses.dataclass(kw_only=True)
 class Bare:
     """A compiled train step with its state and its batch on the device."""
@@ -483,7 +432,7 @@ def build_bare(spec: str, dtype: str, batch_size: int, image_size: int) -> Bare:
         for name, x in batch.items()
     }
     optimizer = AdamW(schedule=WarmupCosine(peak=1e-3, warmup_steps=100)).build(10_000)
-    model = build_model(spec, dtype)
+    model = model_spec.build(spec, num_classes=CLASSES, dtype=dtype)
 
     def program(model: Any) -> Any:
         init = state_lib.make_initializer(model, specs, optimizer)
@@ -497,7 +446,7 @@ def build_bare(spec: str, dtype: str, batch_size: int, image_size: int) -> Bare:
     with jax.set_mesh(mesh):
         init, abstract, step = program(model)
         compiled, *compile_seconds = timed_compile(step, abstract, specs)
-        once = program(without_remat(model))[2]
+        once = program(model_spec.without_remat(model))[2]
         return Bare(
             compiled=compiled,
             compile_seconds=(compile_seconds[0], compile_seconds[1]),

@@ -1,0 +1,80 @@
+"""Models by their names on a command line: "ViT:S/16,remat=dots"."""
+
+import ast
+import dataclasses
+import enum
+import importlib
+import typing
+from typing import Any
+
+# File and class of every family; a size is what its `of` takes.
+FAMILIES = {
+    "ViT": ("vit", "ViT"),
+    "MlpMixer": ("mixer", "MlpMixer"),
+    "ResNet": ("resnet", "ResNet"),
+    "BiT": ("bit", "BiT"),
+    "BiTV1": ("bit_v1", "BiTV1"),
+}
+EXAMPLE = '"ViT:S/16,attention=cudnn"'
+
+
+def build(spec: str, *, num_classes: int | None, dtype: str = "float32") -> Any:
+    """Builds "NAME:SIZE,field=value,..." with a head of `num_classes`, or without one.
+
+    Raises:
+        ValueError: no such model, size or field, or a value that the field does not
+            take; names those there are.
+    """
+    name, *changes = spec.split(",")
+    family, _, size = name.partition(":")
+    if family not in FAMILIES or not size:
+        raise ValueError(
+            f'--model "{spec}" is not NAME:SIZE[,field=value...] with a NAME of '
+            f"{', '.join(FAMILIES)}, like {EXAMPLE}."
+        )
+    module, kind_name = FAMILIES[family]
+    kind = getattr(
+        importlib.import_module(f"big_vision_lite.models.{module}"), kind_name
+    )
+    declared = _fields(kind)
+    texts = {"dtype": dtype}
+    for change in changes:
+        field, _, value = change.partition("=")
+        if field not in declared:
+            raise ValueError(f"{family} has no {field}; it has {', '.join(declared)}.")
+        texts[field] = value
+    fields = {name: read(name, declared[name], text) for name, text in texts.items()}
+    return kind.of(size, head=_head(num_classes), **fields)
+
+
+def read(field: str, kind: Any, text: str) -> Any:
+    """Turns the text of a flag into a value of the field's type."""
+    if isinstance(kind, type) and issubclass(kind, enum.StrEnum):
+        if text not in list(kind):
+            raise ValueError(f"{field}={text} is none of {', '.join(kind)}.")
+        return kind(text)
+    try:
+        return ast.literal_eval(text)
+    except (ValueError, SyntaxError) as error:
+        raise ValueError(f"{field}={text} is no value: {error}.") from error
+
+
+def without_remat(model: Any) -> Any:
+    """Returns the model as it computes without repeating anything."""
+    if not hasattr(model, "remat"):
+        return model
+    return model.clone(remat=type(model.remat)("none"))
+
+
+def _fields(kind: Any) -> dict[str, Any]:
+    """Returns {name: type} of the fields that `of` takes; a trunk's are its own."""
+    hints = typing.get_type_hints(kind)
+    found = {f.name: hints[f.name] for f in dataclasses.fields(kind) if f.name in hints}
+    trunk = found.pop("trunk", None)
+    return found if trunk is None else {**_fields(trunk), **found}
+
+
+def _head(num_classes: int | None) -> Any:
+    from big_vision_lite.models.heads import Classifier
+
+    return None if num_classes is None else Classifier(num_classes=num_classes)

@@ -104,7 +104,8 @@ class Objective(Protocol):
     """A loss as a function of the batch: one value an example, and metrics alike.
 
     One whose values depend on the other examples of the batch (contrastive) says so
-    with `needs_whole_batch: ClassVar[bool] = True`; it takes no micro-batches.
+    with `needs_whole_batch: ClassVar[bool] = True`; it takes no micro-batches. One that
+    trains logits says with `probabilities(logits: [B, C]) -> [B, C]` what they mean.
     """
 
     def __call__(

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from prepared import labels_of
 from tiny_fonts import polygons, write_font
 
 from big_vision_lite.data.decode import decode
@@ -61,8 +62,7 @@ def test_fonts_become_a_set_that_training_reads(tools, tmp_path, capsys):
         )
         assert "".join(source.class_names) == glyph_fonts.ALPHABET
         assert len(source) == 4 * 62
-        labels = source.labels()
-        assert np.bincount(labels).tolist() == [4] * 62
+        assert np.bincount(labels_of(source)).tolist() == [4] * 62
         # Every image is the glyph of its label, in one of the fonts of the split.
         drawn = set()
         for name in names:

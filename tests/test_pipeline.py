@@ -554,13 +554,12 @@ def test_leaving_early_is_quick_and_leaves_no_thread(mesh):
     assert not our_threads()
 
 
-def test_waiting_and_stages_are_measured(mesh):
+def test_stages_are_measured(mesh):
     config = data(ops=(*GRAY, Slow()), threads=2)
     with pipeline.open_batches(config, 0, mesh) as batches:
         iterator = batches.starting_at(1)
         for _ in range(4):
             next(iterator)
-        assert batches.wait_seconds > 4 * 16 / 2 * 0.02 * 0.5
         stages = batches.stages()
     assert list(stages) == ["read", "Decode", "Slow"]
     assert all(images >= 8 and 0 < s < 1 for s, images in stages.values())
@@ -571,10 +570,10 @@ def test_batches_are_ready_before_they_are_asked_for(mesh):
         iterator = batches.starting_at(1)
         next(iterator)
         time.sleep(1)
-        before = batches.wait_seconds
+        start = time.perf_counter()
         for _ in range(stream.AHEAD - 1):
             next(iterator)
-        assert batches.wait_seconds - before < 0.1
+        assert time.perf_counter() - start < 0.1
 
 
 def test_the_threads_follow_the_cores(monkeypatch):

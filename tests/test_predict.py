@@ -196,10 +196,57 @@ def test_top_limits_the_columns_to_what_is_asked_and_there(tmp_path, run, images
 
 def test_sigmoid_objectives_give_a_probability_a_class():
     logits = jnp.asarray([[0.0, 2.0, -1.0]])
-    softmax = predict.probabilities(SoftmaxClassification(), logits)
-    sigmoid = predict.probabilities(SigmoidClassification(), logits)
+    softmax = SoftmaxClassification().probabilities(logits)
+    sigmoid = SigmoidClassification().probabilities(logits)
     np.testing.assert_allclose(softmax.sum(), 1, rtol=1e-6)
     np.testing.assert_allclose(sigmoid, 1 / (1 + np.exp(-logits)), rtol=1e-6)
+
+
+class Unsaid:
+    """An objective of one's own that does not say what its logits mean."""
+
+    def __call__(self, forward, batch, rng):
+        raise AssertionError("not called for a prediction")
+
+
+class Several(Unsaid):
+    """A multi-label one, by another name than ours."""
+
+    def probabilities(self, logits):
+        return jax.nn.sigmoid(logits)
+
+
+@pytest.mark.parametrize("top", [0, 3])
+def test_an_objective_of_ones_own_says_what_its_logits_mean(run, images, top):
+    found, said = {}, {}
+    for objective in (Several(), Unsaid(), SoftmaxClassification()):
+        loaded = shapes_run.load(run)
+        loaded.config.objective = objective
+        name, lines = type(objective).__name__, []
+        found[name] = predict.predict(
+            loaded,
+            ImageFiles(str(images / "val")),
+            top=top,
+            embed=True,
+            log=lines.append,
+        )
+        said[name] = lines
+    assert said["Several"] == said["SoftmaxClassification"] == []
+    if not top:
+        assert said["Unsaid"] == []
+        return
+    (line,) = said["Unsaid"]
+    assert "Unsaid does not say what its logits mean" in line
+    assert "def probabilities(self, logits)" in line
+    # With the head applied by hand: a sigmoid a class, which need not sum to one.
+    params = shapes_run.load(run).state.params["head"]
+    logits = found["Several"].features @ params["kernel"] + params["bias"]
+    expected = -np.sort(-1 / (1 + np.exp(-logits)), axis=1)
+    several = found["Several"].probabilities
+    np.testing.assert_allclose(several, expected, rtol=1e-4)  # float32, one matmul
+    assert np.ptp(several.sum(axis=1)) > 0.01
+    for name in ("Unsaid", "SoftmaxClassification"):
+        np.testing.assert_allclose(found[name].probabilities.sum(axis=1), 1, rtol=1e-5)
 
 
 def test_mistakes_are_one_message_and_leave_no_file(tmp_path, run, images, capsys):

@@ -2,7 +2,6 @@
 
 import collections
 import concurrent.futures
-import time
 from collections.abc import Iterator
 from typing import Any, Protocol, runtime_checkable
 
@@ -39,8 +38,8 @@ class Placement(Protocol):
 class Batches:
     """The endless global batches of a run, and what making them cost.
 
-    `wait_seconds` is how long the consumer has waited for data so far, `threads` how
-    many decode on this host, in all worker processes, `unreadable` what was skipped.
+    `threads` is how many decode on this host, in all worker processes, `unreadable`
+    what was skipped.
     """
 
     def __init__(
@@ -52,7 +51,6 @@ class Batches:
         threads: int,
         processes: int = 0,
     ):
-        self.wait_seconds = 0.0
         self.unreadable = unreadable
         self.threads = threads * max(1, processes)
         self._threads = threads
@@ -112,9 +110,7 @@ class Batches:
             while len(ahead) < AHEAD:
                 ahead.append(workers.submit(step))
                 step += 1
-            start = time.perf_counter()
             arrays, report = ahead.popleft().result()
-            self.wait_seconds += time.perf_counter() - start
             self._report.add(Report(stages=report.stages))
             # When a batch is used, not when it is made: the same step stops a run.
             self.unreadable.add(report.unreadable)

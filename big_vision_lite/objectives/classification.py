@@ -36,6 +36,10 @@ class SoftmaxClassification:
         losses = -jnp.sum(smoothed * jax.nn.log_softmax(logits), axis=-1)
         return losses, {"accuracy": is_correct(logits, labels)}
 
+    def probabilities(self, logits: Float[Array, "B C"]) -> Float[Array, "B C"]:
+        """Returns how probable each class is to be the right one."""
+        return jax.nn.softmax(logits)
+
 
 @dataclasses.dataclass(kw_only=True)
 class SigmoidClassification:
@@ -53,6 +57,10 @@ class SigmoidClassification:
         present, absent = jax.nn.log_sigmoid(logits), jax.nn.log_sigmoid(-logits)
         losses = -jnp.sum(labels * present + (1 - labels) * absent, axis=-1)
         return losses, {"accuracy": is_correct(logits, labels)}
+
+    def probabilities(self, logits: Float[Array, "B C"]) -> Float[Array, "B C"]:
+        """Returns how probable each class is, whatever the others are."""
+        return jax.nn.sigmoid(logits)
 
 
 def as_distribution(

@@ -83,7 +83,8 @@ def parse(
             )
         rest = values(list(argv))
     except Exception as error:
-        raise ValueError(mistakes.explain(error, recipe, argv, values)) from error
+        message = mistakes.explain(error, recipe, argv, values, known)
+        raise ValueError(message) from error
     if len(rest) > 1:
         raise ValueError(
             f'What is "{rest[1]}"? Flags go as --name=value; overrides as '

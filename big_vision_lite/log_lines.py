@@ -38,3 +38,5 @@ def quiet() -> None:
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
     os.environ.setdefault("GRPC_VERBOSITY", "ERROR")
     warnings.filterwarnings("ignore", category=DeprecationWarning)
+    # A cut or unwritable entry of the compile cache costs one compilation, no more.
+    warnings.filterwarnings("ignore", message="Error .* persistent compilation cache")

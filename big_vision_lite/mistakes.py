@@ -19,22 +19,29 @@ from big_vision_lite.wording import did_you_mean
 
 
 def explain(
-    error: Exception, recipe: str | None, argv: Sequence[str], values: flags.FlagValues
+    error: Exception,
+    recipe: str | None,
+    argv: Sequence[str],
+    values: flags.FlagValues,
+    recorded: Any = None,
 ) -> str:
-    """Turns what parsing raised into one message."""
+    """Turns what parsing raised into one message.
+
+    `recorded` is the configuration that was overridden where there is no recipe.
+    """
     mistake = _mistake_in_recipe(error, recipe)
     if mistake is not None:
         return mistake
     if isinstance(error, flags.UnrecognizedFlagError):
         return _unknown_flag(error.flagname, values)
     if isinstance(error, KeyError | IndexError | AttributeError | TypeError):
-        return unknown_key(recipe, argv, error)
-    return _wrong_value(recipe, argv) or str(error)
+        return unknown_key(recipe, argv, error, recorded)
+    return _wrong_value(recipe, argv, recorded) or str(error)
 
 
-def _wrong_value(recipe: str | None, argv: Sequence[str]) -> str | None:
+def _wrong_value(recipe: str | None, argv: Sequence[str], recorded: Any) -> str | None:
     """Says what an override may hold: for the first one that does not hold it."""
-    config = None if recipe is None else load(recipe)
+    config = recorded if recipe is None else load(recipe)
     leaves = {} if config is None else {p: (v, t) for p, v, t in list_leaves(config)}
     for word in argv:
         found = re.fullmatch(r"--?config\.([^=]+)=(.*)", word)
@@ -157,11 +164,13 @@ def _unknown_flag(name: str, values: flags.FlagValues) -> str:
     )
 
 
-def unknown_key(recipe: str | None, argv: Sequence[str], error: Exception) -> str:
+def unknown_key(
+    recipe: str | None, argv: Sequence[str], error: Exception, recorded: Any = None
+) -> str:
     """Says which override failed, what was meant and where the recipe sets it."""
-    if recipe is None:
+    config = recorded if recipe is None else load(recipe)
+    if config is None:
         return str(error)
-    config = load(recipe)
     known = []
     for leaf, value, declared in list_leaves(config):
         kind, _ = serialize.without_none(declared)
@@ -177,7 +186,7 @@ def unknown_key(recipe: str | None, argv: Sequence[str], error: Exception) -> st
             config_path.get_value(path, config)
         except (KeyError, IndexError, AttributeError, TypeError):
             meant = _closest(path, known)
-            where = _line_of(recipe, meant) if meant else ""
+            where = _line_of(recipe, meant) if meant and recipe else ""
             hint = f" Did you mean {meant}{where}?" if meant else ""
             names = ", ".join(f.name for f in serialize.fields(config))
             return (

@@ -73,6 +73,28 @@ def test_a_module_that_cannot_be_imported_is_said_with_where(tmp_path, monkeypat
     assert message == "No module named 'not_installed_at_all'"
 
 
+def test_a_recorded_run_takes_overrides_and_names_what_is_wrong_with_them():
+    known = command_line.parse(
+        ["train", f"--config={QUICKSTART}"], train.define_flags
+    ).config
+
+    def parse(*words):
+        return command_line.parse(
+            ["train", "--workdir=runs/x", *words],
+            train.define_flags,
+            recorded=lambda workdir, modules: known if workdir == "runs/x" else None,
+        ).config
+
+    assert parse() == known
+    assert parse("--config.log_every_steps=3").log_every_steps == 3
+    with pytest.raises(ValueError, match="Did you mean optimizer.weight_decay.? "):
+        parse("--config.optimizer.weigth_decay=3")
+    with pytest.raises(ValueError, match="log_every_steps=abc is not an int"):
+        parse("--config.log_every_steps=abc")
+    with pytest.raises(ValueError, match="init is a component"):
+        parse("--config.init=elsewhere")
+
+
 def test_a_step_folder_is_not_trained_in(tmp_path):
     (tmp_path / "manifest.json").write_text("{}")
     with pytest.raises(ValueError, match="is one saved step. To resume its run give"):

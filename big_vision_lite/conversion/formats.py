@@ -134,9 +134,11 @@ def load(
         ValueError: names or shapes are not those of the format; lists them.
     """
     model = architecture.model
+    # Optional: some formats hold numbers in names that differ from file to file.
+    tidied = getattr(form, "tidied", None)
     return mapping.read(
         form.entries(model, image_size),
-        weights.arrays,
+        weights.arrays if tidied is None else tidied(weights.arrays),
         shapes(model, image_size, architecture.channels),
         what=f"{weights.path} ({form.name})",
         ignored=form.ignored,

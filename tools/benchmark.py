@@ -15,6 +15,11 @@ device, models as NAME:SIZE with fields after commas (attention=cudnn, pooling=.
 several of them in alternating rounds. It needs jax, flax, optax and ml_collections;
 where jaxtyping is missing, its annotations are left out.
 
+  python tools/benchmark.py --against timm --model ViT:S/16 --model ResNet:R50
+
+`--against timm` measures the same steps of the same models there too, in alternating
+rounds (see tools/against_timm.py); CPU-seconds are what to compare on a shared machine.
+
 Model FLOPs are the matrix products and convolutions of the step by formula, without
 what rematerialisation repeats; MFU compares them with the devices' data sheet.
 """
@@ -40,10 +45,12 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
-import model_spec
 import numpy as np
 
+sys.path.insert(0, str(pathlib.Path(__file__).parent))
 sys.path.insert(0, str(pathlib.Path(__file__).parents[1]))
+
+import model_spec
 
 # Steps of a window before its clock starts: batches made ahead during the bare steps
 # would count as free.
@@ -408,7 +415,14 @@ class Bare:
         self.times.append((wall / steps, cpu / steps))
 
 
-def build_bare(spec: str, dtype: str, batch_size: int, image_size: int) -> Bare:
+def build_bare(
+    spec: str,
+    dtype: str,
+    batch_size: int,
+    image_size: int,
+    clip_norm: float | None = 1.0,
+) -> Bare:
+    """Compiles the real train step of a model, and makes its state and a batch."""
     from big_vision_lite import flops, sharding
     from big_vision_lite import state as state_lib
     from big_vision_lite.objectives.classification import SoftmaxClassification
@@ -431,7 +445,8 @@ def build_bare(spec: str, dtype: str, batch_size: int, image_size: int) -> Bare:
         name: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding)
         for name, x in batch.items()
     }
-    optimizer = AdamW(schedule=WarmupCosine(peak=1e-3, warmup_steps=100)).build(10_000)
+    schedule = WarmupCosine(peak=1e-3, warmup_steps=100)
+    optimizer = AdamW(schedule=schedule, clip_norm=clip_norm).build(10_000)
     model = model_spec.build(spec, num_classes=CLASSES, dtype=dtype)
 
     def program(model: Any) -> Any:
@@ -491,6 +506,33 @@ def synthetic_tables(
     return tables
 
 
+def against_tables(
+    models: Sequence[str], batch_size: int, image_size: int, steps: int, rounds: int
+) -> dict[str, list[Row]]:
+    """Measures each model against timm's, one model after the other."""
+    import against_timm
+
+    tables = {}
+    for spec in models:
+        setting = against_timm.Setting(
+            spec=spec, batch_size=batch_size, image_size=image_size
+        )
+        found = against_timm.compare(setting, steps, rounds)
+        rows = [
+            Row(name=f"parameters, {side}", unit="", values=[count])
+            for side, count in found.parameters.items()
+        ]
+        for what, times in (("CPU-seconds", found.cpu), ("seconds", found.wall)):
+            rows += [
+                Row(name=f"{what} a step, {side}", unit="s", values=values)
+                for side, values in times.items()
+            ]
+            ratios = found.ratios(times)
+            rows += [Row(name=f"{what}, ours over timm's", unit="", values=ratios)]
+        tables[f"{spec}, float32, {batch_size} x {image_size} px"] = rows
+    return tables
+
+
 def leave_annotations_out() -> None:
     """Puts an empty stand-in where jaxtyping is not installed: it changes no result."""
     if importlib.util.find_spec("jaxtyping") is not None:
@@ -515,7 +557,8 @@ def main(argv: Sequence[str]) -> None:
     add("--rounds", type=int, default=5, help="windows")
     add("--starts", type=int, default=3, help="compilations, and cold and warm starts")
     add("--json", metavar="FILE", help="write all values there, too")
-    only = parser.add_argument_group("--synthetic only")
+    add("--against", choices=("timm",), help="bare steps here and there, in turn")
+    only = parser.add_argument_group("--synthetic and --against only")
     only.add_argument("--model", action="append", help="ViT:S/16,field=value,...")
     only.add_argument("--batch_size", type=int, default=8)
     only.add_argument("--image_size", type=int, default=224)
@@ -523,7 +566,17 @@ def main(argv: Sequence[str]) -> None:
     options, rest = parser.parse_known_args(argv)
     if min(options.steps, options.rounds) < 1 or options.starts < 0:
         parser.error("--steps and --rounds start at 1, --starts at 0")
-    if options.synthetic:
+    if options.against:
+        if rest or options.dtype != "float32":
+            parser.error(f"--against knows no {' '.join(rest) or '--dtype'}")
+        tables = against_tables(
+            options.model or ["ViT:S/16"],
+            options.batch_size,
+            options.image_size,
+            options.steps,
+            options.rounds,
+        )
+    elif options.synthetic:
         if rest:
             parser.error(f"--synthetic knows no {' '.join(rest)}")
         leave_annotations_out()

@@ -12,6 +12,7 @@ with config.json, or hub:organisation/name.
 
 import contextlib
 import functools
+import hashlib
 import json
 import pathlib
 import sys
@@ -29,7 +30,7 @@ from big_vision_lite import (
     files,
     run_folder,
     saved_run,
-    trees,
+    serialize,
 )
 from big_vision_lite import step as step_lib
 from big_vision_lite.config import Platform
@@ -38,6 +39,7 @@ from big_vision_lite.evaluators.context import Context
 from big_vision_lite.progress import Progress
 from big_vision_lite.saved_run import SavedRun
 from big_vision_lite.types import Batch, Evaluator, Op, Source
+from big_vision_lite.wording import did_you_mean
 
 
 def evaluate(
@@ -136,21 +138,45 @@ def choose(
         if name not in evaluators:
             raise ValueError(
                 f'{recipe} has no evaluator "{name}".'
-                f"{trees.did_you_mean(name, evaluators)} It has: "
+                f"{did_you_mean(name, evaluators)} It has: "
                 f"{', '.join(evaluators) or 'none'}."
             )
     return {name: evaluators[name] for name in wanted}
 
 
+def name_results(
+    folder: epath.Path, recipe: str | None, evaluators: Mapping[str, Any]
+) -> str:
+    """Returns what files and folders of scores of the step in `folder` are called.
+
+    Evaluators of another recipe are told apart by a digest, whatever argument or
+    override they differ in: scores on data=A are none on data=B.
+    """
+    name = f"evaluation_{folder.name}"
+    if recipe is None:
+        return name
+    text = json.dumps(evaluators, sort_keys=True)
+    digest = hashlib.sha256(text.encode()).hexdigest()[:8]
+    return f"{name}_{pathlib.Path(recipe.split(':', 1)[0]).stem}_{digest}"
+
+
 def record(
-    run: SavedRun, scores: Mapping[str, float], path: epath.Path, recipe: str | None
+    run: SavedRun,
+    scores: Mapping[str, float],
+    path: epath.Path,
+    recipe: str | None,
+    evaluators: Mapping[str, Any],
 ) -> None:
-    """Writes the scores with what they depend on; adds to those the file holds."""
+    """Writes the scores with what they depend on; adds to those the file holds.
+
+    `evaluators` are those of the recipe as JSON.
+    """
     known = json.loads(path.read_text())["scores"] if path.exists() else {}
     document = {
         "step": run.step,
         "checkpoint": str(run.folder),
         "recipe": recipe or "the run's own",
+        "evaluators": evaluators,
         "scores": known | dict(scores),
         "versions": run_folder.versions(),
         "machine": run_folder.describe_machine(),
@@ -198,9 +224,8 @@ def main(argv: Sequence[str]) -> None:
     names: Any = values["evaluators"].value
     wanted = [name for name in names if name]
     evaluators = choose(config.evaluators, wanted, recipe or str(run.folder))
-    name = f"evaluation_{run.step}"
-    if recipe is not None:
-        name += f"_{pathlib.Path(recipe.split(':', 1)[0]).stem}"
+    described = json.loads(serialize.to_json(config))["config"]["evaluators"]
+    name = name_results(run.folder, recipe, described)
     total = int(run.manifest["num_steps"])
     with (
         _folder_for(run, name) as folder,
@@ -211,7 +236,7 @@ def main(argv: Sequence[str]) -> None:
     progress.summary(scores, [])
     path = run.place_for_results() / f"{name}.json"
     if files.is_writable(path.parent):
-        record(run, scores, path, recipe)
+        record(run, scores, path, recipe, described)
         print(f"Scores of step {run.step} written to {path}")
     else:
         print(f"Nothing written: {path.parent} is read-only.")

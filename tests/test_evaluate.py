@@ -134,7 +134,8 @@ def test_another_recipe_evaluates_other_images_by_the_names_of_the_classes(
     assert command(run, *flags, "--config.evaluators.val.batch_size=8") == 0
     output = " ".join(capsys.readouterr().out.split())
     assert "val has 2 of the 3 train classes (missing: cross)" in output
-    scores = json.loads((run / "evaluation_10_other.json").read_text())["scores"]
+    (path,) = run.glob("evaluation_10_other_*.json")
+    scores = json.loads(path.read_text())["scores"]
     with (run / "val_per_class.csv").open() as file:
         rows = [r for r in csv.DictReader(file) if r["step"] == "10"]
     correct = sum(int(r["correct"]) for r in rows if r["class"] != "cross")
@@ -149,11 +150,44 @@ def test_another_recipe_evaluates_other_images_by_the_names_of_the_classes(
 def test_the_file_keeps_the_scores_of_evaluators_that_ran_before(run):
     path = run / "evaluation_10.json"
     loaded = shapes_run.load(run, log=lambda _: None)
-    evaluate.record(loaded, {"val/accuracy": 0.5}, epath.Path(path), None)
-    evaluate.record(loaded, {"fewshot/x": 0.25}, epath.Path(path), None)
+    evaluate.record(loaded, {"val/accuracy": 0.5}, epath.Path(path), None, {})
+    evaluate.record(loaded, {"fewshot/x": 0.25}, epath.Path(path), None, {})
     known = json.loads(path.read_text())
     assert known["scores"] == {"val/accuracy": 0.5, "fewshot/x": 0.25}
     assert known["versions"] == run_folder.versions() and known["step"] == 10
+
+
+def test_scores_of_other_arguments_and_other_weights_have_files_of_their_own(
+    run, tmp_path, images
+):
+    recipe = tmp_path / "other.py"
+    recipe.write_text(RECIPE)
+    folders = [shutil.copytree(images, tmp_path / name) for name in "AB"]
+    val = "--evaluators=val"
+    for folder in folders:
+        assert command(run, f"--config={recipe}:{folder}", val) == 0
+    paths = sorted(run.glob("evaluation_10_other_*.json"))
+    documents = [json.loads(path.read_text()) for path in paths]
+    assert {d["recipe"] for d in documents} == {f"{recipe}:{f}" for f in folders}
+    for path, document in zip(paths, documents, strict=True):
+        source = document["evaluators"]["val"]["source"]
+        assert document["recipe"] == f"{recipe}:{source['path']}"
+        assert (run / path.stem / "val_per_class.csv").exists()
+    # The same again adds to its own file; an override makes another evaluation.
+    before = paths[0].read_text()
+    assert command(run, f"--config={documents[0]['recipe']}", val) == 0
+    assert sorted(run.glob("evaluation_10_other_*.json")) == paths
+    assert json.loads(paths[0].read_text())["scores"] == documents[0]["scores"]
+    override = "--config.evaluators.val.source.split=train"
+    assert command(run, f"--config={documents[0]['recipe']}", val, override) == 0
+    assert len([*run.glob("evaluation_10_other_*.json")]) == 3
+    assert paths[0].read_text() == before
+    # Step folders that were copied to one place.
+    steps = [
+        shutil.copytree(run / "checkpoints" / "5", tmp_path / "copied" / name)
+        for name in ("mine", "theirs")
+    ]
+    assert len({evaluate.name_results(epath.Path(s), None, {}) for s in steps}) == 2
 
 
 def test_run_checkpoints_and_step_folders_are_found_and_named(run, tmp_path, capsys):

@@ -12,6 +12,7 @@ from jaxtyping import Bool, Int32
 
 from big_vision_lite import sharding
 from big_vision_lite.types import Array, Batch, Forward, Model, Objective, Op, Source
+from big_vision_lite.wording import some
 
 # function(forward, batch) -> {name: array with the rows of the batch}.
 RowFunction = Callable[[Forward, Batch], dict[str, Array]]
@@ -128,7 +129,7 @@ def class_table(
         twice = sorted({n for n in names if list(names).count(n) > 1})
         if twice:
             raise ValueError(
-                f"{whose} has classes of the same name ({_some(twice)}), so that "
+                f"{whose} has classes of the same name ({some(twice)}), so that "
                 f"those of {name} cannot be told apart; give every class its own name."
             )
     number = {class_name: index for index, class_name in enumerate(ours)}
@@ -136,7 +137,7 @@ def class_table(
     if unknown:
         raise ValueError(
             f"{name} has {len(unknown)} classes unknown to {ours_is}: "
-            f"{_some(unknown)}. It knows {len(ours)}: {_some(ours)}. Rename the "
+            f"{some(unknown)}. It knows {len(ours)}: {some(ours)}. Rename the "
             f"classes, or take them out of {name}."
         )
     missing = [n for n in ours if n not in set(theirs)]
@@ -144,12 +145,7 @@ def class_table(
     if missing:
         message = (
             f"{name} has {len(theirs)} of the {len(ours)} {ours_is} classes (missing: "
-            f"{_some(missing)}) - indices follow {ours_is}."
+            f"{some(missing)}) - indices follow {ours_is}."
         )
     indices = np.array([number[n] for n in theirs], np.int32)
     return ClassTable(indices=indices, message=message)
-
-
-def _some(names: Sequence[str]) -> str:
-    shown = ", ".join(names[:5])
-    return shown if len(names) <= 5 else f"{shown}, ... ({len(names)} in all)"

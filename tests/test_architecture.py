@@ -30,7 +30,14 @@ ROWS = (
     ({"objectives"}, {"state"}, {"conversion"}),
     (
         {"bound_model", "step"},
-        {"integrity", "step_folder", "checkpoint", "adapt", "resample", "loaded_weights"},
+        {
+            "integrity",
+            "step_folder",
+            "checkpoint",
+            "adapt",
+            "resample",
+            "loaded_weights",
+        },
     ),
     ({"evaluators"},),
     (

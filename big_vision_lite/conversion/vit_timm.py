@@ -72,6 +72,8 @@ class TimmViT:
         for name, what in UNKNOWN_PARTS.items():
             if name in arrays:
                 raise ValueError(f"{weights.path} has {what}, which no ViT here has.")
+        if "blocks.0.norm1.bias" not in arrays:
+            raise ValueError(f"{weights.path} has RMS norms, which no ViT here has.")
         width, channels, patch, patch_width = arrays[PATCHES].shape
         if patch != patch_width:
             raise ValueError(
@@ -150,6 +152,10 @@ class TimmViT:
             raise ValueError(
                 "timm's attention pooling has no SwiGLU; use activation=gelu_tanh or "
                 "another pooling."
+            )
+        if model.distillation_token and model.registers:
+            raise ValueError(
+                "timm's distilled DeiT does not read registers; use registers=0."
             )
         base = BASES.get(model.width, "vit_base_patch16_224")
         if model.distillation_token:

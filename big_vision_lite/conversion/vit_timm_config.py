@@ -27,7 +27,12 @@ BASES = {
 # Heads of 64 channels but for the largest: arXiv:2106.04560 Table 2, arXiv:2305.13035.
 HEADS = {1152: 16, 1280: 16, 1408: 16, 1664: 16}
 # Those that differ from that, by what is in timm's name.
-NAMED_HEADS = {"vit_base_patch16_gap_": 16, "vit_giantopt_": 16}
+NAMED_HEADS = {
+    "vit_base_patch16_gap_": 16,
+    "vit_giantopt_": 16,
+    "test_vit4": 3,
+    "test_vit": 2,
+}
 # timm's models with the tanh GELU; its other SigLIPs have the exact one.
 TANH = re.compile(
     r"vit_(base_patch32|giantopt_patch16|so400m_patch16)_siglip_|"

@@ -14,14 +14,14 @@ timm = pytest.importorskip("timm")
 
 TOKEN = ",pooling=class_token,positions=learned"
 # Ours: timm's name, and what timm publishes for 224 px (results/benchmark-infer-amp-
-# nchw-pt240-cu124-rtx3090.csv): million parameters, GMACs, million activations.
+# nchw-pt240-cu124-rtx3090.csv): million parameters, GMACs, million activations. Its
+# ViT-L/32 and H/14 have no head and are left out.
 PUBLISHED = {
     f"ViT:Ti/16{TOKEN}": ("vit_tiny_patch16_224", 5.72, 1.26, 5.97),
     f"ViT:S/32{TOKEN}": ("vit_small_patch32_224", 22.88, 1.15, 2.5),
     f"ViT:S/16{TOKEN}": ("vit_small_patch16_224", 22.05, 4.61, 11.95),
     f"ViT:B/32{TOKEN}": ("vit_base_patch32_224", 88.22, 4.41, 5.01),
     f"ViT:B/16{TOKEN}": ("vit_base_patch16_224", 86.57, 17.58, 23.9),
-    f"ViT:L/32{TOKEN}": ("vit_large_patch32_224", 305.51, 15.39, 13.3),
     f"ViT:L/16{TOKEN}": ("vit_large_patch16_224", 304.33, 61.6, 63.52),
     "MlpMixer:S/32": ("mixer_s32_224", 19.1, 1.0, 2.28),
     "MlpMixer:S/16": ("mixer_s16_224", 18.53, 3.79, 5.97),

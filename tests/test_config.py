@@ -155,7 +155,7 @@ NOT_CONFIG = {
     "command_line", "data.host_batch", "data.image_folder", "data.prepared_set",
     "data.tfds_features", "data.unreadable", "evaluators.context",
     "evaluators.features", "models.attention", "models.mlp", "models.patches",
-    "models.pooling", "predict", "program", "saved_run", "state",
+    "models.pooling", "predictions", "program", "saved_run", "state",
 }  # fmt: skip
 PARTS = {"StandardisedConv", "Unit", "Stage", "EncoderBlock", "Encoder", "_Multiplier"}
 

@@ -170,7 +170,11 @@ def components() -> dict[str, type]:
             continue
         for name, kind in vars(importlib.import_module(module.name)).items():
             own = isinstance(kind, type) and kind.__module__ == module.name
-            if own and dataclasses.is_dataclass(kind) and name not in PARTS:
+            if not own or not dataclasses.is_dataclass(kind) or name in PARTS:
+                continue
+            # Flags set fields; what is frozen is no part of a recipe. Linen's are, by
+            # another name.
+            if hasattr(kind, "apply") or not kind.__dataclass_params__.frozen:
                 found[f"{module.name}.{name}"] = kind
     return found
 

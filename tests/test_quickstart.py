@@ -61,7 +61,7 @@ def first(tmp_path_factory, tripwires) -> pathlib.Path:
 def test_the_readme_has_the_two_commands_and_ci_runs_the_second():
     assert TRAIN in README and TEST in README
     ci = (ROOT / ".ci" / "run").read_text()
-    assert "install --quiet -e '.[test]'" in ci and "-m pytest" in ci
+    assert "install --quiet -e '.[test,torch]'" in ci and "-m pytest" in ci
 
 
 def test_the_quickstart_learns_the_digits(first):

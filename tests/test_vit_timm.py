@@ -437,6 +437,12 @@ def test_what_is_assumed_without_a_configuration_is_said():
         vit_timm.FORMATS[0].architecture(weights_of(narrow))
 
 
+def test_a_vit_that_only_its_name_tells_apart_is_refused():
+    theirs = timm.create_model("vit_base_patch16_rpn_224", depth=1, num_classes=3)
+    with pytest.raises(ValueError, match="normalises after each branch"):
+        foreign.recognise(weights_of(theirs, architecture="vit_base_patch16_rpn_224"))
+
+
 def test_images_that_are_no_multiple_of_patches_become_the_next_smaller_ones():
     theirs = timm.create_model("vit_so400m_patch14_siglip_384", depth=1)
     weights = weights_of(theirs, architecture="vit_so400m_patch14_siglip_384")

@@ -60,6 +60,11 @@ def arguments_of(weights: Weights) -> dict[str, Any]:
         ValueError: it asks for something that no ViT here does.
     """
     config = weights.config
+    if "_rpn_" in config.get("architecture", ""):
+        # Of the same names and shapes as any other.
+        raise ValueError(
+            f"{weights.path} normalises after each branch, which no ViT here does."
+        )
     arguments = {**config.get("model_args", {})}
     if config.get("global_pool"):
         arguments.setdefault("global_pool", config["global_pool"])

@@ -12,10 +12,11 @@ from big_vision_lite.models.pooling import Pooling
 from big_vision_lite.models.positions import Positions
 from big_vision_lite.models.vit import ViT
 
-# Units of the trunk's stages, size of the transformer, cells of the grid a patch; what
-# stands behind the slash is pixels a token. vision_transformer's configs/models.py.
+# Units of the trunk's stages, size of the transformer, cells of the grid a patch: those
+# of the published weights, as timm 1.0.31 builds them for loading. Behind the slash
+# stand pixels a token, but for R+Ti/16, whose 8 cells of 4 px are 32.
 SIZES = {
-    "R+Ti/16": ((), "Ti", 4),
+    "R+Ti/16": ((), "Ti", 8),
     "R26+S/32": ((2, 2, 2, 2), "S", 1),
     # The units of the fourth stage moved to the third: 16 px a token with patches of 1.
     "R50+B/16": ((3, 4, 9), "B", 1),

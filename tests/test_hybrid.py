@@ -1,0 +1,482 @@
+"""Hybrid vision transformers: timm and vision_transformer's npz, the same numbers."""
+
+import functools
+import json
+
+import jax
+import numpy as np
+import pytest
+import torch_libraries
+from big_vision_bit import grid, random_variables, trunk_arrays
+from foreign_models import randomise, relative_difference
+
+from big_vision_lite import trees
+from big_vision_lite.conversion import (
+    export,
+    foreign,
+    formats,
+    hybrid_npz,
+    hybrid_timm,
+    mapping,
+    weights,
+)
+from big_vision_lite.conversion.formats import Library, Weights
+from big_vision_lite.models import hybrid as hybrids
+from big_vision_lite.models.bit_v1 import Standardisation, Trunk
+from big_vision_lite.models.heads import Classifier
+from big_vision_lite.models.hybrid import hybrid
+from big_vision_lite.models.pooling import Pooling
+from big_vision_lite.models.positions import Positions
+from big_vision_lite.models.vit import ViT
+
+torch = pytest.importorskip("torch")
+torch_libraries.import_torchvision()
+timm = pytest.importorskip("timm")
+from timm.layers import HybridEmbed, StdConv2d  # noqa: E402
+from timm.layers.std_conv import StdConv2dSame  # noqa: E402
+from timm.models.resnetv2 import ResNetV2  # noqa: E402
+from timm.models.vision_transformer import VisionTransformer  # noqa: E402
+
+BOUND = 1e-5  # max |difference| / max |value|, float32 on the CPU
+CLASSES, WIDTH, DEPTH, HEADS = 7, 32, 2, 2
+# The grid has ceil(side / 8) cells a side.
+SIZES = {"even": (64, 64), "odd": (65, 65), "not square": (48, 82)}
+EVEN = SIZES["even"]
+TIMM, NPZ = hybrid_timm.FORMATS[0], hybrid_npz.FORMATS[0]
+TORCH_FORM = dict(standardisation=Standardisation.INSIDE_ROOT, norm_epsilon=1e-5)
+OURS_AS_TIMMS = dict(
+    standardisation=Standardisation.INSIDE_ROOT, trunk_norm_epsilon=1e-5
+)
+
+
+@functools.cache
+def timm_model(size=EVEN, *, same=True, seed=1, **arguments):
+    conv = functools.partial(StdConv2dSame if same else StdConv2d, eps=1e-8)
+    backbone = ResNetV2(
+        layers=(1, 2),
+        channels=(128, 256),
+        stem_chs=32,
+        num_classes=0,
+        global_pool="",
+        preact=False,
+        stem_type="same" if same else "fixed",
+        conv_layer=conv,
+    )
+    model = VisionTransformer(
+        img_size=size,
+        embed_dim=WIDTH,
+        depth=DEPTH,
+        num_heads=HEADS,
+        num_classes=CLASSES,
+        patch_size=1,
+        embed_layer=functools.partial(HybridEmbed, backbone=backbone),
+        act_layer="gelu_tanh",
+        **arguments,
+    )
+    return randomise(model, seed)
+
+
+def config_of(size=EVEN, **arguments):
+    # As timm writes them: in pixels.
+    told = {"img_size": list(size), "num_heads": HEADS, "act_layer": "gelu_tanh"}
+    return {"architecture": "vit_small_r26_s32_224", "model_args": told | arguments}
+
+
+def pixels(size, seed=7):
+    rng = np.random.default_rng(seed)
+    return rng.integers(0, 256, (2, *size, 3), np.uint8)
+
+
+def scaled(image):
+    return (np.float32(image) - 127.5) / 127.5
+
+
+def their_outputs(model, image):
+    x = torch.from_numpy(scaled(image).transpose(0, 3, 1, 2))
+    with torch.no_grad():
+        features = model.forward_features(x)
+        pooled = model.forward_head(features, pre_logits=True)
+        return {"pooled": pooled, "logits": model.forward_head(features)}
+
+
+@functools.cache
+def compiled(model):
+    return jax.jit(lambda params, image: model.apply({"params": params}, image))
+
+
+def our_outputs(model, variables, image):
+    return compiled(model)(trees.unflatten(variables), image)
+
+
+def worst(ours, theirs):
+    return max(relative_difference(ours[name], theirs[name]) for name in theirs)
+
+
+def weights_of(model, config):
+    arrays = {n: t.detach().numpy().copy() for n, t in model.state_dict().items()}
+    return Weights(arrays=arrays, path="file", config=config)
+
+
+def cells(size):
+    return -(-size[0] // 8), -(-size[1] // 8)
+
+
+def read(found, size=EVEN):
+    form = foreign.recognise(found)
+    architecture = form.architecture(found)
+    return form, architecture, formats.load(found, form, architecture, size)
+
+
+def load_strictly(model, arrays):
+    state = {name: torch.tensor(array) for name, array in arrays.items()}
+    model.load_state_dict(state, strict=True)
+    return model.eval()
+
+
+POOLINGS = {
+    "token": {},
+    "average": dict(global_pool="avg", class_token=False),
+    "attention": dict(global_pool="map", class_token=False),
+}
+
+
+@pytest.mark.parametrize("size", SIZES)
+@pytest.mark.parametrize("pooling", POOLINGS)
+def test_timms_weights_give_timms_numbers(pooling, size):
+    theirs = timm_model(SIZES[size], **POOLINGS[pooling])
+    config = config_of(SIZES[size], **POOLINGS[pooling])
+    form, found, variables = read(weights_of(theirs, config), SIZES[size])
+    assert form == TIMM
+    # In whole cells: an odd size is one that ends in the middle of a cell.
+    assert found.image_size == tuple(8 * side for side in cells(SIZES[size]))
+    image = pixels(SIZES[size])
+    ours = our_outputs(found.model, variables, image)
+    assert worst(ours, their_outputs(theirs, image)) < BOUND
+
+
+def test_weights_without_a_configuration_are_read_as_square():
+    theirs = timm_model()
+    told = {"model_args": {"num_heads": HEADS}}
+    _, found, _ = read(weights_of(theirs, told))
+    assert found.image_size == EVEN
+    assert any("gelu_erf" in note for note in found.notes)
+
+
+@pytest.mark.parametrize("pooling", POOLINGS)
+def test_ours_to_timm_and_back_is_bit_for_bit(pooling):
+    arguments = POOLINGS[pooling] | dict(no_embed_class=True)
+    theirs = timm_model(seed=2, **arguments)
+    config = config_of(**arguments)
+    form, found, _ = read(weights_of(theirs, config))
+    variables = random_variables(found.model, EVEN, seed=3)
+    load_strictly(theirs, mapping.write(form.entries(found.model, EVEN), variables))
+    image = pixels(EVEN)
+    ours = our_outputs(found.model, variables, image)
+    assert worst(ours, their_outputs(theirs, image)) < BOUND
+    _, again, back = read(weights_of(theirs, config))
+    assert again.model == found.model
+    for name, array in variables.items():
+        np.testing.assert_array_equal(back[name], array)
+
+
+def small(size="R26+S/32", **fields):
+    """Returns a hybrid with the trunk of a published one and a small transformer."""
+    plain = dict(width=WIDTH, depth=DEPTH, num_heads=HEADS, mlp_dim=4 * WIDTH)
+    head = Classifier(num_classes=CLASSES)
+    return hybrid(size, **{**plain, "head": head, **OURS_AS_TIMMS, **fields})
+
+
+@pytest.mark.parametrize(
+    "size, image_size", [("R+Ti/16", (64, 96)), ("R26+S/32", (96, 64))]
+)
+def test_timm_builds_by_name_what_is_described(size, image_size):
+    model = small(size)
+    form = export.find(model, Library.TIMM)
+    described = json.loads(json.dumps(form.describe(model, image_size)))
+    theirs = timm.create_model(described["architecture"], **described["model_args"])
+    variables = random_variables(model, image_size)
+    written = mapping.write(form.entries(model, image_size), variables)
+    load_strictly(theirs, written)
+    image = pixels(image_size)
+    ours = our_outputs(model, variables, image)
+    assert worst(ours, their_outputs(theirs, image)) < BOUND
+    _, found, back = read(weights_of(theirs, described), image_size)
+    assert found.model == model and found.image_size == image_size
+    for name, array in variables.items():
+        np.testing.assert_array_equal(back[name], array)
+
+
+def archive(stages=(1, 2), count=64, seed=4):
+    """Returns the arrays of a vision_transformer hybrid, protocols.md section 18.2."""
+    rng = np.random.default_rng(seed)
+    arrays = trunk_arrays(stages, seed=seed)
+
+    def dense(name, rows, columns):
+        kernel = rng.normal(size=(*rows, *columns)) / np.sqrt(np.prod(rows))
+        arrays[f"{name}/kernel"] = np.float32(kernel)
+        arrays[f"{name}/bias"] = np.float32(rng.normal(scale=0.3, size=columns))
+
+    def norm(name):
+        scale = rng.uniform(0.5, 1.5, WIDTH) * rng.choice((-1, 1), WIDTH)
+        arrays[f"{name}/scale"] = np.float32(scale)
+        arrays[f"{name}/bias"] = np.float32(rng.normal(scale=0.3, size=WIDTH))
+
+    features = 4 * 32 * 2 ** (len(stages) - 1)
+    dense("embedding", (1, 1, features), (WIDTH,))
+    arrays["cls"] = np.float32(rng.normal(scale=0.5, size=(1, 1, WIDTH)))
+    positions = rng.normal(scale=0.5, size=(1, 1 + count, WIDTH))
+    arrays["Transformer/posembed_input/pos_embedding"] = np.float32(positions)
+    heads = (HEADS, WIDTH // HEADS)
+    for index in range(DEPTH):
+        block = f"Transformer/encoderblock_{index}"
+        norm(f"{block}/LayerNorm_0")
+        norm(f"{block}/LayerNorm_2")
+        attention = f"{block}/MultiHeadDotProductAttention_1"
+        for part in ("query", "key", "value"):
+            dense(f"{attention}/{part}", (WIDTH,), heads)
+        dense(f"{attention}/out", heads, (WIDTH,))
+        dense(f"{block}/MlpBlock_3/Dense_0", (WIDTH,), (4 * WIDTH,))
+        dense(f"{block}/MlpBlock_3/Dense_1", (4 * WIDTH,), (WIDTH,))
+    norm("Transformer/encoder_norm")
+    dense("head", (WIDTH,), (CLASSES,))
+    return arrays
+
+
+class BigVisionConv(StdConv2dSame):
+    """timm's, with the constant outside the root."""
+
+    def forward(self, x):
+        kernel = self.weight - self.weight.mean((1, 2, 3), keepdim=True)
+        std = kernel.pow(2).mean((1, 2, 3), keepdim=True).sqrt()
+        if self.same_pad:
+            x = timm.layers.pad_same(x, self.kernel_size, self.stride, self.dilation)
+        return torch.nn.functional.conv2d(
+            x, kernel / (std + 1e-5), None, self.stride, self.padding
+        )
+
+
+def as_vision_transformer(model):
+    """Gives the trunk of a timm hybrid the constants of vision_transformer."""
+    for module in model.patch_embed.backbone.modules():
+        if isinstance(module, StdConv2dSame):
+            module.__class__ = BigVisionConv
+        elif isinstance(module, torch.nn.GroupNorm):
+            module.eps = 1e-6
+    return model
+
+
+def saved(tmp_path, arrays, size=EVEN):
+    np.savez(tmp_path / "model.npz", **arrays)
+    config = json.dumps({"image_size": list(size)})
+    (tmp_path / "config.json").write_text(config)
+    return str(tmp_path / "model.npz")
+
+
+def timm_from(path, size=EVEN):
+    """Returns a timm hybrid filled by timm's own loader of archives."""
+    model = VisionTransformer(
+        img_size=size,
+        embed_dim=WIDTH,
+        depth=DEPTH,
+        num_heads=HEADS,
+        num_classes=CLASSES,
+        patch_size=1,
+        embed_layer=functools.partial(
+            HybridEmbed,
+            backbone=ResNetV2(
+                layers=(1, 2),
+                channels=(128, 256),
+                stem_chs=32,
+                num_classes=0,
+                global_pool="",
+                preact=False,
+                stem_type="same",
+                conv_layer=functools.partial(StdConv2dSame, eps=1e-8),
+            ),
+        ),
+        act_layer="gelu_tanh",
+    )
+    model.load_pretrained(path)
+    return model.eval()
+
+
+@pytest.mark.parametrize(
+    "size, square",
+    [("even", False), ("even", True), ("odd", False), ("not square", False)],
+)
+def test_archives_give_the_numbers_of_timms_own_loader(tmp_path, size, square):
+    size = SIZES[size]
+    rows, columns = cells(size)
+    arrays = {
+        name: array[None, None, None] if square and "/gn" in f"/{name}" else array
+        for name, array in archive(count=rows * columns).items()
+    }
+    path = saved(tmp_path, arrays, size)
+    form, found, variables = read(weights.read(path), size)
+    assert form == NPZ and found.image_size == (8 * rows, 8 * columns)
+    image = pixels(size)
+    # timm's own form: the same weights with its constants.
+    theirs = timm_from(path, size)
+    timms = found.model.clone(stem=found.model.stem.clone(**TORCH_FORM))
+    ours = our_outputs(timms, variables, image)
+    assert worst(ours, their_outputs(theirs, image)) < BOUND
+    # What vision_transformer computes.
+    ours = our_outputs(found.model, variables, image)
+    theirs = their_outputs(as_vision_transformer(theirs), image)
+    assert worst(ours, theirs) < BOUND
+
+
+def test_the_trunk_gives_the_numbers_of_its_definition():
+    arrays = trunk_arrays((1, 2))
+    trunk = Trunk(stages=(1, 2), width=32)
+    plain = {
+        name.replace("unit", "unit0").replace("/unit", "_unit"): array
+        for name, array in arrays.items()
+    }
+    image = scaled(pixels(SIZES["not square"]))
+    ours = jax.jit(trunk.apply)({"params": trees.unflatten(plain)}, image)
+    assert relative_difference(ours, grid(arrays, image)) < BOUND
+
+
+def test_an_archive_of_timms_names_has_other_constants_than_one_of_big_visions(
+    tmp_path,
+):
+    arrays = archive()
+    for name in arrays:
+        # Where constants show: small kernels before, small outputs after a norm.
+        if name.startswith(("conv_root", "block")) and name.endswith("kernel"):
+            arrays[name] = arrays[name] * np.float32(0.1)
+    path = saved(tmp_path, arrays)
+    _, found, variables = read(weights.read(path))
+    assert found.model.stem.standardisation == Standardisation.OUTSIDE_ROOT
+    assert found.model.stem.norm_epsilon == 1e-6
+    image = pixels(EVEN)
+    ours = our_outputs(found.model, variables, image)
+    theirs = timm_from(path)
+    assert worst(ours, their_outputs(theirs, image)) > BOUND
+    right = as_vision_transformer(theirs)
+    assert worst(ours, their_outputs(right, image)) < BOUND
+
+
+def test_torchs_padding_in_the_trunk_shows_at_even_sizes_only():
+    for size in ("odd", "even"):
+        theirs = timm_model(SIZES[size], same=False)
+        found = weights_of(theirs, config_of(SIZES[size]))
+        _, architecture, variables = read(found, SIZES[size])
+        image = pixels(SIZES[size])
+        ours = our_outputs(architecture.model, variables, image)
+        difference = worst(ours, their_outputs(theirs, image))
+        assert (difference < BOUND) == (size == "odd")
+        assert size == "odd" or difference > 100 * BOUND
+
+
+def test_ours_to_archives_and_back_is_bit_for_bit(tmp_path):
+    model = ViT(
+        width=WIDTH,
+        depth=DEPTH,
+        mlp_dim=4 * WIDTH,
+        num_heads=HEADS,
+        patch_size=1,
+        pooling=Pooling.CLASS_TOKEN,
+        positions=Positions.LEARNED,
+        head=Classifier(num_classes=CLASSES),
+        stem=Trunk(stages=(1, 2), width=32),
+    )
+    form = export.find(model, Library.NPZ)
+    assert form == NPZ
+    variables = random_variables(model, EVEN)
+    written = mapping.write(form.entries(model, EVEN), variables)
+    wanted = {name: array.shape for name, array in archive().items()}
+    assert {name: array.shape for name, array in written.items()} == wanted
+    _, found, back = read(weights.read(saved(tmp_path, written)))
+    assert found.model == model
+    for name, array in variables.items():
+        np.testing.assert_array_equal(back[name], array)
+
+
+PLAIN = ViT(
+    width=WIDTH,
+    depth=1,
+    mlp_dim=WIDTH,
+    num_heads=1,
+    patch_size=8,
+    head=Classifier(num_classes=2, hidden_dim=3),
+)
+REFUSED = {
+    "big_vision's constants": (
+        hybrid("R26+S/32"),
+        Library.TIMM,
+        "standardisation=outside_root and norm_epsilon=1e-06",
+    ),
+    "torch's constants": (small(), Library.NPZ, "standardisation=inside_root"),
+    "trunk": (
+        small(stem=Trunk(stages=(3,), **TORCH_FORM)),
+        Library.TIMM,
+        r"stages=\(3,\)",
+    ),
+    "pooling": (
+        small(
+            standardisation=Standardisation.OUTSIDE_ROOT,
+            trunk_norm_epsilon=1e-6,
+            pooling=Pooling.ATTENTION,
+        ),
+        Library.NPZ,
+        "pooling=attention",
+    ),
+    "other library": (small(), Library.HUGGINGFACE, "stem"),
+    # A plain ViT is refused for its own reason.
+    "plain": (PLAIN, Library.TIMM, "hidden_dim=3"),
+}
+
+
+@pytest.mark.parametrize("case", REFUSED)
+def test_what_a_library_cannot_express_is_refused_by_its_field(case):
+    model, library, words = REFUSED[case]
+    with pytest.raises(ValueError, match=words):
+        export.find(model, library)
+
+
+def test_plain_transformers_are_not_taken_for_hybrids():
+    plain = PLAIN.clone(head=Classifier(num_classes=2))
+    assert export.find(plain, Library.TIMM) not in hybrid_timm.FORMATS
+    assert export.find(plain, Library.NPZ) not in hybrid_npz.FORMATS
+
+
+NAMES = {
+    "R+Ti/16": "vit_tiny_r_s16_p8_224",
+    "R26+S/32": "vit_small_r26_s32_224",
+    "R50+B/16": "vit_base_r50_s16_224",
+    "R50+L/32": "vit_large_r50_s32_224",
+}
+
+
+@pytest.mark.parametrize("size", hybrids.SIZES)
+def test_published_sizes_have_as_many_parameters_as_timms(size):
+    model = hybrid(size, head=Classifier(num_classes=1000))
+    shapes = formats.shapes(model, (224, 224), 3)
+    ours = sum(int(np.prod(shape)) for shape in shapes.values())
+    with torch.device("meta"):
+        # Otherwise the class token has a position, which here is part of it.
+        theirs = timm.create_model(NAMES[size], no_embed_class=True, num_classes=1000)
+    assert ours == sum(p.numel() for p in theirs.parameters())
+
+
+@pytest.mark.slow
+def test_r26_s_32_at_224_gives_the_numbers_of_timm():
+    name = NAMES["R26+S/32"]
+    theirs = randomise(timm.create_model(name), seed=5)
+    _, found, variables = read(weights_of(theirs, {"architecture": name}), (224, 224))
+    assert found.model == hybrid(
+        "R26+S/32",
+        head=Classifier(num_classes=1000),
+        activation=found.model.activation,
+        **OURS_AS_TIMMS,
+    )
+    image = pixels((224, 224))
+    ours = our_outputs(found.model, variables, image)
+    assert worst(ours, their_outputs(theirs, image)) < BOUND
+
+
+def test_unknown_hybrids_are_refused_with_those_that_are():
+    with pytest.raises(ValueError, match="R26"):
+        hybrid("R26+B/32")

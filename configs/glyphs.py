@@ -93,7 +93,8 @@ def get_config(arg: str = "") -> TrainConfig:
             dataset="fashion_mnist", split=split, data_dir=chosen.data_dir or None
         )
 
-    to_size = Resize(size=32, resampling=Resampling.ANTIALIAS)
+    # As timm and Hugging Face do it, pixel by pixel.
+    to_size = Resize(size=32, resampling=Resampling.PIL_BILINEAR)
     digits = FewShotSet(
         name="digits",
         train=Digits(split="train"),

@@ -5,6 +5,7 @@ are random pixels and eight JPEGs cut from two photographs that scikit-learn shi
 """
 
 import dataclasses
+import hashlib
 import importlib
 import importlib.resources
 import io
@@ -16,6 +17,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import simplejpeg
+import torch_libraries
 
 from big_vision_lite.conversion.export import SAFETENSORS, Exported
 from big_vision_lite.conversion.formats import Library
@@ -107,14 +109,14 @@ def compare(
     }
     logits, layers = {}, []
     for kind, image in images.items():
-        pairs = paired_modules(entries)
+        pairs = paired_modules(in_memory(entries, exported.arrays, theirs))
         ours, captured = run_ours(model, variables, image, [p[0] for p in pairs])
         other, seen = run_theirs(theirs, ours["image"], [p[1] for p in pairs])
         logits[kind] = relative(_result(ours), other)
         if kind == "random pixels":
             layers = _layers(pairs, captured, seen)
     pixels, same = None, None
-    own = their_images(exported, theirs, folder, photographs)
+    own = their_images(exported, theirs, folder, photographs, channels)
     if own is not None:
         ours, _ = run_ours(model, variables, images["photographs"], [])
         other, _ = run_theirs(theirs, own, [])
@@ -155,6 +157,7 @@ def through(road: Preprocessing, data: bytes) -> np.ndarray:
 
 def load(exported: Exported, folder: pathlib.Path) -> Any:
     """Returns their model with the weights in `folder`, as its users would load it."""
+    torch_libraries.import_torchvision()
     match exported.library:
         case Library.TIMM:
             timm = importlib.import_module("timm")
@@ -223,7 +226,7 @@ def run_theirs(
         for name in modules
         if name in known
     ]
-    pixels = np.ascontiguousarray(np.moveaxis(scaled, -1, 1), np.float32)
+    pixels = np.array(np.moveaxis(scaled, -1, 1), np.float32, order="C")
     with torch.no_grad():
         output = model(torch.from_numpy(pixels))
     for handle in handles:
@@ -234,16 +237,19 @@ def run_theirs(
 
 
 def their_images(
-    exported: Exported, model: Any, folder: pathlib.Path, files: Sequence[bytes]
+    exported: Exported,
+    model: Any,
+    folder: pathlib.Path,
+    files: Sequence[bytes],
+    channels: int,
 ) -> np.ndarray | None:
     """Returns what their own preprocessing makes of files, scaled [B, H, W, C]."""
     pillow = importlib.import_module("PIL.Image")
-    images = [pillow.open(io.BytesIO(data)).convert("RGB") for data in files]
+    mode = "L" if channels == 1 else "RGB"
+    images = [pillow.open(io.BytesIO(data)).convert(mode) for data in files]
     if exported.library == Library.TIMM:
         data = importlib.import_module("timm.data")
         config = data.resolve_model_data_config(model)
-        if config["input_size"][0] != 3:
-            images = [image.convert("L") for image in images]
         transform = data.create_transform(**config)
         made = [transform(image).numpy() for image in images]
     elif exported.library == Library.HUGGINGFACE:
@@ -253,6 +259,34 @@ def their_images(
     else:
         return None
     return np.moveaxis(np.stack(made), 1, -1)
+
+
+def in_memory(
+    entries: Sequence[Entry], arrays: Mapping[str, np.ndarray], model: Any
+) -> list[Entry]:
+    """Returns the entries with their names as the loaded model has them.
+
+    Newer versions of transformers load old names into modules of other names; there an
+    array is found by its values, and one that is not the only one of them left out.
+    """
+    known = {n: x.detach().numpy() for n, x in model.state_dict().items()}
+    by_values: dict[bytes, list[str]] = {}
+    for name, array in known.items():
+        by_values.setdefault(_digest(array), []).append(name)
+    found = []
+    for entry in entries:
+        names = []
+        for name in entry.theirs:
+            alike = by_values.get(_digest(arrays[name]), [])
+            names += [name] if name in known else alike if len(alike) == 1 else []
+        if len(names) == len(entry.theirs):
+            found.append(dataclasses.replace(entry, theirs=tuple(names)))
+    return found
+
+
+def _digest(array: np.ndarray) -> bytes:
+    shape = str(array.shape).encode()
+    return hashlib.sha256(shape + np.ascontiguousarray(array).tobytes()).digest()
 
 
 def paired_modules(entries: Sequence[Entry]) -> list[tuple[str, str]]:

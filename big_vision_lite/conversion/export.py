@@ -55,7 +55,7 @@ def export(
         ValueError: the library has no counterpart; says of what and what to do.
     """
     form = find(model, library)
-    described = form.describe(model, road.image_size)
+    described = _of_channels(library, form.describe(model, road.image_size), channels)
     entries = form.entries(model, road.image_size)
     arrays = mapping.write(entries, variables)
     constants = getattr(form, "constants", None)
@@ -71,6 +71,27 @@ def export(
         code=_code(library, described, folder),
         notes=images.inexact,
     )
+
+
+def _of_channels(
+    library: Library, described: Mapping[str, Any], channels: int
+) -> dict[str, Any]:
+    """Returns a description with the channels of the image, which no model knows."""
+    match library:
+        case Library.TIMM if channels != 3:
+            arguments = {**described["model_args"], "in_chans": channels}
+            return {**described, "model_args": arguments}
+        case Library.HUGGINGFACE if "vision_config" in described:
+            inside = {**described["vision_config"], "num_channels": channels}
+            return {**described, "vision_config": inside}
+        case Library.HUGGINGFACE:
+            return {**described, "num_channels": channels}
+        case Library.TORCHVISION if channels != 3:
+            raise ValueError(
+                f"torchvision's models take 3 channels, this one takes {channels}; "
+                "export it to timm."
+            )
+    return dict(described)
 
 
 def _images(library: Library, road: Preprocessing, channels: int) -> Written:

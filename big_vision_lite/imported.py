@@ -1,4 +1,4 @@
-"""The recipe of weights that were trained elsewhere: what describes and evaluates them."""
+"""The recipe of weights that were trained elsewhere: it describes and evaluates."""
 
 from big_vision_lite.config import TrainConfig
 from big_vision_lite.conversion.foreign import Foreign

@@ -1,6 +1,6 @@
 """big_vision's ResNet v1 with group norm, written again in numpy, in float64.
 
-From protocols.md, section 18.6, for archives in its names; it shares no code with the
+Written from what is published of it, for archives in its names; no code of the
 package. `random_variables` fills a model of ours with generic numbers.
 """
 

@@ -207,7 +207,7 @@ def test_timm_builds_by_name_what_is_described(size, image_size):
 
 
 def archive(stages=(1, 2), count=64, seed=4):
-    """Returns the arrays of a vision_transformer hybrid, protocols.md section 18.2."""
+    """Returns the arrays of a vision_transformer hybrid, by its own names."""
     rng = np.random.default_rng(seed)
     arrays = trunk_arrays(stages, seed=seed)
 

@@ -144,7 +144,9 @@ def write(exported: Exported, folder: pathlib.Path) -> None:
     shutil.rmtree(unfinished, ignore_errors=True)
     unfinished.mkdir()
     if exported.library == Library.NPZ:
-        np.savez(unfinished / WEIGHTS[Library.NPZ], **dict(exported.arrays))
+        # numpy's signature takes names for its own arguments.
+        save: Any = np.savez
+        save(unfinished / WEIGHTS[Library.NPZ], **exported.arrays)
     else:
         safetensors.numpy.save_file(
             dict(exported.arrays), unfinished / SAFETENSORS, metadata={"format": "pt"}

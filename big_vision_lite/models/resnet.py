@@ -4,6 +4,8 @@ arXiv:1512.03385 with the stride on the 3x3 convolution instead of the 1x1 befor
 torchvision has it; arXiv:1611.05431; arXiv:1605.07146.
 """
 
+from typing import Any
+
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
@@ -231,7 +233,7 @@ class ResNet(nn.Module, kw_only=True):
             )
         family, name = size[0], size[1:]
         depth = name.partition("_")[0]
-        fields: dict[str, object] = {"stages": {**BASIC, **BOTTLENECK}[depth]}
+        fields: dict[str, Any] = {"stages": {**BASIC, **BOTTLENECK}[depth]}
         if depth in BASIC:
             fields["block"] = Block.BASIC
         if family != "R":
@@ -271,8 +273,9 @@ class ResNet(nn.Module, kw_only=True):
         )
         x = nn.relu(x)
         if self.stem == Stem.LARGE:
-            # Around the image lies -inf.
-            x = nn.max_pool(x, (3, 3), strides=(2, 2), padding=((1, 1), (1, 1)))
+            # Around the image lies -inf; Flax declares a string, and takes more.
+            padding: Any = ((1, 1), (1, 1))
+            x = nn.max_pool(x, (3, 3), strides=(2, 2), padding=padding)
         x = layout.pin_batch(x)
         for index, units in enumerate(self.stages):
             x = Stage(

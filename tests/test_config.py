@@ -21,15 +21,19 @@ from big_vision_lite.adapt import Init, PositionResize
 from big_vision_lite.checkpoint import Checkpoints
 from big_vision_lite.config import Platform, TrainConfig
 from big_vision_lite.data import augment, degrade, device_ops, ops, sources
+from big_vision_lite.data.no_images import NoImages
 from big_vision_lite.data.pipeline import Stream
 from big_vision_lite.evaluators.classification import Classification
 from big_vision_lite.evaluators.fewshot import FewShot, FewShotSet
 from big_vision_lite.evaluators.finetune import FineTune
 from big_vision_lite.hyperrule import HyperRule, Repeated
 from big_vision_lite.models.bit import BiT
+from big_vision_lite.models.bit_v1 import BiTV1, Trunk
 from big_vision_lite.models.heads import Classifier
 from big_vision_lite.models.layers import Remat
+from big_vision_lite.models.mixer import MlpMixer
 from big_vision_lite.models.positions import Positions
+from big_vision_lite.models.resnet import ResNet
 from big_vision_lite.models.vit import ViT
 from big_vision_lite.objectives.classification import (
     SigmoidClassification,
@@ -140,13 +144,22 @@ def everything() -> list[TrainConfig]:
         WarmupRsqrt(peak=0.1, cooldown_steps=2),
         StepDrops(peak=0.1, drop_fractions=(0.3, 0.6)),
     )
+    head = Classifier(num_classes=10)
+    hybrid = ViT.of("S/1", stem=Trunk(stages=(1,), width=32), head=head)
+    models = (
+        BiTV1.of("R50x1", head=head),
+        ResNet.of("X50_32x4d", head=head),
+        MlpMixer.of("S/16", head=head),
+    )
+    of_elsewhere = NoImages(classes=("a", "b"), origin="a.npz")
     repeated = Stream(source=Repeated(source=DIGITS(), times=2), batch_size=8)
     return [
         first,
         recipe(optimizer=SGD(schedule=schedules[0]), data=repeated),
         recipe(optimizer=Adafactor(schedule=schedules[1])),
-        recipe(optimizer=AdamW(schedule=schedules[2])),
-        recipe(),
+        recipe(optimizer=AdamW(schedule=schedules[2]), model=hybrid),
+        *(recipe(model=model) for model in models),
+        recipe(data=Stream(source=of_elsewhere, batch_size=1)),
     ]
 
 
@@ -157,7 +170,10 @@ NOT_CONFIG = {
     "evaluators.features", "models.attention", "models.mlp", "models.patches",
     "models.pooling", "predictions", "program", "saved_run", "state",
 }  # fmt: skip
-PARTS = {"StandardisedConv", "Unit", "Stage", "EncoderBlock", "Encoder", "_Multiplier"}
+PARTS = {
+    *("StandardisedConv", "Conv", "BatchNorm", "Unit", "Stage", "Bottleneck"),
+    *("EncoderBlock", "Encoder", "MixerBlock", "_Multiplier"),
+}
 
 
 @functools.cache
@@ -194,7 +210,7 @@ def test_the_samples_below_hold_every_component_of_the_package():
     assert held == set(components()), held ^ set(components())
 
 
-@pytest.mark.parametrize("index", range(5))
+@pytest.mark.parametrize("index", range(len(everything())))
 def test_a_recipe_of_every_component_survives_json(index):
     config = everything()[index]
     text = serialize.to_json(config)

@@ -439,8 +439,9 @@ def test_what_is_assumed_without_a_configuration_is_said():
 
 def test_a_vit_that_only_its_name_tells_apart_is_refused():
     theirs = timm.create_model("vit_base_patch16_rpn_224", depth=1, num_classes=3)
+    weights = weights_of(theirs, architecture="vit_base_patch16_rpn_224")
     with pytest.raises(ValueError, match="normalises after each branch"):
-        foreign.recognise(weights_of(theirs, architecture="vit_base_patch16_rpn_224"))
+        foreign.recognise(weights).architecture(weights)
 
 
 def test_images_that_are_no_multiple_of_patches_become_the_next_smaller_ones():

@@ -67,6 +67,8 @@ def test_there_and_back_again_gives_the_same_bits(library, run, tmp_path, capsys
     convert(run, "--to", library, "--out", out)
     shown = capsys.readouterr().out
     assert "arrays of" in shown and "To use it:" in shown
+    ours = library in ("safetensors", "npz")
+    assert ours == ("JAX weights. For PyTorch: python tools/convert_che" in shown)
     assert_same(foreign.load(str(out)).variables, variables_of(run))
     # And as a run again, from which the same bits are read.
     convert(out, "--to", "orbax", "--out", tmp_path / "again")

@@ -228,11 +228,21 @@ def _code(library: Library, described: Mapping[str, Any], folder: str) -> list[s
                 "model = model.eval()",
             ]
         case Library.SAFETENSORS:
-            return [f"# python -m big_vision_lite.evaluate --workdir {folder} ..."]
+            return [
+                _FOR_TORCH.format(folder),
+                f"# python -m big_vision_lite.evaluate --workdir {folder} ...",
+            ]
         case _:
             return [
+                _FOR_TORCH.format(folder),
                 "import numpy",
                 f"arrays = numpy.load({folder + '/' + WEIGHTS[Library.NPZ]!r})",
                 "for name in sorted(arrays.files):",
                 "    print(name, arrays[name].shape)",
             ]
+
+
+_FOR_TORCH = (
+    "# This is JAX weights. For PyTorch: "
+    "python tools/convert_checkpoint.py {} --to timm --out FOLDER"
+)

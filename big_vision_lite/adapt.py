@@ -12,7 +12,8 @@ import numpy as np
 from big_vision_lite import resample, trees
 from big_vision_lite.types import Array
 
-HEAD = "head/"
+# A distilled model has two.
+HEADS = ("head/", "distillation_head/")
 
 
 class PositionResize(enum.StrEnum):
@@ -125,7 +126,7 @@ def _dropped(
         for name in sorted(dropped):
             log(f"init: {name} starts from scratch (init.drop)")
         return dropped
-    head = {name for name in names if name.startswith(HEAD)}
+    head = {name for name in names if name.startswith(HEADS)}
     fits = all(
         name in loaded and name in fresh and loaded[name].shape == fresh[name].shape
         for name in head

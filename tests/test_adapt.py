@@ -344,6 +344,18 @@ def test_init_holds_only_what_flags_can_set():
     assert list(kinds) == ["path", "drop", "rename", "position_resize"]
 
 
+def test_a_distilled_model_gets_two_new_heads():
+    def distilled(classes):
+        made = params(classes=classes)
+        return made | {f"distillation_{n}": x for n, x in made.items() if "head" in n}
+
+    loaded, fresh = distilled(1000), distilled(3)
+    found, _ = start_from(loaded, fresh, same_classes=False)
+    heads = [name for name in fresh if "head/" in name]
+    assert len(heads) == 4
+    assert_from(found, fresh, heads)
+
+
 def stem(channels, patch=4, width=6):
     return RNG.normal(size=(patch, patch, channels, width)).astype(np.float32)
 

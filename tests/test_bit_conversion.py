@@ -119,6 +119,7 @@ def scaled(image):
 def their_outputs(model, image):
     """Returns "pooled" of timm or transformers, and "logits" if there is a head."""
     x = torch.from_numpy(scaled(image).transpose(0, 3, 1, 2))
+    x = x.to(next(model.parameters()).dtype)
     with torch.no_grad():
         if isinstance(model, ResNetV2):
             features = model.forward_features(x)
@@ -727,8 +728,16 @@ def test_v1_has_as_many_parameters_as_timms(depth, stages):
 
 @pytest.mark.slow
 def test_r50x1_at_224_gives_the_numbers_of_timm():
+    """In float64, where timm's numbers are right: measured 3.4e-6.
+
+    torch's group norm on the CPU is 2e-5 from that in float32; with that layer alone
+    in float64 timm's model is 3.3e-6 from it, too.
+    """
     theirs = randomise(timm.create_model("resnetv2_50x1_bit"), seed=6)
-    assert difference(theirs, BIT_CONFIG, (224, 224)) < BOUND
+    _, found, variables = read(weights_of(theirs, BIT_CONFIG), (224, 224))
+    image = pixels((224, 224))
+    ours = our_outputs(found.model, variables, image)
+    assert worst(ours, their_outputs(theirs.double(), image)) < BOUND
 
 
 def test_v1_learns_in_every_parameter():

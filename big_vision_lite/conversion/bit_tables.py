@@ -182,7 +182,7 @@ def check_torch_form(trunk: Trunk, *, what: str) -> None:
         raise ValueError(
             f"{what} has standardisation=inside_root and norm_epsilon=1e-5, this model "
             f"standardisation={form} and norm_epsilon={epsilon}: other numbers, by "
-            "about 1e-4 of the logits. Set both fields to evaluate or fine-tune "
+            "up to 7e-5 of the largest logit. Set both fields to evaluate or fine-tune "
             "the weights in that form, or export with --to npz."
         )
     check_multiple(what, trunk.width)

@@ -51,6 +51,8 @@ def parse(
         ValueError: an unknown name (with the closest one), or a value that is refused.
         SystemExit: --help was asked for, and is printed.
     """
+    # ml_collections runs every recipe in one module, in which names of the last stay.
+    sys.modules.pop(serialize.RECIPE, None)
     values = flags.FlagValues()
     define(values)
     flags.DEFINE_multi_string(

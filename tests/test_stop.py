@@ -65,10 +65,15 @@ def test_a_second_ctrl_c_interrupts_at_once(first):
 
 
 def test_outside_of_it_a_signal_does_what_it_did():
+    # Jobs in the background of a shell are started with the signal ignored.
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
     with StopSignal():
         pass
-    with pytest.raises(KeyboardInterrupt):
-        send(signal.SIGINT)
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            send(signal.SIGINT)
+    finally:
+        signal.signal(signal.SIGINT, before)
 
 
 def test_a_run_inside_a_run_stops_with_it():

@@ -493,3 +493,15 @@ def test_a_padded_stem_is_refused_because_its_zeros_are_another_gray():
     difference = outputs(*folded, SYMMETRIC) - outputs(kernel, bias, imagenet)
     assert np.abs(difference).max() > 0.1
     assert np.abs(difference[:, 1:-1, 1:-1]).max() < 1e-5
+
+
+def test_what_comes_without_a_configuration_is_assumed_by_its_names_and_said():
+    def assumed(name):
+        arrays = {name: np.zeros((1, 1), np.float32)}
+        return preprocessing.read(Weights(arrays=arrays, path="x"), None)
+
+    bit, resnet, vit = map(assumed, ("stem.conv.weight", "conv1.weight", "cls_token"))
+    assert bit.mean == vit.mean == (127.5,) != resnet.mean
+    for road, word in ((bit, "BiT"), (resnet, "torchvision"), (vit, "transformers")):
+        (note,) = road.notes
+        assert "no preprocessing comes with x" in note and word in note

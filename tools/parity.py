@@ -339,6 +339,9 @@ def _layers(
         a, b = ours[mine], theirs[other]
         if a.ndim == b.ndim == 4:
             b = np.moveaxis(b, 1, -1)
+        # Norms of timm may hold the ReLU that follows them here.
+        if b.min() >= 0 and a.min() < 0:
+            a = np.maximum(a, 0)
         if a.size == b.size:
             difference = relative(a.reshape(b.shape), b)
             found.append(Layer(ours=mine, theirs=other, difference=difference))

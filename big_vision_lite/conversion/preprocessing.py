@@ -75,7 +75,12 @@ def read(weights: Weights, image_size: Size | None, channels: int = 3) -> Prepro
     if any("/" in name for name in names):
         assumed = from_big_vision(image_size or (224, 224), channels)
         what = "big_vision's: resized to the input, no antialias, [-1, 1]"
-    elif "conv1.weight" in names or "stem.conv.weight" in names:
+    elif "stem.conv.weight" in names:
+        half = {"mean": HALF, "std": HALF}
+        config = {"crop_pct": 0.875, "interpolation": "bilinear", **half}
+        assumed = from_timm(config, image_size, channels)
+        what = "timm's for BiT: 0.875 central crop, bilinear, [-1, 1]"
+    elif "conv1.weight" in names:
         assumed = from_torchvision(image_size or (224, 224), channels=channels)
         what = "torchvision's: 256, central 224, bilinear, ImageNet mean and std"
     else:

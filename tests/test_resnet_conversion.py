@@ -9,8 +9,8 @@ import pytest
 import torch_libraries
 from foreign_models import randomise, relative_difference
 
+from big_vision_lite import flops, trees
 from big_vision_lite import state as state_lib
-from big_vision_lite import trees
 from big_vision_lite.conversion import (
     export,
     foreign,
@@ -31,6 +31,7 @@ timm = pytest.importorskip("timm")
 torchvision = pytest.importorskip("torchvision")
 transformers = pytest.importorskip("transformers")
 import parity  # noqa: E402
+from torch.utils import flop_counter  # noqa: E402
 from torchvision.models.resnet import BasicBlock, Bottleneck  # noqa: E402
 
 BOUND = 1e-5  # max |difference| / max |value|, float32 on the CPU
@@ -267,6 +268,22 @@ def test_published_sizes_have_the_parameters_of_timm_and_torchvision(size):
     wanted = {name: tuple(x.shape) for name, x in theirs.state_dict().items()}
     assert wanted == {name: tuple(x.shape) for name, x in other.state_dict().items()}
     assert count == sum(x.numel() for x in theirs.parameters())
+
+
+@pytest.mark.parametrize("size", ["R18", "R50", "X50_32x4d", "W50_2", "X101_32x48d"])
+def test_flops_are_those_that_torch_counts(size):
+    model = ResNet.of(size, head=Classifier(num_classes=1000))
+    image = jax.ShapeDtypeStruct((1, 224, 224, 3), jax.numpy.uint8)
+    variables = jax.eval_shape(model.init, jax.random.key(0), image)
+    described = TIMM.describe(model, EVEN)
+    with torch.device("meta"), flop_counter.FlopCounterMode(display=False) as counter:
+        theirs = timm.create_model(described["architecture"], **described["model_args"])
+        theirs.eval()(torch.zeros(1, 3, 224, 224))
+    found = flops.count(model.apply, variables, image)
+    print(
+        f"{size}: {found / 1e9:.3f} GFLOPs, torch {counter.get_total_flops() / 1e9:.3f}"
+    )
+    assert abs(found / counter.get_total_flops() - 1) < 0.001
 
 
 NARROW = dict(stages=(1, 1, 1, 1), width=8, head=Classifier(num_classes=CLASSES))

@@ -23,6 +23,7 @@ from big_vision_lite.models.layers import (
     rematerialised,
     scale_pixels,
 )
+from big_vision_lite.models.pointwise import pointwise
 from big_vision_lite.types import Batch
 
 # Units a stage: arXiv:1512.03385, Table 1. Those of bottlenecks serve all families.
@@ -64,11 +65,9 @@ class Conv(nn.Module, kw_only=True):
     def __call__(self, x: Float[Array, "B H W I"]) -> Float[Array, "B h w O"]:
         inputs = x.shape[-1] // self.groups
         kernel = self.param("kernel", HE, (self.size, self.size, inputs, self.channels))
-        x, kernel = x.astype(self.dtype), kernel.astype(self.dtype)
+        x, kernel = x.astype(self.dtype), jnp.asarray(kernel, self.dtype)
         if self.size == 1:
-            # As a matrix product over [B * h * w, I]: what it is, and on CPU the
-            # gradient of a 1x1 convolution costs more.
-            return x[:, :: self.stride, :: self.stride] @ kernel[0, 0]
+            return pointwise(x[:, :: self.stride, :: self.stride], kernel[0, 0])
         # torch's padding; "SAME" is another at even sizes.
         padding = (self.size // 2, self.size // 2)
         return jax.lax.conv_general_dilated(

@@ -58,6 +58,7 @@ class Checkpointer:
         self._config_text = config_text
         self._metadata = dict(metadata)
         self._log = log
+        self._preparing: threading.Thread | None = None
         self._thread: threading.Thread | None = None
         self._error: BaseException | None = None
         self.last_saved: int | None = None
@@ -68,6 +69,12 @@ class Checkpointer:
 
     def __exit__(self, *unused: Any) -> None:
         self.wait()
+
+    def prepare(self, abstract: TrainState) -> None:
+        """Compiles for the first save, beside what the caller does meanwhile."""
+        compiling = functools.partial(integrity.compile_checksums, abstract)
+        self._preparing = threading.Thread(target=compiling, name="compile-checksums")
+        self._preparing.start()
 
     def due(self, step: int) -> bool:
         """Says whether `step` is one to save at."""
@@ -95,6 +102,8 @@ class Checkpointer:
 
     def wait(self) -> None:
         """Blocks until the pending save is complete; raises what went wrong in it."""
+        if self._preparing is not None:
+            self._preparing.join()
         if self._thread is not None:
             self._thread.join()
             self._thread = None

@@ -7,7 +7,7 @@ import jax
 import numpy as np
 from etils import epath
 
-from big_vision_lite import files, program, sharding, trees
+from big_vision_lite import files, layout, program, sharding, trees
 from big_vision_lite import state as state_lib
 from big_vision_lite.config import TrainConfig
 from big_vision_lite.data import pipeline
@@ -28,7 +28,7 @@ def dry_run(config: TrainConfig, workdir: epath.Path) -> str:
     """
     files.make_folder(workdir)
     mesh = sharding.make_mesh(config.mesh)
-    sharding.check_batch_size(config.data.batch_size, mesh, config.micro_batches)
+    layout.check_batch_size(config.data.batch_size, mesh, config.micro_batches)
     examples = len(config.data.source)
     with (
         jax.set_mesh(mesh),

@@ -17,7 +17,7 @@ import json
 import pathlib
 import sys
 import tempfile
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -35,10 +35,11 @@ from big_vision_lite import (
 from big_vision_lite import step as step_lib
 from big_vision_lite.config import Platform
 from big_vision_lite.data import pipeline
+from big_vision_lite.data.stream import EvaluationSet
 from big_vision_lite.evaluators.context import Context
 from big_vision_lite.progress import Progress
 from big_vision_lite.saved_run import SavedRun
-from big_vision_lite.types import Batch, Evaluator, Op, Source
+from big_vision_lite.types import Evaluator, Op, Source
 from big_vision_lite.wording import did_you_mean
 
 
@@ -73,7 +74,7 @@ class Contexts:
         self._run = run
         self._workdir = workdir
         self._progress = progress
-        self._spec: dict[str, Any] | None = None
+        self._last: EvaluationSet | None = None
 
     def make(self, name: str) -> Context:
         config = self._run.config
@@ -88,34 +89,28 @@ class Contexts:
             objective=config.objective,
             make_eval_step=functools.partial(step_lib.make_eval_step, config.model),
             eval_batches=self._eval_batches,
+            abstract_state=self._run.state,
             untrained_state=self._untrained,
             log=self._progress.message,
         )
 
     def _eval_batches(
         self, source: Source, ops: Sequence[Op], batch_size: int
-    ) -> Iterable[Batch]:
-        batches = pipeline.eval_batches(
+    ) -> EvaluationSet:
+        self._last = pipeline.eval_batches(
             source,
             tuple(ops),
             batch_size,
             self._run.mesh,
             threads=self._run.config.data.threads,
         )
-        return self._noting_shapes(batches)
-
-    def _noting_shapes(self, batches: Iterable[Batch]) -> Iterator[Batch]:
-        for batch in batches:
-            self._spec = {
-                key: jax.ShapeDtypeStruct(rows.shape, rows.dtype)
-                for key, rows in batch.items()
-                if key != "valid"
-            }
-            yield batch
+        return self._last
 
     def _untrained(self) -> Any:
-        assert self._spec is not None, "a control is a score of images, seen before"
-        return self._run.untrained(self._spec)
+        assert self._last is not None, "a control is a score of images, seen before"
+        spec = self._last.spec()
+        del spec["valid"]
+        return self._run.untrained(spec)
 
 
 def choose(

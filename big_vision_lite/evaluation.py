@@ -10,6 +10,7 @@ from etils import epath
 from big_vision_lite import step as step_lib
 from big_vision_lite.config import TrainConfig
 from big_vision_lite.data import pipeline
+from big_vision_lite.data.stream import EvaluationSet
 from big_vision_lite.evaluators.context import Context
 from big_vision_lite.metrics import Writer
 from big_vision_lite.state import TrainState
@@ -67,12 +68,13 @@ def make_context(
     config: TrainConfig,
     mesh: jax.sharding.Mesh,
     workdir: epath.Path,
+    abstract_state: TrainState,
     untrained_state: Callable[[], TrainState],
     log: Callable[[str], None],
 ) -> Context:
     """Builds what one evaluator may know of the run."""
 
-    def eval_batches(source: Any, ops: Any, batch_size: int) -> Any:
+    def eval_batches(source: Any, ops: Any, batch_size: int) -> EvaluationSet:
         return pipeline.eval_batches(
             source, tuple(ops), batch_size, mesh, threads=config.data.threads
         )
@@ -88,6 +90,7 @@ def make_context(
         objective=config.objective,
         make_eval_step=functools.partial(step_lib.make_eval_step, config.model),
         eval_batches=eval_batches,
+        abstract_state=abstract_state,
         untrained_state=untrained_state,
         log=log,
     )

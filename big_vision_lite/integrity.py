@@ -5,9 +5,10 @@ written, every file is digested after, and both go into a manifest written last:
 folder without a manifest is incomplete, and one that disagrees with it is damaged.
 """
 
+import functools
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
@@ -51,18 +52,32 @@ def _mix(x: Array) -> Array:
 
 def checksums(tree: Any) -> list[Array]:
     """Returns the checksum of every leaf, a uint32 each, in the order of names."""
-    # A small program a shape: a state has hundreds of leaves of a dozen shapes, and one
-    # program for all of them takes four times as long to compile.
     sums = []
     for leaf in jax.tree.leaves(tree):
-        sums.append(_compiled_checksum(leaf))
+        sums.append(_checksum_program(leaf.shape, leaf.dtype, leaf.sharding)(leaf))
         # XLA:CPU comes to a standstill when several programs wait for other devices.
         if jax.default_backend() == "cpu" and jax.device_count() > 1:
             sums[-1].block_until_ready()
     return sums
 
 
-_compiled_checksum = jax.jit(leaf_checksum)
+def compile_checksums(abstract: Any) -> None:
+    """Compiles what `checksums` runs on such leaves, so that it need not wait for it.
+
+    `abstract` has the shape, dtype and sharding of every leaf. May run in a thread.
+    """
+    for leaf in jax.tree.leaves(abstract):
+        _checksum_program(leaf.shape, leaf.dtype, leaf.sharding)
+
+
+@functools.cache
+def _checksum_program(
+    shape: tuple[int, ...], dtype: jnp.dtype, sharding: jax.sharding.Sharding
+) -> Callable[[Array], Array]:
+    # A small program a shape: a state has hundreds of leaves of a dozen shapes, and one
+    # program for all of them takes four times as long to compile.
+    leaf = jax.ShapeDtypeStruct(shape, dtype, sharding=sharding)
+    return jax.jit(leaf_checksum).lower(leaf).compile()
 
 
 def describe_leaves(tree: Any, sums: Any) -> dict[str, dict[str, Any]]:

@@ -19,6 +19,34 @@ def replicated(mesh: jax.sharding.Mesh) -> NamedSharding:
     return NamedSharding(mesh, PartitionSpec())
 
 
+def check_batch_size(
+    batch_size: int,
+    mesh: jax.sharding.Mesh,
+    micro_batches: int = 1,
+    *,
+    option: str = "--config.data.batch_size",
+) -> None:
+    """Refuses a batch that does not give every device the same number of rows.
+
+    `option` is what chooses the size.
+
+    Raises:
+        ValueError: names the two nearest batch sizes that do.
+    """
+    unit = mesh.size * micro_batches
+    if batch_size > 0 and batch_size % unit == 0:
+        return
+    below = max(batch_size, 0) // unit * unit
+    nearest = f"{below} or {below + unit}" if below else f"{unit} or {2 * unit}"
+    over = f"{mesh.size} devices" if mesh.size > 1 else "1 device"
+    if micro_batches > 1:
+        over += f" times {micro_batches} micro-batches"
+    raise ValueError(
+        f"{option.removeprefix('--config.')}={batch_size} does not divide over {over}; "
+        f"use {option}={nearest}."
+    )
+
+
 def pin_batch(x: Array) -> Array:
     """Keeps the rows of `x` on the batch axes, so that weights move, not activations.
 

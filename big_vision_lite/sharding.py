@@ -136,34 +136,6 @@ def shardings(
     return trees.map_named(place, abstract_tree)
 
 
-def check_batch_size(
-    batch_size: int,
-    mesh: jax.sharding.Mesh,
-    micro_batches: int = 1,
-    *,
-    option: str = "data.batch_size",
-) -> None:
-    """Refuses a batch that does not give every device the same number of rows.
-
-    `option` is where the size stands in the configuration.
-
-    Raises:
-        ValueError: names the two nearest batch sizes that do.
-    """
-    unit = mesh.size * micro_batches
-    if batch_size > 0 and batch_size % unit == 0:
-        return
-    below = max(batch_size, 0) // unit * unit
-    nearest = f"{below} or {below + unit}" if below else f"{unit} or {2 * unit}"
-    over = f"{mesh.size} devices" if mesh.size > 1 else "1 device"
-    if micro_batches > 1:
-        over += f" times {micro_batches} micro-batches"
-    raise ValueError(
-        f"{option}={batch_size} does not divide over {over}; "
-        f"use --config.{option}={nearest}."
-    )
-
-
 def put(batch: Mapping[str, np.ndarray], mesh: jax.sharding.Mesh) -> dict[str, Array]:
     """Makes global arrays, rows over the batch axes, from this host's rows.
 

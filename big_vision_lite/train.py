@@ -22,6 +22,7 @@ from big_vision_lite import (
     evaluation,
     files,
     integrity,
+    layout,
     processes,
     program,
     run_folder,
@@ -64,7 +65,7 @@ def train(
         Stopped: a signal came; the state is saved.
     """
     mesh = sharding.make_mesh(config.mesh)
-    sharding.check_batch_size(config.data.batch_size, mesh, config.micro_batches)
+    layout.check_batch_size(config.data.batch_size, mesh, config.micro_batches)
     num_steps = config.resolve_steps(len(config.data.source))
     with (
         jax.set_mesh(mesh),
@@ -87,6 +88,7 @@ def train(
         if note := config.length_note():
             progress.message(note)
         built = program.build(config, mesh, batches.spec())
+        checkpointer.prepare(built.abstract)
         evaluations = evaluation.Evaluations(
             config,
             functools.partial(
@@ -94,6 +96,7 @@ def train(
                 config=config,
                 mesh=mesh,
                 workdir=workdir,
+                abstract_state=built.abstract,
                 untrained_state=built.fresh,
                 log=progress.message,
             ),

@@ -125,6 +125,7 @@ def make_context(
         eval_batches=lambda source, ops, batch_size: pipeline.eval_batches(
             source, tuple(ops), batch_size, mesh, threads=2
         ),
+        abstract_state=make_state(model, mesh, image_shape),
         untrained_state=untrained
         or functools.partial(make_state, model, mesh, image_shape, step=0),
         log=(messages if messages is not None else []).append,

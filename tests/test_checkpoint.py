@@ -137,6 +137,26 @@ def test_what_is_restored_is_what_was_saved_on_any_mesh(saved, restored, tmp_pat
     assert lines == ([] if saved[0] == restored[0] else [moved])
 
 
+@pytest.mark.parametrize("devices", [1, 8])
+def test_a_save_compiles_nothing_that_was_prepared(devices, tmp_path, caplog):
+    """Two ways: what JAX logs when it compiles, and the programs at hand."""
+    integrity._checksum_program.cache_clear()
+    state = build(devices)
+    with jax.log_compiles(), caplog.at_level("WARNING"):
+        with open_checkpointer(tmp_path) as checkpointer:
+            checkpointer.prepare(blueprint(devices))
+            checkpointer.wait()
+            prepared = integrity._checksum_program.cache_info().currsize
+            checkpointer.save(1, state)
+        assert "Compiling jit(leaf_checksum)" not in caplog.text
+    assert integrity._checksum_program.cache_info().currsize == prepared
+    # Without it the same save compiles all of them.
+    integrity._checksum_program.cache_clear()
+    with jax.log_compiles(), caplog.at_level("WARNING"):
+        save(tmp_path / "unprepared", 1, state=state)
+    assert caplog.text.count("Compiling jit(leaf_checksum)") == prepared
+
+
 def test_a_folder_without_a_checkpoint_restores_nothing(tmp_path):
     state, lines = restore(tmp_path)
     assert state is None and lines == []

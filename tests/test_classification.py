@@ -1,5 +1,6 @@
 """Every image counts once, for the right class, on any number of devices."""
 
+import contextlib
 import csv
 
 import jax
@@ -31,6 +32,13 @@ NAMES = tuple("abcdefg")
 
 def evaluate(tmp_path, source, *, devices=1, batch_size=8, model=None, **context):
     """Runs the evaluator on images whose pixels are the logits."""
+    with prepared(tmp_path, source, devices, batch_size, model, context) as (run, at):
+        return run(at)
+
+
+@contextlib.contextmanager
+def prepared(tmp_path, source, devices=1, batch_size=8, model=None, context=None):
+    context = dict(context or {})
     model = model or Pixels()
     mesh = make_mesh(devices)
     shape = np.shape(source[0]["image"])
@@ -47,7 +55,7 @@ def evaluate(tmp_path, source, *, devices=1, batch_size=8, model=None, **context
             **context,
         )
         evaluator = Classification(source=source, batch_size=batch_size)
-        return evaluator.prepare(made)(state)
+        yield evaluator.prepare(made), state
 
 
 def per_class(tmp_path):
@@ -220,10 +228,33 @@ def test_a_set_without_a_readable_image_has_no_score(tmp_path):
 
 
 def test_a_head_of_another_size_or_none_is_named(tmp_path, source):
-    with pytest.raises(ValueError, match="7 logits, but there are 8 classes"):
-        evaluate(tmp_path, source, class_names=(*NAMES, "h"))
-    with pytest.raises(ValueError, match="gives pooled but no logits"):
-        evaluate(tmp_path, source, model=Pixels(has_head=False))
+    """And before the first step, not at the first evaluation after many."""
+    eight = {"class_names": (*NAMES, "h")}
+    with (
+        pytest.raises(ValueError, match="7 logits, but there are 8 classes"),
+        prepared(tmp_path, source, context=eight),
+    ):
+        pass
+    with (
+        pytest.raises(ValueError, match="gives pooled but no logits"),
+        prepared(tmp_path, source, model=Pixels(has_head=False)),
+    ):
+        pass
+
+
+def test_images_without_labels_are_refused_before_the_first_step(tmp_path):
+    images = np.zeros((4, 1, 1, 7), np.uint8)
+
+    class Unlabelled(InMemory):
+        def __getitem__(self, index):
+            return {"image": super().__getitem__(index)["image"]}
+
+    source = Unlabelled(images, np.zeros(4, int), NAMES)
+    with (
+        pytest.raises(ValueError, match="has no label, only image; give a labelled"),
+        prepared(tmp_path, source),
+    ):
+        pass
 
 
 def test_top5_needs_more_than_five_classes(tmp_path):
@@ -240,6 +271,8 @@ def test_the_model_runs_once_though_loss_and_scores_ask_for_it(tmp_path):
         step = step_lib.make_eval_step(model, function)
 
         def counted(state, batch):
+            if isinstance(state.step, jax.core.Tracer):
+                return step(state, batch)
             whole = jax.jit(lambda images: step(state, images))
             cost = whole.lower(batch).compile().cost_analysis()
             flops["evaluator"] = cost["flops"]

@@ -292,8 +292,13 @@ def test_several_labels_an_image_and_an_empty_set_are_refused(tmp_path):
     labels = np.eye(2, dtype=int)[[0, 1]]
     several = InMemory(np.zeros((2, 8, 8, 1), np.uint8), labels, ("a", "b"))
     few = FewShotSet(name="many", train=several, test=several)
-    with pytest.raises(ValueError, match="several labels an image"):
-        evaluate(tmp_path, small(sets=(few,)))
+    mesh = make_mesh(1)
+    context = make_context(tmp_path, mesh, Pixels())
+    with (
+        jax.set_mesh(mesh),
+        pytest.raises(ValueError, match="several labels an image"),
+    ):
+        small(sets=(few,)).prepare(context)  # before any step
 
     class Empty:
         class_names = ("a", "b")

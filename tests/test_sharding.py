@@ -263,16 +263,16 @@ def test_put_makes_global_arrays_of_the_same_rows():
 def test_a_batch_that_does_not_divide_is_refused_with_the_two_nearest_sizes():
     mesh = make_mesh(Mesh(), devices())
     for size in (8, 96, 1024):
-        sharding.check_batch_size(size, mesh)
+        layout.check_batch_size(size, mesh)
     with pytest.raises(ValueError, match=r"batch_size=100 .* 8 devices; .*=96 or 104"):
-        sharding.check_batch_size(100, mesh)
+        layout.check_batch_size(100, mesh)
     with pytest.raises(ValueError, match=r"batch_size=5 .* use .*=8 or 16"):
-        sharding.check_batch_size(5, mesh)
+        layout.check_batch_size(5, mesh)
     with pytest.raises(ValueError, match=r"batch_size=0 .* use .*=8 or 16"):
-        sharding.check_batch_size(0, mesh)
+        layout.check_batch_size(0, mesh)
     one = make_mesh(Mesh(), devices(1))
-    sharding.check_batch_size(5, one)
+    layout.check_batch_size(5, one)
     with pytest.raises(ValueError, match=r"1 device times 4 micro-batches; .*=4 or 8"):
-        sharding.check_batch_size(5, one, micro_batches=4)
+        layout.check_batch_size(5, one, micro_batches=4)
     with pytest.raises(ValueError, match=r"8 devices times 2 micro.*=96 or 112"):
-        sharding.check_batch_size(104, mesh, micro_batches=2)
+        layout.check_batch_size(104, mesh, micro_batches=2)

@@ -217,7 +217,7 @@ def test_an_evaluator_that_could_not_run_is_refused_before_any_step(
     assert list(records(tmp_path)) == list(range(1, 9))
 
 
-def test_evaluators_are_prepared_once_and_read_no_image_before_their_time(
+def test_evaluators_are_prepared_once_and_read_one_image_before_their_time(
     tmp_path, monkeypatch
 ):
     Counting.reads.clear()
@@ -235,9 +235,10 @@ def test_evaluators_are_prepared_once_and_read_no_image_before_their_time(
     monkeypatch.setattr(Classification, "prepare", noted)
     monkeypatch.setattr(train.Monitor, "add", stepped)
     run(tmp_path, recipe(evaluators={"test": on_digits(source=Counting())}))
-    assert seen[:2] == [("prepare", 0), (1, 0)]
+    assert seen[:2] == [("prepare", 0), (1, 1)]
     assert [step for step, _ in seen] == ["prepare", *range(1, 9)]
-    assert sorted(Counting.reads) == sorted(2 * [*range(len(Counting()))])
+    # The first for its shape, then all of them, twice.
+    assert sorted(Counting.reads) == sorted([0, *2 * [*range(len(Counting()))]])
 
 
 @pytest.mark.parametrize("dry", [False, True])

@@ -27,6 +27,7 @@ what rematerialisation repeats; MFU compares them with the devices' data sheet.
 import argparse
 import dataclasses
 import datetime
+import functools
 import importlib.util
 import json
 import os
@@ -423,7 +424,7 @@ def build_bare(
     clip_norm: float | None = 1.0,
 ) -> Bare:
     """Compiles the real train step of a model, and makes its state and a batch."""
-    from big_vision_lite import flops, sharding
+    from big_vision_lite import flops, layout, sharding
     from big_vision_lite import state as state_lib
     from big_vision_lite.objectives.classification import SoftmaxClassification
     from big_vision_lite.optimizers import AdamW
@@ -431,7 +432,7 @@ def build_bare(
     from big_vision_lite.step import make_train_step
 
     mesh = sharding.make_mesh(sharding.Mesh())
-    sharding.check_batch_size(batch_size, mesh)
+    layout.check_batch_size(batch_size, mesh)
     rng = np.random.default_rng(0)
     shape = (batch_size, image_size, image_size, 3)
     batch = sharding.put(
@@ -552,20 +553,40 @@ def main(argv: Sequence[str]) -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     add = parser.add_argument
+    add(
+        "--config",
+        metavar="FILE[:ARG]",
+        help="a recipe; --config.a.b=value changes it as in a training",
+    )
     add("--synthetic", action="store_true", help="bare steps on made-up images")
-    add("--steps", type=int, default=25, help="steps of a window")
-    add("--rounds", type=int, default=5, help="windows")
-    add("--starts", type=int, default=3, help="compilations, and cold and warm starts")
+    add("--steps", type=int, default=25, help="steps of a window (%(default)s)")
+    add("--rounds", type=int, default=5, help="windows (%(default)s)")
+    add(
+        "--starts",
+        type=int,
+        default=3,
+        help="compilations, and cold and warm starts (%(default)s)",
+    )
     add("--json", metavar="FILE", help="write all values there, too")
     add("--against", choices=("timm",), help="bare steps here and there, in turn")
     only = parser.add_argument_group("--synthetic and --against only")
-    only.add_argument("--model", action="append", help="ViT:S/16,field=value,...")
-    only.add_argument("--batch_size", type=int, default=8)
-    only.add_argument("--image_size", type=int, default=224)
-    only.add_argument("--dtype", default="float32", help="float32 or bfloat16")
+    only.add_argument(
+        "--model",
+        action="append",
+        metavar="SPEC",
+        help="ViT:S/16,field=value,...; several times for several (ViT:S/16)",
+    )
+    number_of = functools.partial(only.add_argument, type=int)
+    number_of("--batch_size", default=8, help="images of a step (%(default)s)")
+    number_of("--image_size", default=224, help="their side in px (%(default)s)")
+    only.add_argument(
+        "--dtype", default="float32", help="float32 (the default) or bfloat16"
+    )
     options, rest = parser.parse_known_args(argv)
     if min(options.steps, options.rounds) < 1 or options.starts < 0:
         parser.error("--steps and --rounds start at 1, --starts at 0")
+    if options.config is not None:
+        rest = [f"--config={options.config}", *rest]
     if options.against:
         if rest or options.dtype != "float32":
             parser.error(f"--against knows no {' '.join(rest) or '--dtype'}")

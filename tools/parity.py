@@ -9,6 +9,7 @@ import hashlib
 import importlib
 import importlib.resources
 import io
+import json
 import pathlib
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -49,8 +50,8 @@ class Report:
 
     logits: Mapping[str, float]
     layers: Sequence[Layer]
-    pixels: float | None
-    same_top1: int | None
+    pixels: float
+    same_top1: int
     num_images: int
 
     @property
@@ -59,21 +60,17 @@ class Report:
 
     def text(self) -> str:
         lines = [
-            f"{'logits' if kind != 'features' else kind} on {kind}: "
-            f"{difference:.1e} of the largest value (bound {BOUND:.0e})"
+            f"logits on {kind}: {difference:.1e} of the largest value "
+            f"(bound {BOUND:.0e})"
             for kind, difference in self.logits.items()
         ]
-        if self.pixels is not None:
-            lines.append(
-                f"preprocessing of {self.num_images} photographs: at most "
-                f"{self.pixels:.3g} of 255 apart"
-            )
-        if self.same_top1 is not None:
-            lines.append(
-                f"same top class, each side with its own preprocessing: "
-                f"{self.same_top1} of {self.num_images}"
-            )
-        lines.append("layer by layer:")
+        lines += [
+            f"preprocessing of {self.num_images} photographs: at most "
+            f"{self.pixels:.3g} of 255 apart",
+            f"same top class, each side with its own preprocessing: "
+            f"{self.same_top1} of {self.num_images}",
+            "layer by layer:",
+        ]
         lines += [
             f"  {layer.difference:.1e}  {layer.ours} = {layer.theirs}"
             for layer in self.layers
@@ -115,19 +112,15 @@ def compare(
         logits[kind] = relative(_result(ours), other)
         if kind == "random pixels":
             layers = _layers(pairs, captured, seen)
-    pixels, same = None, None
     own = their_images(exported, theirs, folder, photographs, channels)
-    if own is not None:
-        ours, _ = run_ours(model, variables, images["photographs"], [])
-        other, _ = run_theirs(theirs, own, [])
-        spread = np.broadcast_to(np.asarray(road.std), (channels,))
-        pixels = float(np.abs((ours["image"] - own) * spread).max())
-        same = int((_result(ours).argmax(-1) == other.argmax(-1)).sum())
+    ours, _ = run_ours(model, variables, images["photographs"], [])
+    other, _ = run_theirs(theirs, own, [])
+    spread = np.broadcast_to(np.asarray(road.std), (channels,))
     return Report(
         logits=logits,
         layers=layers,
-        pixels=pixels,
-        same_top1=same,
+        pixels=float(np.abs((ours["image"] - own) * spread).max()),
+        same_top1=int((_result(ours).argmax(-1) == other.argmax(-1)).sum()),
         num_images=len(photographs),
     )
 
@@ -242,7 +235,7 @@ def their_images(
     folder: pathlib.Path,
     files: Sequence[bytes],
     channels: int,
-) -> np.ndarray | None:
+) -> np.ndarray:
     """Returns what their own preprocessing makes of files, scaled [B, H, W, C]."""
     pillow = importlib.import_module("PIL.Image")
     mode = "L" if channels == 1 else "RGB"
@@ -257,7 +250,12 @@ def their_images(
         processor = transformers.AutoImageProcessor.from_pretrained(folder)
         made = list(processor(images, return_tensors="np")["pixel_values"])
     else:
-        return None
+        transforms = importlib.import_module("torchvision.transforms")
+        presets = importlib.import_module("torchvision.transforms._presets")
+        config = json.loads(exported.files["config.json"])["transforms"]
+        mode = transforms.InterpolationMode(config["interpolation"])
+        transform = presets.ImageClassification(**{**config, "interpolation": mode})
+        made = [transform(image).numpy() for image in images]
     return np.moveaxis(np.stack(made), 1, -1)
 
 

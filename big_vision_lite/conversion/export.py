@@ -68,7 +68,7 @@ def export(
         arrays=arrays,
         described=described,
         files=_files(library, described, images.config, road, channels, class_names),
-        code=_code(library, described, folder),
+        code=_code(library, described, images.config, folder),
         notes=images.inexact,
     )
 
@@ -98,8 +98,16 @@ def _images(library: Library, road: Preprocessing, channels: int) -> Written:
     match library:
         case Library.HUGGINGFACE:
             return preprocessing_export.to_huggingface(road, channels)
-        case Library.TIMM | Library.TORCHVISION:
+        case Library.TIMM:
             return preprocessing_export.to_timm(road, channels)
+        case Library.TORCHVISION:
+            preset = preprocessing_export.to_torchvision(road)
+            # torchvision reads no configuration: timm's form is read back here.
+            back = preprocessing_export.to_timm(road, channels)
+            return Written(
+                config={"transforms": preset.config, "pretrained_cfg": back.config},
+                inexact=preset.inexact,
+            )
         case _:
             # Read back here, by our own ops.
             own = json.loads(serialize.to_json(road))["config"]
@@ -175,8 +183,7 @@ def _files(
     labels = {"label_names": list(class_names)} if class_names else {}
     match library:
         case Library.TORCHVISION:
-            # torchvision reads no configuration; this one is read back here.
-            config = {**described, "pretrained_cfg": dict(images), **labels}
+            config = {**described, **images, **labels}
         case Library.TIMM:
             arguments = described["model_args"]
             count = {"num_classes": arguments.get("num_classes", 0)}
@@ -199,7 +206,12 @@ def _files(
     return {"config.json": _json(config)}
 
 
-def _code(library: Library, described: Mapping[str, Any], folder: str) -> list[str]:
+def _code(
+    library: Library,
+    described: Mapping[str, Any],
+    images: Mapping[str, Any],
+    folder: str,
+) -> list[str]:
     match library:
         case Library.TIMM:
             return [
@@ -226,6 +238,13 @@ def _code(library: Library, described: Mapping[str, Any], folder: str) -> list[s
                 f"**{described['arguments']!r})",
                 f"model.load_state_dict(load_file({folder + '/' + SAFETENSORS!r}))",
                 "model = model.eval()",
+                "from torchvision.transforms import InterpolationMode, _presets",
+                "transform = _presets.ImageClassification("
+                + ", ".join(
+                    f"{name}={_mode(value) if name == 'interpolation' else repr(value)}"
+                    for name, value in images["transforms"].items()
+                )
+                + ")",
             ]
         case Library.SAFETENSORS:
             return [
@@ -240,6 +259,10 @@ def _code(library: Library, described: Mapping[str, Any], folder: str) -> list[s
                 "for name in sorted(arrays.files):",
                 "    print(name, arrays[name].shape)",
             ]
+
+
+def _mode(name: str) -> str:
+    return f"InterpolationMode({name!r})"
 
 
 _FOR_TORCH = (

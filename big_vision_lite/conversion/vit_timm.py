@@ -144,9 +144,9 @@ class TimmViT:
                 *("qkv_bias", "qk_norm", "registers", "distillation_token"),
                 *("kernel_patch_size", "position_grid"),
             ),
-            instead="Export to npz or safetensors, or train without it. For the layer "
-            "before the head, drop it and train a new head: --config.init.drop="
-            "'head/.*' with head.hidden_dim=none.",
+            instead="Use --to safetensors, which keeps everything, for this library. "
+            "For the layer before the head, drop it and train a new head: "
+            "--config.init.drop='head/.*' with head.hidden_dim=none.",
         )
         if model.activation == Activation.SWIGLU and model.pooling == Pooling.ATTENTION:
             raise ValueError(

@@ -105,12 +105,16 @@ class EvaluationBatches:
 
     def complete(self, batch: HostBatch) -> None:
         if not batch.arrays:
-            batch.zeros_like(self._some_example())
+            batch.zeros_like(self.example())
         batch.arrays["valid"] = batch.filled
         batch.report.sort()
 
-    def _some_example(self) -> HostBatch:
-        """Returns a batch of one, for the shapes where a host has no example."""
+    def example(self) -> HostBatch:
+        """Returns a batch of one, the first that decodes, for its shapes.
+
+        Raises:
+            ValueError: none of the first 100 decodes.
+        """
         batch = HostBatch(step=0, rows=range(1))
         examples = _Examples(self._source, self._ops, EVALUATION, batch)
         for index in range(min(self._size, 100)):

@@ -4,7 +4,6 @@ No iterator state exists: a run continues at any step, on any number of hosts.
 """
 
 import hashlib
-import os
 from typing import Any
 
 import grain
@@ -64,10 +63,3 @@ class ExampleGenerator:
         self._start["state"]["key"] = np.array([self._seed, position], np.uint64)
         self._bits.state = self._start
         return self._generator
-
-
-def available_cores() -> int:
-    """Returns the number of cores that this process may use."""
-    if hasattr(os, "sched_getaffinity"):
-        return len(os.sched_getaffinity(0))
-    return os.cpu_count() or 1

@@ -94,7 +94,7 @@ def open_batches(
         )
     batches = Batches(
         TrainingBatches(stream.source, stream.ops, seed, stream.batch_size),
-        _Placement(mesh, stream.batch_size),
+        _Placement(mesh, stream.batch_size, "--config.data.batch_size"),
         UnreadableImages(total, bad_images_path, jax.process_index()),
         threads=resolve_threads(stream.threads, stream.processes),
         processes=stream.processes,
@@ -122,7 +122,7 @@ def eval_batches(
         raise ValueError("the evaluation set is empty; give a split with images.")
     return EvaluationSet(
         EvaluationBatches(source, ops, batch_size),
-        _Placement(mesh, batch_size),
+        _Placement(mesh, batch_size, "batch_size"),
         num_batches=math.ceil(total / batch_size),
         threads=resolve_threads(threads),
     )
@@ -154,14 +154,8 @@ def rows_of_devices(
 class _Placement:
     """Turns this process's rows of a batch into global arrays, rows over the mesh."""
 
-    def __init__(self, mesh: jax.sharding.Mesh, batch_size: int):
-        devices = mesh.size
-        if batch_size < 1 or batch_size % devices:
-            low = max(devices, batch_size - batch_size % devices)
-            raise ValueError(
-                f"batch_size={batch_size} does not divide over {devices} devices; use "
-                f"{low} or {low + devices}."
-            )
+    def __init__(self, mesh: jax.sharding.Mesh, batch_size: int, option: str):
+        layout.check_batch_size(batch_size, mesh, option=option)
         self._batch_size = batch_size
         self._sharding = layout.batch_sharding(mesh)
         self.rows = rows_of_devices(

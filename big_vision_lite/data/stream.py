@@ -137,6 +137,11 @@ class EvaluationSet:
     def __len__(self) -> int:
         return self._num_batches
 
+    def spec(self) -> dict[str, Any]:
+        """Returns shape, dtype and sharding of every array of a batch."""
+        probe = self._maker.example()
+        return self._put.spec(probe.arrays | {"valid": probe.filled})
+
     def __iter__(self) -> Iterator[dict[str, Array]]:
         ahead: collections.deque[concurrent.futures.Future] = collections.deque()
         report = Report()

@@ -95,8 +95,10 @@ class UnreadableImages:
         # cannot append. At most a thousandth of the images are listed.
         if self._own is None:
             return
-        self._own.parent.mkdir(parents=True, exist_ok=True)
-        files.replace(self._own, "".join(bad.line for bad in self._mine.values()))
+        with files.writing(self._own):
+            self._own.parent.mkdir(parents=True, exist_ok=True)
+            text = "".join(bad.line for bad in self._mine.values())
+            files.replace(self._own, text)
 
 
 def _read(path: epath.Path) -> dict[int, Unreadable]:

@@ -70,6 +70,7 @@ class Classification:
             }
 
         step = context.make_eval_step(judge)
+        context.check_step(step, self.source, context.preprocess, self.batch_size)
 
         def run(state: Any) -> dict[str, float]:
             read = list(

@@ -1,7 +1,7 @@
 """What an evaluator may know of the run it belongs to, and how it meets the images."""
 
 import dataclasses
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -10,7 +10,8 @@ from etils import epath
 from jax.experimental import multihost_utils
 from jaxtyping import Bool, Int32
 
-from big_vision_lite import sharding
+from big_vision_lite import layout
+from big_vision_lite.data.stream import EvaluationSet
 from big_vision_lite.types import Array, Batch, Forward, Model, Objective, Op, Source
 from big_vision_lite.wording import some
 
@@ -28,8 +29,9 @@ class Context:
     `preprocess` is the recipe's road from a file to the model, `class_names` are the
     model's, empty when nobody knows them. `make_eval_step` jits a function of
     (forward, batch) with the state's parameters, the averaged ones when there are any.
-    `eval_batches(source, ops, batch_size)` yields global batches with "valid", every
-    example once, in order. `untrained_state()` is the run's state before step 1.
+    `eval_batches(source, ops, batch_size)` gives global batches with "valid", every
+    example once, in order. `abstract_state` has the shapes of the states to come,
+    `untrained_state()` is the run's state before step 1.
     `log` tells the user something. Steps run under `jax.set_mesh(mesh)`.
     """
 
@@ -42,7 +44,8 @@ class Context:
     seed: int
     objective: Objective
     make_eval_step: Callable[[RowFunction], EvalStep]
-    eval_batches: Callable[[Source, Sequence[Op], int], Iterable[Batch]]
+    eval_batches: Callable[[Source, Sequence[Op], int], EvaluationSet]
+    abstract_state: Any
     untrained_state: Callable[[], Any]
     log: Callable[[str], None]
 
@@ -66,8 +69,27 @@ class Context:
             raise ValueError(
                 f"{self.name}: {what} has no images; give a split that has some."
             )
-        option = f"evaluators.{self.name}.{option}"
-        sharding.check_batch_size(batch_size, self.mesh, option=option)
+        option = f"--config.evaluators.{self.name}.{option}"
+        layout.check_batch_size(batch_size, self.mesh, option=option)
+
+    def check_step(
+        self, step: EvalStep, source: Source, ops: Sequence[Op], batch_size: int
+    ) -> Mapping[str, Any]:
+        """Traces `step` on the shapes of the first image; returns those of its rows.
+
+        What does not fit would else end a run at its first evaluation, after hours.
+
+        Raises:
+            ValueError: the images have no label, the model lacks an output or takes no
+                image of that size.
+        """
+        spec = self.eval_batches(source, ops, batch_size).spec()
+        if "label" not in spec:
+            raise ValueError(
+                f"{self.name}: {source.name(0)} has no label, only "
+                f"{some(sorted(spec.keys() - {'valid'}))}; give a labelled set."
+            )
+        return jax.eval_shape(step, self.abstract_state, spec)
 
     def gather_rows(self, rows: Mapping[str, Array], valid: Bool[Array, " B"]) -> Rows:
         """Brings the valid rows to every host, in the order of the source."""

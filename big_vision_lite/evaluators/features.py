@@ -7,7 +7,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Float, Int, Shaped
+from jaxtyping import Float, Int
 
 from big_vision_lite.evaluators.context import Context, EvalStep, RowFunction
 from big_vision_lite.types import Array, Batch, Forward, Model, Op, Source
@@ -35,7 +35,12 @@ def pooled(model: Model) -> RowFunction:
 
     def function(forward: Forward, batch: Batch) -> dict[str, Array]:
         outputs = forward(**model.inputs(batch))
-        vectors = outputs.get("pre_logits", outputs["pooled"])
+        vectors = outputs.get("pre_logits", outputs.get("pooled"))
+        if vectors is None:
+            raise ValueError(
+                f"The model gives {', '.join(sorted(outputs))}; features need "
+                '"pooled" [B, D].'
+            )
         return {"vectors": vectors.astype(jnp.float32), "label": batch["label"]}
 
     return function
@@ -68,6 +73,26 @@ def area_weights(size: int, target: int) -> Float[np.ndarray, "target size"]:
     return (np.maximum(end - begin, 0) * (target / size)).astype(np.float32)
 
 
+def check(
+    context: Context,
+    step: EvalStep,
+    source: Source,
+    ops: Sequence[Op],
+    batch_size: int,
+) -> None:
+    """Refuses, before any step, what `extract` could not make features of.
+
+    Raises:
+        ValueError: the labels are not one number an image; as `Context.check_step`.
+    """
+    rows = context.check_step(step, source, ops, batch_size)
+    if rows["label"].ndim != 1:
+        raise ValueError(
+            f"{context.name}: {source.name(0)} has several labels an image; few-shot "
+            "and nearest-neighbour scores need exactly one."
+        )
+
+
 def extract(
     context: Context,
     step: EvalStep,
@@ -79,20 +104,15 @@ def extract(
     """Runs `step` over all of `source`; unreadable images are left out and counted.
 
     Raises:
-        ValueError: no image could be read, or the labels are not one number an image.
+        ValueError: no image could be read.
     """
     rows = list(context.rows(step, state, source, ops, batch_size))
     vectors = np.concatenate([row["vectors"] for row in rows])
-    labels: Shaped[np.ndarray, "N ..."] = np.concatenate([row["label"] for row in rows])
+    labels = np.concatenate([row["label"] for row in rows])
     if not len(vectors):
         raise ValueError(
             f"{context.name}: not one of {len(source)} images could be read, the first "
             f"is {source.name(0)}; look at them with tools/check_dataset.py."
-        )
-    if labels.ndim != 1:
-        raise ValueError(
-            f"{context.name}: {source.name(0)} has several labels an image; few-shot "
-            "and nearest-neighbour scores need exactly one."
         )
     unreadable = len(source) - len(vectors)
     return Features(vectors=vectors, labels=labels, unreadable=unreadable)

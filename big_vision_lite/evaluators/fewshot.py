@@ -32,6 +32,10 @@ class FewShotSet:
     test: Source
     preprocess: tuple[Op, ...] | None = None
 
+    def ops(self, context: Context) -> tuple[Op, ...]:
+        """Returns the road from a file of this set to the model."""
+        return context.preprocess if self.preprocess is None else self.preprocess
+
 
 @dataclasses.dataclass(kw_only=True)
 class FewShot:
@@ -90,11 +94,15 @@ class FewShot:
                 )
         of_model = context.make_eval_step(features.pooled(context.model))
         of_pixels = context.make_eval_step(features.raw_pixels)
+        for few in self.sets:
+            for source in (few.train, few.test):
+                ops = few.ops(context)
+                features.check(context, of_model, source, ops, self.batch_size)
 
         def score(step: Any, state: Any, kind: str) -> dict[str, float]:
             scores = {}
             for few in self.sets:
-                ops = context.preprocess if few.preprocess is None else few.preprocess
+                ops = few.ops(context)
                 train, test = (
                     features.extract(context, step, state, source, ops, self.batch_size)
                     for source in (few.train, few.test)
@@ -181,9 +189,7 @@ class FewShot:
                     "name": few.name,
                     "train": few.train.fingerprint,
                     "test": few.test.fingerprint,
-                    "preprocess": repr(
-                        context.preprocess if few.preprocess is None else few.preprocess
-                    ),
+                    "preprocess": repr(few.ops(context)),
                 }
                 for few in self.sets
             ],

@@ -152,6 +152,7 @@ def test_a_save_compiles_nothing_that_was_prepared(devices, tmp_path, caplog):
     assert integrity._checksum_program.cache_info().currsize == prepared
     # Without it the same save compiles all of them.
     integrity._checksum_program.cache_clear()
+    jax.clear_caches()
     with jax.log_compiles(), caplog.at_level("WARNING"):
         save(tmp_path / "unprepared", 1, state=state)
     assert caplog.text.count("Compiling jit(leaf_checksum)") == prepared

@@ -19,7 +19,9 @@ def count(function: Callable[..., Any], *args: Any) -> int:
     Raises:
         ValueError: a while loop holds products; nobody knows how often it turns.
     """
-    return count_jaxpr(jax.make_jaxpr(function)(*args).jaxpr)
+    # What is jitted with options for the compiler cannot be inside another function.
+    jitted = function if isinstance(function, jax.stages.Wrapped) else jax.jit(function)
+    return count_jaxpr(jitted.trace(*args).jaxpr.jaxpr)
 
 
 def count_jaxpr(jaxpr: Any) -> int:

@@ -9,6 +9,7 @@ from big_vision_lite.data.in_memory import InMemory
 from big_vision_lite.data.pipeline import Stream
 from big_vision_lite.models.bit import BiT
 from big_vision_lite.models.heads import Classifier
+from big_vision_lite.models.layers import Remat
 from big_vision_lite.models.vit import ViT
 from big_vision_lite.objectives.classification import SoftmaxClassification
 from big_vision_lite.optimizers import AdamW
@@ -121,14 +122,13 @@ def test_a_loop_of_unknown_length_is_refused():
         flops.count(endless, jnp.ones((2, 2)))
 
 
-@pytest.mark.parametrize("depth", [6, 12])
-def test_xla_computes_no_more_than_the_model_needs(depth):
-    """The real step: XLA:CPU may not compute a residual sum again in every block."""
+def real_step(**fields):
+    """A compiled train step of ViT-S/16, batch 8: its program, specs, and it."""
     names = [str(number) for number in range(1000)]
     source = InMemory(np.zeros((8, 1, 1, 3)), np.arange(8), names)
     config = TrainConfig(
         num_steps=10,
-        model=ViT.of("S/16", depth=depth, head=Classifier(num_classes=1000)),
+        model=ViT.of("S/16", head=Classifier(num_classes=1000), **fields),
         objective=SoftmaxClassification(),
         data=Stream(source=source, batch_size=8),
         preprocess=(),
@@ -138,8 +138,14 @@ def test_xla_computes_no_more_than_the_model_needs(depth):
     spec = {"image": images(8), "label": jax.ShapeDtypeStruct((8,), jnp.int32)}
     with jax.set_mesh(mesh):
         built = program.build(config, mesh, spec)
-        lowered = built.train_step.lower(built.abstract, spec)
-        xla = lowered.compile().cost_analysis()["flops"]
+        return built, spec, built.train_step.lower(built.abstract, spec).compile()
+
+
+@pytest.mark.parametrize("depth", [6, 12])
+def test_xla_computes_no_more_than_the_model_needs(depth):
+    """The real step: XLA:CPU may not compute a residual sum again in every block."""
+    built, spec, compiled = real_step(depth=depth)
+    xla = compiled.cost_analysis()["flops"]
     formula = vit_formula(depth, batch=8)
     assert flops.count(built.train_step, built.abstract, spec) == formula["step"]
     assert built.flops_per_step == 3 * formula["forward"]
@@ -149,6 +155,20 @@ def test_xla_computes_no_more_than_the_model_needs(depth):
     assert 0.99 <= xla / formula["step"] <= 1.014
     # What the log line's MFU is computed from counts a gradient for the stem, too.
     assert 0.99 <= xla / built.flops_per_step <= 1.014
+
+
+def test_what_is_not_kept_takes_no_memory_on_a_cpu_either():
+    """By itself XLA:CPU schedules the recomputed blocks where all of them are alive."""
+    needed = {}
+    for remat in (Remat.NONE, Remat.FULL):
+        built, _, compiled = real_step(depth=6, remat=remat)
+        needed[remat] = compiled.memory_analysis().temp_size_in_bytes
+    weights = sum(4 * leaf.size for leaf in jax.tree.leaves(built.abstract.params))
+    assert needed[Remat.FULL] < 0.85 * needed[Remat.NONE]
+    # In floats a token and block: 7 of the width, 3 of the MLP, 3 of the heads' rows.
+    kept = 6 * 8 * 196 * (7 * 384 + 3 * 1536 + 3 * 6 * 196) * 4
+    # The gradients are the rest: no copy of weights or moments beside them.
+    assert needed[Remat.NONE] < kept + 2 * weights
 
 
 def test_what_runs_twice_counts_twice():

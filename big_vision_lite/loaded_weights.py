@@ -155,4 +155,6 @@ def model_differences(ours: Any, theirs: Any) -> list[str]:
 _ADAPTED = {
     *("head", "dtype", "remat", "attention", "dropout", "stochastic_depth"),
     *("patch_size", "width", "depth", "mlp_dim", "stages", "statistics"),
+    # Where parameters start that the weights bring.
+    *("layer_scale", "last_scale"),
 }

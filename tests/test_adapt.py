@@ -14,6 +14,7 @@ from big_vision_lite.integrity import DamagedCheckpoint
 from big_vision_lite.models import flexi
 from big_vision_lite.models.heads import Classifier
 from big_vision_lite.models.positions import Positions
+from big_vision_lite.models.resnet import ResNet
 from big_vision_lite.models.vit import ViT
 from big_vision_lite.state import TrainState
 
@@ -431,3 +432,22 @@ def test_what_changes_the_features_of_the_same_weights_is_said():
     assert "norm_epsilon=1e-12, this recipe has 1e-06" in line
     assert "--config.model.norm_epsilon=1e-12" in line
     assert loaded_weights.model_differences(ours, object()) == []
+
+
+def test_where_parameters_start_that_the_weights_bring_is_no_difference():
+    ours, theirs = vit(depth=1, layer_scale=1e-6), vit(depth=1, layer_scale=1e-5)
+    assert loaded_weights.model_differences(ours, theirs) == []
+    image = jnp.asarray(RNG.integers(0, 256, (2, 32, 32, 3), np.uint8))
+    variables = jax.jit(theirs.init)(jax.random.key(0), image)
+    found, expected = (
+        jax.jit(model.apply)(variables, image) for model in (ours, theirs)
+    )
+    np.testing.assert_array_equal(found["pooled"], expected["pooled"])
+    # Without any there are other names, which are listed.
+    scaled = trees.flatten(variables["params"])
+    plain = {name: x for name, x in scaled.items() if not name.endswith("_scale")}
+    assert len(plain) == len(scaled) - 2
+    with pytest.raises(ValueError, match="- encoder/block_00/attention_scale"):
+        start_from(scaled, plain)
+    last = [ResNet(stages=(1,), width=4, last_scale=scale) for scale in (0.0, 1.0)]
+    assert loaded_weights.model_differences(*last) == []

@@ -90,6 +90,27 @@ def test_mixup_folds_the_share_into_the_upper_half_unless_told_not_to():
     np.testing.assert_allclose(folded, np.maximum(plain, 1 - plain), atol=1e-5)
 
 
+@pytest.mark.parametrize("kind", [Mixup, CutMix])
+@pytest.mark.parametrize("rows", [7, 8])
+def test_by_default_no_row_meets_itself_and_no_two_rows_meet_twice(kind, rows):
+    # Every row a class of its own: the mixed label says who met whom.
+    batch = batch_of(rows, side=12) | {"label": np.arange(rows, dtype=np.int32)}
+
+    def pairs(**fields):
+        op = jitted(kind(num_classes=rows, alpha=4.0, **fields))
+        label = np.asarray(op(batch, jax.random.key(1))["label"])
+        assert ((label > 0).sum(axis=1) <= 2).all()
+        return {tuple(np.flatnonzero(row)) for row in label}
+
+    met = pairs()
+    assert len(met) == rows and all(len(pair) == 2 for pair in met)
+    assert met == {tuple(sorted((i, (i - 1) % rows))) for i in range(rows)}
+    # Reversed, all pairs meet twice, and the middle row of an odd batch is alone.
+    met = pairs(partner=Partner.REVERSE)
+    assert len(met) == -(-rows // 2)
+    assert sum(len(pair) == 1 for pair in met) == rows % 2
+
+
 @pytest.mark.parametrize("alpha", [0.2, 0.5, 0.8, 4.0])
 def test_the_share_follows_the_beta_distribution(alpha):
     keys = jax.random.split(jax.random.key(0), 10_000)

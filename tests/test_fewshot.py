@@ -18,7 +18,7 @@ from evaluation_context import (
 )
 
 from big_vision_lite import console
-from big_vision_lite.data.ops import Decode, Resize
+from big_vision_lite.data.ops import CentralCrop, Decode, Resize, ResizeSmall
 from big_vision_lite.data.sources import Digits, InMemory
 from big_vision_lite.evaluators import features, fewshot, ridge
 from big_vision_lite.evaluators.fewshot import FewShot, FewShotSet
@@ -431,3 +431,34 @@ def test_the_natural_sets_are_those_of_big_vision(monkeypatch):
     assert example["image"].shape == (224, 224, 3)
     # Every call makes objects of its own: overrides must not reach other recipes.
     assert fewshot.natural_sets()[0] is not fewshot.natural_sets()[0]
+
+
+def test_the_natural_sets_are_squeezed_to_squares_and_not_averaged(monkeypatch):
+    monkeypatch.setattr(jaxtyping.config, "jaxtyping_disable", True)
+
+    def seen(image):
+        """What every set makes of an image; there is one road for all six."""
+        roads = [few.preprocess for few in fewshot.natural_sets()]
+        assert all(road == roads[0] for road in roads)
+        example = {"image": image, "label": 0}
+        for op in roads[0]:
+            example = op(example, np.random.default_rng(0))
+        return example["image"]
+
+    # Red counts columns, green rows: where each pixel of 224 in 256 comes from.
+    image = np.zeros((150, 250, 3), np.uint8)
+    image[..., 0], image[..., 1] = np.arange(250), np.arange(150)[:, None]
+    found, at = seen(image), np.arange(16, 240) + 0.5
+    # OpenCV is within 0.8 of the exact value.
+    exact = np.broadcast_to(at * 250 / 256 - 0.5, (224, 224))
+    np.testing.assert_allclose(found[..., 0], exact, atol=0.8)
+    exact = np.broadcast_to(at[:, None] * 150 / 256 - 0.5, (224, 224))
+    np.testing.assert_allclose(found[..., 1], exact, atol=0.8)
+    # After a resize of the short side the crop leaves out a quarter on each side.
+    cut = {"image": image}
+    for op in (ResizeSmall(size=256), CentralCrop(size=224)):
+        cut = op(cut, np.random.default_rng(0))
+    assert cut["image"][..., 0].min() > 50 > 20 > found[..., 0].min()
+    # Two taps a side fall on the black ones of white, black, black, white.
+    stripes = np.tile(np.array([255, 0, 0, 255], np.uint8), 256)
+    assert not seen(np.broadcast_to(stripes[:, None], (256, 1024, 3)).copy()).any()

@@ -17,11 +17,14 @@ from big_vision_lite.models.bit import (
     max_pool,
     standardise,
 )
+from big_vision_lite.models.bit_v1 import BiTV1, Trunk
 from big_vision_lite.models.heads import Classifier
 from big_vision_lite.models.layers import Dtype, Remat, scale_pixels
+from big_vision_lite.models.mixer import MlpMixer
 from big_vision_lite.models.patches import patchify
 from big_vision_lite.models.pooling import Pooling
 from big_vision_lite.models.positions import Positions, sincos
+from big_vision_lite.models.resnet import ResNet
 from big_vision_lite.models.vit import ViT
 
 CLASSES = 5
@@ -489,6 +492,34 @@ def test_uint8_and_float_pixels_are_scaled_alike_by_own_constants():
     np.testing.assert_array_equal(
         scale_pixels(ends, tiny_vit().mean, tiny_vit().std).ravel(), [-1, 1]
     )
+
+
+FAMILIES = {
+    "ViT": tiny_vit(depth=1),
+    "BiT": tiny_resnet(stages=(1,)),
+    "BiTV1": BiTV1(trunk=Trunk(stages=(), width=4, groups=2)),
+    "ResNet": ResNet(stages=(1,), width=4),
+    "MlpMixer": MlpMixer(
+        width=8, depth=1, token_mlp_dim=8, channel_mlp_dim=8, patch_size=4
+    ),
+}
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_every_family_sees_pixels_in_minus_one_to_one_by_default(family):
+    model = FAMILIES[family]
+    image = pixels(1, 8, 8).at[0, 0, :3, 0].set(jnp.asarray([0, 51, 255], jnp.uint8))
+    outputs, variables = jit(model.init_with_output)(jax.random.key(0), image)
+    expected = np.asarray(image, np.float64) / 127.5 - 1
+    np.testing.assert_allclose(outputs["image"], expected, atol=1e-6)
+    np.testing.assert_array_equal(outputs["image"][0, 0, 0:3:2, 0], [-1, 1])
+    # And it computes on just that: the scaled pixels, taken as they are, give the same;
+    # pixels in [0, 1] do not.
+    plain = jit(model.clone(mean=(0.0,), std=(1.0,)).apply)
+    same = plain(variables, jnp.asarray(expected, jnp.float32))["pooled"]
+    unit = plain(variables, jnp.asarray(image / 255, jnp.float32))["pooled"]
+    np.testing.assert_allclose(outputs["pooled"], same, atol=1e-5)
+    assert np.abs(outputs["pooled"] - unit).max() > 1e-3
 
 
 def test_stochastic_depth_drops_whole_branches_of_whole_images_in_training_only():

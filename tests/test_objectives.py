@@ -3,6 +3,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from big_vision_lite.models.heads import Classifier
 from big_vision_lite.objectives.classification import (
     SigmoidClassification,
     SoftmaxClassification,
@@ -57,6 +58,27 @@ def test_sigmoid_loss_is_summed_over_classes(labels):
             p = 1 / (1 + np.exp(-logits[c]))
             expected -= np.log(p if one_hot(labels)[b, c] else 1 - p)
         assert losses[b] == pytest.approx(expected, rel=1e-5)
+
+
+def test_a_bias_of_minus_log_c_starts_a_sigmoid_loss_at_one_class_an_image():
+    classes = 1000
+
+    def start(bias):
+        head = Classifier(num_classes=classes, bias_init=bias)
+        outputs, _ = head.init_with_output(jax.random.key(0), jnp.ones((1, 4)))
+        (loss,), _ = run(SigmoidClassification(), np.array([3]), outputs["logits"])
+        probabilities = SigmoidClassification().probabilities(outputs["logits"])
+        return loss, probabilities.sum()
+
+    loss, expected = start(-np.log(classes))
+    assert -np.log(classes) == pytest.approx(-6.9, abs=0.01)  # as published configs say
+    assert expected == pytest.approx(1, abs=0.002)
+    # log(1 + C) for the class that is there, log(1 + 1 / C) for each that is not.
+    by_hand = np.log1p(classes) + (classes - 1) * np.log1p(1 / classes)
+    assert loss == pytest.approx(by_hand, rel=1e-5) and loss < 8
+    # Without it half of all classes: almost a hundred times the loss.
+    loss, expected = start(0.0)
+    assert expected == 500 and loss == pytest.approx(classes * np.log(2), rel=1e-5)
 
 
 def test_accuracy_is_right_for_one_label_several_and_none():

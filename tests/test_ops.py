@@ -365,6 +365,27 @@ def test_antialias_averages_where_a_side_shrinks_and_is_smooth_where_it_grows():
     np.testing.assert_allclose(mixed, exact, atol=1.4)
 
 
+@pytest.mark.parametrize(
+    "op, antialiased",
+    [
+        (ops.Resize(size=4), False),
+        (ops.InceptionCrop(size=4, area_min=1.0), False),
+        (ops.DecodeInceptionCrop(size=4, area_min=1.0), False),
+        (ops.RandomResizedCrop(size=4, area_min=1.0), False),
+        (ops.ResizeSmall(size=4), True),
+    ],
+    ids=lambda value: "" if isinstance(value, bool) else type(value).__name__,
+)
+def test_ops_resize_as_big_vision_does_unless_told_otherwise(op, antialiased):
+    # White, black, black, white: two taps see the black ones, an average sees all.
+    stripes = np.tile([255, 0, 0, 255], 4)
+    image = np.tile(stripes[:, None], (16, 1, 3)).astype(np.uint8)
+    expected = np.full((4, 4, 3), 255 / 2 if antialiased else 0)
+    np.testing.assert_allclose(apply(op, image), expected, atol=0.5)
+    named = Resampling.AREA if antialiased else Resampling.BILINEAR
+    np.testing.assert_array_equal(apply(op, image), crops.resize(image, 4, 4, named))
+
+
 def test_resizing_by_hand():
     double = apply(ops.Resize(size=8), FOUR)[0, :, 0]
     exact = [0, 2.5, 7.5, 12.5, 17.5, 22.5, 27.5, 30]

@@ -5,6 +5,7 @@ difference.
 """
 
 import ast
+import itertools
 import os
 import pathlib
 import re
@@ -17,6 +18,8 @@ from etils import epath
 from prepared import prepare
 
 from big_vision_lite import command_line, mistakes, serialize, train
+from big_vision_lite.data import prepared_set, sources
+from big_vision_lite.evaluators.classification import Classification
 from big_vision_lite.metrics import read_history
 
 ROOT = pathlib.Path(__file__).parents[1]
@@ -79,6 +82,49 @@ def test_whatever_size_an_image_has_the_model_gets_its_own(name, arg):
         checkered = np.indices((8 * side, 8 * side)).sum(0) % 2 * 255
         gray = preprocessed(config, checkered.astype(np.uint8))
         assert abs(gray.astype(int) - 127).max() <= 1
+
+
+# Of the sets that recipes name; what is tested is which examples a slice means.
+SIZES = {
+    "imagenet2012": {"train": 1_281_167, "validation": 50_000},
+    "fashion_mnist": {"train": 60_000, "test": 10_000},
+    "glyphs32_latin": {"train": 1009, "validation": 101, "test": 103},
+}
+
+
+def examples_of(source) -> list[tuple[str, int, int]]:
+    """Returns (split, first, end) of every range of examples in a source."""
+    if isinstance(source, sources.Digits):
+        rows = sources.DIGITS_SPLITS[source.split]
+        return [("digits", rows.start, rows.stop)]
+    splits = {
+        name: prepared_set.Split(name=name, shards=((ROOT, count),), num_bytes=0)
+        for name, count in SIZES[source.dataset].items()
+    }
+    prepared = prepared_set.PreparedSet(
+        folder=ROOT, version="", file_format="array_record", splits=splits, features={}
+    )
+    return [(r.split, r.start, r.stop) for r in prepared.ranges(source.split)]
+
+
+@pytest.mark.parametrize("name, arg", CASES)
+def test_no_example_is_in_two_of_training_choice_and_score(name, arg):
+    config = parse(name, arg)
+    parts = {"training": config.data.source} | {
+        name: evaluator.source
+        for name, evaluator in config.evaluators.items()
+        if isinstance(evaluator, Classification)
+    }
+    ranges = [r for source in parts.values() for r in examples_of(source)]
+    for (split, _, end), (other, start, _) in itertools.pairwise(sorted(ranges)):
+        assert split != other or end <= start
+    if name in ("vit_s16_i1k", "bit_i1k"):
+        # Settings are chosen on a hundredth of the training images, which together
+        # with the others are all; the published validation images score once.
+        assert parts.keys() == {"training", "minival", "val"}
+        assert examples_of(parts["training"]) == [("train", 0, 1_268_355)]
+        assert examples_of(parts["minival"]) == [("train", 1_268_355, 1_281_167)]
+        assert examples_of(parts["val"]) == [("validation", 0, 50_000)]
 
 
 @pytest.mark.parametrize("name, arg", CASES)

@@ -7,6 +7,7 @@ import jax
 import numpy as np
 import pytest
 import safetensors.numpy
+import torch_libraries
 from foreign_models import randomise, relative_difference
 
 from big_vision_lite import trees
@@ -28,6 +29,7 @@ from big_vision_lite.models.positions import Positions
 from big_vision_lite.models.vit import ViT
 
 torch = pytest.importorskip("torch")
+torch_libraries.import_torchvision()
 transformers = pytest.importorskip("transformers")
 
 BOUND = 1e-5  # of logits and pooled features in float32

@@ -8,6 +8,7 @@ import jax
 import ml_dtypes
 import numpy as np
 import pytest
+import torch_libraries
 from foreign_models import relative_difference
 
 from big_vision_lite import trees
@@ -17,6 +18,8 @@ from big_vision_lite.models.mlp import Activation
 from big_vision_lite.models.pooling import FinalNorm, Pooling
 from big_vision_lite.models.positions import Positions
 from big_vision_lite.models.vit import ViT
+
+torch_libraries.import_torchvision()
 
 WIDTH, DEPTH, HEADS, HIDDEN, CLASSES, REPRESENTATION = 16, 3, 2, 64, 5, 12
 BOUND = 1e-5  # of logits and pooled features in float32

@@ -12,10 +12,10 @@ import pytest
 import torch_libraries
 from foreign_models import randomise, relative_difference
 
-from big_vision_lite import trees
+from big_vision_lite import loaded_weights, trees
 from big_vision_lite.conversion import foreign, formats, mapping, vit_timm
 from big_vision_lite.conversion.formats import Weights
-from big_vision_lite.models import flexi
+from big_vision_lite.models import flexi, towers
 from big_vision_lite.models.heads import Classifier
 from big_vision_lite.models.mlp import Activation
 from big_vision_lite.models.pooling import FinalNorm, Pooling
@@ -507,11 +507,33 @@ def check_counts(name):
     rows = arrays["pos_embed"].shape[1] - patches  # those of tokens, which are added
     count = sum(parameter.numel() for parameter in theirs.parameters())
     assert ours == count - rows * model.width
+    return model
 
 
 @pytest.mark.parametrize("name", COUNTED)
 def test_published_sizes_have_heads_gelu_and_parameters_of_timm(name):
     check_counts(name)
+
+
+TOWERS = {
+    "deit_tiny_patch16_224": towers.deit("Ti/16"),
+    "deit_tiny_distilled_patch16_224": towers.deit("Ti/16", distilled=True),
+    "deit3_medium_patch16_224": towers.deit3("M/16"),
+    "vit_small_patch14_dinov2": towers.dinov2("S/14"),
+    "vit_base_patch14_reg4_dinov2": towers.dinov2("B/14", registers=4),
+    "vit_giant_patch14_dinov2": towers.dinov2("g/14"),
+    # One of those that timm calculates with the GELU they were trained with.
+    "vit_so400m_patch16_siglip_256": towers.siglip("So400m/16"),
+}
+
+
+@pytest.mark.parametrize("name", TOWERS)
+def test_towers_have_the_gelu_and_constants_of_the_weights_they_are_named_after(name):
+    tower, found = TOWERS[name], check_counts(name)
+    assert loaded_weights.model_differences(tower, found) == []
+    assert (tower.layer_scale is None) == (found.layer_scale is None)
+    # Its value is where training starts, of which weights say nothing.
+    assert tower.clone(head=found.head, layer_scale=found.layer_scale) == found
 
 
 @pytest.mark.slow

@@ -145,6 +145,34 @@ def test_queries_and_keys_are_normalised_within_each_head():
     assert params["query_norm"]["scale"].shape == (4,)
 
 
+@pytest.mark.parametrize(
+    ("name", "count"),
+    # Two a block; two more of queries and keys; the last; that of the pooling.
+    [("gelu_erf", 5), ("pooled norm", 5), ("registers", 10)],
+)
+def test_the_constant_of_the_norms_reaches_every_norm(name, count):
+    model, image = variant(name, norm_epsilon=0.5), pixels(2, 8, 8)
+    params = random_params(model, image)
+    seen = {}
+
+    def look(call, args, kwargs, context):
+        result = call(*args, **kwargs)
+        if isinstance(context.module, nn.LayerNorm):
+            seen["/".join(context.module.path)] = args[0], result
+        return result
+
+    with nn.intercept_methods(look):
+        model.apply({"params": params}, image)
+    assert len(seen) == count
+    for path, (x, found) in seen.items():
+        leaves = {n: trees.flatten(params)[f"{path}/{n}"] for n in ("scale", "bias")}
+        x = np.asarray(x, np.float64)
+        x = (x - x.mean(-1, keepdims=True)) / np.sqrt(x.var(-1, keepdims=True) + 0.5)
+        # float32, its variance in one pass.
+        wanted = x * leaves["scale"] + leaves["bias"]
+        np.testing.assert_allclose(found, wanted, atol=1e-4, err_msg=path)
+
+
 def test_swiglu_is_silu_of_the_first_half_times_the_second():
     mlp = Mlp(hidden_dim=6, activation=Activation.SWIGLU)
     x = jnp.asarray(np.random.default_rng(0).normal(size=(3, 4)), jnp.float32)
@@ -172,6 +200,16 @@ def test_distillation_averages_two_heads():
     expected = out["pooled"] @ head["kernel"] + head["bias"]
     np.testing.assert_allclose(out["logits"], expected, atol=1e-4)
     assert other["kernel"].shape == head["kernel"].shape
+
+
+def test_both_heads_of_a_distilled_model_start_at_their_bias():
+    head = Classifier(num_classes=CLASSES, bias_init=-10.0)
+    model, image = variant("distilled", head=head), pixels(2, 8, 8)
+    outputs, variables = jit(model.init_with_output)(jax.random.key(0), image)
+    for name in ("logits", "class_logits", "distillation_logits"):
+        np.testing.assert_array_equal(outputs[name], np.full((2, CLASSES), -10.0))
+    for name in ("head", "distillation_head"):
+        np.testing.assert_array_equal(variables["params"][name]["bias"], -10.0)
 
 
 def test_registers_are_seen_by_patches_and_are_no_output():

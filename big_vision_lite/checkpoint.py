@@ -84,7 +84,8 @@ class Checkpointer:
         """Starts to save `state`; returns as soon as it may be donated.
 
         Raises:
-            OSError: the *previous* save failed, for example because the disk is full.
+            OSError: the *previous* save failed, for example because the disk is full;
+                `check` says so earlier.
         """
         self.wait()
         if self.last_saved == step:
@@ -110,6 +111,11 @@ class Checkpointer:
         if self._error is not None:
             error, self._error = self._error, None
             raise error
+
+    def check(self) -> None:
+        """Raises what went wrong in a save that has ended; waits for none."""
+        if self._thread is not None and not self._thread.is_alive():
+            self.wait()
 
     def note_origin(self, origin: Mapping[str, Any] | None) -> None:
         """Records in every manifest from now on where the first weights came from."""
@@ -195,8 +201,8 @@ class Checkpointer:
             path.rename(target)
             newest = f"Newest complete: {complete[-1]}." if complete else "None before."
             self._log(
-                f"step {path.name.split('.')[0]} was left unfinished by a killed run: "
-                f"moved to {target}. {newest}"
+                f"step {path.name.split('.')[0]} is unfinished (its run was killed, or "
+                f"the save failed): moved to {target}. {newest}"
             )
 
     def _failure(self, step: int, error: Exception) -> str:

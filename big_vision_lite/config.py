@@ -71,17 +71,22 @@ class TrainConfig:
                 "init.path is empty: give the run to start from with "
                 "--config.init.path=RUN, or none with --config.init=none."
             )
-        if self.log_every_steps < 1 or self.micro_batches < 1:
-            raise ValueError(
-                f"log_every_steps={self.log_every_steps} and micro_batches="
-                f"{self.micro_batches} must be at least 1."
-            )
+        for name in ("log_every_steps", "micro_batches"):
+            if getattr(self, name) < 1:
+                raise ValueError(
+                    f"{name}={getattr(self, name)} must be at least 1, for example "
+                    f"--config.{name}=1."
+                )
         if self.ema is not None and not 0 < self.ema < 1:
             raise ValueError(f"ema={self.ema} must lie between 0 and 1, or be none.")
         if self.data.batch_size % self.micro_batches:
+            size = self.data.batch_size
+            parts = [n for n in range(1, size + 1) if size % n == 0]
+            nearest = sorted(parts, key=lambda n: abs(n - self.micro_batches))[:2]
             raise ValueError(
-                f"data.batch_size={self.data.batch_size} does not divide into "
-                f"micro_batches={self.micro_batches} equal parts."
+                f"data.batch_size={size} does not divide into micro_batches="
+                f"{self.micro_batches} equal parts; use --config.micro_batches="
+                f"{' or '.join(str(n) for n in sorted(nearest))}."
             )
         steps = self.profile_steps
         if len(steps) not in (0, 2) or (steps and not 1 <= steps[0] <= steps[1]):

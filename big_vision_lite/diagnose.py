@@ -11,7 +11,8 @@ from flax import linen as nn
 from orbax.checkpoint import v1 as ocp
 
 from big_vision_lite import state as state_lib
-from big_vision_lite import trees
+from big_vision_lite import step_folder, trees
+from big_vision_lite.config import TrainConfig
 from big_vision_lite.state import TrainState
 from big_vision_lite.types import Batch, Model
 
@@ -24,10 +25,12 @@ def explain(
     history: Sequence[Mapping[str, Any]],
     learning_rate: float,
     saved: epath.Path,
+    advice: str,
 ) -> str:
     """Says where the first NaN or infinity of `step` came from and what to try.
 
-    `history` holds the metrics of the steps up to this one, oldest first.
+    `history` holds the metrics of the steps up to this one, oldest first; `advice` ends
+    the message.
     """
     bad = _first_bad(state, batch, model)
     norms = [m["gradient_norm"] for m in history]
@@ -40,13 +43,34 @@ def explain(
     return (
         f"Loss not finite at step {step}. First bad tensor: {bad}.{rise} learning rate "
         f"{learning_rate:.2e}. Saved: {saved}. Nothing of this step is in the "
-        "parameters. Try: --config.optimizer.clip_norm=1.0, a lower peak or a longer "
-        "warm-up (--config.optimizer.schedule...), or --config.model.dtype=float32."
+        f"parameters. {advice}"
+    )
+
+
+def advise(config: TrainConfig, workdir: epath.Path) -> str:
+    """Says what to type to go on with another recipe: the run's own does it again."""
+    peak = config.optimizer.schedule.peak
+    changes = [f"--config.optimizer.schedule.peak={peak / 3:.1g}"]
+    clip_norm = getattr(config.optimizer, "clip_norm", None)
+    if clip_norm is None or clip_norm > 1:
+        changes.append("--config.optimizer.clip_norm=1.0")
+    if getattr(config.model, "dtype", None) == "bfloat16":
+        changes.append("--config.model.dtype=float32")
+    start = ""
+    if step_folder.complete_steps(workdir / step_folder.FOLDER):
+        start = f" --config.init.path={workdir}, which starts from its last weights"
+    return (
+        "The same recipe comes to the same step again: use a new --workdir"
+        f"{start and ' with'}{start}, and change something, for example "
+        f"{' or '.join(changes)}, or give it a longer warm-up."
     )
 
 
 def save_crash(folder: epath.Path, state: TrainState) -> None:
-    """Writes the state before the bad step, for looking at."""
+    """Writes the state after the bad step, which changed none of it, for looking at.
+
+    Good steps between that one and the look that found it have changed it.
+    """
     ocp.save(folder, state, overwrite=True)
 
 

@@ -27,8 +27,8 @@ from etils import epath
 from big_vision_lite import (
     command_line,
     devices,
+    environment,
     files,
-    run_folder,
     saved_run,
     serialize,
 )
@@ -173,8 +173,8 @@ def record(
         "recipe": recipe or "the run's own",
         "evaluators": evaluators,
         "scores": known | dict(scores),
-        "versions": run_folder.versions(),
-        "machine": run_folder.describe_machine(),
+        "versions": environment.versions(),
+        "machine": environment.machine(),
     }
     files.replace(path, json.dumps(document, indent=1) + "\n")
 

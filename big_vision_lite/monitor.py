@@ -74,4 +74,5 @@ class Monitor:
             history,
             float(self._learning_rate(np.int32(step - 1))),
             folder,
+            diagnose.advise(self._config, self._workdir),
         )

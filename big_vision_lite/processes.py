@@ -62,14 +62,14 @@ def on_first(function: Callable[[], Any]) -> Any:
     return told["result"]
 
 
-def gather(flag: bool) -> list[bool]:
-    """Returns the `flag` of every process, on every process."""
+def gather(*values: bool | float) -> list[tuple[float, ...]]:
+    """Returns the `values` of every process, as float32, on every process."""
     if jax.process_count() == 1:
-        return [flag]
+        return [tuple(float(value) for value in values)]
     from jax.experimental import multihost_utils
 
-    flags = multihost_utils.process_allgather(np.asarray(flag))
-    return [bool(value) for value in np.ravel(flags)]
+    gathered = multihost_utils.process_allgather(np.asarray(values, np.float32))
+    return [tuple(row) for row in np.asarray(gathered).tolist()]
 
 
 @contextlib.contextmanager

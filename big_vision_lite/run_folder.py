@@ -3,19 +3,16 @@
 import dataclasses
 import fcntl
 import hashlib
-import importlib.metadata
 import json
 import os
 import platform
-import subprocess
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-import jax
 from etils import epath
 
 from big_vision_lite import (
-    cores,
+    environment,
     files,
     integrity,
     processes,
@@ -40,14 +37,14 @@ FREE = (
     "data.source.path",
 )
 LENGTH = ("num_steps", "num_epochs")
-LIBRARIES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "numpy")
 
 
 class RunFolder:
     """Opens `workdir` for training: makes it, locks it, compares its configuration.
 
     Use as a context. A killed process leaves no lock behind: the operating system
-    drops it.
+    drops it. A run that is refused before it can `begin` leaves no config.json in a new
+    folder, which the recipe that it is corrected to may use.
 
     Raises:
         OSError: the folder cannot be written; nothing was trained.
@@ -66,30 +63,37 @@ class RunFolder:
         self._config = config
         self._log = log
         self._lock: Any = None
+        self._is_new = False
 
     def __enter__(self) -> "RunFolder":
         try:
             processes.on_first(self._open)
             self._check_shared()
-        except BaseException:
-            self.__exit__()  # a refused run holds no lock
+        except BaseException as error:
+            self.__exit__(type(error))  # a refused run holds no lock
             raise
         return self
 
-    def __exit__(self, *unused: Any) -> None:
+    def __exit__(self, error: type[BaseException] | None, *unused: Any) -> None:
+        if error is not None and self._is_new:
+            (self.path / step_folder.CONFIG).unlink(missing_ok=True)
         if self._lock is not None:
             self._lock.close()
+
+    def begin(self) -> None:
+        """Keeps config.json for good: all is prepared, steps follow."""
+        self._is_new = False
 
     def config_text(self) -> str:
         """Returns what config.json holds: the configuration, versions, machine."""
         return serialize.to_json(
-            self._config, versions=versions(), machine=describe_machine()
+            self._config, versions=environment.versions(), machine=environment.machine()
         )
 
     def _check_shared(self) -> None:
         seen = processes.gather((self.path / step_folder.CONFIG).exists())
-        if not all(seen):
-            blind = ", ".join(str(i) for i, sees in enumerate(seen) if not sees)
+        if not all(sees for (sees,) in seen):
+            blind = ", ".join(str(i) for i, (sees,) in enumerate(seen) if not sees)
             raise OSError(
                 f"{self.path}: process 0 has made it, but it is not there for process "
                 f"{blind}. All processes need the same folder: a network disk that all "
@@ -97,13 +101,15 @@ class RunFolder:
             )
 
     def _open(self) -> None:
+        text = self.config_text()
         try:
             self.path.mkdir(parents=True, exist_ok=True)
             self._acquire()
             known = self.path / step_folder.CONFIG
-            if known.exists():
-                self._compare(known)
-            files.replace(known, self.config_text())
+            self._is_new = not known.exists()
+            if not self._is_new:
+                self._compare()
+            files.replace(known, text)
         except OSError as error:
             raise OSError(
                 f"Cannot write {self.path}: {error.strerror or error}. Checked at the "
@@ -130,7 +136,7 @@ class RunFolder:
         file.flush()
         self._lock = file
 
-    def _compare(self, known: epath.Path) -> None:
+    def _compare(self) -> None:
         old = read_config_document(self.path)
         new = json.loads(self.config_text())
         changed = differences(old["config"], new["config"])
@@ -152,8 +158,13 @@ class RunFolder:
 
     def _say_what_moved(self, old: Mapping[str, Any], new: Mapping[str, Any]) -> None:
         """Says what of the machine and of the versions is not what it was."""
+        meshes = [
+            {name: document["config"].get(name) for name in ("mesh", "sharding")}
+            for document in (old, new)
+        ]
         kinds = {
             "on another machine": [old.get("machine"), new["machine"]],
+            "on another mesh": meshes,
             "with other versions": [_deciding(old), _deciding(new)],
         }
         for what, (then, now) in kinds.items():
@@ -231,32 +242,6 @@ def differences(old: Any, new: Any, path: str = "") -> list[tuple[str, Any, Any]
     if old == new:
         return []
     return [(path, _short(old), _short(new))]
-
-
-def versions() -> dict[str, str]:
-    """Returns the versions of this code and of the libraries that decide results."""
-    found = {name: importlib.metadata.version(name) for name in LIBRARIES}
-    found["python"] = platform.python_version()
-    commit = subprocess.run(
-        ["git", "-C", str(epath.Path(__file__).parent), "rev-parse", "HEAD"],
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    if commit.returncode == 0:
-        found["commit"] = commit.stdout.strip()
-    return found
-
-
-def describe_machine() -> dict[str, Any]:
-    """Returns what bit-exactness depends on: devices, processes, visible cores."""
-    return {
-        "platform": jax.default_backend(),
-        "device_kind": jax.devices()[0].device_kind,
-        "devices": jax.device_count(),
-        "processes": jax.process_count(),
-        "cores": cores.available(),
-    }
 
 
 def _deciding(document: Mapping[str, Any]) -> dict[str, str]:

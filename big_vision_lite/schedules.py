@@ -233,12 +233,13 @@ def _check_fits(num_steps: int, **parts: int) -> None:
     if num_steps < 1:
         raise ValueError(f"num_steps={num_steps}: a run needs at least 1 step.")
     if sum(parts.values()) >= num_steps and sum(parts.values()) > 0:
-        given = " and ".join(f"schedule.{name}={n}" for name, n in parts.items() if n)
+        given = [f"schedule.{name}={n}" for name, n in parts.items() if n]
+        leave = "leaves" if len(given) == 1 else "leave"
         raise ValueError(
-            f"{given} leave nothing of a run of {num_steps} steps; together they may "
-            f"take at most {num_steps - 1}. For example --config.optimizer.schedule."
-            f"warmup_steps={num_steps // 20}, or a longer run with --config.num_steps="
-            f"{20 * sum(parts.values())}"
+            f"{' and '.join(given)} {leave} nothing of a run of {num_steps} steps; at "
+            f"most {num_steps - 1} may go there. For example "
+            f"--config.optimizer.schedule.warmup_steps={num_steps // 20}, or a longer "
+            f"run with --config.num_steps={20 * sum(parts.values())}"
         )
 
 

@@ -4,12 +4,17 @@ import contextlib
 import os
 import signal
 import threading
+import time
 from types import FrameType
 from typing import Any
 
 import jax
 
 from big_vision_lite import processes
+
+# Several processes ask each other this often: the notice before a machine is taken
+# away is 30 seconds, and a save follows.
+SECONDS_BETWEEN = 5.0
 
 
 class StopSignal:
@@ -24,6 +29,8 @@ class StopSignal:
     def __init__(self) -> None:
         self.received: str | None = None
         self._step = 0
+        self._asked = (0, time.monotonic())
+        self._ask_at = 0
         self._outer: StopSignal | None = None
         self._previous: dict[int, Any] = {}
 
@@ -47,17 +54,25 @@ class StopSignal:
             return self._outer.requested()
         return self.received
 
-    def agreed(self, step: int, every_steps: int) -> bool:
-        """Says whether all processes stop after `step`.
+    def agreed(self, step: int) -> bool:
+        """Says whether all processes stop after `step`; to be asked after every step.
 
-        One process decides at once. Several ask each other every `every_steps`, when
-        they wait for the device anyway, so that all save the same step.
+        One process decides at once. Several ask each other about every 5 seconds, at
+        the same steps, so that all save the same one.
         """
         here = self.requested() is not None
         self._step = step
-        if jax.process_count() > 1 and step % every_steps:
+        if jax.process_count() == 1:
+            return here
+        if step < self._ask_at:
             return False
-        return any(processes.gather(here))
+        # A step takes what it took the slowest of them since they asked last.
+        (last_step, last_time), now = self._asked, time.monotonic()
+        told = processes.gather(here, (now - last_time) / max(1, step - last_step))
+        slowest = max(seconds for _, seconds in told)
+        self._asked = (step, now)
+        self._ask_at = step + max(1, int(SECONDS_BETWEEN / max(slowest, 1e-6)))
+        return any(stops for stops, _ in told)
 
     def _note(self, number: int, frame: FrameType | None) -> None:
         if self.received is not None and number == signal.SIGINT:
@@ -66,6 +81,8 @@ class StopSignal:
         again = "Ctrl-C again" if number == signal.SIGINT else "Ctrl-C"
         if first:
             step = f"step {self._step + 1}" if self._step else "the first step"
+            if jax.process_count() > 1:
+                step = "the steps until all processes have heard of it,"
             text = f"\n{self.received}: finishing {step} and saving; {again} leaves"
             # Not print: the signal may have come in the middle of one.
             with contextlib.suppress(OSError):

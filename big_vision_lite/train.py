@@ -19,6 +19,7 @@ from big_vision_lite import (
     command_line,
     devices,
     dry_run,
+    environment,
     evaluation,
     files,
     integrity,
@@ -127,6 +128,7 @@ def train(
             evaluations.run_due(first_step - 1, state)
         except Stopped:
             raise Stopped(stop.requested(), first_step - 1, workdir) from None
+        folder.begin()
         progress.begin(first_step - 1, built.flops_per_step)
         for step, batch in progress.watch(batches.starting_at(first_step), num_steps):
             profiler.before(step)
@@ -135,7 +137,7 @@ def train(
             progress.pace(metrics)
             monitor.add(step, metrics)
             last = step == num_steps
-            leaving = stop.agreed(step, config.log_every_steps)
+            leaving = stop.agreed(step)
             logging = last or step % config.log_every_steps == 0
             saving = last or leaving or checkpointer.due(step)
             # The order matters: the record of a step, then its checkpoint, then its
@@ -143,6 +145,7 @@ def train(
             if logging or saving:
                 record = monitor.look(state)
             if logging:
+                checkpointer.check()
                 record |= progress.rates(step)
                 writer.write(step, record)
                 progress.show(step, record, batches)
@@ -179,7 +182,7 @@ def describe(
         },
         "class_names": list(config.data.source.class_names),
         "source": config.data.source.fingerprint,
-        "versions": run_folder.versions(),
+        "versions": environment.versions(),
     }
 
 

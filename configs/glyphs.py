@@ -18,9 +18,11 @@ Make it from the fonts you have:
 
 Few-shot: scikit-learn's 8x8 handwritten digits, resized to 32x32 bilinearly. Beside
 every score stand raw pixels and the untrained network; a transfer score without them
-proves nothing. Published: none. Ours: see README.md, measured on a set of 1,674 fonts
-from font packages, fonts that look alike in one split; other fonts give other numbers.
-Hardware: 2 CPU cores, about 5 minutes.
+proves nothing. Published: none. Ours (three seeds): fonts never seen 82.9 +- 0.2 %
+and 10-shot digits 93.7 +- 0.2 % by the ResNet, 73.5 +- 2.1 and 86.2 +- 2.4 % by the
+ViT, raw pixels 83.0 %; on 1,674 fonts from font packages, fonts that look alike in one
+split. Other fonts give other numbers.
+Hardware: 2 CPU cores, 2.5 minutes (ResNet) or 15 CPU-minutes (ViT).
 """
 
 from big_vision_lite.checkpoint import Checkpoints

@@ -9,6 +9,7 @@ $TFDS_DATA_DIR or ~/tensorflow_datasets do. `fewshot=true` takes its sets from t
 too.
 Published: 76.5 / 78.5 / 80.0 % top-1 after 90 / 150 / 300 epochs at global batch 1024;
 90 epochs took 6 to 7 hours on a TPU v3-8 (big_vision). Ours: not yet run.
+Hardware: eight GPUs or a TPU slice; hours not yet measured.
 """
 
 from big_vision_lite.checkpoint import Checkpoints

@@ -46,6 +46,7 @@ ROWS = (
     ),
     (
         {
+            "environment",
             "run_folder",
             "program",
             "evaluation",

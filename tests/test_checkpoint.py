@@ -256,8 +256,8 @@ def test_an_unfinished_step_is_moved_away_and_said(run, how):
         found, lines = restore(run)
         assert_same_bits(found, at(build(), newest))
         assert lines == [
-            f"step {left[0]} was left unfinished by a killed run: moved to "
-            f"{run / 'trash' / left}. Newest complete: {newest}."
+            f"step {left[0]} is unfinished (its run was killed, or the save failed): "
+            f"moved to {run / 'trash' / left}. Newest complete: {newest}."
         ]
         assert (run / "trash" / left).is_dir()
         assert not (run / "checkpoints" / left).exists()
@@ -537,6 +537,14 @@ def test_a_failed_save_comes_up_at_the_next_one_or_at_the_end(tmp_path, monkeypa
             checkpointer.save(3, at(build(), 3))
     with pytest.raises(OSError, match=expected), open_checkpointer(tmp_path) as c:
         c.save(2, at(build(), 2))
+    # Or as soon as anybody asks, which waits for nothing.
+    with open_checkpointer(tmp_path) as checkpointer:
+        checkpointer.check()
+        checkpointer.save(2, at(build(), 2))
+        checkpointer._thread.join()
+        with pytest.raises(OSError, match=expected):
+            checkpointer.check()
+        checkpointer.check()  # said once
     monkeypatch.undo()
     assert_same_bits(restore(tmp_path)[0], at(build(), 1))
 
@@ -550,7 +558,7 @@ def test_a_manifest_that_cannot_be_written_fails_the_save(tmp_path, monkeypatch)
         save(tmp_path, 1)
     monkeypatch.undo()
     found, lines = restore(tmp_path)
-    assert found is None and "step 1 was left unfinished" in lines[0]
+    assert found is None and "step 1 is unfinished" in lines[0]
 
 
 def test_a_disk_that_is_really_full_loses_nothing_earlier(tmp_path):
@@ -578,5 +586,5 @@ def test_a_disk_that_is_really_full_loses_nothing_earlier(tmp_path):
         checkpointer.save(3, state)
     found, lines = restore(tmp_path, abstract)
     assert_same_bits(found, state)
-    assert len(lines) == 1 and "step 2 was left unfinished" in lines[0]
+    assert len(lines) == 1 and "step 2 is unfinished" in lines[0]
     assert step_folder.complete_steps(epath.Path(tmp_path / "checkpoints")) == [1, 3]

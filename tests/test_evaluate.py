@@ -10,7 +10,7 @@ import pytest
 import shapes_run
 from etils import epath
 
-from big_vision_lite import command_line, evaluate, run_folder, saved_run
+from big_vision_lite import command_line, environment, evaluate, saved_run
 from big_vision_lite.data.sources import ImageFolder
 from big_vision_lite.evaluators.classification import Classification
 from big_vision_lite.metrics import read_history
@@ -154,7 +154,7 @@ def test_the_file_keeps_the_scores_of_evaluators_that_ran_before(run):
     evaluate.record(loaded, {"fewshot/x": 0.25}, epath.Path(path), None, {})
     known = json.loads(path.read_text())
     assert known["scores"] == {"val/accuracy": 0.5, "fewshot/x": 0.25}
-    assert known["versions"] == run_folder.versions() and known["step"] == 10
+    assert known["versions"] == environment.versions() and known["step"] == 10
 
 
 def test_scores_of_other_arguments_and_other_weights_have_files_of_their_own(

@@ -28,6 +28,7 @@ def test_every_document_that_is_named_is_in_the_repository():
     listed = subprocess.run(
         ["git", "ls-files"], cwd=ROOT, capture_output=True, text=True, check=False
     ).stdout.split()
+    assert listed
     kinds = (".py", ".md", ".toml", ".sh", "run")
     texts = {p: ROOT / p for p in listed if p.endswith(kinds) and (ROOT / p).exists()}
     missing = [

@@ -24,7 +24,7 @@ from big_vision_lite.config import TrainConfig
 from big_vision_lite.data.ops import Decode
 from big_vision_lite.data.pipeline import Stream
 from big_vision_lite.data.sources import Digits
-from big_vision_lite.models.layers import Remat
+from big_vision_lite.models.layers import Dtype, Remat
 from big_vision_lite.monitor import Monitor
 from big_vision_lite.objectives.classification import SoftmaxClassification
 from big_vision_lite.optimizers import SGD
@@ -112,6 +112,7 @@ def explained(model, state, batch=None):
         [{"gradient_norm": 1.2}, {"gradient_norm": np.float32(np.inf)}],
         1e-3,
         epath.Path("runs/x/crash/step_7"),
+        "Try another recipe.",
     )
 
 
@@ -177,6 +178,28 @@ def test_bad_images_are_named():
     assert "First bad tensor: the images themselves." in message
 
 
+def test_what_to_try_can_be_typed_and_is_not_what_the_recipe_does_already(tmp_path):
+    config = recipe(
+        optimizer=SGD(schedule=Constant(peak=0.3), momentum=0.0, clip_norm=None)
+    )
+    workdir = epath.Path(tmp_path / "run")
+    advice = diagnose.advise(config, workdir)
+    assert "use a new --workdir, and change" in advice and "init.path" not in advice
+    words = [word.strip(",") for word in advice.split() if word.startswith("--config")]
+    values = dict(word.removeprefix("--config.").split("=") for word in words)
+    assert values == {"optimizer.schedule.peak": "0.1", "optimizer.clip_norm": "1.0"}
+    train.train(dataclasses.replace(config, num_steps=1), workdir, quiet=True)
+    clipped = dataclasses.replace(config.optimizer, clip_norm=0.5)
+    config = dataclasses.replace(
+        config,
+        optimizer=clipped,
+        model=tiny_vit(dtype=Dtype.BFLOAT16),
+    )
+    advice = diagnose.advise(config, workdir)
+    assert f"with --config.init.path={workdir}, which starts from its last" in advice
+    assert "clip_norm" not in advice and "--config.model.dtype=float32" in advice
+
+
 def test_the_message_says_what_rose_where_it_is_saved_and_what_to_try():
     message = explained(Net(), start().state)
     for part in (
@@ -184,8 +207,7 @@ def test_the_message_says_what_rose_where_it_is_saved_and_what_to_try():
         "Gradient norm 1.2 -> inf in 2 steps",
         "learning rate 1.00e-03",
         "Saved: runs/x/crash/step_7",
-        "--config.optimizer.clip_norm=1.0",
-        "--config.model.dtype=float32",
+        "Try another recipe.",
     ):
         assert part in message
 
@@ -222,6 +244,7 @@ def test_a_huge_learning_rate_ends_the_run_with_what_there_is_to_know(
     assert 2 <= step <= 8
     assert f"Saved: {workdir}/crash/step_{step}." in error
     assert "learning rate 1.00e+12" in error and "Gradient norm" in error
+    assert "new --workdir, and change" in error and "schedule.peak=3e+11 or" in error
     assert all(record["step"] < step for record in records(workdir))
 
     # What is saved is the state before the bad step, whole: it restores.

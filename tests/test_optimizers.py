@@ -368,7 +368,7 @@ def test_layer_decay_without_blocks_is_refused():
 
 def test_a_warm_up_longer_than_the_run_is_refused_when_built():
     optimizer = AdamW(schedule=WarmupCosine(peak=1e-3, warmup_steps=100))
-    with pytest.raises(ValueError, match="warmup_steps=100 leave nothing"):
+    with pytest.raises(ValueError, match="warmup_steps=100 leaves nothing"):
         optimizer.build(50)
 
 

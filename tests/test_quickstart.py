@@ -61,7 +61,13 @@ def first(tmp_path_factory, tripwires) -> pathlib.Path:
 def test_the_readme_has_the_two_commands_and_ci_runs_the_second():
     assert TRAIN in README and TEST in README
     ci = (ROOT / ".ci" / "run").read_text()
-    assert "install --quiet -e '.[test,torch]'" in ci and "-m pytest" in ci
+    lines = [line for line in ci.splitlines() if '"$environment/' in line]
+    assert lines[0].startswith("python3 -m venv")
+    assert lines[1].endswith("pip\" install --quiet -e '.[test]'")
+    assert lines[2].endswith('python" -m pytest')
+    # Then what the second command leaves out where torch is not installed.
+    assert "install --quiet -e '.[test,torch]'" in lines[3]
+    assert lines[4].endswith('-m pytest "${compared[@]}"')
 
 
 def test_the_quickstart_learns_the_digits(first):

@@ -93,7 +93,7 @@ def test_a_run_killed_during_a_checkpoint_write_continues_bit_for_bit(
     resumed = run(tmp_path, "none")
     assert resumed.returncode == 0, resumed.stderr
     assert f"resuming from step {step - 4} " in resumed.stdout
-    assert "left unfinished by a killed run" in resumed.stdout
+    assert "is unfinished (its run was killed" in resumed.stdout
     check_equal(tmp_path, straight)
 
 

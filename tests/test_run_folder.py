@@ -1,6 +1,7 @@
 import dataclasses
 import json
 import os
+import pathlib
 import signal
 import subprocess
 import sys
@@ -9,7 +10,7 @@ import jax
 import pytest
 from etils import epath
 
-from big_vision_lite import run_folder, serialize
+from big_vision_lite import environment, run_folder, serialize
 from big_vision_lite.checkpoint import Checkpoints
 from big_vision_lite.config import Platform, TrainConfig
 from big_vision_lite.data.ops import Decode
@@ -24,6 +25,8 @@ from big_vision_lite.optimizers import AdamW
 from big_vision_lite.run_folder import RunFolder
 from big_vision_lite.schedules import WarmupCosine
 from big_vision_lite.sharding import Mesh
+
+ROOT = pathlib.Path(__file__).parents[1]
 
 
 def recipe(*, width: int = 16, **overrides) -> TrainConfig:
@@ -69,6 +72,39 @@ def test_the_folder_tells_what_ran_on_what_and_with_what(tmp_path):
     assert document["machine"]["devices"] == jax.device_count()
     assert document["machine"]["cores"] == len(os.sched_getaffinity(0))
     assert list(document) == ["version", "config", "versions", "machine"]
+
+
+def test_a_run_that_is_refused_before_it_begins_leaves_no_configuration(tmp_path):
+    config = tmp_path / "config.json"
+    with pytest.raises(ValueError, match="no such set"), open_folder(tmp_path):
+        assert config.exists()
+        raise ValueError("no such set")
+    assert not config.exists()
+    with pytest.raises(KeyboardInterrupt), open_folder(tmp_path) as folder:
+        folder.begin()
+        raise KeyboardInterrupt
+    assert config.exists()
+    # Once begun it stays, whatever becomes of a later start.
+    with pytest.raises(ValueError, match="disk"), open_folder(tmp_path):
+        raise ValueError("disk")
+    assert config.exists()
+
+
+def test_without_git_or_outside_its_repository_no_commit_is_claimed(
+    tmp_path, monkeypatch
+):
+    if (ROOT / ".git").exists():
+        assert len(environment.versions()["commit"]) == 40
+    with monkeypatch.context() as patch:
+        patch.setenv("PATH", str(tmp_path))
+        found = environment.versions()
+    assert "commit" not in found and found["jax"] == jax.__version__
+    # A copy inside a repository of somebody else.
+    subprocess.run(["git", "init", "-q", tmp_path], check=True)
+    (tmp_path / "vendor" / "big_vision_lite").mkdir(parents=True)
+    copied = tmp_path / "vendor" / "big_vision_lite" / "environment.py"
+    monkeypatch.setattr(environment, "__file__", str(copied))
+    assert environment.versions() == found
 
 
 def test_a_second_run_in_the_folder_is_refused_while_the_first_lasts(tmp_path):
@@ -223,6 +259,15 @@ def test_another_machine_is_said_and_allowed(tmp_path):
     cores = len(os.sched_getaffinity(0))
     assert len(lines) == 1
     assert f"resuming on another machine (cores 99 -> {cores})" in lines[0]
+
+
+def test_another_mesh_is_said_and_allowed(tmp_path):
+    begin(tmp_path)
+    lines = []
+    with open_folder(tmp_path, recipe(mesh=Mesh(fsdp=2)), lines.append):
+        pass
+    assert len(lines) == 1
+    assert "resuming on another mesh (mesh.fsdp 1 -> 2): the same batches" in lines[0]
 
 
 @pytest.mark.parametrize("name", ["jax", "jaxlib", "flax", "optax", "python"])

@@ -26,10 +26,10 @@ def send(number):
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_a_signal_is_noted_and_the_program_goes_on(number):
     with StopSignal() as stop:
-        assert stop.requested() is None and not stop.agreed(1, 1)
+        assert stop.requested() is None and not stop.agreed(1)
         send(number)
         assert stop.requested() == number.name
-        assert stop.agreed(2, 1) and stop.agreed(3, 50)
+        assert stop.agreed(2) and stop.agreed(3)
     assert stop.requested() == number.name
 
 
@@ -40,12 +40,39 @@ def test_the_first_signal_is_answered_at_once_and_the_others_are_not(capfd):
         assert said.startswith("\nSIGINT: finishing the first step and saving; ")
         assert said.endswith("Ctrl-C again leaves at once\n")
         send(signal.SIGTERM)
-        assert capfd.readouterr().err == "" and stop.agreed(8, 1)
+        assert capfd.readouterr().err == "" and stop.agreed(8)
     with StopSignal() as stop:
-        stop.agreed(8, 1)
+        stop.agreed(8)
         send(signal.SIGTERM)
         said = capfd.readouterr().err
         assert "SIGTERM: finishing step 9 and saving; Ctrl-C leaves at once" in said
+
+
+def test_several_processes_ask_each_other_every_few_seconds(monkeypatch, capfd):
+    """At steps that all know, however seldom the run writes a line of its log."""
+    now, asked, answers = [0.0], [], [(0.0, 2.0), (0.0, 1.0), (1.0, 0.5)]
+
+    def gather(*values):
+        asked.append(values)
+        return [values, answers[len(asked) - 1]]
+
+    monkeypatch.setattr("jax.process_count", lambda: 2)
+    monkeypatch.setattr("big_vision_lite.processes.gather", gather)
+    with StopSignal() as stop:
+        monkeypatch.setattr("big_vision_lite.stop.time.monotonic", lambda: now[0])
+        stop._asked = (0, 0.0)
+        stopped_at = []
+        for step in range(1, 20):
+            now[0] += 1.0  # ours take a second, the other's two at first
+            if stop.agreed(step):
+                stopped_at.append(step)
+                break
+            if step == 2:
+                send(signal.SIGTERM)
+                said = capfd.readouterr().err
+                assert "until all processes have heard of it, and saving" in said
+    # At 1; 5 s at 2 s a step later, where ours is told; the other had said nothing.
+    assert asked[:2] == [(False, 1.0), (True, 1.0)] and stopped_at == [3]
 
 
 def test_several_sigterms_are_one():
@@ -81,8 +108,8 @@ def test_a_run_inside_a_run_stops_with_it():
         with StopSignal() as inner:
             assert inner.requested() is None
             send(signal.SIGTERM)
-            assert inner.agreed(1, 1) and inner.requested() == "SIGTERM"
-        assert outer.agreed(1, 1)
+            assert inner.agreed(1) and inner.requested() == "SIGTERM"
+        assert outer.agreed(1)
         # The next inner run (another evaluator's) does not begin as if nothing was.
         with StopSignal() as another:
             assert another.requested() == "SIGTERM"

@@ -105,7 +105,7 @@ def _read_folder(folder: pathlib.Path, path: str) -> Weights:
 
 def _download(path: str) -> pathlib.Path:
     try:
-        import huggingface_hub
+        import huggingface_hub  # pyright: ignore[reportMissingImports]
     except ImportError:
         raise ValueError(
             f"{path}: downloading needs the hub's client; pip install -e '.[hub]', or "
@@ -166,7 +166,7 @@ def _npz(path: pathlib.Path) -> dict[str, np.ndarray]:
 
 def _torch(path: pathlib.Path) -> dict[str, np.ndarray]:
     try:
-        import torch
+        import torch  # pyright: ignore[reportMissingImports]
     except ImportError:
         raise ValueError(
             f"{path} is a torch archive, which only torch opens: pip install -e "

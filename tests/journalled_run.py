@@ -16,7 +16,7 @@ import sys
 import jax
 import numpy as np
 
-from big_vision_lite import program
+from big_vision_lite import program, stop
 
 make_train_step = program.make_train_step
 
@@ -62,6 +62,8 @@ def digests(array: jax.Array):
 if __name__ == "__main__":
     split = sys.argv.index("--")
     where, moment, *_ = [*sys.argv[1:split], "none"]
+    # These steps are too few for seconds: the processes ask each other after each.
+    stop.SECONDS_BETWEEN = 0.0
     program.make_train_step = journalled(pathlib.Path(where), moment)
     sys.argv = ["train", *sys.argv[split + 1 :]]
     # As `python -m` does it, with the module's own last lines.

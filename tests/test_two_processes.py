@@ -205,7 +205,8 @@ def test_a_folder_in_use_stops_both_processes_at_once(two, tmp_path):
 
 @pytest.mark.slow
 def test_a_signal_to_one_process_stops_both_at_one_step_and_both_resume(one, tmp_path):
-    stopped = launch(tmp_path, processes=2, devices=2, moments={1: "term:4"})
+    seldom = "--config.log_every_steps=1000"  # a stop does not wait for a line of log
+    stopped = launch(tmp_path, seldom, processes=2, devices=2, moments={1: "term:4"})
     expected = 128 + signal.SIGTERM
     assert [p.code for p in stopped] == [expected, expected], outputs(stopped)
     assert "Another process: saved step 4" in stopped[0].text
@@ -214,7 +215,8 @@ def test_a_signal_to_one_process_stops_both_at_one_step_and_both_resume(one, tmp
     text = succeed(launch(tmp_path, processes=2, devices=2))
     assert "resuming from step 4 of 6" in text
     assert rows(tmp_path) == rows(one)
-    check_same_training(records(tmp_path), records(one))
+    logged = [r for r in records(one) if r["step"] > 4 or "train/loss" not in r]
+    check_same_training(records(tmp_path), logged)
 
 
 @pytest.mark.slow

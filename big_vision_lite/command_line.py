@@ -74,18 +74,21 @@ def parse(
     if recorded is not None and recipe is None and workdir:
         known = recorded(workdir[-1], modules)
     try:
+        if recipe is not None:
+            argv = _build_missing(argv, recipe)
+            known, argv = _load(recipe, modules), _without(argv, "config")
         if known is not None:
             config_flags.DEFINE_config_dataclass(
                 "config", known, flag_values=values, sys_argv=list(argv)
             )
         else:
-            argv = _build_missing(argv, recipe)
             config_flags.DEFINE_config_file(
                 "config", help_string="Recipe.", flag_values=values, sys_argv=list(argv)
             )
         rest = values(list(argv))
     except Exception as error:
-        message = mistakes.explain(error, recipe, argv, values, known)
+        recorded_only = known if recipe is None else None
+        message = mistakes.explain(error, recipe, argv, values, recorded_only)
         raise ValueError(message) from error
     if len(rest) > 1:
         raise ValueError(
@@ -93,13 +96,6 @@ def parse(
             "--config.optimizer.weight_decay=0.1."
         )
     config = values["config"].value
-    # ml_collections takes an OSError of the recipe for a recipe that is not there, and
-    # keeps it until somebody uses the configuration.
-    hidden = (
-        vars(config).get("_error") if hasattr(type(config), "_ReportError") else None
-    )
-    if hidden is not None:
-        raise ValueError(mistakes.explain(hidden, recipe, argv, values)) from hidden
     if config is None:
         return Command(config=None, recipe=None, flags=values)
     for path in cleared:
@@ -219,6 +215,31 @@ def _recipe(argv: Sequence[str]) -> str | None:
             "get_config(arg). For example: --config configs/quickstart.py"
         )
     return given[-1]
+
+
+def _load(recipe: str, modules: Sequence[str]) -> Any:
+    """Returns what a recipe gives, no part of it twice.
+
+    A recipe may use one object in two places, which an override must tell apart.
+    """
+    config = mistakes.load(recipe)
+    # ml_collections takes an OSError of the recipe for a recipe that is not there, and
+    # keeps it until somebody uses the configuration.
+    if hasattr(type(config), "_ReportError") and (hidden := vars(config).get("_error")):
+        raise hidden
+    return serialize.rebuild(config, modules)
+
+
+def _without(argv: Sequence[str], name: str) -> list[str]:
+    """Leaves `--name=value` and `--name value` out."""
+    kept: list[str] = []
+    words = iter(argv)
+    for word in words:
+        if word in (f"--{name}", f"-{name}"):
+            next(words, None)
+        elif not re.match(rf"--?{name}=", word):
+            kept.append(word)
+    return kept
 
 
 def _flag_values(argv: Sequence[str], name: str) -> list[str]:

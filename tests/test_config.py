@@ -529,7 +529,10 @@ def test_unknown_flags_and_stray_words_are_refused():
         ("data.ops=3", r"config.data.ops.0.=3 is not an Op"),
         ("freeze=3", r"config.freeze.0.=3 is not a str"),
         ("model.dropout=1", "config.model: dropout=1.0 is not a probability"),
-        ("micro_batches=3", "micro_batches=3 equal parts; use --config.micro_batches=2 or 4"),
+        (
+            "micro_batches=3",
+            "micro_batches=3 equal parts; use --config.micro_batches=2 or 4",
+        ),
         ("num_steps=0", "num_steps=0 must be above 0"),
         ("ema=1", "ema=1.0 must lie between 0 and 1"),
         ("log_every_steps=0", "log_every_steps=0 must be at least 1, for example --co"),

@@ -5,6 +5,7 @@ difference.
 """
 
 import ast
+import enum
 import itertools
 import os
 import pathlib
@@ -27,7 +28,7 @@ GOLDEN = pathlib.Path(__file__).parent / "golden"
 ARGUMENTS = {
     "quickstart": ("",),
     "fashion_mnist": ("", "epochs=10"),
-    "glyphs": ("", "model=vit"),
+    "glyphs": ("", "model=vit", "model=vit_token", "fashion=true"),
     "vit_s16_i1k": ("", "fewshot=true"),
     "bit_i1k": ("",),
 }
@@ -145,6 +146,40 @@ def test_every_leaf_of_a_recipe_can_be_overridden(name, arg):
     ]
     assert len(overrides) > 30
     assert serialize.to_json(parse(name, arg, *overrides)) == serialize.to_json(config)
+
+
+@pytest.mark.parametrize("name", ARGUMENTS)
+def test_an_override_changes_its_leaf_and_no_other(name):
+    """Or is refused with its name, where the value does not fit the others."""
+    before = {path: value for path, value, _ in mistakes.list_leaves(parse(name, ""))}
+    changed, refused = 0, []
+    for path, value in before.items():
+        if (other := another(value)) is None:
+            continue
+        try:
+            config = parse(name, "", f"--config.{path}={as_flag(other)}")
+        except ValueError as error:
+            assert path.rpartition(".")[2].partition("[")[0] in str(error)
+            refused.append(path)
+            continue
+        after = {path: value for path, value, _ in mistakes.list_leaves(config)}
+        assert {p for p in before if after[p] != before[p]} == {path}
+        assert after[path] == other and after.keys() == before.keys()
+        changed += 1
+    assert changed > 20 and len(refused) < changed / 5, refused
+
+
+def another(value):
+    """Returns another value of the same type, None where there is no telling."""
+    if isinstance(value, bool):
+        return not value
+    if isinstance(value, enum.StrEnum):
+        return next(other for other in type(value) if other != value)
+    if isinstance(value, int):
+        return 2 * abs(value) + 1
+    if isinstance(value, float):
+        return value / 2 if value else 0.25
+    return None
 
 
 def as_flag(value) -> str | None:

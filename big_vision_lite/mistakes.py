@@ -185,6 +185,8 @@ def unknown_key(
         try:
             config_path.get_value(path, config)
         except (KeyError, IndexError, AttributeError, TypeError):
+            if isinstance(error, IndexError) and (counted := _too_far(path, known)):
+                return counted
             meant = _closest(path, known)
             where = _line_of(recipe, meant) if meant and recipe else ""
             hint = f" Did you mean {meant}{where}?" if meant else ""
@@ -195,6 +197,20 @@ def unknown_key(
                 f"{names}."
             )
     return f"{type(error).__name__}: {error}"
+
+
+def _too_far(path: str, known: Sequence[str]) -> str | None:
+    """Says how many parts there are, where an index is beyond the last."""
+    for found in re.finditer(r"\[(\d+)\]", path):
+        whole = path[: found.start()]
+        given = [re.match(rf"{re.escape(whole)}\[(\d+)\]", name) for name in known]
+        count = 1 + max((int(match.group(1)) for match in given if match), default=-1)
+        if int(found.group(1)) >= count > 0:
+            return (
+                f'No config key "{path}": {whole} has {count}, counted from 0: '
+                f"{whole}[0] to {whole}[{count - 1}]."
+            )
+    return None
 
 
 def _closest(path: str, known: Sequence[str]) -> str | None:

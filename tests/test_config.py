@@ -486,7 +486,6 @@ def test_a_part_of_a_recipes_own_init_keeps_the_rest(body):
         ("optimizer.weigth_decay=3", "optimizer.weight_decay"),
         ("num_step=3", "num_steps"),
         ("data.ops[0].chanels=1", "data.ops[0].channels"),
-        ("data.ops[9].channels=1", "data.ops[0].channels"),
         ("evaluators.tset.every_steps=0", "evaluators.test.every_steps"),
         ("weight_decay=none", "optimizer.weight_decay"),
         ("init.pth=x", "init.path"),
@@ -496,6 +495,15 @@ def test_an_unknown_name_is_refused_with_what_was_meant(flag, meant):
     message = error_of(flag)
     assert f'No config key "{flag.split("=")[0]}". Did you mean {meant}' in message
     assert f"--config.{meant}=VALUE" in message
+
+
+def test_a_part_beyond_the_last_is_refused_with_their_number():
+    count = len(parse().data.ops)
+    message = error_of(f"data.ops[{count}].channels=1")
+    assert (
+        f'No config key "data.ops[{count}].channels": data.ops has {count}' in message
+    )
+    assert f"counted from 0: data.ops[0] to data.ops[{count - 1}]." in message
 
 
 def test_an_unknown_name_is_found_in_the_recipe(body):

@@ -5,9 +5,11 @@ import os
 import pathlib
 import random
 import secrets
+import shutil
 import signal
 import subprocess
 import sys
+import time
 
 import pytest
 from etils import epath
@@ -115,6 +117,30 @@ def test_the_folder_alone_resumes_its_run_bit_for_bit(tmp_path, straight):
     assert last_parameters(tmp_path) == last_parameters(straight)
     kept = {path.name for path in (tmp_path / "run" / "checkpoints").iterdir()}
     assert kept == {"8", "12", "16"}
+
+
+def test_the_program_as_it_is_killed_with_steps_in_flight_continues_bit_for_bit(
+    tmp_path, straight
+):
+    """Nothing patched: steps are under way while the first save is written."""
+    workdir = tmp_path / "run"
+    workdir.mkdir()
+    shutil.copy(straight / "run" / "config.json", workdir)
+    command = [sys.executable, "-m", "big_vision_lite.train", "--workdir", workdir]
+    environment = dict(os.environ, JAX_NUM_CPU_DEVICES="2", JAX_PLATFORMS="cpu")
+    with subprocess.Popen(command, stdout=subprocess.DEVNULL, env=environment) as run:
+        while run.poll() is None and not list(workdir.glob("checkpoints/4*")):
+            time.sleep(0.001)
+        run.kill()
+    assert run.returncode == -signal.SIGKILL
+    done = step_folder.complete_steps(epath.Path(workdir / "checkpoints"))
+    assert done in ([], [4])
+    resumed = subprocess.run(
+        command, capture_output=True, text=True, env=environment, check=False
+    )
+    assert resumed.returncode == 0, resumed.stderr
+    assert records(tmp_path) == records(straight)
+    assert last_parameters(tmp_path) == last_parameters(straight)
 
 
 @pytest.mark.slow

@@ -503,7 +503,7 @@ def test_a_part_beyond_the_last_is_refused_with_their_number():
     assert (
         f'No config key "data.ops[{count}].channels": data.ops has {count}' in message
     )
-    assert f"counted from 0: data.ops[0] to data.ops[{count - 1}]." in message
+    assert f"from 0: data.ops[0] to data.ops[{count - 1}]." in message
 
 
 def test_an_unknown_name_is_found_in_the_recipe(body):

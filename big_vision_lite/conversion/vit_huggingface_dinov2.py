@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 
 from big_vision_lite.conversion.formats import Architecture, Library, Weights
-from big_vision_lite.conversion.mapping import Arrays, Entry, Shape, same
+from big_vision_lite.conversion.mapping import Arrays, Entry, Shape, dense, same
 from big_vision_lite.conversion.vit_huggingface_tables import (
     TO_TIMM,
     BlockNames,
@@ -24,7 +24,7 @@ from big_vision_lite.conversion.vit_huggingface_tables import (
 from big_vision_lite.conversion.vit_tables import check_fields, tokens_and_positions
 from big_vision_lite.models.mlp import Activation
 from big_vision_lite.models.patches import grid_size
-from big_vision_lite.models.pooling import Pooling
+from big_vision_lite.models.pooling import WITH_CLASS_TOKEN, Pooling
 from big_vision_lite.models.vit import ViT
 
 # What a config.json that leaves a key out means: Dinov2Config; with registers the
@@ -60,9 +60,8 @@ class HuggingFaceDINOv2:
     """Dinov2ForImageClassification, and Dinov2Model when there is no head.
 
     The classifier reads the class token and the mean of the patches, one after the
-    other. A head of ours, on the class token alone, goes out with zeros for the mean
-    and comes back from there; from others the backbone is taken without the head,
-    which is what `headless` formats do.
+    other: pooling=class_token_and_average. A head of ours on the class token alone goes
+    out with zeros for the mean and comes back from there.
     """
 
     name: str = "Hugging Face DINOv2"
@@ -72,7 +71,6 @@ class HuggingFaceDINOv2:
     ignored: tuple[str, ...] = (r"(.*\.)?embeddings\.mask_token",)
     model_type: str = "dinov2"
     kind: str = "Dinov2"
-    headless: bool = False
 
     def recognises(self, weights: Weights) -> bool:
         head = weights.arrays.get("classifier.weight")
@@ -82,12 +80,7 @@ class HuggingFaceDINOv2:
             f"{root}embeddings.position_embeddings",
             f"{root}encoder.layer.0.layer_scale1.lambda1",
         }
-        reads_mean = head is not None and head[:, head.shape[1] // 2 :].any()
-        return (
-            wanted <= weights.arrays.keys()
-            and registers == self._has_registers
-            and bool(reads_mean) == self.headless
-        )
+        return wanted <= weights.arrays.keys() and registers == self._has_registers
 
     def architecture(self, weights: Weights) -> Architecture:
         defaults = REGISTERS if self._has_registers else DEFAULTS
@@ -102,16 +95,12 @@ class HuggingFaceDINOv2:
             **fields,
             mlp_dim=mlp_dim,
             qkv_bias=config["qkv_bias"],
-            pooling=Pooling.CLASS_TOKEN,
+            pooling=_pooling_of(weights),
             layer_scale=config["layerscale_value"],
             registers=config.get("num_register_tokens", 0),
-            head=None if self.headless else head_of(weights),
+            head=head_of(weights),
         )
-        note = (
-            "the head is left out: it reads the class token and the mean of the "
-            "patches, which no model here does; the features are the class token"
-        )
-        return architecture_of(model, config, (note,) if self.headless else ())
+        return architecture_of(model, config, ())
 
     def entries(self, model: ViT, image_size: tuple[int, int]) -> Sequence[Entry]:
         root = self._root(model)
@@ -140,7 +129,10 @@ class HuggingFaceDINOv2:
             ]
         if model.head is None:
             return table
-        table += [_first_half("classifier.weight", "head/kernel")]
+        if model.pooling == Pooling.CLASS_TOKEN_AND_AVERAGE:
+            table += [dense("classifier.weight", "head/kernel")]
+        else:
+            table += [_first_half("classifier.weight", "head/kernel")]
         return [*table, same("classifier.bias", "head/bias")]
 
     def constants(self, model: ViT) -> dict[str, np.ndarray]:
@@ -150,9 +142,7 @@ class HuggingFaceDINOv2:
 
     def describe(self, model: ViT, image_size: tuple[int, int]) -> dict[str, Any]:
         what = "Hugging Face's DINOv2"
-        if self.headless:
-            raise ValueError(f"{what} is written with a head for the class token.")
-        if model.layer_scale is None or model.pooling != Pooling.CLASS_TOKEN:
+        if model.layer_scale is None or model.pooling not in WITH_CLASS_TOKEN:
             raise ValueError(
                 f"{what} has layer scale and a class token; this model has "
                 f"layer_scale={model.layer_scale} and pooling={model.pooling}. "
@@ -163,6 +153,11 @@ class HuggingFaceDINOv2:
                 f"{self.kind} does not have registers={model.registers}. {TO_TIMM}"
             )
         check_fields(model, what=what, expresses=EXPRESSES, instead=TO_TIMM)
+        if model.head is None and model.pooling != Pooling.CLASS_TOKEN:
+            raise ValueError(
+                f"{what} without a head gives the class token alone, not pooling="
+                f"{model.pooling}. Export with --to safetensors, or with a head."
+            )
         if image_size[0] != image_size[1]:
             raise ValueError(
                 f"{what} takes its positions for a square, this model is for "
@@ -187,8 +182,14 @@ class HuggingFaceDINOv2:
         return self.model_type != "dinov2"
 
     def _root(self, model: ViT) -> str:
-        has_prefix = self.headless or model.head is not None
-        return f"{self.model_type}." if has_prefix else ""
+        return "" if model.head is None else f"{self.model_type}."
+
+
+def _pooling_of(weights: Weights) -> Pooling:
+    head = weights.arrays.get("classifier.weight")
+    if head is not None and head[:, head.shape[1] // 2 :].any():
+        return Pooling.CLASS_TOKEN_AND_AVERAGE
+    return Pooling.CLASS_TOKEN
 
 
 def _first_half(theirs: str, ours: str) -> Entry:
@@ -230,16 +231,4 @@ _REGISTERS = dataclasses.replace(
     model_type="dinov2_with_registers",
     kind="Dinov2WithRegisters",
 )
-FORMATS = (
-    _PLAIN,
-    _REGISTERS,
-    *(
-        dataclasses.replace(
-            form,
-            name=f"{form.name}, without its head",
-            headless=True,
-            ignored=(*form.ignored, r"classifier\.(weight|bias)"),
-        )
-        for form in (_PLAIN, _REGISTERS)
-    ),
-)
+FORMATS = (_PLAIN, _REGISTERS)

@@ -18,6 +18,7 @@ from big_vision_lite.conversion.mapping import (
 )
 from big_vision_lite.conversion.vit_timm_config import (
     BASES,
+    POOLINGS,
     activation_of,
     arguments_of,
     model_args,
@@ -148,6 +149,11 @@ class TimmViT:
             "For the layer before the head, drop it and train a new head: "
             "--config.init.drop='head/.*' with head.hidden_dim=none.",
         )
+        if model.pooling not in POOLINGS.values():
+            raise ValueError(
+                f"timm's VisionTransformer does not have pooling={model.pooling}. "
+                "Export with --to huggingface, whose DINOv2 has, or safetensors."
+            )
         if model.activation == Activation.SWIGLU and model.pooling == Pooling.ATTENTION:
             raise ValueError(
                 "timm's attention pooling has no SwiGLU; use activation=gelu_tanh or "

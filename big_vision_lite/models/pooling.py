@@ -16,7 +16,13 @@ class Pooling(enum.StrEnum):
 
     AVERAGE = "average"
     CLASS_TOKEN = "class_token"
+    # One after the other, twice as wide: DINOv2's linear classifiers, arXiv:2304.07193.
+    CLASS_TOKEN_AND_AVERAGE = "class_token_and_average"
     ATTENTION = "attention"
+
+
+# Those that read a class token, so that there is one.
+WITH_CLASS_TOKEN = (Pooling.CLASS_TOKEN, Pooling.CLASS_TOKEN_AND_AVERAGE)
 
 
 class FinalNorm(enum.StrEnum):

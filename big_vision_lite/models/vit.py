@@ -1,5 +1,7 @@
 """Vision transformer, after arXiv:2010.11929 and big_vision's form of it."""
 
+from typing import ClassVar
+
 import flax.linen as nn
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Num
@@ -20,7 +22,12 @@ from big_vision_lite.models.layers import (
 )
 from big_vision_lite.models.mlp import Activation
 from big_vision_lite.models.patches import PatchEmbedding
-from big_vision_lite.models.pooling import AttentionPooling, FinalNorm, Pooling
+from big_vision_lite.models.pooling import (
+    WITH_CLASS_TOKEN,
+    AttentionPooling,
+    FinalNorm,
+    Pooling,
+)
 from big_vision_lite.models.positions import Positions, sincos
 from big_vision_lite.types import Batch, Stem
 
@@ -56,6 +63,10 @@ class ViT(nn.Module, kw_only=True):
     are the sizes in which the patch kernel and the learned positions are stored, to
     be resized at every use (FlexiViT, arXiv:2212.08013).
     """
+
+    # Its products are so large that they gain nothing from running beside each other:
+    # the schedule that keeps least alive is the faster one, too (step.py).
+    least_memory_on_cpu: ClassVar[bool] = True
 
     width: int
     depth: int
@@ -171,6 +182,9 @@ class ViT(nn.Module, kw_only=True):
                 pooled = x.mean(axis=1, dtype=jnp.float32)
             case Pooling.CLASS_TOKEN:
                 pooled = special[:, 0]
+            case Pooling.CLASS_TOKEN_AND_AVERAGE:
+                average = x.mean(axis=1, dtype=jnp.float32)
+                pooled = jnp.concatenate([special[:, 0], average], axis=-1)
             case Pooling.ATTENTION:
                 pooled = AttentionPooling(
                     num_heads=self.num_heads,
@@ -202,7 +216,7 @@ class ViT(nn.Module, kw_only=True):
 
     def _tokens_before_patches(self, batch: int) -> list[Float[Array, "B n D"]]:
         counts = {
-            "class_token": int(self.pooling == Pooling.CLASS_TOKEN),
+            "class_token": int(self.pooling in WITH_CLASS_TOKEN),
             "distillation_token": int(self.distillation_token),
             "registers": self.registers,
         }
@@ -253,6 +267,14 @@ def _check_variants(model: ViT) -> None:
         raise ValueError(
             "distillation_token=True goes with pooling=class_token and "
             f"final_norm=tokens (DeiT), not with pooling={model.pooling} and "
+            f"final_norm={model.final_norm}."
+        )
+    if (
+        model.pooling == Pooling.CLASS_TOKEN_AND_AVERAGE
+        and model.final_norm != FinalNorm.TOKENS
+    ):
+        raise ValueError(
+            f"pooling={model.pooling} goes with final_norm=tokens (DINOv2), not with "
             f"final_norm={model.final_norm}."
         )
     if model.position_grid and (

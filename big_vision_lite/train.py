@@ -4,6 +4,7 @@ python -m big_vision_lite.train --config configs/quickstart.py --workdir runs/fi
 python -m big_vision_lite.train --workdir runs/first
 """
 
+import contextlib
 import functools
 import shlex
 import sys
@@ -22,6 +23,7 @@ from big_vision_lite import (
     environment,
     evaluation,
     files,
+    garbage,
     integrity,
     layout,
     processes,
@@ -85,6 +87,7 @@ def train(
         ) as checkpointer,
         Writer(workdir) as writer,
         Profiler(config.profile_steps, workdir / "profile") as profiler,
+        contextlib.ExitStack() as later,
     ):
         if note := config.length_note():
             progress.message(note)
@@ -129,6 +132,7 @@ def train(
         except Stopped:
             raise Stopped(stop.requested(), first_step - 1, workdir) from None
         folder.begin()
+        later.enter_context(garbage.set_aside())
         progress.begin(first_step - 1, built.flops_per_step)
         for step, batch in progress.watch(batches.starting_at(first_step), num_steps):
             profiler.before(step)

@@ -13,7 +13,7 @@ FILES = sorted(PACKAGE.rglob("*.py"))
 # groups of one row never import each other.
 ROWS = (
     ({"wording"},),
-    ({"types"}, {"trees"}, {"files"}, {"cores"}),
+    ({"types"}, {"trees"}, {"files"}, {"cores"}, {"garbage"}),
     ({"layout"}, {"processes"}),
     (
         {"schedules", "optimizers"},

@@ -197,3 +197,49 @@ def test_what_is_not_there_is_said(tmp_path):
 def test_a_download_without_client_or_network_says_what_to_type(monkeypatch):
     with pytest.raises(ValueError, match="hub:nobody/nothing.*(could not|pip install)"):
         weights.read("hub:nobody/nothing")
+
+
+def in_parts(folder, arrays, **changes):
+    """Writes weights as transformers does above a size: parts, and an index."""
+    names = sorted(arrays)
+    where = {}
+    for number, part in enumerate((names[::2], names[1::2]), 1):
+        file = f"model-{number:05d}-of-00002.safetensors"
+        safetensors.numpy.save_file({n: arrays[n] for n in part}, folder / file)
+        where |= dict.fromkeys(part, file)
+    index = folder / "model.safetensors.index.json"
+    index.write_text(json.dumps({"metadata": {}, "weight_map": where | changes}))
+    return index
+
+
+def test_weights_in_parts_are_read_by_their_index(tmp_path):
+    rng = np.random.default_rng(0)
+    arrays = {f"layer.{i}": rng.normal(size=3).astype(np.float32) for i in range(5)}
+    index = in_parts(tmp_path, arrays)
+    for path in (index, tmp_path):
+        found = weights.read(str(path)).arrays
+        assert found.keys() == arrays.keys()
+        assert all(np.array_equal(found[n], arrays[n]) for n in arrays)
+    assert weights.is_foreign(str(tmp_path))
+    whole = weights.arrays_of(index)
+    assert all(whole[n].dtype == np.float32 for n in whole)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"layer.0": "model-3.safetensors"}, "names model-3.safetensors, which is not"),
+        ({"layer.0": "../model.safetensors"}, "which is not beside it"),
+        ({"layer.9": "model-00001-of-00002.safetensors"}, "names layer.9, which no"),
+    ],
+)
+def test_an_index_of_other_files_is_refused(changes, message, tmp_path):
+    folder = tmp_path / "weights"
+    folder.mkdir()
+    arrays = {f"layer.{i}": np.zeros(2, np.float32) for i in range(3)}
+    safetensors.numpy.save_file(arrays, tmp_path / "model.safetensors")
+    with pytest.raises(ValueError, match=message):
+        weights.read(str(in_parts(folder, arrays, **changes)))
+    (folder / "config.json").write_text('{"model_type": "vit"}')
+    with pytest.raises(ValueError, match="is JSON, but no index of weight files"):
+        weights.read(str(folder / "config.json"))

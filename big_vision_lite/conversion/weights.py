@@ -19,7 +19,13 @@ from big_vision_lite.conversion.formats import Weights
 
 HUB = "hub:"
 # In the order in which they are looked for.
-FOLDER_FILES = ("model.safetensors", "pytorch_model.bin", "model.npz")
+FOLDER_FILES = (
+    *("model.safetensors", "model.safetensors.index.json"),
+    *("pytorch_model.bin", "pytorch_model.bin.index.json"),
+    "model.npz",
+)
+# Of large models; an index says which array is in which.
+PARTS = ("model-*.safetensors", "pytorch_model-*.bin")
 READ = "Read are: Orbax run folders, .safetensors, .npz, torch's .pth and .bin"
 # What training scripts wrap around the parameters.
 WRAPPERS = ("state_dict", "model", "module", "params", "opt/target", "opt.target")
@@ -79,6 +85,8 @@ def arrays_of(path: pathlib.Path) -> dict[str, np.ndarray]:
         found = _torch(path)
     elif head[8:9] == b"{":
         found = _safetensors(path)
+    elif head.lstrip()[:1] == b"{":
+        return _parts(path)
     else:
         raise ValueError(_unknown(path, head))
     return _unwrapped({name: _floats(array) for name, array in found.items()})
@@ -112,7 +120,7 @@ def _download(path: str) -> pathlib.Path:
             "give a folder that has been downloaded."
         ) from None
     try:
-        wanted = [*FOLDER_FILES, *_SIDE_FILES]
+        wanted = [*FOLDER_FILES, *PARTS, *_SIDE_FILES]
         name = path.removeprefix(HUB)
         return pathlib.Path(
             huggingface_hub.snapshot_download(name, allow_patterns=wanted)
@@ -133,6 +141,24 @@ def _json(path: pathlib.Path) -> Mapping[str, Any]:
     except ValueError as error:
         raise ValueError(f"{path} is no JSON: {error}. {_AGAIN}") from error
     return found if isinstance(found, dict) else {}
+
+
+def _parts(index: pathlib.Path) -> dict[str, np.ndarray]:
+    """Reads all files that an index names; they lie beside it."""
+    names = _json(index).get("weight_map")
+    if not isinstance(names, dict) or not names:
+        raise ValueError(f"{index} is JSON, but no index of weight files. {READ}.")
+    found: dict[str, np.ndarray] = {}
+    for name in sorted(set(map(str, names.values()))):
+        part = index.parent / name
+        if part.name != name or not part.is_file():
+            raise ValueError(f"{index} names {name}, which is not beside it. {_AGAIN}")
+        found |= arrays_of(part)
+    if missing := sorted(names.keys() - found.keys()):
+        raise ValueError(
+            f"{index} names {', '.join(missing[:3])}, which no file holds. {_AGAIN}"
+        )
+    return found
 
 
 def _safetensors(path: pathlib.Path) -> dict[str, np.ndarray]:

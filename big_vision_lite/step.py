@@ -62,11 +62,13 @@ def make_train_step(
 
     gradient = jax.value_and_grad(loss_of, has_aux=True)
 
-    if micro_batches > 1 and jax.tree.leaves(abstract.collections):
+    keeps = jax.tree.leaves(abstract.collections)
+    if micro_batches > 1 and keeps and getattr(model, "statistics", None) != "frozen":
         raise ValueError(
             f"micro_batches={micro_batches} with a model that keeps "
             f"{', '.join(abstract.collections)}: batch statistics of a part are not "
-            "those of the batch. Use --config.micro_batches=1."
+            "those of the batch. Use --config.micro_batches=1, or for fine-tuning "
+            "--config.model.statistics=frozen."
         )
     if micro_batches > 1 and getattr(objective, "needs_whole_batch", False):
         raise ValueError(

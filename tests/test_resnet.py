@@ -263,9 +263,24 @@ def test_eight_devices_give_the_gradients_and_statistics_of_one():
     assert np.abs(alone[name] - one[name]).max() > 1e-3 * np.abs(one[name]).max()
 
 
-def test_micro_batches_are_refused():
-    with pytest.raises(ValueError, match=r"batch_stats.*micro_batches=1"):
+def test_micro_batches_are_refused_unless_the_statistics_stay():
+    with pytest.raises(ValueError, match=r"batch_stats.*micro_batches=1.*=frozen"):
         start(tiny(), micro_batches=2)
+    found = {}
+    for parts, devices in ((1, 1), (2, 1), (2, 4)):
+        run = start(
+            tiny(statistics=Statistics.FROZEN), micro_batches=parts, devices=devices
+        )
+        before = jax.device_get(run.state.collections)
+        (metrics,) = run.advance(rows())
+        after = jax.device_get(run.state.collections)
+        assert jax.tree.all(jax.tree.map(np.array_equal, before, after))
+        found[parts, devices] = {"loss": metrics["loss"], **gradients(run.state)}
+    one = found.pop((1, 1))
+    for other in found.values():
+        for name, value in one.items():
+            largest = np.abs(value).max()
+            assert np.abs(other[name] - value).max() <= 1e-5 * largest + 1e-7, name
 
 
 def test_averaged_parameters_are_evaluated_with_the_running_statistics():

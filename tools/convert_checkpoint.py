@@ -28,9 +28,9 @@ sys.path.insert(0, str(pathlib.Path(__file__).parent))
 
 from big_vision_lite import (  # noqa: E402 (needs the paths above)
     command_line,
+    environment,
     files,
     hyperrule,
-    run_folder,
     saved_run,
     serialize,
     trees,
@@ -139,15 +139,15 @@ def to_run(run: SavedRun, out: pathlib.Path) -> None:
         raise ValueError(f"{out} is not empty; name a new folder with --out.")
     text = serialize.to_json(
         run.config,
-        versions=run_folder.versions(),
-        machine=run_folder.describe_machine(),
+        versions=environment.versions(),
+        machine=environment.machine(),
     )
     metadata = {
         "num_steps": int(run.manifest["num_steps"]),
         "class_names": list(run.class_names),
         "source": run.config.data.source.fingerprint,
         "origin": run.manifest.get("origin"),
-        "versions": run_folder.versions(),
+        "versions": environment.versions(),
     }
     policy = Checkpoints()
     with Checkpointer(

@@ -69,8 +69,7 @@ class Report:
         """Says whether ours are about as near to the exact logits as theirs are.
 
         BiT-R50x1 at 224 px is 2.1 times as far: its norms take their variance in one
-        pass, which two, for 9 % of the training time, would make 1.2. A constant of
-        a norm that differs is ten times as far.
+        pass; two passes would make it 1.2, for 9 % of the training time on a CPU.
         """
         ours, theirs = self.rounding[kind]
         return ours <= max(BOUND, 3 * theirs)

@@ -377,7 +377,7 @@ def test_a_process_that_waits_alone_says_so_and_gives_up():
 
 def test_alone_the_first_process_is_all_processes():
     assert processes.on_first(lambda: {"step": 3}) == {"step": 3}
-    assert processes.gather(True) == [True]
+    assert processes.gather(True, 2.5) == [(1.0, 2.5)]
     with pytest.raises(OSError, match="full"):
         processes.on_first(lambda: (_ for _ in ()).throw(OSError("full")))
 
@@ -404,7 +404,7 @@ def test_a_lost_process_is_said_in_words(monkeypatch):
 def test_a_folder_that_not_all_processes_see_is_refused(tmp_path, monkeypatch):
     recipe = pathlib.Path(__file__).parent / "recipes" / "digits_spread.py"
     config = runpy.run_path(str(recipe))["get_config"]()
-    monkeypatch.setattr(processes, "gather", lambda seen: [seen, True, False])
+    monkeypatch.setattr(processes, "gather", lambda seen: [(seen,), (1.0,), (0.0,)])
     with (
         pytest.raises(OSError, match="not there for process 2.*--workdir=gs://"),
         run_folder.RunFolder(epath.Path(tmp_path) / "run", config),

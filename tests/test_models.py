@@ -474,6 +474,35 @@ def test_sincos_is_the_form_of_moco_v3_and_not_of_mae():
         )
 
 
+@pytest.mark.parametrize(
+    ("dtype", "tolerance"), [("float32", 1e-5), ("bfloat16", 2e-2)]
+)
+def test_the_gradient_of_attention_is_that_of_its_formula(dtype, tolerance):
+    rng = np.random.default_rng(0)
+    q, k, v, weights = (
+        jnp.asarray(rng.normal(size=(2, tokens, 3, 8)), dtype)
+        for tokens in (5, 7, 7, 5)
+    )
+
+    def formula(q, k, v):
+        q, k, v = (x.astype(jnp.float32) for x in (q, k, v))
+        logits = jnp.einsum("bnhd,bmhd->bhnm", q, k) / np.sqrt(8)
+        return jnp.einsum("bhnm,bmhd->bnhd", jax.nn.softmax(logits), v)
+
+    def gradients(function):
+        def loss(*qkv):
+            return (function(*qkv).astype(jnp.float32) * weights).sum()
+
+        return jit(jax.grad(loss, (0, 1, 2)))(q, k, v)
+
+    ours = gradients(lambda *qkv: attend(*qkv, Attention.XLA))
+    for found, expected in zip(ours, gradients(formula), strict=True):
+        assert found.dtype == jnp.dtype(dtype)
+        found, expected = (np.asarray(x, np.float32) for x in (found, expected))
+        scale = np.abs(expected).max()
+        np.testing.assert_allclose(found / scale, expected / scale, atol=tolerance)
+
+
 def test_attention_equals_that_of_jax():
     rng = np.random.default_rng(0)
     q, k, v = (

@@ -8,7 +8,6 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from big_vision_lite.models.layers import Dtype, layer_norm
-from big_vision_lite.models.products import flax_product
 
 
 class Attention(enum.StrEnum):
@@ -114,7 +113,6 @@ class MultiHeadAttention(nn.Module, kw_only=True):
                 use_bias=self.qkv_bias,
                 dtype=self.dtype,
                 kernel_init=nn.initializers.xavier_uniform(),
-                dot_general_cls=flax_product,
                 name=name,
             )(x)
 
@@ -128,7 +126,6 @@ class MultiHeadAttention(nn.Module, kw_only=True):
             axis=(-2, -1),
             dtype=self.dtype,
             kernel_init=nn.initializers.xavier_uniform(),
-            dot_general_cls=flax_product,
             name="out",
         )(attended)
 

@@ -7,7 +7,6 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from big_vision_lite.models.layers import Dtype
-from big_vision_lite.models.products import flax_product
 
 
 class Activation(enum.StrEnum):
@@ -40,7 +39,6 @@ class Mlp(nn.Module, kw_only=True):
                 dtype=self.dtype,
                 kernel_init=nn.initializers.xavier_uniform(),
                 bias_init=nn.initializers.normal(1e-6),
-                dot_general_cls=flax_product,
                 name=name,
             )
 

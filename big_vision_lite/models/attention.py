@@ -49,8 +49,7 @@ def _attend_in_heads(
     """Returns softmax(q k) v, and keeps one array of [B, H, N, M] for the gradient.
 
     By itself JAX keeps the logits, too, and divides every weight instead of every
-    output; XLA:CPU then transposes the weights for three of the four products of the
-    gradient. ViT-S/16, 224 px: 18 of 372 MB at batch 4, and 1 % of the CPU time.
+    output. A step of ViT-S/16, 224 px, batch 8, depth 6: 375 instead of 403 MB.
     """
     return _attend_forward(q, k, v)[0]
 

@@ -1,7 +1,6 @@
 """What is settled before JAX looks at its devices: platform, processes, caches."""
 
 import contextlib
-import ctypes
 import importlib.util
 import json
 import os
@@ -13,7 +12,7 @@ from typing import Any
 import jax
 from etils import epath
 
-from big_vision_lite import step_folder
+from big_vision_lite import host_memory, step_folder
 from big_vision_lite.config import Platform
 
 CACHE = "~/.cache/big_vision_lite/compiled"
@@ -22,7 +21,6 @@ CACHE = "~/.cache/big_vision_lite/compiled"
 REMIND_SECONDS = 20
 JOIN_SECONDS = 300
 HEARTBEAT_SECONDS = 60
-M_ARENA_MAX = -8  # of glibc's malloc.h
 
 
 def set_up(
@@ -42,7 +40,7 @@ def set_up(
         ValueError: the machine has a GPU that this JAX cannot use, or has not what was
             chosen, or the other processes cannot be joined.
     """
-    share_arenas()
+    host_memory.set_up()
     if platform is not None:
         name = "cuda" if platform == Platform.GPU else platform.value
         jax.config.update("jax_platforms", name)
@@ -219,18 +217,6 @@ def check_there(platform: Platform, platform_flag: str) -> None:
             f"this machine{''.join(f' ({line})' for line in reason)}. There is: "
             f"{', '.join(there)}, so {platform_flag}={there[0]}.{install}"
         ) from error
-
-
-def share_arenas() -> None:
-    """Lets threads share their pools of host memory, two cores to a pool.
-
-    By default glibc gives nearly every thread its own, and each keeps what compiling
-    has left in it: 140 of 1,040 MB of a small run on 2 cores, at no cost in time.
-    MALLOC_ARENA_MAX chooses another number; without glibc nothing happens.
-    """
-    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
-    if mallopt is not None and "MALLOC_ARENA_MAX" not in os.environ:
-        mallopt(M_ARENA_MAX, max(1, len(os.sched_getaffinity(0)) // 2))
 
 
 def cache_compiled() -> None:

@@ -46,16 +46,20 @@ class Evaluations:
         self._show = show
         self._suffix = "" if config.ema is None else "_ema"
 
-    def due(self, name: str, step: int) -> bool:
-        """Says whether an evaluator runs after `step`: the last step is always due."""
-        every = self._evaluators[name].every_steps
-        return step > 0 and (step % every == 0 or step == self._num_steps)
+    def due(self, step: int) -> list[str]:
+        """Returns the evaluators that run after `step`: after the last one all do."""
+        last = step == self._num_steps
+        return [
+            name
+            for name, evaluator in self._evaluators.items()
+            if step > 0 and (last or step % evaluator.every_steps == 0)
+        ]
 
     def run_due(self, step: int, state: TrainState) -> None:
         """Runs what is due at `step` and not on record, and records the scores."""
-        for name in self._evaluators:
+        for name in self.due(step):
             prefix = f"{name}{self._suffix}"
-            if self.due(name, step) and not self._writer.recorded(step, prefix):
+            if not self._writer.recorded(step, prefix):
                 scores = self._runners[name](state)
                 named = {f"{prefix}/{k}": v for k, v in scores.items()}
                 self._writer.write(step, named)

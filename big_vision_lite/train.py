@@ -24,6 +24,7 @@ from big_vision_lite import (
     evaluation,
     files,
     garbage,
+    host_memory,
     integrity,
     layout,
     processes,
@@ -133,10 +134,11 @@ def train(
             raise Stopped(stop.requested(), first_step - 1, workdir) from None
         folder.begin()
         later.enter_context(garbage.set_aside())
+        train_step = later.enter_context(host_memory.SteadyStep(built.train_step, mesh))
         progress.begin(first_step - 1, built.flops_per_step)
         for step, batch in progress.watch(batches.starting_at(first_step), num_steps):
             profiler.before(step)
-            state, metrics = built.train_step(state, batch)
+            state, metrics = train_step(state, batch)
             profiler.after(step, metrics)
             progress.pace(metrics)
             monitor.add(step, metrics)
@@ -157,8 +159,9 @@ def train(
                 if saving:
                     checkpointer.save(step, state)
                 try:
-                    if last or not leaving:
-                        evaluations.run_due(step, state)
+                    if (last or not leaving) and evaluations.due(step):
+                        with train_step.lent():
+                            evaluations.run_due(step, state)
                 except Stopped:
                     # A training inside an evaluator was told to stop, and saved itself.
                     # Resumed, this run makes up for the evaluation.

@@ -126,6 +126,9 @@ def ours(setting: Setting) -> Iterator[Any]:
     import benchmark
     import jax
 
+    from big_vision_lite import host_memory
+
+    host_memory.set_up()
     bare = benchmark.build_bare(
         setting.spec,
         "float32",
@@ -135,7 +138,7 @@ def ours(setting: Setting) -> Iterator[Any]:
     )
     yield bare.parameters
     while True:
-        bare.state, _ = bare.compiled(bare.state, bare.batch)
+        bare.state, _ = bare.step(bare.state, bare.batch)
         jax.block_until_ready(bare.state)
         yield
 

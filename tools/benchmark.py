@@ -42,7 +42,7 @@ import sys
 import tempfile
 import time
 import types
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -52,6 +52,9 @@ sys.path.insert(0, str(pathlib.Path(__file__).parent))
 sys.path.insert(0, str(pathlib.Path(__file__).parents[1]))
 
 import model_spec
+
+from big_vision_lite import host_memory
+from big_vision_lite.host_memory import SteadyStep
 
 # Steps of a window before its clock starts: batches made ahead during the bare steps
 # would count as free.
@@ -160,18 +163,18 @@ def count_parameters(state: Any) -> int:
     return sum(int(np.prod(leaf.shape)) for leaf in leaves)
 
 
-def timed_compile(step: Any, *specs: Any) -> tuple[Any, float, float]:
+def timed_compile(step: SteadyStep, *specs: Any) -> tuple[Any, float, float]:
     """Returns (the compiled step, seconds, CPU-seconds); no cache helps."""
     jax.clear_caches()
     began, cpu = time.perf_counter(), time.process_time()
-    compiled = step.lower(*specs).compile()
+    compiled = step.compile(*specs)
     return compiled, time.perf_counter() - began, time.process_time() - cpu
 
 
 # A recipe.
 
 
-class Windows:
+class Windows(SteadyStep):
     """A train step that measures the loop around it, and itself alone.
 
     The state goes through the bare steps too: nothing here learns, it is only timed.
@@ -180,8 +183,8 @@ class Windows:
     class Over(Exception):
         """All windows are measured; the loop has nothing more to tell."""
 
-    def __init__(self, step: Callable[..., Any], steps: int, rounds: int):
-        self._step = step
+    def __init__(self, jitted: Any, mesh: Any, steps: int, rounds: int):
+        super().__init__(jitted, mesh)
         self._steps = steps
         self._rounds = rounds
         self._count = 0
@@ -193,7 +196,7 @@ class Windows:
         if len(self.loop) == self._rounds:
             raise Windows.Over
         self._count += 1
-        outputs = self._step(state, batch)
+        outputs = super().__call__(state, batch)
         position = (self._count - 1) % (UNTIMED + self._steps)
         if position == UNTIMED - 1:
             jax.block_until_ready(outputs)
@@ -207,11 +210,11 @@ class Windows:
     def _alone(self, state: Any, metrics: Any, batch: Any) -> Any:
         # Meanwhile the threads fill up their batches ahead, and rest.
         for _ in range(UNTIMED):
-            state, metrics = self._step(state, batch)
+            state, metrics = super().__call__(state, batch)
         jax.block_until_ready(state)
         self._start()
         for _ in range(self._steps):
-            state, metrics = self._step(state, batch)
+            state, metrics = super().__call__(state, batch)
         jax.block_until_ready(state)
         self.bare.append(self._stop())
         return state, metrics
@@ -258,10 +261,12 @@ def recipe_rows(argv: Sequence[str], steps: int, rounds: int, starts: int) -> li
     build = program.build
 
     def build_windows(*arguments: Any) -> Any:
-        built = build(*arguments)
-        seen["program"] = built
-        seen["windows"] = Windows(built.train_step, steps, rounds)
-        return dataclasses.replace(built, train_step=seen["windows"])
+        seen["windows"] = Windows(*arguments, steps, rounds)
+        return seen["windows"]
+
+    def build_seen(*arguments: Any) -> Any:
+        seen["program"] = build(*arguments)
+        return seen["program"]
 
     blocked: list[float] = []
     save = checkpoint.Checkpointer.save
@@ -273,7 +278,8 @@ def recipe_rows(argv: Sequence[str], steps: int, rounds: int, starts: int) -> li
         blocked.append(1e3 * (time.perf_counter() - began))
         self.wait()  # the next window has the machine for itself
 
-    program.build, checkpoint.Checkpointer.save = build_windows, timed_save
+    program.build, host_memory.SteadyStep = build_seen, build_windows
+    checkpoint.Checkpointer.save = timed_save
     try:
         with tempfile.TemporaryDirectory() as folder:
             workdir = train.epath.Path(folder) / "run"
@@ -281,14 +287,17 @@ def recipe_rows(argv: Sequence[str], steps: int, rounds: int, starts: int) -> li
     except Windows.Over:
         pass
     finally:
-        program.build, checkpoint.Checkpointer.save = build, save
+        program.build, host_memory.SteadyStep = build, SteadyStep
+        checkpoint.Checkpointer.save = save
 
     built, windows = seen["program"], seen["windows"]
     mesh = built.abstract.step.sharding.mesh
     plain = dataclasses.replace(measured, model=model_spec.without_remat(config.model))
     with jax.set_mesh(mesh):
         compiles = [
-            timed_compile(built.train_step, built.abstract, built.spec)
+            timed_compile(
+                SteadyStep(built.train_step, mesh), built.abstract, built.spec
+            )
             for _ in range(max(1, starts))
         ]
         once = build(plain, mesh, built.spec).train_step
@@ -398,6 +407,7 @@ def start(command: Sequence[str], cache: str) -> dict[str, float]:
 class Bare:
     """A compiled train step with its state and its batch on the device."""
 
+    step: SteadyStep
     compiled: Any
     compile_seconds: tuple[float, float]
     state: Any
@@ -409,9 +419,11 @@ class Bare:
     def run(self, steps: int) -> None:
         """Times `steps` steps; the time of one is kept."""
         began, cpu = time.perf_counter(), time.process_time()
-        for _ in range(steps):
-            self.state, _ = self.compiled(self.state, self.batch)
-        jax.block_until_ready(self.state)
+        # Of several models only the one that computes keeps memory.
+        with self.step:
+            for _ in range(steps):
+                self.state, _ = self.step(self.state, self.batch)
+            jax.block_until_ready(self.state)
         wall, cpu = time.perf_counter() - began, time.process_time() - cpu
         self.times.append((wall / steps, cpu / steps))
 
@@ -461,9 +473,11 @@ def build_bare(
 
     with jax.set_mesh(mesh):
         init, abstract, step = program(model)
-        compiled, *compile_seconds = timed_compile(step, abstract, specs)
+        steady = SteadyStep(step, mesh)
+        compiled, *compile_seconds = timed_compile(steady, abstract, specs)
         once = program(model_spec.without_remat(model))[2]
         return Bare(
+            step=steady,
             compiled=compiled,
             compile_seconds=(compile_seconds[0], compile_seconds[1]),
             state=state_lib.create(init, abstract, 0),
@@ -482,6 +496,7 @@ def synthetic_tables(
     rounds: int,
 ) -> dict[str, list[Row]]:
     """Measures bare steps of all `models`, one round of each after the other."""
+    host_memory.set_up()
     built = {spec: build_bare(spec, dtype, batch_size, image_size) for spec in models}
     for bare in built.values():
         bare.run(2)

@@ -13,7 +13,7 @@ FILES = sorted(PACKAGE.rglob("*.py"))
 # groups of one row never import each other.
 ROWS = (
     ({"wording"},),
-    ({"types"}, {"trees"}, {"files"}, {"cores"}, {"garbage"}),
+    ({"types"}, {"trees"}, {"files"}, {"cores"}, {"garbage"}, {"host_memory"}),
     ({"layout"}, {"processes"}),
     (
         {"schedules", "optimizers"},

@@ -8,6 +8,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from big_vision_lite.models.layers import Dtype, layer_norm
+from big_vision_lite.models.products import dot_general
 
 
 class Attention(enum.StrEnum):
@@ -112,6 +113,7 @@ class MultiHeadAttention(nn.Module, kw_only=True):
                 (self.num_heads, head_dim),
                 use_bias=self.qkv_bias,
                 dtype=self.dtype,
+                dot_general=dot_general,
                 kernel_init=nn.initializers.xavier_uniform(),
                 name=name,
             )(x)
@@ -125,6 +127,7 @@ class MultiHeadAttention(nn.Module, kw_only=True):
             width,
             axis=(-2, -1),
             dtype=self.dtype,
+            dot_general=dot_general,
             kernel_init=nn.initializers.xavier_uniform(),
             name="out",
         )(attended)

@@ -3,8 +3,9 @@
 import contextlib
 import ctypes
 import os
+import pathlib
 from collections.abc import Iterator
-from typing import Any, Self
+from typing import Any
 
 import jax
 
@@ -15,7 +16,7 @@ MMAP_MAX = 65536
 # mapped, and free memory beyond twice that goes back to the kernel.
 MMAP_THRESHOLD = 2**25
 TRIM_THRESHOLD = 2 * MMAP_THRESHOLD
-# To align its memory XLA takes this much more than it needs, at most.
+# What XLA takes beyond a step's memory to align it, at most.
 ALIGNMENT = 256
 
 
@@ -51,14 +52,58 @@ def set_up() -> None:
         libc.mallopt(M_ARENA_MAX, max(1, len(os.sched_getaffinity(0)) // 2))
 
 
+def resident() -> int:
+    """Returns how many bytes of this process are in memory."""
+    pages = pathlib.Path("/proc/self/statm").read_text().split()[1]
+    return int(pages) * os.sysconf("SC_PAGE_SIZE")
+
+
+class Block:
+    """Host memory of `size` bytes that keeps its pages while it is free, too."""
+
+    def __init__(self, libc: Any, size: int):
+        self._libc = libc
+        self._size = size
+        self._address: int | None = None
+        self._resident = 0  # bytes, when memory was last trimmed, or later if less
+
+    def hold(self) -> None:
+        """Takes the memory, so that nobody settles in it."""
+        # In the heap and not mapped, because only there its pages outlive `free`; and
+        # no `free` at the end of the heap may take them away.
+        self._libc.mallopt(M_MMAP_THRESHOLD, MMAP_THRESHOLD)
+        self._libc.mallopt(M_TRIM_THRESHOLD, -1)
+        self._libc.mallopt(M_MMAP_MAX, 0)
+        self._address = self._libc.malloc(self._size)
+        self._libc.mallopt(M_MMAP_MAX, MMAP_MAX)
+        # Something small may have come first, so that XLA went elsewhere, or this has
+        # to. The pages of what is free then go back, and those that compiling has left.
+        if resident() > self._resident + self._size // 2:
+            self._libc.malloc_trim(0)
+            self._resident = resident()
+        self._resident = min(self._resident, resident())
+
+    def free(self) -> None:
+        """Leaves the memory, with its pages, to who asks next for so much."""
+        self._libc.free(self._address)
+        self._address = None
+
+    def give_back(self) -> None:
+        """Frees the memory, and returns its pages to the kernel."""
+        self._libc.mallopt(M_TRIM_THRESHOLD, TRIM_THRESHOLD)
+        self.free()
+        self._libc.malloc_trim(0)
+
+
 class SteadyStep:
     """A jitted step, compiled at its first call, whose memory stays its own.
 
     XLA:CPU asks for all temporaries of a call at once and frees them after it; the
     kernel takes the pages back, and clears as many for the next call: a sixth of the
-    CPU time of a ViT's step. Here one block of that size is held between calls and
-    free while one lasts, so that XLA finds the same pages again. On other devices, on
-    several in one process and without glibc it only calls.
+    CPU time of a ViT's step. Here a block of that size is held between calls and free
+    while one lasts, so that XLA finds the same pages again. On other devices, on
+    several in one process, without glibc and up to 32 MiB, which malloc keeps by
+    itself, it only calls.
 
     Used as a context, which ends with the memory given back.
     """
@@ -66,68 +111,48 @@ class SteadyStep:
     def __init__(self, jitted: Any, mesh: jax.sharding.Mesh):
         self._jitted = jitted
         self._compiled: Any = None
+        self._block: Block | None = None
         local = mesh.local_devices
-        on_cpu = len(local) == 1 and local[0].platform == "cpu"
-        self._libc = library() if on_cpu else None
-        self._size = 0
-        self._block: int | None = None
-        self._place: int | None = None
+        self._keeps = len(local) == 1 and local[0].platform == "cpu"
 
-    def __enter__(self) -> Self:
+    def __enter__(self) -> "SteadyStep":
         return self
 
     def __exit__(self, *unused: Any) -> None:
-        self._return()
+        if self._block is not None:
+            self._block.give_back()
 
     def __call__(self, *arguments: Any) -> Any:
         """Calls the step; where the memory is kept, it returns when all is computed."""
         compiled = self.compile(*arguments)
-        if self._libc is None:
+        if self._block is None:
             return compiled(*arguments)
-        self._libc.free(self._block)
+        self._block.free()
         try:
             # XLA has the memory until all is computed.
             return jax.block_until_ready(compiled(*arguments))
         finally:
-            self._hold()
+            self._block.hold()
 
     def compile(self, *arguments: Any) -> Any:
         """Returns the compiled step, of arrays or their shapes; compiles it once."""
         if self._compiled is None:
             self._compiled = self._jitted.lower(*arguments).compile()
-            memory = self._compiled.memory_analysis()
-            self._size = memory.temp_size_in_bytes + ALIGNMENT if self._libc else 0
-            self._hold()
+            libc = library() if self._keeps else None
+            size = libc and self._compiled.memory_analysis().temp_size_in_bytes
+            if size and size > MMAP_THRESHOLD:
+                self._block = Block(libc, size + ALIGNMENT)
+                self._block.hold()
         return self._compiled
 
     @contextlib.contextmanager
     def lent(self) -> Iterator[None]:
         """Gives the memory back for as long as something else is done."""
-        self._return()
+        if self._block is None:
+            yield
+            return
+        self._block.give_back()
         try:
             yield
         finally:
-            self._hold()
-
-    def _hold(self) -> None:
-        if self._libc is None or not self._size:
-            return
-        # In the heap and not mapped, because only there its pages outlive `free`; and
-        # no `free` at the end of the heap may take them away.
-        self._libc.mallopt(M_MMAP_THRESHOLD, MMAP_THRESHOLD)
-        self._libc.mallopt(M_TRIM_THRESHOLD, -1)
-        self._libc.mallopt(M_MMAP_MAX, 0)
-        self._block = self._libc.malloc(self._size)
-        self._libc.mallopt(M_MMAP_MAX, MMAP_MAX)
-        if self._block != self._place:
-            # Something small has settled at the old place: its other pages go back, as
-            # does what compiling has left.
-            self._libc.malloc_trim(0)
-            self._place = self._block
-
-    def _return(self) -> None:
-        if self._libc is not None and self._size:
-            self._libc.mallopt(M_TRIM_THRESHOLD, TRIM_THRESHOLD)
-            self._libc.free(self._block)
-            self._block = None
-            self._libc.malloc_trim(0)
+            self._block.hold()

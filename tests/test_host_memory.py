@@ -1,0 +1,133 @@
+"""The memory of a step: its pages are made once, nobody else gets them, all go back."""
+
+import json
+import os
+import pathlib
+import subprocess
+import sys
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from big_vision_lite import host_memory, sharding
+from big_vision_lite.host_memory import SteadyStep
+
+# A process of its own: malloc's settings are the process's, and pytest's has 8 devices.
+PROGRAM = """
+import json, resource, statistics, sys
+sys.path.insert(0, "tools")
+import benchmark
+from big_vision_lite import host_memory
+
+def faults():
+    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+
+def calls(step, count):
+    costs = []
+    for _ in range(count):
+        before = faults()
+        bare.state, _ = step(bare.state, bare.batch)
+        costs.append(faults() - before)
+    return statistics.median(costs)
+
+host_memory.set_up()
+bare = benchmark.build_bare("ViT:Ti/16,depth=2", "float32", 8, 224)
+found = {"size": bare.compiled.memory_analysis().temp_size_in_bytes}
+found["plain"] = calls(bare.compiled, 9)
+bare.step.__exit__()
+before = host_memory.resident()
+with bare.step as step:
+    calls(step, 3)
+    found["kept"] = calls(step, 21)
+    found["held"] = host_memory.resident() - before
+    with step.lent():
+        found["lent"] = host_memory.resident() - before
+    found["later"] = calls(step, 21)
+found["closed"] = host_memory.resident() - before
+print(json.dumps(found))
+"""
+
+
+@pytest.fixture(scope="module")
+def found():
+    """Page faults of a call, and bytes resident beyond those before the first one."""
+    if host_memory.library() is None:
+        pytest.skip("the C library is not glibc, or its malloc was configured")
+    command = [sys.executable, "-c", PROGRAM]
+    environment = {**os.environ, "JAX_NUM_CPU_DEVICES": "1"}
+    root = pathlib.Path(__file__).parents[1]
+    run = subprocess.run(
+        command, cwd=root, env=environment, text=True, capture_output=True, check=False
+    )
+    assert run.returncode == 0, run.stderr
+    found = json.loads(run.stdout.splitlines()[-1])
+    assert found["size"] > host_memory.MMAP_THRESHOLD
+    return found
+
+
+@pytest.mark.parametrize("when", ["kept", "later"])
+def test_a_call_makes_no_pages_anew(found, when):
+    """As a rule: whoever comes first may settle at the beginning of the memory."""
+    assert found[when] < found["plain"] / 4
+    assert found[when] < 100
+
+
+def test_the_pages_stay_between_calls_and_go_when_lent_or_closed(found):
+    size = found["size"]
+    assert 0.9 * size < found["held"] < 1.4 * size
+    assert found["lent"] < 0.2 * size
+    assert found["closed"] < 0.2 * size
+
+
+@pytest.mark.parametrize("devices", [1, 2])
+def test_a_steady_step_is_the_step(devices):
+    mesh = sharding.make_mesh(sharding.Mesh(), jax.devices()[:devices])
+    f = jax.jit(lambda x, y: (x + y, {"loss": (x * y).sum()}))
+    x, y = (jnp.asarray(np.random.default_rng(i).normal(size=64)) for i in (0, 1))
+    with SteadyStep(f, mesh) as step:
+        for _ in range(3):
+            for a, b in zip(
+                jax.tree.leaves(step(x, y)), jax.tree.leaves(f(x, y)), strict=True
+            ):
+                np.testing.assert_array_equal(a, b)
+            with step.lent():
+                pass
+
+
+def test_up_to_32_mib_malloc_is_left_alone(monkeypatch):
+    monkeypatch.setattr(host_memory, "library", lambda: object())  # knows no mallopt
+    mesh = sharding.make_mesh(sharding.Mesh(), jax.devices()[:1])
+    with SteadyStep(jax.jit(lambda x: x + 1), mesh) as step:
+        assert step(jnp.zeros(())) == 1
+        with step.lent():
+            pass
+
+
+def test_an_error_of_the_step_leaves_it_usable():
+    mesh = sharding.make_mesh(sharding.Mesh(), jax.devices()[:1])
+    with SteadyStep(jax.jit(lambda x: x + 1), mesh) as step:
+        step(jnp.zeros(3))
+        with pytest.raises(TypeError):
+            step(jnp.zeros(4))
+        assert step(jnp.ones(3))[0] == 2
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("MALLOC_ARENA_MAX", "1"),
+        ("MALLOC_TRIM_THRESHOLD_", "1000"),
+        ("GLIBC_TUNABLES", "glibc.malloc.hugetlb=1"),
+    ],
+)
+def test_what_the_user_has_chosen_for_malloc_stays(monkeypatch, name, value):
+    monkeypatch.setenv("GLIBC_TUNABLES", "glibc.cpu.x86_shstk=on")
+    before = host_memory.library()
+    monkeypatch.setenv(name, value)
+    assert host_memory.library() is None
+    mesh = sharding.make_mesh(sharding.Mesh(), jax.devices()[:1])
+    with SteadyStep(jax.jit(lambda x: x + 1), mesh) as step:
+        assert step(jnp.zeros(())) == 1
+    assert before is not None or sys.platform != "linux"

@@ -16,9 +16,10 @@ import sys
 import jax
 import numpy as np
 
-from big_vision_lite import program, stop
+from big_vision_lite import stop
+from big_vision_lite.host_memory import SteadyStep
 
-make_train_step = program.make_train_step
+compiled_step = SteadyStep.__call__
 
 
 def strike(moment: str, step: int) -> None:
@@ -32,22 +33,17 @@ def strike(moment: str, step: int) -> None:
 
 
 def journalled(journal: pathlib.Path, moment: str):
-    def make(*args, **kwargs):
-        inner = make_train_step(*args, **kwargs)
+    def train_step(self, state, batch):
+        step = int(state.step) + 1
+        strike(moment, step)
+        path = journal.with_suffix(f".{jax.process_index()}")
+        with path.open("a") as file:
+            for name in sorted(batch):
+                for row, digest in digests(batch[name]):
+                    file.write(f"{step} {name} {row} {digest}\n")
+        return compiled_step(self, state, batch)
 
-        def train_step(state, batch):
-            step = int(state.step) + 1
-            strike(moment, step)
-            path = journal.with_suffix(f".{jax.process_index()}")
-            with path.open("a") as file:
-                for name in sorted(batch):
-                    for row, digest in digests(batch[name]):
-                        file.write(f"{step} {name} {row} {digest}\n")
-            return inner(state, batch)
-
-        return train_step
-
-    return make
+    return train_step
 
 
 def digests(array: jax.Array):
@@ -64,7 +60,7 @@ if __name__ == "__main__":
     where, moment, *_ = [*sys.argv[1:split], "none"]
     # These steps are too few for seconds: the processes ask each other after each.
     stop.SECONDS_BETWEEN = 0.0
-    program.make_train_step = journalled(pathlib.Path(where), moment)
+    SteadyStep.__call__ = journalled(pathlib.Path(where), moment)
     sys.argv = ["train", *sys.argv[split + 1 :]]
     # As `python -m` does it, with the module's own last lines.
     runpy.run_module("big_vision_lite.train", run_name="__main__", alter_sys=True)

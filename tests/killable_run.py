@@ -19,7 +19,8 @@ import threading
 import jax
 import numpy as np
 
-from big_vision_lite import checkpoint, command_line, evaluation, program, train
+from big_vision_lite import checkpoint, command_line, evaluation, train
+from big_vision_lite.host_memory import SteadyStep
 
 RECIPE = str(pathlib.Path(__file__).parent / "recipes" / "digits_tiny.py")
 
@@ -32,29 +33,24 @@ def arm(moment: str, journal: pathlib.Path) -> None:
     """Puts the kill where `moment` says, and the journal around every step."""
     what, number, delay = (*moment.split(":"), "", "")[:3]
     at = int(number or 0)
-    make_train_step = program.make_train_step
+    compiled_step = SteadyStep.__call__
 
-    def journalled(*args, **kwargs):
-        inner = make_train_step(*args, **kwargs)
+    def journalled(self, state, batch):
+        now = int(state.step) + 1
+        if (what, at) == ("step", now):
+            kill()
+        if (what, at) == ("after", now):
+            threading.Timer(int(delay) / 1000, kill).start()
+        if (what, at) == ("term", now):
+            os.kill(os.getpid(), signal.SIGTERM)
+        digest = hashlib.sha256()
+        for name in sorted(batch):
+            digest.update(np.ascontiguousarray(jax.device_get(batch[name])))
+        with journal.open("a") as file:
+            file.write(f"{now} {digest.hexdigest()}\n")
+        return compiled_step(self, state, batch)
 
-        def train_step(state, batch):
-            now = int(state.step) + 1
-            if (what, at) == ("step", now):
-                kill()
-            if (what, at) == ("after", now):
-                threading.Timer(int(delay) / 1000, kill).start()
-            if (what, at) == ("term", now):
-                os.kill(os.getpid(), signal.SIGTERM)
-            digest = hashlib.sha256()
-            for name in sorted(batch):
-                digest.update(np.ascontiguousarray(jax.device_get(batch[name])))
-            with journal.open("a") as file:
-                file.write(f"{now} {digest.hexdigest()}\n")
-            return inner(state, batch)
-
-        return train_step
-
-    program.make_train_step = journalled
+    SteadyStep.__call__ = journalled
     if what == "save":
         save_async = checkpoint.ocp.save_async
 

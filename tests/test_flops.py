@@ -164,7 +164,8 @@ def test_what_is_not_kept_takes_no_memory_on_a_cpu_either():
         built, _, compiled = real_step(depth=6, remat=remat)
         needed[remat] = compiled.memory_analysis().temp_size_in_bytes
     weights = sum(4 * leaf.size for leaf in jax.tree.leaves(built.abstract.params))
-    assert needed[Remat.FULL] < 0.85 * needed[Remat.NONE]
+    # 332 and 125 MB; in XLA's own order of the gradients 363 and 352.
+    assert needed[Remat.FULL] < 0.5 * needed[Remat.NONE]
     # In floats a token and block: 7 of the width, 3 of the MLP, 3 of the heads' rows.
     kept = 6 * 8 * 196 * (7 * 384 + 3 * 1536 + 3 * 6 * 196) * 4
     # The gradients are the rest: no copy of weights or moments beside them.

@@ -80,6 +80,10 @@ class Checkpointer:
         """Says whether `step` is one to save at."""
         return step % self._policy.every_steps == 0
 
+    def saving(self) -> bool:
+        """Says whether a step is being written."""
+        return self._thread is not None and self._thread.is_alive()
+
     def save(self, step: int, state: TrainState) -> None:
         """Starts to save `state`; returns as soon as it may be donated.
 

@@ -1,10 +1,8 @@
 """Host memory of a run on a CPU: what malloc keeps, and for whom."""
 
-import contextlib
 import ctypes
 import os
 import pathlib
-from collections.abc import Iterator
 from typing import Any
 
 import jax
@@ -119,8 +117,7 @@ class SteadyStep:
         return self
 
     def __exit__(self, *unused: Any) -> None:
-        if self._block is not None:
-            self._block.give_back()
+        self.give_back()
 
     def __call__(self, *arguments: Any) -> Any:
         """Calls the step; where the memory is kept, it returns when all is computed."""
@@ -145,14 +142,11 @@ class SteadyStep:
                 self._block.hold()
         return self._compiled
 
-    @contextlib.contextmanager
-    def lent(self) -> Iterator[None]:
-        """Gives the memory back for as long as something else is done."""
-        if self._block is None:
-            yield
-            return
-        self._block.give_back()
-        try:
-            yield
-        finally:
-            self._block.hold()
+    def give_back(self) -> None:
+        """Returns the memory to the kernel until after the next call.
+
+        For an evaluation, or when other threads ask for much: what they take of it in
+        the moment before the step does would have the step take as much elsewhere.
+        """
+        if self._block is not None:
+            self._block.give_back()

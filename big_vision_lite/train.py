@@ -138,6 +138,8 @@ def train(
         progress.begin(first_step - 1, built.flops_per_step)
         for step, batch in progress.watch(batches.starting_at(first_step), num_steps):
             profiler.before(step)
+            if checkpointer.saving():
+                train_step.give_back()
             state, metrics = train_step(state, batch)
             profiler.after(step, metrics)
             progress.pace(metrics)
@@ -160,8 +162,8 @@ def train(
                     checkpointer.save(step, state)
                 try:
                     if (last or not leaving) and evaluations.due(step):
-                        with train_step.lent():
-                            evaluations.run_due(step, state)
+                        train_step.give_back()
+                        evaluations.run_due(step, state)
                 except Stopped:
                     # A training inside an evaluator was told to stop, and saved itself.
                     # Resumed, this run makes up for the evaluation.

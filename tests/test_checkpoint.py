@@ -210,6 +210,19 @@ def test_a_policy_that_keeps_nothing_is_refused():
             Checkpoints(**wrong)
 
 
+def test_a_save_lasts_until_its_step_is_complete(tmp_path, monkeypatch):
+    finish, goes_on = Checkpointer._finish, threading.Event()
+    late = lambda *arguments: (goes_on.wait(30), finish(*arguments))  # noqa: E731
+    monkeypatch.setattr(Checkpointer, "_finish", late)
+    with open_checkpointer(tmp_path) as checkpointer:
+        assert not checkpointer.saving()
+        checkpointer.save(1, build(step=1))
+        assert checkpointer.saving()
+        goes_on.set()
+        checkpointer.wait()
+        assert not checkpointer.saving()
+
+
 def test_a_step_is_saved_once(tmp_path, monkeypatch):
     saved = []
     save_async = checkpoint.ocp.save_async

@@ -42,8 +42,8 @@ with bare.step as step:
     calls(step, 3)
     found["kept"] = calls(step, 21)
     found["held"] = host_memory.resident() - before
-    with step.lent():
-        found["lent"] = host_memory.resident() - before
+    step.give_back()
+    found["given"] = host_memory.resident() - before
     found["later"] = calls(step, 21)
 found["closed"] = host_memory.resident() - before
 print(json.dumps(found))
@@ -74,10 +74,10 @@ def test_a_call_makes_no_pages_anew(found, when):
     assert found[when] < 100
 
 
-def test_the_pages_stay_between_calls_and_go_when_lent_or_closed(found):
+def test_the_pages_stay_between_calls_and_go_when_given_back(found):
     size = found["size"]
     assert 0.9 * size < found["held"] < 1.4 * size
-    assert found["lent"] < 0.2 * size
+    assert found["given"] < 0.2 * size
     assert found["closed"] < 0.2 * size
 
 
@@ -92,8 +92,7 @@ def test_a_steady_step_is_the_step(devices):
                 jax.tree.leaves(step(x, y)), jax.tree.leaves(f(x, y)), strict=True
             ):
                 np.testing.assert_array_equal(a, b)
-            with step.lent():
-                pass
+            step.give_back()
 
 
 def test_up_to_32_mib_malloc_is_left_alone(monkeypatch):
@@ -101,8 +100,7 @@ def test_up_to_32_mib_malloc_is_left_alone(monkeypatch):
     mesh = sharding.make_mesh(sharding.Mesh(), jax.devices()[:1])
     with SteadyStep(jax.jit(lambda x: x + 1), mesh) as step:
         assert step(jnp.zeros(())) == 1
-        with step.lent():
-            pass
+        step.give_back()
 
 
 def test_an_error_of_the_step_leaves_it_usable():

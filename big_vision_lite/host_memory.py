@@ -72,8 +72,10 @@ class Block:
         self._libc.mallopt(M_MMAP_THRESHOLD, MMAP_THRESHOLD)
         self._libc.mallopt(M_TRIM_THRESHOLD, -1)
         self._libc.mallopt(M_MMAP_MAX, 0)
-        self._address = self._libc.malloc(self._size)
-        self._libc.mallopt(M_MMAP_MAX, MMAP_MAX)
+        try:
+            self._address = self._libc.malloc(self._size)
+        finally:
+            self._libc.mallopt(M_MMAP_MAX, MMAP_MAX)
         # Something small may have come first, so that XLA went elsewhere, or this has
         # to. The pages of what is free then go back, and those that compiling has left.
         if resident() > self._resident + self._size // 2:
@@ -83,8 +85,9 @@ class Block:
 
     def free(self) -> None:
         """Leaves the memory, with its pages, to who asks next for so much."""
-        self._libc.free(self._address)
-        self._address = None
+        # In this order: an interrupt in between must not have it freed twice.
+        address, self._address = self._address, None
+        self._libc.free(address)
 
     def give_back(self) -> None:
         """Frees the memory, and returns its pages to the kernel."""
@@ -100,10 +103,10 @@ class SteadyStep:
     kernel takes the pages back, and clears as many for the next call: a sixth of the
     CPU time of a ViT's step. Here a block of that size is held between calls and free
     while one lasts, so that XLA finds the same pages again. On other devices, on
-    several in one process, without glibc and up to 32 MiB, which malloc keeps by
-    itself, it only calls.
+    several in one process, without glibc or where the user has configured it, and up to
+    32 MiB, which malloc keeps by itself, it only calls.
 
-    Used as a context, which ends with the memory given back.
+    Used as a context, which ends with the memory given back and may be entered again.
     """
 
     def __init__(self, jitted: Any, mesh: jax.sharding.Mesh):
@@ -132,7 +135,10 @@ class SteadyStep:
             self._block.hold()
 
     def compile(self, *arguments: Any) -> Any:
-        """Returns the compiled step, of arrays or their shapes; compiles it once."""
+        """Returns the compiled step, of arrays or their shapes.
+
+        Compiles at the first call, and then takes the memory.
+        """
         if self._compiled is None:
             self._compiled = self._jitted.lower(*arguments).compile()
             libc = library() if self._keeps else None

@@ -4,6 +4,7 @@ import gc
 import pathlib
 import resource
 import shutil
+import threading
 
 import jax
 import jax.numpy as jnp

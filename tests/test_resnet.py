@@ -21,7 +21,6 @@ from big_vision_lite.models.batch_norm import BatchNorm, Statistics
 from big_vision_lite.models.bit import Block, Stem
 from big_vision_lite.models.heads import Classifier
 from big_vision_lite.models.layers import Dtype, Remat
-from big_vision_lite.models.products import product
 from big_vision_lite.models.resnet import SIZES, ResNet
 from big_vision_lite.objectives.classification import SoftmaxClassification
 from big_vision_lite.optimizers import AdamW
@@ -124,22 +123,6 @@ def test_a_gradient_reaches_every_parameter(block):
         jit(jax.grad(loss))(variables["params"])
     ).items():
         assert np.abs(gradient).max() > 1e-4, name
-
-
-@pytest.mark.parametrize(("inputs", "outputs"), [(3, 8), (8, 3)])
-def test_the_gradient_of_a_product_is_that_of_matmul(inputs, outputs):
-    rng = np.random.default_rng(0)
-    x = jnp.asarray(rng.normal(size=(2, 4, 5, inputs)), jnp.float32)
-    kernel = jnp.asarray(rng.normal(size=(inputs, outputs)), jnp.float32)
-    weights = jnp.asarray(rng.normal(size=(2, 4, 5, outputs)), jnp.float32)
-    found, expected = (
-        jit(jax.value_and_grad(lambda x, k, f=f: (f(x, k) * weights).sum(), (0, 1)))(
-            x, kernel
-        )
-        for f in (product, jnp.matmul)
-    )
-    for a, b in zip(jax.tree.leaves(found), jax.tree.leaves(expected), strict=True):
-        np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5)
 
 
 def test_units_start_as_the_identity_and_at_one_where_asked():

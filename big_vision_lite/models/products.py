@@ -18,7 +18,8 @@ def product(
     cache. By itself the gradient of the output comes first, and what results is
     transposed, as the optimizer then reads it; here the narrower operand comes first.
     CPU-seconds of a step over timm's (float32, 224 px, batch 4, 2 cores, medians):
-    ResNet-50 1.38 instead of 1.68, ViT-S/16 1.06 instead of 1.09.
+    ResNet-50 1.38 instead of 1.68, ViT-S/16 1.06 instead of 1.09. It has no
+    forward-mode derivative (`jax.jvp`).
     """
     return x @ kernel
 
@@ -42,13 +43,18 @@ product.defvjp(_forward, _backward)
 
 
 def dot_general(
-    x: Array, kernel: Array, dimensions: Any, precision: None = None
+    x: Array, kernel: Array, dimensions: Any, precision: Any = None
 ) -> Array:
     """Is `product` as Flax's dense layers call it, over however many last axes of x."""
-    (of_x, of_kernel), _ = dimensions
+    (of_x, of_kernel), (of_batch, _) = dimensions
     count = len(of_x)
-    if tuple(of_x) != tuple(range(x.ndim - count, x.ndim)):
-        raise NotImplementedError(f"A product over the axes {of_x} of x, not the last.")
+    last = tuple(range(x.ndim - count, x.ndim))
+    if tuple(of_x) != last or of_batch or precision is not None:
+        raise NotImplementedError(
+            f"A product over the axes {tuple(of_x)} of x, with batch axes "
+            f"{tuple(of_batch)} and precision {precision}: it takes the last axes, no "
+            "batch axes and no precision."
+        )
     rows = x.shape[: x.ndim - count]
     width = math.prod(kernel.shape[: len(of_kernel)])
     y = product(x.reshape(*rows, width), kernel.reshape(width, -1))

@@ -78,10 +78,11 @@ class Block:
             self._libc.mallopt(M_MMAP_MAX, MMAP_MAX)
         # Something small may have come first, so that XLA went elsewhere, or this has
         # to. The pages of what is free then go back, and those that compiling has left.
-        if resident() > self._resident + self._size // 2:
+        now = resident()
+        if now > self._resident + self._size // 2:
             self._libc.malloc_trim(0)
-            self._resident = resident()
-        self._resident = min(self._resident, resident())
+            now = self._resident = resident()
+        self._resident = min(self._resident, now)
 
     def free(self) -> None:
         """Leaves the memory, with its pages, to who asks next for so much."""
@@ -142,10 +143,11 @@ class SteadyStep:
         if self._compiled is None:
             self._compiled = self._jitted.lower(*arguments).compile()
             libc = library() if self._keeps else None
-            size = libc and self._compiled.memory_analysis().temp_size_in_bytes
-            if size and size > MMAP_THRESHOLD:
-                self._block = Block(libc, size + ALIGNMENT)
-                self._block.hold()
+            if libc is not None:
+                size = self._compiled.memory_analysis().temp_size_in_bytes
+                if size > MMAP_THRESHOLD:
+                    self._block = Block(libc, size + ALIGNMENT)
+                    self._block.hold()
         return self._compiled
 
     def give_back(self) -> None:

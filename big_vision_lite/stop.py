@@ -21,7 +21,8 @@ class StopSignal:
     """Notes SIGTERM and SIGINT while it is open; all processes stop at one step.
 
     A second Ctrl-C interrupts at once. Inside another StopSignal it shares the outer
-    one's note, so that an inner training stops too. What happens next is said at once.
+    one's note, so that an inner training stops too. What happens next is said at once;
+    on a CPU, which computes in the main thread, both wait for the step in progress.
     """
 
     _open: "StopSignal | None" = None

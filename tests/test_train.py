@@ -154,6 +154,42 @@ def test_one_compile_of_the_step_in_a_run_and_one_in_its_resumption(
     assert len(re.findall(r"Compiling jit\(train_step\)", caplog.text)) == 2
 
 
+def test_the_memory_of_the_step_goes_back_during_saves_and_evaluations(
+    tmp_path, monkeypatch
+):
+    """A save lasts from step 2 to 3 here, an evaluation follows step 4."""
+    seen = []
+
+    def noted(owner, method, name):
+        original = getattr(owner, method)
+
+        def call(self, *arguments):
+            seen.append(name)
+            return original(self, *arguments)
+
+        monkeypatch.setattr(owner, method, call)
+
+    step = train.host_memory.SteadyStep
+    noted(step, "__call__", "step")
+    noted(step, "give_back", "back")
+    noted(train.evaluation.Evaluations, "run_due", "evaluate")
+    monkeypatch.setattr(
+        train.checkpoint.Checkpointer,
+        "saving",
+        lambda self: seen.count("step") == 2,
+    )
+    config = recipe(
+        num_steps=4,
+        evaluators={"test": on_digits()},
+        checkpoints=Checkpoints(every_steps=2),
+    )
+    run(tmp_path / "run", config)
+    assert seen == [
+        *["evaluate", "step", "step", "back", "step", "step", "back", "evaluate"],
+        "back",  # the end
+    ]
+
+
 @dataclasses.dataclass(kw_only=True)
 class Counting:
     """The test digits, and which of them were read, by anybody."""

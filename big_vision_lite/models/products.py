@@ -17,9 +17,9 @@ def product(
     operand and, on the way, computes again all that led to it, row by row out of the
     cache. By itself the gradient of the output comes first, and what results is
     transposed, as the optimizer then reads it; here the narrower operand comes first.
-    CPU-seconds of a step over timm's (float32, 224 px, batch 4, 2 cores, medians):
-    ResNet-50 1.38 instead of 1.68, ViT-S/16 1.06 instead of 1.09. It has no
-    forward-mode derivative (`jax.jvp`).
+    CPU-seconds of ResNet-50's step over timm's: 1.38 instead of 1.68 (batch 4, 224 px,
+    float32, 2 cores, medians of 6 rounds). It has no forward-mode derivative
+    (`jax.jvp`).
     """
     return x @ kernel
 

@@ -14,8 +14,11 @@ MMAP_MAX = 65536
 # mapped, and free memory beyond twice that goes back to the kernel.
 MMAP_THRESHOLD = 2**25
 TRIM_THRESHOLD = 2 * MMAP_THRESHOLD
-# What XLA takes beyond a step's memory to align it, at most.
-ALIGNMENT = 256
+# Beyond a step's memory. XLA takes about 100 of these bytes to align it and malloc
+# leaves the rest free for others, who may stay: the block then has to move, for its
+# pages in vain. malloc gives the smallest free chunk that fits, and one of this size is
+# the last that it thinks of; it costs addresses, not memory.
+ROOM = 2**20
 
 
 def library() -> Any:
@@ -146,7 +149,7 @@ class SteadyStep:
             if libc is not None:
                 size = self._compiled.memory_analysis().temp_size_in_bytes
                 if size > MMAP_THRESHOLD:
-                    self._block = Block(libc, size + ALIGNMENT)
+                    self._block = Block(libc, size + ROOM)
                     self._block.hold()
         return self._compiled
 

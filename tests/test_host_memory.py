@@ -60,17 +60,19 @@ with bare.step as step:
         found["inner"] = calls(inner, 9)
     calls(step, 3)
     found["after_inner"] = calls(step, 9)
-# Something settles in the place of a block, for good, so that it moves.
+# Something large settles in the place of a block for a while, so that it moves.
 libc = host_memory.library()
 block, most, places = host_memory.Block(libc, found["size"]), 0, set()
 before = host_memory.resident()
+block.hold()
+host_memory.Block(libc, found["size"]).hold()  # so that it is not the heap's last
 for _ in range(8):
-    block.hold()
     places.add(block._address)
     ctypes.memset(block._address, 1, found["size"])
     block.free()
-    libc.malloc(2**23)
+    settled = libc.malloc(found["size"] * 9 // 16)
     block.hold()
+    libc.free(settled)
     most = max(most, host_memory.resident() - before)
 found |= {"most": most, "places": len(places)}
 print(json.dumps(found))
@@ -118,7 +120,7 @@ def test_the_pages_stay_between_calls_and_go_when_given_back(found):
 
 
 def test_a_block_that_moves_leaves_no_pages_behind(found):
-    assert found["places"] > 3
+    assert found["places"] > 1
     assert found["most"] < 1.7 * found["size"]
 
 

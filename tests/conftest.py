@@ -10,3 +10,10 @@ os.environ["JAX_NUM_CPU_DEVICES"] = "8"
 os.environ.setdefault(
     "JAX_COMPILATION_CACHE_DIR", tempfile.mkdtemp(prefix="bvl_test_cache_")
 )
+
+
+def pytest_configure(config):
+    # xdist would begin with the files that have most tests, and end with a few long
+    # tests on one worker while the other has nothing left to do.
+    if hasattr(config.option, "loadscopereorder"):
+        config.option.loadscopereorder = False

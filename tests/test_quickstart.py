@@ -36,7 +36,8 @@ def tripwires(tmp_path_factory) -> pathlib.Path:
 
 
 def run(arguments: list, tripwires: pathlib.Path) -> subprocess.CompletedProcess:
-    environment = {k: v for k, v in os.environ.items() if k != "JAX_NUM_CPU_DEVICES"}
+    tests_own = ("JAX_NUM_CPU_DEVICES", "XLA_FLAGS")
+    environment = {k: v for k, v in os.environ.items() if k not in tests_own}
     return subprocess.run(
         [sys.executable, "-m", *map(str, arguments)],
         cwd=ROOT,

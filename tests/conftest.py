@@ -6,9 +6,6 @@ import tempfile
 # Set, not proposed: with fewer devices half of the tests would prove nothing.
 os.environ["JAX_PLATFORMS"] = "cpu"
 os.environ["JAX_NUM_CPU_DEVICES"] = "8"
-# Code that runs once or twice: made quickly, not made to be quick. The quickstart's
-# test, which runs long enough, does without.
-os.environ["XLA_FLAGS"] = "--xla_backend_optimization_level=0"
 # Not the user's cache: a test must not depend on what ran before it.
 os.environ.setdefault(
     "JAX_COMPILATION_CACHE_DIR", tempfile.mkdtemp(prefix="bvl_test_cache_")

@@ -19,6 +19,8 @@ TESTS = pathlib.Path(__file__).parent
 SCRIPT = TESTS / "journalled_run.py"
 NUM_STEPS = 6
 RECIPE = TESTS / "recipes" / "digits_spread.py"
+# Compiled quickly rather than well: nothing here is timed.
+XLA_FLAGS = "--xla_backend_optimization_level=0"
 # Rows over all four devices, parameters over two.
 SPLIT = "--config.mesh.fsdp=2"
 # Wall-clock fields differ from run to run by nature.
@@ -48,7 +50,11 @@ def launch(
 ) -> list[Finished]:
     """Runs `processes` processes of `devices` CPU devices each to their ends."""
     folder.mkdir(parents=True, exist_ok=True)
-    environment = dict(os.environ, JAX_NUM_CPU_DEVICES=str(devices))
+    environment = dict(
+        os.environ,
+        JAX_NUM_CPU_DEVICES=str(devices),
+        XLA_FLAGS=XLA_FLAGS,
+    )
     port = free_port()
     running = []
     for index in range(processes):

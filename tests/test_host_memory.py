@@ -3,6 +3,7 @@
 import json
 import os
 import pathlib
+import re
 import subprocess
 import sys
 
@@ -143,6 +144,34 @@ def test_a_steady_step_is_the_step(devices):
             ):
                 np.testing.assert_array_equal(a, b)
             step.give_back()
+
+
+# The threads are alive together, so that none takes over another's pool.
+MANY_THREADS = """
+import threading
+from big_vision_lite import host_memory
+host_memory.set_up()
+libc, together = host_memory.library(), threading.Barrier(40)
+def ask():
+    libc.malloc(2**16)
+    together.wait()
+threads = [threading.Thread(target=ask) for _ in range(40)]
+for thread in threads: thread.start()
+for thread in threads: thread.join()
+libc.malloc_stats()
+"""
+
+
+def test_threads_share_a_pool_a_core_and_two_more(unconfigured):
+    run = subprocess.run(
+        [sys.executable, "-c", MANY_THREADS],
+        cwd=pathlib.Path(__file__).parents[1],
+        text=True,
+        capture_output=True,
+        check=True,
+    )
+    pools = re.findall(r"^Arena \d+:", run.stderr, re.MULTILINE)
+    assert len(pools) == min(len(os.sched_getaffinity(0)) + 2, 41)
 
 
 class Jitted:

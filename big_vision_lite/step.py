@@ -100,7 +100,10 @@ def make_train_step(
             state.params, state.frozen, state.collections, state.ema, batch, rng
         )
         metrics = {name: total / weight for name, total in sums.items()}
-        metrics["gradient_norm"] = optax.tree.norm(gradients)
+        # Adam squares them, too: without a barrier XLA:CPU writes the squares to memory
+        # for both to read, instead of adding them up on the way.
+        squared_here = jax.lax.optimization_barrier(gradients)
+        metrics["gradient_norm"] = optax.tree.norm(squared_here)
         updates, opt_state = optimizer.update(gradients, state.opt_state, state.params)
         params = optax.apply_updates(state.params, updates)
         average = state.ema

@@ -1,3 +1,5 @@
+import re
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -122,7 +124,7 @@ def test_a_loop_of_unknown_length_is_refused():
         flops.count(endless, jnp.ones((2, 2)))
 
 
-def real_step(**fields):
+def real_step(clip_norm=1.0, **fields):
     """A compiled train step of ViT-S/16, batch 8: its program, specs, and it."""
     names = [str(number) for number in range(1000)]
     source = InMemory(np.zeros((8, 1, 1, 3)), np.arange(8), names)
@@ -132,7 +134,9 @@ def real_step(**fields):
         objective=SoftmaxClassification(),
         data=Stream(source=source, batch_size=8),
         preprocess=(),
-        optimizer=AdamW(schedule=Constant(peak=1e-3), weight_decay=1e-4, clip_norm=1.0),
+        optimizer=AdamW(
+            schedule=Constant(peak=1e-3), weight_decay=1e-4, clip_norm=clip_norm
+        ),
     )
     mesh = sharding.make_mesh(config.mesh, jax.devices()[:1])
     spec = {"image": images(8), "label": jax.ShapeDtypeStruct((8,), jnp.int32)}
@@ -170,6 +174,15 @@ def test_what_is_not_kept_takes_no_memory_on_a_cpu_either():
     kept = 6 * 8 * 196 * (7 * 384 + 3 * 1536 + 3 * 6 * 196) * 4
     # The gradients are the rest: no copy of weights or moments beside them.
     assert needed[Remat.NONE] < kept + 2 * weights
+
+
+def test_the_gradient_norm_writes_no_squares_to_memory():
+    """Adam squares the gradients, too, which XLA would do once, and store."""
+    text = real_step(depth=1, clip_norm=None)[2].as_text()
+    # Of the heads' biases, [6, 64], it may.
+    stored = r"= f32\[\d{3,},\d{3,}\]\S* fusion\(.*jit\(train_step\)/square"
+    assert "jit(train_step)/square" in text
+    assert not re.search(stored, text)
 
 
 def test_what_runs_twice_counts_twice():

@@ -1,5 +1,7 @@
 """Products with a gradient of their own: what Flax and JAX compute without them."""
 
+import re
+
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
@@ -9,8 +11,9 @@ import pytest
 from big_vision_lite.models.products import dot_general, product
 
 
+@pytest.mark.parametrize("keep_x", [True, False])
 @pytest.mark.parametrize(("inputs", "outputs"), [(3, 8), (8, 3)])
-def test_the_gradient_of_a_product_is_that_of_matmul(inputs, outputs):
+def test_the_gradient_of_a_product_is_that_of_matmul(inputs, outputs, keep_x):
     rng = np.random.default_rng(0)
     x = jnp.asarray(rng.normal(size=(2, 4, 5, inputs)), jnp.float32)
     kernel = jnp.asarray(rng.normal(size=(inputs, outputs)), jnp.float32)
@@ -19,10 +22,31 @@ def test_the_gradient_of_a_product_is_that_of_matmul(inputs, outputs):
         jax.value_and_grad(lambda x, k, f=f: (f(x, k) * weights).sum(), (0, 1))(
             x, kernel
         )
-        for f in (product, jnp.matmul)
+        for f in (lambda x, k: product(x, k, keep_x), jnp.matmul)
     )
     for a, b in zip(jax.tree.leaves(found), jax.tree.leaves(expected), strict=True):
         np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("kernel", "keep_x", "transposes"),
+    [
+        ((64, 256), True, False),
+        ((256, 64), True, False),
+        ((256, 64), False, False),
+        # The narrow x alone: what it is made of need not be kept.
+        ((64, 256), False, True),
+    ],
+)
+def test_the_gradient_of_a_kernel_multiplies_what_is_there(kernel, keep_x, transposes):
+    def loss(kernel, x, weights):
+        return (product(x, kernel, keep_x) * weights).sum()
+
+    rows = (2, 14, 14)
+    shapes = (kernel, (*rows, kernel[0]), (*rows, kernel[1]))
+    args = [jax.ShapeDtypeStruct(shape, jnp.float32) for shape in shapes]
+    text = jax.jit(jax.grad(loss)).lower(*args).compile().as_text()
+    assert bool(re.search(r"\} (copy|transpose)\(", text)) == transposes
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])

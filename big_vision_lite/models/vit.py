@@ -64,9 +64,9 @@ class ViT(nn.Module, kw_only=True):
     be resized at every use (FlexiViT, arXiv:2212.08013).
     """
 
-    # Its products are so large that they gain nothing from running beside each other:
-    # the schedule that keeps least alive is the faster one, too (step.py).
-    least_memory_on_cpu: ClassVar[bool] = True
+    # So large that they gain nothing from running beside each other: the schedule that
+    # keeps least alive is the faster one, too, and another library is (step.py).
+    large_products: ClassVar[bool] = True
 
     width: int
     depth: int

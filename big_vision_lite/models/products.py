@@ -8,7 +8,6 @@ import jax
 from jaxtyping import Array, Float
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
 def product(
     x: Float[Array, "*rows I"], kernel: Float[Array, "I O"], keep_x: bool = True
 ) -> Float[Array, "*rows O"]:
@@ -24,6 +23,11 @@ def product(
     quick and needs no memory for x; `keep_x=False` leaves it there. There is no
     forward-mode derivative (`jax.jvp`).
     """
+    return _product(x, kernel, keep_x)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
+def _product(x: Array, kernel: Array, keep_x: bool) -> Array:
     return x @ kernel
 
 
@@ -44,7 +48,7 @@ def _backward(
     return of_x, jax.lax.dot_general(x, gradient, ((rows, rows), ((), ())))
 
 
-product.defvjp(_forward, _backward)
+_product.defvjp(_forward, _backward)
 
 
 def dot_general(

@@ -145,8 +145,8 @@ def _compiler_options(model: Model, mesh: jax.sharding.Mesh) -> dict[str, Any]:
     products are small, takes 11 % longer by the other schedule.
 
     Large products are quicker without YNNPACK, but for those whose result is summed up
-    at once, attention's logits. ViT-S/16 takes 0.98 of the CPU-seconds with 4 images of
-    224 px, 0.87 with 16; a small ResNet takes 1.1 times as many, so it stays there.
+    at once, attention's logits. ViT-S/16 takes 0.99 of the CPU-seconds with 4 images of
+    224 px, 0.89 with 16; a small ResNet takes about 1.1 times as many, so it stays.
     """
     if not _on_cpu(mesh):
         return {}

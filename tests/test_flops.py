@@ -185,6 +185,18 @@ def test_the_gradient_norm_writes_no_squares_to_memory():
     assert not re.search(stored, text)
 
 
+def test_large_products_are_eigens_and_logits_are_not():
+    """Of XLA:CPU's two libraries each is the faster at one of them."""
+    fusions = [
+        line
+        for line in real_step(depth=1)[2].as_text().splitlines()
+        if "__ynn_fusion" in line
+    ]
+    # The hidden layer of all 8 x 196 tokens; the weights of all heads.
+    assert not any("= f32[1568,1536]" in line for line in fusions)
+    assert any("= f32[8,6,196,196]" in line for line in fusions)
+
+
 def test_what_runs_twice_counts_twice():
     model = ViT.of("Ti/16", depth=1)
     image = images()

@@ -64,8 +64,8 @@ class ViT(nn.Module, kw_only=True):
     be resized at every use (FlexiViT, arXiv:2212.08013).
     """
 
-    # So large that they gain nothing from running beside each other: the schedule that
-    # keeps least alive is the faster one, too, and another library is (step.py).
+    # So large that they gain nothing from running beside each other: on a CPU the
+    # schedule that keeps least alive is the faster one, too, and Eigen is (step.py).
     large_products: ClassVar[bool] = True
 
     width: int

@@ -55,10 +55,11 @@ def get_config(arg: str = "") -> TrainConfig:
             ops=(Decode(channels=1),),
             batch_size=BATCH_SIZE,
         ),
-        # The data are of this size; images that are predicted may be of any.
+        # The data are of this size; images that are predicted may be of any. Resized
+        # as PIL does it, the model sees the same in timm and Hugging Face.
         preprocess=(
             Decode(channels=1),
-            Resize(size=28, resampling=Resampling.ANTIALIAS),
+            Resize(size=28, resampling=Resampling.PIL_BILINEAR),
         ),
         optimizer=AdamW(
             schedule=WarmupCosine(peak=1e-3, warmup_steps=num_steps // 20),

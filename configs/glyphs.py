@@ -22,7 +22,7 @@ proves nothing. Published: none. Ours (three seeds): fonts never seen 82.9 +- 0.
 and 10-shot digits 93.7 +- 0.2 % by the ResNet, 73.5 +- 2.1 and 86.2 +- 2.4 % by the
 ViT, raw pixels 83.0 %; on 1,674 fonts from font packages, fonts that look alike in one
 split. Other fonts give other numbers.
-Hardware: 2 CPU cores, 2 minutes (ResNet) or 15 CPU-minutes (ViT).
+Hardware: 2 CPU cores, 3 minutes (ResNet) or 15 CPU-minutes (ViT).
 """
 
 from big_vision_lite.checkpoint import Checkpoints

@@ -8,7 +8,7 @@ fixed before the test images were looked at. The few-shot scores are a data-effi
 probe, not transfer: their classes are those of the pretraining.
 Published: a support vector machine reaches 96.1 % on this split. Ours: 98.3 +- 0.9 %
 (three seeds).
-Hardware: 2 CPU cores, 44 seconds with start and compilation.
+Hardware: 2 CPU cores, 76 seconds with start and compilation.
 """
 
 from big_vision_lite.checkpoint import Checkpoints

@@ -9,10 +9,11 @@ from typing import Any, SupportsIndex
 
 import numpy as np
 
-from big_vision_lite import run_folder, schedules, serialize, step_folder
+from big_vision_lite import imported, run_folder, schedules, serialize, step_folder
 from big_vision_lite.adapt import Init
 from big_vision_lite.checkpoint import Checkpoints
 from big_vision_lite.config import TrainConfig
+from big_vision_lite.conversion import foreign, weights
 from big_vision_lite.data.decode import decode
 from big_vision_lite.data.device_ops import Mixup, Partner
 from big_vision_lite.data.ops import (
@@ -38,7 +39,8 @@ RESIZE_PX = {128: 160, 384: 448, 480: 512}
 MIXUP_FROM_EXAMPLES, MIXUP_ALPHA = 20_000, 0.1
 # So many images, spread over the set, tell how large the images of a set are.
 AREA_SAMPLE = 64
-HEAD = "head/.*"
+# A distilled model has two.
+HEAD = "(distillation_)?head/.*"
 
 
 @dataclasses.dataclass(kw_only=True)
@@ -249,7 +251,14 @@ def crop_by_area(source: Source) -> int:
 
 
 def read_run(path: str, allow_module: str = "") -> TrainConfig:
-    """Returns the configuration of a run, checkpoints or step folder."""
+    """Returns the configuration of a run, checkpoints or step folder, or of weights.
+
+    Raises:
+        FileNotFoundError: there is neither.
+        ValueError: the weights are damaged or in no known format.
+    """
+    if weights.is_foreign(path):
+        return imported.recipe(foreign.load(path))
     # The folder is found again, and named, when the training starts.
     folder = step_folder.find(path, log=lambda _: None)
     return run_folder.read_config(folder, [allow_module] if allow_module else [])

@@ -1,6 +1,7 @@
 """Weights to start from: of a run of ours or of another library, and what they are."""
 
 import dataclasses
+import functools
 import json
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -8,9 +9,13 @@ from typing import Any
 import jax
 import numpy as np
 
-from big_vision_lite import layout, serialize, step_folder, trees
+from big_vision_lite import layout, resample, serialize, step_folder, trees
 from big_vision_lite.conversion import foreign, weights
-from big_vision_lite.conversion.input_range import InputRange, fold_input_range
+from big_vision_lite.conversion.input_range import (
+    SYMMETRIC,
+    InputRange,
+    fold_input_range,
+)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -90,35 +95,66 @@ def load_variables(folder: Any) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
 
 
 def scaled_like(
-    loaded: Loaded, model: Any, log: Callable[[str], None] = print
+    loaded: Loaded,
+    model: Any,
+    fresh: Mapping[str, Any],
+    log: Callable[[str], None] = print,
 ) -> Loaded:
     """Returns weights that expect pixels scaled with the mean and std of `model`.
 
-    Patch embeddings see no padding, so the change is exact there; other stems keep
-    their weights, and `model_differences` says what to set.
+    Patch embeddings see no padding, so the change is exact there, also to the number of
+    channels of the `fresh` variables of `model`; other stems keep their weights, and
+    `model_differences`, or a line here, says what to set.
     """
     theirs = loaded.model
-    if theirs is None or "patch_embedding/bias" not in loaded.variables:
+    name = resample.image_kernel(loaded.variables)
+    # Modules of the user's own need not have a range.
+    ranged = hasattr(theirs, "mean") and hasattr(model, "mean")
+    if not ranged or name is None or name not in fresh:
         return loaded
     before = InputRange(theirs.mean, theirs.std)
     after = InputRange(model.mean, model.std)
-    if before == after or getattr(theirs, "stem", None) is not None:
+    if before == after:
         return loaded
-    kernel, bias = fold_input_range(
-        np.asarray(loaded.variables["patch_embedding/kernel"]),
-        np.asarray(loaded.variables["patch_embedding/bias"]),
-        before,
-        after,
+    kernel, channels = np.asarray(loaded.variables[name]), fresh[name].shape[2]
+    ours = theirs.clone(mean=model.mean, std=model.std)
+    if not name.endswith(resample.PATCHES):
+        if channels == kernel.shape[2] or max(len(values) for values in before) == 1:
+            return loaded
+        log(_not_folded(before, after, kernel.shape[2], channels))
+        return dataclasses.replace(loaded, model=ours)
+    bias_name = name.removesuffix("kernel") + "bias"
+    if bias_name not in loaded.variables:
+        return loaded
+    bias = np.asarray(loaded.variables[bias_name])
+    fold = functools.partial(
+        fold_input_range, patch_size=getattr(model, "patch_size", None)
     )
     log(
         f"init: pixels were scaled with mean {before.mean} and std {before.std}, now "
         f"with {after.mean} and {after.std}: folded into the patch embedding, exactly."
     )
-    folded = {"patch_embedding/kernel": kernel, "patch_embedding/bias": bias}
+    if channels != kernel.shape[2]:
+        # Channels can take each other's place only where all are in the same units.
+        kernel, bias = fold(kernel, bias, before, SYMMETRIC)
+        log(f"init: {resample.channels_message(name, kernel.shape[2], channels)}")
+        kernel, before = resample.resize_channels(kernel, channels), SYMMETRIC
+    kernel, bias = fold(kernel, bias, before, after)
     return dataclasses.replace(
         loaded,
-        variables={**loaded.variables, **folded},
-        model=theirs.clone(mean=model.mean, std=model.std),
+        variables={**loaded.variables, name: kernel, bias_name: bias},
+        model=ours,
+    )
+
+
+def _not_folded(before: InputRange, after: InputRange, old: int, new: int) -> str:
+    mean, std = (round(sum(values) / len(values), 3) for values in before)
+    return (
+        f"init: the weights were made for mean={before.mean} and std={before.std} of "
+        f"{old} channels, this recipe has mean={after.mean} and std={after.std} for "
+        f"{new}: the features will differ, because the stem pads with zeros, which are "
+        "another gray in each range. The averages are near them: "
+        f"'--config.model.mean=({mean},)' '--config.model.std=({std},)'"
     )
 
 
@@ -155,6 +191,7 @@ def model_differences(ours: Any, theirs: Any) -> list[str]:
 _ADAPTED = {
     *("head", "dtype", "remat", "attention", "dropout", "stochastic_depth"),
     *("patch_size", "width", "depth", "mlp_dim", "stages", "statistics"),
+    *("kernel_patch_size", "position_grid"),
     # Where parameters start that the weights bring.
     *("layer_scale", "last_scale"),
 }

@@ -1,6 +1,7 @@
 """Parameters made to fit another grid, patch size or number of channels."""
 
 import dataclasses
+from collections.abc import Iterable
 from typing import Any
 
 import jax.numpy as jnp
@@ -10,8 +11,8 @@ from big_vision_lite.models import flexi
 
 POSITIONS = "position_embedding"
 PATCHES = "patch_embedding/kernel"
-# Convolutions that see the image itself.
-STEMS = (PATCHES, "stem/kernel", "stem/conv/kernel")
+# Convolutions that see the image itself; hybrids have patches, too, behind their root.
+STEMS = ("conv_root/kernel", "stem/kernel", PATCHES)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -33,15 +34,11 @@ def fit(name: str, values: Any, shape: tuple[int, ...]) -> Fitted:
         return Fitted(values=values)
     if name.endswith(POSITIONS):
         return _fit_positions(values, shape)
-    if not any(name == stem or name.endswith(f"/{stem}") for stem in STEMS):
+    if image_kernel([name]) is None:
         return Fitted(values=values)
     messages = []
     if values.shape[2] != shape[2]:
-        messages.append(
-            f"{name} for {values.shape[2]} channels, images have {shape[2]}: "
-            + ("summed" if shape[2] == 1 else "repeated and scaled")
-            + "."
-        )
+        messages.append(channels_message(name, values.shape[2], shape[2]))
         values = resize_channels(values, shape[2])
     if name.endswith(PATCHES) and values.shape != shape:
         old, new = values.shape[0], shape[0]
@@ -63,19 +60,57 @@ def _fit_positions(values: Any, shape: tuple[int, ...]) -> Fitted:
     )
 
 
+def image_kernel(names: Iterable[str]) -> str | None:
+    """Returns the name of the convolution that sees the image itself, None if none."""
+    names = sorted(names)
+    for stem in STEMS:
+        for name in names:
+            if name == stem or name.endswith(f"/{stem}"):
+                return name
+    return None
+
+
 def resize_channels(kernel: Any, channels: int) -> np.ndarray:
     """Makes a kernel [h, w, C, D] take images of another number of channels.
 
-    To one channel the weights are summed: a gray image gives what it gave as C equal
-    channels. To more they are repeated in turn and scaled by C / channels, so that
-    equal channels give what they gave.
+    To fewer, weights are summed in turn, channel c to channel c % channels: an image
+    gives what it gave with its channels repeated in turn to C, a gray one what it gave
+    as C equal channels. To more it is the way back: weights are repeated in turn, each
+    divided by how often, and an image whose channels so repeat gives what it gave.
+
+    timm cuts or repeats and scales everything by C / channels, but sums to one: the
+    same for one channel and for multiples of C, else gray images give something else.
     """
     kernel = np.asarray(kernel, np.float32)
     old = kernel.shape[2]
-    if channels == 1:
-        return kernel.sum(axis=2, keepdims=True)
-    repeats = -(-channels // old)
-    repeated = np.concatenate([kernel] * repeats, axis=2)[:, :, :channels]
+    if channels <= old:
+        summed = [kernel[:, :, c::channels].sum(axis=2) for c in range(channels)]
+        return np.stack(summed, axis=2)
+    source = np.arange(channels) % old
     # Channels that are repeated more often than others weigh less.
-    counts = np.bincount(np.arange(channels) % old, minlength=old)
-    return repeated / counts[np.arange(channels) % old][:, None]
+    counts = np.bincount(source)
+    return kernel[:, :, source] / counts[source].astype(np.float32)[:, None]
+
+
+def channels_message(name: str, old: int, new: int) -> str:
+    """Says what `resize_channels` does with the kernel `name`."""
+    if new == 1:
+        done = "weights summed, so that gray images give what they gave"
+    elif new < old:
+        done = (
+            f"weights summed in turn, channel c to c % {new}, so that images give what "
+            f"they gave with their channels repeated to {old}"
+        )
+    else:
+        done = (
+            "weights repeated in turn and divided by how often, so that images whose "
+            "channels so repeat give what they gave"
+        )
+    message = f"{name} for {old} channels, images have {new}: {done}."
+    if name.endswith(PATCHES):
+        return message
+    # The stem of a ResNet, which does not, has the name of a BiT's.
+    return message + (
+        " A BiT standardises its weights at use: there only gray images do, up to one "
+        "factor for each channel of the output."
+    )

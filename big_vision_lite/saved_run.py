@@ -29,9 +29,9 @@ OPTIMIZER = "opt_state/"
 class SavedRun:
     """One step of a run, loaded: everything of the state but the optimiser's.
 
-    `folder` is the step folder, `class_names` are those of the training source, `mesh`
-    spans this machine's devices; call what was built with it under
-    `jax.set_mesh(mesh)`.
+    `folder` is the step folder, or where weights of another library lie, `class_names`
+    are those of the training source, `mesh` spans this machine's devices; call what was
+    built with it under `jax.set_mesh(mesh)`.
     """
 
     folder: epath.Path
@@ -50,7 +50,12 @@ class SavedRun:
         return tuple(self.manifest["class_names"])
 
     def place_for_results(self) -> epath.Path:
-        """Returns the run's folder, or what holds a step folder that was copied."""
+        """Returns the run's folder, or what holds copied step folders or weights.
+
+        For weights that were downloaded it is the current folder.
+        """
+        if os.fspath(self.folder).startswith(weights.HUB):
+            return epath.Path(".")
         above = self.folder.parent
         if above.name == step_folder.FOLDER:
             return above.parent
@@ -149,7 +154,7 @@ def _from_weights(
     step = jax.device_put(np.zeros((), np.int32), whole)
     tree = {"step": step, "params": params, "collections": collections}
     return SavedRun(
-        folder=epath.Path(path.removeprefix(weights.HUB)),
+        folder=epath.Path(path),
         config=imported.recipe(found),
         manifest={
             "step": 0,

@@ -21,16 +21,16 @@ def first_state(
     if config.init is None and first_params is None:
         return fresh
     init = config.init or adapt.Init(path="memory")
+    ours = state_lib.variables(fresh)
     same_classes = True
     loaded = first_params
     if loaded is None:
         opened = loaded_weights.open_weights(init.path, log)
-        opened = loaded_weights.scaled_like(opened, config.model, log)
+        opened = loaded_weights.scaled_like(opened, config.model, ours, log)
         note_origin(opened.origin)
         loaded = opened.variables
         same_classes = opened.class_names == tuple(config.data.source.class_names)
         for line in loaded_weights.model_differences(config.model, opened.model):
             log(f"init: {line}")
-    ours = state_lib.variables(fresh)
     adapted = adapt.adapt(loaded, ours, init, same_classes=same_classes, log=log)
     return state_lib.with_variables(fresh, adapted)

@@ -10,9 +10,18 @@ from etils import epath
 from big_vision_lite import adapt, integrity, loaded_weights, resample, trees
 from big_vision_lite.adapt import Init, PositionResize
 from big_vision_lite.checkpoint import Checkpointer, Checkpoints
+from big_vision_lite.conversion.input_range import (
+    SYMMETRIC,
+    InputRange,
+    fold_input_range,
+)
 from big_vision_lite.integrity import DamagedCheckpoint
-from big_vision_lite.models import flexi
+from big_vision_lite.models import flexi, towers
+from big_vision_lite.models.bit import BiT
+from big_vision_lite.models.bit_v1 import BiTV1, Trunk
 from big_vision_lite.models.heads import Classifier
+from big_vision_lite.models.hybrid import hybrid
+from big_vision_lite.models.mixer import MlpMixer
 from big_vision_lite.models.positions import Positions
 from big_vision_lite.models.resnet import ResNet
 from big_vision_lite.models.vit import ViT
@@ -365,22 +374,120 @@ def tokens(kernel, image):
     return np.einsum("hwcd,hwc->d", kernel, image)
 
 
-@pytest.mark.parametrize("channels", [1, 2, 4, 13])
-def test_a_stem_for_other_channels_gives_equal_channels_the_same_tokens(channels):
-    name = "patch_embedding/kernel"
-    loaded, fresh = {name: stem(3)}, {name: stem(channels)}
-    found, lines = start_from(loaded, fresh)
-    gray = RNG.normal(size=(4, 4, 1))
-    if channels == 2:
-        # Only two of the three channels are left; their weights are kept.
-        np.testing.assert_array_equal(found[name], loaded[name][:, :, :2])
-    else:
-        np.testing.assert_allclose(
-            tokens(np.asarray(found[name]), np.repeat(gray, channels, -1)),
-            tokens(loaded[name], np.repeat(gray, 3, -1)),
-            atol=1e-4,
+FAMILIES = {
+    "ViT": (
+        ViT(width=16, depth=1, mlp_dim=8, num_heads=2, patch_size=8),
+        "patch_embedding",
+    ),
+    "MlpMixer": (
+        MlpMixer(width=16, depth=1, token_mlp_dim=4, channel_mlp_dim=4, patch_size=8),
+        "patch_embedding",
+    ),
+    "ResNet": (ResNet(stages=(1,), width=8, stem_width=16), "stem"),
+    "BiT": (BiT.of("small"), "stem"),
+    "BiTV1": (BiTV1(trunk=Trunk(stages=(1,), width=32)), "conv_root"),
+    "hybrid": (
+        hybrid(
+            "R+Ti/16", width=12, depth=1, num_heads=2, stem=Trunk(stages=(), width=32)
+        ),
+        "conv_root",
+    ),
+}
+STANDARDISED = ("BiT", "BiTV1", "hybrid")
+
+
+def random_variables(model, image):
+    shapes = jax.eval_shape(model.init, jax.random.key(0), image)
+    return {
+        collection: jax.tree.map(
+            lambda x: jnp.asarray(RNG.normal(size=x.shape), x.dtype), leaves
         )
-    assert lines[0].startswith(f"init: {name} for 3 channels, images have {channels}")
+        for collection, leaves in shapes.items()
+        if collection in ("params", "batch_stats")
+    }
+
+
+def stem_output(model, module, variables, image):
+    """What the first convolution gives, the only one that sees channels."""
+
+    @jax.jit
+    def run(variables, image):
+        _, seen = model.apply(
+            variables,
+            image=image,
+            mutable=["intermediates"],
+            capture_intermediates=lambda m, _: m.name == module,
+        )
+        return seen
+
+    (output,) = jax.tree.leaves(run(variables, image))
+    return np.asarray(output)
+
+
+def noise(channels, size=32):
+    return RNG.integers(0, 256, (2, size, size, channels), np.uint8)
+
+
+def repeated(images, channels):
+    return jnp.asarray(images[..., np.arange(channels) % images.shape[-1]])
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize(
+    ("old", "new"), [(3, 1), (3, 2), (3, 4), (3, 13), (4, 3), (13, 3)]
+)
+def test_stems_for_other_channels_see_missing_ones_as_repeated(family, old, new):
+    model, module = FAMILIES[family]
+    # Standardised weights are others; only gray ones, up to a factor, are the same.
+    images = noise(1 if family in STANDARDISED else min(old, new))
+    before, after = repeated(images, old), repeated(images, new)
+    loaded, fresh = (random_variables(model, image) for image in (before, after))
+    flat = trees.flatten(loaded["params"])
+    found, lines = start_from(flat, trees.flatten(fresh["params"]))
+    adapted = loaded | {"params": trees.unflatten(found)}
+    expected = stem_output(model, module, loaded, before)
+    got = stem_output(model, module, adapted, after)
+    name = resample.image_kernel(flat)
+    assert name.endswith(f"{module}/kernel")
+    assert_from(found, flat, set(flat) - {name})
+    if family in STANDARDISED:
+        factor = (got * expected).sum((0, 1, 2)) / np.square(expected).sum((0, 1, 2))
+        assert factor.min() > 0.1
+        expected = factor * expected
+    np.testing.assert_allclose(got, expected, atol=1e-4 * np.abs(expected).max())
+    (line,) = lines
+    assert line.startswith(f"init: {name} for {old} channels, images have {new}: ")
+    assert ("BiT standardises" in line) == (not name.endswith(resample.PATCHES))
+
+
+def test_fewer_channels_get_the_sum_of_those_that_are_left_out_and_say_so():
+    name = "patch_embedding/kernel"
+    four = stem(4)
+    r, g, b, infrared = np.moveaxis(four, 2, 0)
+    for channels, expected, said in (
+        (
+            3,
+            (r + infrared, g, b),
+            "summed in turn, channel c to c % 3, so that ",
+        ),
+        (2, (r + b, g + infrared), "summed in turn, channel c to c % 2, so that "),
+        (1, (r + g + b + infrared,), "summed, so that gray images give what they gave"),
+    ):
+        found, (line,) = start_from({name: four}, {name: stem(channels)})
+        np.testing.assert_allclose(found[name], np.stack(expected, 2), atol=1e-6)
+        assert f"for 4 channels, images have {channels}: weights {said}" in line
+        assert "repeated and scaled" not in line
+
+
+def test_more_channels_share_the_weights_and_give_them_back():
+    name = "patch_embedding/kernel"
+    three = stem(3)
+    r, g, b = np.moveaxis(three, 2, 0)
+    found, (line,) = start_from({name: three}, {name: stem(4)})
+    np.testing.assert_allclose(found[name], np.stack((r / 2, g, b, r / 2), 2))
+    assert "weights repeated in turn and divided by how often" in line
+    back, _ = start_from({name: np.asarray(found[name])}, {name: three})
+    np.testing.assert_allclose(back[name], three, atol=1e-6)
 
 
 def test_patches_of_another_size_give_the_tokens_of_resized_patches():
@@ -415,7 +522,7 @@ def test_weights_for_another_range_of_pixels_are_folded_into_the_patches():
         variables=trees.flatten(variables["params"]), model=theirs
     )
     lines = []
-    moved = loaded_weights.scaled_like(given, ours, lines.append)
+    moved = loaded_weights.scaled_like(given, ours, given.variables, lines.append)
     params = trees.unflatten(moved.variables)
     expected = theirs.apply(variables, image=images)["pooled"]
     found = ours.apply({"params": params}, image=images)["pooled"]
@@ -424,6 +531,119 @@ def test_weights_for_another_range_of_pixels_are_folded_into_the_patches():
     assert np.abs(wrong - expected).max() > 1e-2
     assert "folded into the patch embedding" in lines[0]
     assert loaded_weights.model_differences(ours, moved.model) == []
+
+
+IMAGENET = {"mean": (123.7, 116.3, 103.5), "std": (58.4, 57.1, 57.4)}
+
+
+def started(loaded, model, fresh):
+    """The variables for `model` as start.py makes them, and what was said."""
+    lines = []
+    moved = loaded_weights.scaled_like(loaded, model, fresh, lines.append)
+    lines += loaded_weights.model_differences(model, moved.model)
+    found, more = start_from(moved.variables, fresh)
+    return {"params": trees.unflatten(found)}, lines + more
+
+
+@pytest.mark.parametrize("family", ["ViT", "MlpMixer"])
+@pytest.mark.parametrize("channels", [1, 2, 4, 13])
+@pytest.mark.parametrize("back", [False, True], ids=["from_imagenet", "to_imagenet"])
+def test_another_range_and_other_channels_at_once_are_exact(family, channels, back):
+    ranges = [
+        dict(mean=(127.5,), std=(127.5,))
+        if channels == 1
+        else dict(
+            mean=tuple(np.linspace(30.0, 200.0, channels).tolist()),
+            std=tuple(np.linspace(90.0, 20.0, channels).tolist()),
+        ),
+        IMAGENET,
+    ]
+    counts = [channels, 3]
+    if not back:
+        ranges, counts = ranges[::-1], counts[::-1]
+    theirs, ours = (FAMILIES[family][0].clone(**fields) for fields in ranges)
+    images = noise(min(counts))
+    before, after = (repeated(images, count) for count in counts)
+    variables, fresh = (
+        random_variables(*pair) for pair in ((theirs, before), (ours, after))
+    )
+    given = loaded_weights.Loaded(
+        variables=trees.flatten(variables["params"]), model=theirs
+    )
+    found, lines = started(given, ours, trees.flatten(fresh["params"]))
+    expected = stem_output(theirs, "patch_embedding", variables, before)
+    got = stem_output(ours, "patch_embedding", found, after)
+    np.testing.assert_allclose(got, expected, atol=2e-5 * np.abs(expected).max())
+    ranged, resized = lines
+    assert f"with mean {theirs.mean}" in ranged and f"now with {ours.mean}" in ranged
+    assert "folded into the patch embedding, exactly" in ranged
+    assert f"for {counts[0]} channels, images have {counts[1]}: weights " in resized
+
+
+@pytest.mark.parametrize("stored", [None, 16])
+@pytest.mark.parametrize("patch", [4, 6, 8, 12])
+def test_another_range_is_exact_at_the_patch_size_of_the_model(patch, stored):
+    # A kernel that shrinks loses weights that bilinear sampling does not read, and so
+    # a part of its sum.
+    theirs = vit(depth=1, patch_size=16, **IMAGENET)
+    ours = vit(depth=1, patch_size=patch, kernel_patch_size=stored)
+    images = jnp.asarray(noise(3, size=48))
+    variables, fresh = (random_variables(model, images) for model in (theirs, ours))
+    given = loaded_weights.Loaded(
+        variables=trees.flatten(variables["params"]), model=theirs
+    )
+    found, _ = started(given, ours, trees.flatten(fresh["params"]))
+    same_range = ours.clone(kernel_patch_size=16, **IMAGENET)
+    expected = stem_output(same_range, "patch_embedding", variables, images)
+    got = stem_output(ours, "patch_embedding", found, images)
+    np.testing.assert_allclose(got, expected, atol=1e-5 * np.abs(expected).max())
+
+
+@pytest.mark.parametrize("family", ["ResNet", "BiT", "BiTV1", "hybrid"])
+@pytest.mark.parametrize("channels", [1, 3, 4])
+def test_padded_stems_keep_their_range_and_say_what_to_set(family, channels):
+    theirs = FAMILIES[family][0].clone(**IMAGENET)
+    ours = FAMILIES[family][0]
+    variables = trees.flatten(random_variables(theirs, noise(3))["params"])
+    fresh = trees.flatten(random_variables(ours, noise(channels))["params"])
+    given = loaded_weights.Loaded(variables=variables, model=theirs)
+    lines = []
+    kept = loaded_weights.scaled_like(given, ours, fresh, lines.append)
+    assert kept.variables is variables
+    said = loaded_weights.model_differences(ours, kept.model)
+    if channels == 3:
+        assert lines == [] and "--config.model.mean=(123.7, 116.3, 103.5)" in said[0]
+    else:
+        # Three means would be refused by a model of other channels.
+        (line,) = lines
+        assert said == []
+        assert "of 3 channels, this recipe has mean=(127.5,) and std" in line
+        assert "the stem pads with zeros, which are another gray in each range" in line
+        assert "'--config.model.mean=(114.5,)' '--config.model.std=(57.633,)'" in line
+
+
+def test_a_range_for_other_channels_than_the_kernel_is_refused_in_words():
+    imagenet = InputRange(**IMAGENET)
+    for ranges in ((imagenet, SYMMETRIC), (SYMMETRIC, imagenet)):
+        with pytest.raises(ValueError, match="has 3 values, .* kernel of 4 channels"):
+            fold_input_range(stem(4), np.zeros(6, np.float32), *ranges)
+
+
+def test_what_a_flexivit_stores_and_was_resized_is_no_difference():
+    theirs = towers.flexivit("Ti/16", width=16, num_heads=2, mlp_dim=8, depth=1)
+    ours = theirs.clone(kernel_patch_size=None, position_grid=())
+    images = jnp.asarray(noise(3, size=64))
+    variables, fresh = (random_variables(model, images) for model in (theirs, ours))
+    given = loaded_weights.Loaded(
+        variables=trees.flatten(variables["params"]), model=theirs
+    )
+    found, lines = started(given, ours, trees.flatten(fresh["params"]))
+    kernel, positions = lines
+    assert "for patches of 32 px, the model has 16" in kernel
+    assert "Checkpoint grid 7x7, model grid 4x4" in positions
+    expected = jax.jit(theirs.apply)(variables, images)["pooled"]
+    got = jax.jit(ours.apply)(found, images)["pooled"]
+    np.testing.assert_allclose(got, expected, atol=1e-5)
 
 
 def test_what_changes_the_features_of_the_same_weights_is_said():

@@ -20,7 +20,7 @@ from evaluation_context import (
 from big_vision_lite import step as step_lib
 from big_vision_lite.data.ops import Decode
 from big_vision_lite.data.sources import Digits, InMemory
-from big_vision_lite.evaluators.classification import Classification
+from big_vision_lite.evaluators.classification import Classification, MatchClasses
 from big_vision_lite.evaluators.context import class_table
 from big_vision_lite.objectives.classification import (
     SigmoidClassification,
@@ -39,6 +39,7 @@ def evaluate(tmp_path, source, *, devices=1, batch_size=8, model=None, **context
 @contextlib.contextmanager
 def prepared(tmp_path, source, devices=1, batch_size=8, model=None, context=None):
     context = dict(context or {})
+    match_classes = context.pop("match_classes", MatchClasses.BY_NAME)
     model = model or Pixels()
     mesh = make_mesh(devices)
     shape = np.shape(source[0]["image"])
@@ -54,7 +55,9 @@ def prepared(tmp_path, source, devices=1, batch_size=8, model=None, context=None
             image_shape=shape,
             **context,
         )
-        evaluator = Classification(source=source, batch_size=batch_size)
+        evaluator = Classification(
+            source=source, batch_size=batch_size, match_classes=match_classes
+        )
         yield evaluator.prepare(made), state
 
 
@@ -151,6 +154,23 @@ def test_a_class_the_model_does_not_know_stops_at_once(tmp_path):
     source = InMemory(score_images([[1, 2]]), np.array([0]), ("a", "zebra"))
     with pytest.raises(ValueError, match="1 classes unknown to train: zebra"):
         evaluate(tmp_path, source, class_names=NAMES)
+
+
+def test_the_same_classes_under_other_names_are_taken_in_order_where_asked(
+    tmp_path, source
+):
+    """Hugging Face says "tench, Tinca tinca" where a data set says "n01440764"."""
+    theirs = tuple(f"{name}, {name}" for name in NAMES)
+    option = "--config.evaluators.val.match_classes=in_order"
+    with pytest.raises(ValueError, match=f"7 classes unknown .*{option}"):
+        evaluate(tmp_path, source, class_names=theirs)
+    with pytest.raises(ValueError, match=f"of the same name .*{option}"):
+        evaluate(tmp_path, source, class_names=("crane", "crane", *theirs[2:]))
+    in_order = MatchClasses.IN_ORDER
+    found = evaluate(tmp_path, source, class_names=theirs, match_classes=in_order)
+    assert found == pytest.approx(by_hand(source), rel=1e-6)
+    with pytest.raises(ValueError, match="val has 7 classes, train 3.*by_name"):
+        evaluate(tmp_path, source, class_names=theirs[:3], match_classes=in_order)
 
 
 def test_two_classes_of_one_name_are_refused_unless_the_order_is_the_same():

@@ -1,6 +1,9 @@
 """A run goes to another library and back: the same bits, the same answers."""
 
+import dataclasses
+import importlib.util
 import json
+import math
 import pathlib
 
 import convert_checkpoint
@@ -19,6 +22,7 @@ from big_vision_lite import (
     saved_run,
     step_folder,
     train,
+    trees,
 )
 from big_vision_lite.conversion import export, foreign
 from big_vision_lite.conversion.formats import Library
@@ -50,6 +54,8 @@ def test_what_is_rounding_on_both_sides_is_no_failure():
             logits={"photographs": difference},
             rounding={"photographs": rounding} if rounding else {},
             layers=[],
+            scale=1.0,
+            inexact=False,
             pixels=0.0,
             same_top1=8,
             num_images=8,
@@ -66,6 +72,30 @@ def test_what_is_rounding_on_both_sides_is_no_failure():
     wrong = report(2e-5, 2e-5, 1e-7)
     assert not wrong.passed and "1.0e-07: rounding" not in wrong.text()
     assert "FAILED: the first that differs is the head" in wrong.text()
+
+
+@pytest.mark.parametrize(
+    ("fields", "passed", "said"),
+    [
+        ({}, True, "most 0 of 255"),
+        ({"logits": {"photographs": math.nan}}, False, "FAILED: the first"),
+        ({"pixels": 22.0}, False, "FAILED: the preprocessings differ by 22 of 255"),
+        ({"pixels": 22.0, "inexact": True}, True, "most 22 of 255"),
+        ({"scale": 0.0}, False, "FAILED: the first that differs is the head"),
+        ({"scale": 0.0, "layers": [1e-6]}, True, "all logits are 0"),
+        ({"scale": 0.0, "layers": [0.9]}, False, "differs is norm = theirs"),
+    ],
+)
+def test_what_proves_nothing_or_shows_a_difference_fails(fields, passed, said):
+    layers = [
+        parity.Layer(ours="norm", theirs="theirs", difference=difference)
+        for difference in fields.get("layers", [])
+    ]
+    whole = dict(logits={"photographs": 0.0}, scale=1.0, pixels=0.0, inexact=False)
+    whole |= dict(rounding={"photographs": (math.nan, 1e-7)}, same_top1=8)
+    report = parity.Report(**{**whole, **fields, "layers": layers}, num_images=8)
+    assert report.passed == passed and said in report.text()
+    assert ("FAILED" in report.text()) != passed
 
 
 @pytest.fixture(scope="module")
@@ -173,6 +203,37 @@ def test_a_wrong_number_is_found_by_its_layer_and_fails(
     assert caught.value.code == 1
     shown = capsys.readouterr().out
     assert "FAILED: the first that differs is encoder/block_01/mlp/hidden" in shown
+
+
+def test_weights_that_are_not_finite_leave_nothing_behind(run, tmp_path, monkeypatch):
+    load = saved_run.load
+
+    def damaged(*arguments, **options):
+        found = load(*arguments, **options)
+        params = trees.flatten(found.state.params)
+        params["head/bias"] = params["head/bias"] * math.nan
+        state = found.state.replace(params=trees.unflatten(params))
+        return dataclasses.replace(found, state=state)
+
+    monkeypatch.setattr(saved_run, "load", damaged)
+    with pytest.raises(ValueError, match="head/bias holds NaN or infinity. Export an"):
+        convert(run, "--to", "npz", "--out", tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("absent", ["torch", "transformers"])
+def test_what_is_not_installed_to_compare_is_named(
+    absent, run, tmp_path, monkeypatch, capsys
+):
+    find = importlib.util.find_spec
+
+    def found(name):
+        return None if name == absent else find(name) or object()
+
+    monkeypatch.setattr(importlib.util, "find_spec", found)
+    convert(run, "--to", "huggingface", "--out", tmp_path / "out")
+    said = f"Parity was not compared: {absent} not installed (pip install"
+    assert said in capsys.readouterr().out
 
 
 def test_what_has_no_counterpart_is_refused_before_anything_is_written(tmp_path, run):

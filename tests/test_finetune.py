@@ -1,5 +1,6 @@
 """Fine-tuning by BiT-HyperRule: as an evaluator, and as recipes that do only that."""
 
+import dataclasses
 import functools
 import json
 import os
@@ -16,6 +17,7 @@ import numpy as np
 import pytest
 import shapes_run
 from etils import epath
+from tiny_runs import tiny_vit
 
 from big_vision_lite import (
     command_line,
@@ -32,6 +34,9 @@ from big_vision_lite import (
 )
 from big_vision_lite import state as state_lib
 from big_vision_lite.adapt import Init
+from big_vision_lite.conversion import export
+from big_vision_lite.conversion.formats import Library
+from big_vision_lite.conversion.preprocessing import Preprocessing
 from big_vision_lite.data import pipeline
 from big_vision_lite.data.ops import Decode, Resize
 from big_vision_lite.data.sources import Digits, ImageFolder
@@ -40,6 +45,8 @@ from big_vision_lite.evaluators.finetune import FineTune
 from big_vision_lite.hyperrule import HyperRule, Repeated
 from big_vision_lite.metrics import read_history
 from big_vision_lite.models.heads import Classifier
+from big_vision_lite.models.pooling import Pooling
+from big_vision_lite.models.positions import Positions
 from big_vision_lite.recipe_args import open_folder, parse_arg
 from big_vision_lite.stop import Stopped, StopSignal
 
@@ -520,6 +527,39 @@ def test_the_folder_recipe_fits_the_folder(images, pretrained, tmp_path):
     assert flat["val"].classes == shapes_run.CLASSES
     with pytest.raises(ValueError, match="use steps"):
         parse("folder", f"dir={images},init={pretrained},epochs=3")
+
+
+@pytest.mark.parametrize("kind", ["npz", "safetensors"])
+def test_recipes_fine_tune_weights_of_other_libraries(kind, images, tmp_path):
+    """Both heads of a distilled model are new, all else is as in the file."""
+    model = tiny_vit(
+        pooling=Pooling.CLASS_TOKEN,
+        positions=Positions.LEARNED,
+        distillation_token=kind == "safetensors",
+    )
+    fresh = model.init(jax.random.key(0), jnp.zeros((1, 32, 32, 3), jnp.uint8))
+    variables = trees.flatten(jax.tree.map(np.asarray, fresh["params"]))
+    road = Preprocessing(
+        ops=(Decode(), Resize(size=32)),
+        mean=model.mean,
+        std=model.std,
+        image_size=(32, 32),
+    )
+    folder = tmp_path / "theirs"
+    exported = export.export(model, variables, road, 3, (), Library(kind), str(folder))
+    export.write(exported, folder)
+    for name, arg in (("finetune", "size=keep,data"), ("folder", "dir")):
+        config = parse(name, f"{arg}={images},init={folder},steps=5,batch=8")
+        assert config.model.head.num_classes == 3
+        assert config.preprocess == (Decode(channels=3), Resize(size=32))
+    still = dataclasses.replace(config.optimizer.schedule, peak=1e-30)
+    optimizer = dataclasses.replace(config.optimizer, schedule=still)
+    shapes_run.run(tmp_path / "run", dataclasses.replace(config, optimizer=optimizer))
+    tuned, _ = loaded_weights.load_variables(step_folder.find(str(tmp_path / "run")))
+    for name, leaf in tuned.items():
+        is_new = "head/" in name
+        expected = 0 * leaf if is_new else variables[name]
+        np.testing.assert_allclose(leaf, expected, atol=1e-25, err_msg=name)
 
 
 @pytest.mark.slow

@@ -2,6 +2,7 @@
 
 import io
 import json
+import re
 
 import jax
 import numpy as np
@@ -10,7 +11,7 @@ import simplejpeg
 import torch_libraries
 from sklearn.datasets import load_sample_images
 
-from big_vision_lite.conversion import preprocessing, preprocessing_export
+from big_vision_lite.conversion import foreign, preprocessing, preprocessing_export
 from big_vision_lite.conversion.formats import Weights
 from big_vision_lite.conversion.input_range import (
     SYMMETRIC,
@@ -371,6 +372,10 @@ def test_what_is_assumed_is_said(names, mean, resampling):
         (lambda: preprocessing.from_timm({"interpolation": "box"}), "bicubic, lanczos"),
         (lambda: preprocessing.from_huggingface({"resample": 0}), "1, 2, 3"),
         (
+            lambda: preprocessing.from_huggingface({"do_flip_channel_order": True}),
+            r"images here are RGB.*weight.flip\(1\).*remove do_flip_channel_order",
+        ),
+        (
             lambda: preprocessing.from_huggingface({"size": {"max_height": 9}}),
             "shortest_edge",
         ),
@@ -383,6 +388,41 @@ def test_what_is_assumed_is_said(names, mean, resampling):
 def test_what_is_not_read_is_refused(read, message):
     with pytest.raises(ValueError, match=message):
         read()
+
+
+def test_weights_of_images_in_bgr_are_refused_and_others_are_not():
+    stored = {"do_flip_channel_order": True}
+    with pytest.raises(ValueError, match="images here are RGB"):
+        preprocessing.read(weights(preprocessor=stored), None)
+    stored = {"do_flip_channel_order": False, "size": {"height": 64, "width": 64}}
+    assert preprocessing.read(weights(preprocessor=stored), None).image_size == (64, 64)
+
+
+def test_the_line_that_the_note_gives_makes_the_scaling_that_of_imagenet(tmp_path):
+    theirs = timm.create_model("vit_tiny_patch16_224", depth=1, img_size=32)
+    deit, folder = tmp_path / "deit.pth", tmp_path / "folder"
+    folder.mkdir()
+    for path in (deit, folder / "pytorch_model.bin"):
+        torch.save({"model": theirs.state_dict()}, path)
+    for path in (deit, folder):
+        bare = foreign.load(str(path))
+        assert bare.model.mean == bare.model.std == (127.5,)
+        line = re.findall("a config.json with ({.*}) beside the file", bare.notes[-1])
+        beside = path if path.is_dir() else path.parent
+        (beside / "config.json").write_text(line[0])
+        found = foreign.load(str(path))
+        for ours, wanted in (
+            (found.model.mean, preprocessing.IMAGENET_MEAN),
+            (found.model.std, preprocessing.IMAGENET_STD),
+        ):
+            np.testing.assert_allclose(ours, 255 * np.asarray(wanted))
+        assert found.image_size == bare.image_size == (32, 32)
+        assert not any("preprocessing" in note for note in found.notes)
+
+
+def test_images_of_one_channel_are_not_told_of_imagenet():
+    found = preprocessing.read(weights(("patch_embed.proj.weight",)), None, channels=1)
+    assert "assumed" in found.notes[0] and "ImageNet" not in found.notes[0]
 
 
 def test_what_has_no_counterpart_is_refused():

@@ -1,7 +1,12 @@
 """What a weight file is, its bytes tell; what is no plain array is refused."""
 
+import argparse
 import json
+import pathlib
 import pickle
+import shlex
+import subprocess
+import sys
 import zipfile
 
 import ml_dtypes
@@ -69,6 +74,144 @@ def test_torch_archives_are_opened_by_torch_tensors_only(tmp_path):
     assert_arrays(weights.arrays_of(tmp_path / "old"))
 
 
+# The names by which a ViT of timm is known, each array another one.
+VIT = {
+    name: np.full((2, 2), index, np.float32)
+    for index, name in enumerate(
+        ("patch_embed.proj.weight", "blocks.0.attn.qkv.weight", "blocks.0.norm1.weight")
+    )
+}
+AVERAGE = {name: array + 0.5 for name, array in VIT.items()}
+
+
+def tensors(arrays, prefix=""):
+    torch = pytest.importorskip("torch")
+    return {
+        f"{prefix}{name}": torch.from_numpy(array) for name, array in arrays.items()
+    }
+
+
+def adamw():
+    """The state that AdamW keeps: more arrays than the model has."""
+    torch = pytest.importorskip("torch")
+    moments = {"step": torch.ones(()), "exp_avg": torch.ones(2)}
+    moments["exp_avg_sq"] = torch.ones(2)
+    return {"state": dict.fromkeys(range(3), moments), "param_groups": [{"lr": 0.1}]}
+
+
+def of_timm():
+    return {
+        "epoch": 3,
+        "arch": "vit_tiny_patch16_224",
+        "state_dict": tensors(VIT),
+        "optimizer": adamw(),
+        "version": 2,
+        "args": argparse.Namespace(lr=0.1),
+        "state_dict_ema": tensors(AVERAGE),
+    }
+
+
+def of_torchvision():
+    torch = pytest.importorskip("torch")
+    return {
+        "model": tensors(VIT),
+        "optimizer": adamw(),
+        "args": argparse.Namespace(lr=0.1),
+        "model_ema": tensors(AVERAGE, "module.") | {"n_averaged": torch.tensor(9)},
+    }
+
+
+def run(command, folder):
+    """Runs `python -c ...` with this python, as a shell reads it."""
+    words = shlex.split(command)
+    subprocess.run([sys.executable, *words[1:]], cwd=folder, check=True)
+
+
+@pytest.mark.parametrize(
+    ("make", "taken", "left", "raw"),
+    [
+        (of_timm, "state_dict_ema", "state_dict, optimizer", "state_dict"),
+        (
+            of_torchvision,
+            "model_ema.module",
+            "model, optimizer, model_ema.n_averaged",
+            "model",
+        ),
+    ],
+)
+def test_of_a_training_checkpoint_the_average_is_taken_and_the_rest_named(
+    make, taken, left, raw, tmp_path, caplog
+):
+    torch = pytest.importorskip("torch")
+    path = tmp_path / "ä b.pth"
+    torch.save(make(), path)
+    assert_arrays(weights.arrays_of(path), AVERAGE)
+    (line,) = caplog.messages
+    said, command = line.split(f" For {raw}: ")
+    assert said == f"{path}: took {taken}, the average; left: {left}."
+    run(command, tmp_path)
+    assert_arrays(weights.arrays_of(tmp_path / f"only_{raw}.pth"), VIT)
+
+
+@pytest.mark.parametrize("make", [of_timm, of_torchvision])
+def test_without_an_average_the_weights_are_taken_whatever_the_optimizer_keeps(
+    make, tmp_path, caplog
+):
+    torch = pytest.importorskip("torch")
+    whole = make()
+    content = {key: whole[key] for key in whole if not key.endswith("_ema")}
+    moments = content["optimizer"]["state"][0]
+    content["optimizer"]["state"] = dict.fromkeys(range(50), moments)
+    torch.save(content, tmp_path / "x.pth")
+    assert_arrays(weights.arrays_of(tmp_path / "x.pth"), VIT)
+    (line,) = caplog.messages
+    assert line.endswith("; left: optimizer.") and ", the average" not in line
+
+
+def test_a_wrapper_without_the_arrays_of_a_model_is_passed_over(tmp_path, caplog):
+    torch = pytest.importorskip("torch")
+    empty = {"model": tensors(VIT), "model_ema": {"n_averaged": torch.tensor(0)}}
+    torch.save(empty, tmp_path / "x.pth")
+    assert_arrays(weights.arrays_of(tmp_path / "x.pth"), VIT)
+    assert "took model; left: model_ema." in caplog.text
+
+
+@pytest.mark.parametrize("prefix", ["module.", "_orig_mod.", "module._orig_mod."])
+def test_what_torch_puts_before_names_is_taken_off_without_a_word(
+    prefix, tmp_path, caplog
+):
+    torch = pytest.importorskip("torch")
+    torch.save({"state_dict": tensors(VIT, prefix)}, tmp_path / "x.pth")
+    assert_arrays(weights.arrays_of(tmp_path / "x.pth"), VIT)
+    assert not caplog.messages
+
+
+@pytest.mark.parametrize("as_zip", [True, False])
+def test_the_arguments_of_a_training_script_are_no_hindrance(as_zip, tmp_path):
+    torch = pytest.importorskip("torch")
+    content = {"model": tensors(VIT), "args": argparse.Namespace(lr=0.1, gpus=[0, 1])}
+    path = tmp_path / "x.pth"
+    torch.save(content, path, _use_new_zipfile_serialization=as_zip)
+    assert_arrays(weights.arrays_of(path), VIT)
+    # Only while the file is read.
+    assert argparse.Namespace not in torch.serialization.get_safe_globals()
+
+
+def test_other_objects_are_named_and_the_command_takes_the_weights_out(tmp_path):
+    torch = pytest.importorskip("torch")
+    path = tmp_path / "x.pth"
+    torch.save({"model": tensors(VIT), "out": pathlib.PurePosixPath("a")}, path)
+    with pytest.raises(ValueError) as caught:
+        weights.arrays_of(path)
+    message = str(caught.value)
+    assert "holds more than tensors: pathlib" in message
+    assert "only for files from people you trust" in message
+    assert "\x1b" not in message and "again" not in message
+    command = message[message.index("python -c") : message.index(" (elsewhere")]
+    run(command, tmp_path)
+    assert_arrays(weights.arrays_of(tmp_path / "only_model.pth"), VIT)
+
+
 class Harmful:
     """Leaves a file behind when it is unpickled."""
 
@@ -82,6 +225,12 @@ class Harmful:
 def harmful_torch(path, trap):
     torch = pytest.importorskip("torch")
     torch.save({"a": Harmful(trap)}, path)
+
+
+def harmful_arguments(path, trap):
+    torch = pytest.importorskip("torch")
+    arguments = argparse.Namespace(lr=0.1, log=Harmful(trap))
+    torch.save({"model": {"a": torch.ones(2)}, "args": arguments}, path)
 
 
 def harmful_pickle(path, trap):
@@ -98,7 +247,8 @@ def harmful_npz(path, trap):
 @pytest.mark.parametrize(
     ("make", "message"),
     [
-        (harmful_torch, "no torch file of tensors alone"),
+        (harmful_torch, r"holds more than tensors: \S*open\."),
+        (harmful_arguments, r"holds more than tensors: \S*open\."),
         (harmful_pickle, "no torch file of tensors alone"),
         (harmful_npz, "pickled Python objects.*never loaded"),
     ],
@@ -221,6 +371,10 @@ def test_weights_in_parts_are_read_by_their_index(tmp_path):
         assert found.keys() == arrays.keys()
         assert all(np.array_equal(found[n], arrays[n]) for n in arrays)
     assert weights.is_foreign(str(tmp_path))
+    wrapped = tmp_path / "wrapped"
+    wrapped.mkdir()
+    index = in_parts(wrapped, {f"model.{name}": x for name, x in arrays.items()})
+    assert_arrays(weights.arrays_of(index), arrays)
     whole = weights.arrays_of(index)
     assert all(whole[n].dtype == np.float32 for n in whole)
 

@@ -43,6 +43,12 @@ from big_vision_lite.conversion.preprocessing import Preprocessing  # noqa: E402
 from big_vision_lite.saved_run import SavedRun  # noqa: E402
 
 ORBAX = "orbax"
+# What has to be installed to compare.
+LIBRARIES = {
+    Library.TIMM: "timm",
+    Library.TORCHVISION: "torchvision",
+    Library.HUGGINGFACE: "transformers",
+}
 
 
 def to_library(run: SavedRun, library: Library, out: pathlib.Path) -> bool:
@@ -63,9 +69,12 @@ def to_library(run: SavedRun, library: Library, out: pathlib.Path) -> bool:
     print("\n".join(["To use it:", *(f"  {line}" for line in exported.code)]))
     if library in (Library.NPZ, Library.SAFETENSORS):
         return _read_back(variables, out)
-    if importlib.util.find_spec("torch") is None:
+    needed = ("torch", LIBRARIES[library])
+    missing = [name for name in needed if importlib.util.find_spec(name) is None]
+    if missing:
         print(
-            "Parity was not compared: torch is not installed (pip install '.[torch]')"
+            f"Parity was not compared: {' and '.join(missing)} not installed "
+            "(pip install '.[torch]')"
         )
         return True
     return _prove(model, variables, road, channels, exported, out)

@@ -27,6 +27,9 @@ from big_vision_lite.conversion.preprocessing import Preprocessing
 
 # Largest |difference| over largest |value|, float32 on a CPU.
 BOUND = 1e-5
+# Largest difference of two preprocessings of the same words, in units of 0..255: the
+# gray of a JPEG file and the gray of its colours are up to 6 apart.
+PIXELS_BOUND = 8.0
 PHOTOGRAPHS = ("china.jpg", "flower.jpg")
 NUM_RANDOM = 2
 
@@ -46,24 +49,38 @@ class Report:
 
     `rounding` has, for those beyond the bound, how far ours and theirs are from theirs
     computed in float64. Where theirs are as far as ours, float32 is too short for this
-    network, and no weight is wrong. `pixels` is the largest difference of the two
-    preprocessings in units of 0..255, `same_top1` how many of the photographs get the
-    same class through each side's own.
+    network, and no weight is wrong. `scale` is their largest |logit|: where all are 0,
+    of a head that was not trained, the layers are judged. `pixels` is the largest
+    difference of the two preprocessings in units of 0..255, `inexact` says that theirs
+    computes otherwise, as the export noted, and `same_top1` is how many of the
+    photographs get the same class through each side's own.
     """
 
     logits: dict[str, float]
     rounding: dict[str, tuple[float, float]]
     layers: Sequence[Layer]
+    scale: float
     pixels: float
+    inexact: bool
     same_top1: int
     num_images: int
 
     @property
     def passed(self) -> bool:
-        return all(
+        logits_agree = all(
             difference <= BOUND or self.is_rounding(kind)
             for kind, difference in self.logits.items()
         )
+        proven = self.scale > 0 or (self.layers and not self.wrong_layers)
+        return bool(logits_agree and proven and self.pixels_agree)
+
+    @property
+    def pixels_agree(self) -> bool:
+        return self.inexact or self.pixels <= PIXELS_BOUND
+
+    @property
+    def wrong_layers(self) -> list[Layer]:
+        return [layer for layer in self.layers if not layer.difference <= BOUND]
 
     def is_rounding(self, kind: str) -> bool:
         """Says whether ours are about as near to the exact logits as theirs are.
@@ -96,8 +113,17 @@ class Report:
             f"  {layer.difference:.1e}  {layer.ours} = {layer.theirs}"
             for layer in self.layers
         ]
-        if not self.passed:
-            wrong = [layer for layer in self.layers if layer.difference > BOUND]
+        if self.scale == 0:
+            lines.append(
+                "all logits are 0, as of a head that was not trained: the layers count"
+            )
+        if not self.pixels_agree:
+            lines.append(
+                f"FAILED: the preprocessings differ by {self.pixels:.3g} of 255 "
+                f"(bound {PIXELS_BOUND:.0f})"
+            )
+        elif not self.passed:
+            wrong = self.wrong_layers
             where = f"{wrong[0].ours} = {wrong[0].theirs}" if wrong else "the head"
             lines.append(f"FAILED: the first that differs is {where}")
         return "\n".join(lines) + "\n"
@@ -125,13 +151,15 @@ def compare(
         "random pixels": rng.integers(0, 256, shape, np.uint8),
         "photographs": np.stack([through(road, data) for data in photographs]),
     }
-    logits, rounding, layers = {}, {}, []
+    logits, rounding, layers, scale = {}, {}, [], 0.0
     for kind, image in images.items():
         pairs = paired_modules(in_memory(entries, exported.arrays, theirs))
         ours, captured = run_ours(model, variables, image, [p[0] for p in pairs])
         other, seen = run_theirs(theirs, ours["image"], [p[1] for p in pairs])
         logits[kind] = relative(_result(ours), other)
-        if logits[kind] > BOUND:
+        scale = float(np.maximum(scale, np.abs(other).max()))
+        # Not a number is beyond the bound, too.
+        if not logits[kind] <= BOUND:
             exact, _ = run_theirs(theirs.double(), ours["image"], [], np.float64)
             rounding[kind] = (
                 relative(_result(ours), exact),
@@ -148,6 +176,8 @@ def compare(
         logits=logits,
         rounding=rounding,
         layers=layers,
+        scale=scale,
+        inexact=bool(exported.notes),
         pixels=float(np.abs((ours["image"] - own) * spread).max()),
         same_top1=int((_result(ours).argmax(-1) == other.argmax(-1)).sum()),
         num_images=len(photographs),

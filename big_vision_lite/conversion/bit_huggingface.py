@@ -48,7 +48,7 @@ class HuggingFaceBiT:
             width=stem[0],
             pool_padding=PoolPadding.ZEROS,
             groups=config["num_groups"],
-            head=bit_tables.head_of(weights.arrays, "classifier.1.bias"),
+            head=bit_tables.head_of(weights, "classifier.1.bias"),
         )
         return Architecture(model=model, channels=stem[1])
 
@@ -104,7 +104,7 @@ class HuggingFaceBiTV1:
                 standardisation=Standardisation.INSIDE_ROOT,
                 norm_epsilon=1e-5,
             ),
-            head=bit_tables.head_of(weights.arrays, "classifier.1.bias"),
+            head=bit_tables.head_of(weights, "classifier.1.bias"),
         )
         return Architecture(model=model, channels=stem[1])
 
@@ -148,7 +148,7 @@ def _has_stem_norm(weights: Weights) -> bool:
 
 def _stem(weights: Weights) -> tuple[int, ...]:
     """Returns (width, channels, ...) of the root convolution."""
-    stem = weights.arrays[f"{_root(weights)}embedder.convolution.weight"].shape
+    stem = weights.shape(f"{_root(weights)}embedder.convolution.weight", 4)
     bit_tables.check_root(weights.path, stem[2:])
     return stem
 

@@ -2,10 +2,8 @@
 
 import dataclasses
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
-
-import numpy as np
 
 from big_vision_lite.conversion import bit_tables
 from big_vision_lite.conversion.formats import Architecture, Library, Weights
@@ -30,27 +28,30 @@ class NpzBiT:
     model: type = BiT
     ignored: tuple[str, ...] = ()
 
-    def tidied(self, arrays: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+    def tidied(self, weights: Weights) -> Weights:
         """Returns the names with "resnet/" in front and without numbers of layers."""
         numbered = re.compile(r"(standardized_conv2d|group_norm|conv2d)_\d+(?=/)")
-        return {
+        arrays = {
             "resnet/" + numbered.sub(r"\1", name.removeprefix("resnet/")): array
-            for name, array in arrays.items()
+            for name, array in weights.arrays.items()
         }
+        return dataclasses.replace(weights, arrays=arrays)
 
     def recognises(self, weights: Weights) -> bool:
-        return ROOT in self.tidied(weights.arrays)
+        return ROOT in self.tidied(weights).arrays
 
     def architecture(self, weights: Weights) -> Architecture:
-        arrays = self.tidied(weights.arrays)
-        root = arrays[ROOT].shape
+        weights = self.tidied(weights)
+        root = weights.shape(ROOT, 4)
         bit_tables.check_root(weights.path, root)
         model = BiT(
-            stages=bit_tables.count_units(arrays, r"resnet/block(\d+)/unit(\d+)/"),
+            stages=bit_tables.count_units(
+                weights.arrays, r"resnet/block(\d+)/unit(\d+)/"
+            ),
             width=root[-1],
             pool_padding=PoolPadding.ZEROS,
             groups=GROUPS,
-            head=bit_tables.head_of(arrays, "resnet/head/conv2d/bias"),
+            head=bit_tables.head_of(weights, "resnet/head/conv2d/bias"),
         )
         return Architecture(model=model, channels=root[2])
 
@@ -95,15 +96,14 @@ class NpzBitPaper:
         return wanted <= weights.arrays.keys()
 
     def architecture(self, weights: Weights) -> Architecture:
-        arrays = weights.arrays
-        root = arrays["root_block/conv_root/kernel"].shape
+        root = weights.shape("root_block/conv_root/kernel", 4)
         bit_tables.check_root(weights.path, root)
         model = BiT(
-            stages=bit_tables.count_units(arrays, r"block(\d+)/unit(\d+)/"),
+            stages=bit_tables.count_units(weights.arrays, r"block(\d+)/unit(\d+)/"),
             width=root[-1],
             pool_padding=PoolPadding.NEGATIVE_INFINITY,
             groups=GROUPS,
-            head=bit_tables.head_of(arrays, "head/bias"),
+            head=bit_tables.head_of(weights, "head/bias"),
         )
         note = "pool_padding=negative_infinity, as bit_paper computes it"
         return Architecture(model=model, channels=root[2], notes=(note,))
@@ -140,10 +140,10 @@ class NpzBiTV1:
         )
 
     def architecture(self, weights: Weights) -> Architecture:
-        head = bit_tables.head_of(weights.arrays, "head/bias")
+        head = bit_tables.head_of(weights, "head/bias")
         return Architecture(
             model=BiTV1(trunk=trunk_of(weights), head=head),
-            channels=weights.arrays["conv_root/kernel"].shape[2],
+            channels=weights.shape("conv_root/kernel", 4)[2],
         )
 
     def entries(self, model: BiTV1, image_size: tuple[int, int]) -> Sequence[Entry]:
@@ -158,7 +158,7 @@ class NpzBiTV1:
 
 def trunk_of(weights: Weights) -> Trunk:
     """Returns the trunk of an archive, with big_vision's constants."""
-    root = weights.arrays["conv_root/kernel"].shape
+    root = weights.shape("conv_root/kernel", 4)
     bit_tables.check_root(weights.path, root)
     return Trunk(
         stages=bit_tables.count_units(weights.arrays, r"block(\d+)/unit(\d+)/"),

@@ -1,11 +1,10 @@
 """What the formats of BiT share: the names of units, and what no library expresses."""
 
 import re
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator
 from typing import NamedTuple
 
-import numpy as np
-
+from big_vision_lite.conversion.formats import Weights
 from big_vision_lite.conversion.mapping import Entry, conv, dense, reshaped, same
 from big_vision_lite.models.bit import BiT, Block, Stem
 from big_vision_lite.models.bit_v1 import Standardisation, Trunk
@@ -126,11 +125,11 @@ def npz_norm(theirs: str, ours: str, v1: bool) -> Iterator[Entry]:
         )
 
 
-def head_of(arrays: Mapping[str, np.ndarray], bias: str) -> Classifier | None:
+def head_of(weights: Weights, bias: str) -> Classifier | None:
     """Returns the head by the name of its bias, None without."""
-    if bias not in arrays:
+    if bias not in weights.arrays:
         return None
-    return Classifier(num_classes=arrays[bias].shape[-1])
+    return Classifier(num_classes=weights.shape(bias, 1)[0])
 
 
 def check_root(path: str, kernel: tuple[int, ...]) -> None:

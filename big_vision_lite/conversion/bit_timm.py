@@ -47,7 +47,7 @@ class TimmBiT:
     def architecture(self, weights: Weights) -> Architecture:
         arrays = weights.arrays
         arguments = _arguments(weights)
-        stem = arrays["stem.conv.weight"].shape
+        stem = weights.shape("stem.conv.weight", 4)
         bit_tables.check_root(weights.path, stem[2:])
         stem_type, notes = arguments.get("stem_type", "fixed"), ()
         if stem_type not in PADDINGS:
@@ -67,7 +67,7 @@ class TimmBiT:
             block=Block.BASIC if basic else Block.BOTTLENECK,
             pool_padding=PADDINGS[stem_type],
             groups=GROUPS,
-            head=bit_tables.head_of(arrays, "head.fc.bias"),
+            head=bit_tables.head_of(weights, "head.fc.bias"),
         )
         return Architecture(model=model, channels=stem[1], notes=notes)
 
@@ -136,9 +136,9 @@ class TimmBiTV1:
         return Architecture(
             model=BiTV1(
                 trunk=trunk_of(weights, ""),
-                head=bit_tables.head_of(weights.arrays, "head.fc.bias"),
+                head=bit_tables.head_of(weights, "head.fc.bias"),
             ),
-            channels=weights.arrays["stem.conv.weight"].shape[1],
+            channels=weights.shape("stem.conv.weight", 4)[1],
             notes=()
             if stem_type
             else ('padding as of stem_type="same" assumed: no configuration says it',),
@@ -159,13 +159,13 @@ def trunk_of(weights: Weights, root: str) -> Trunk:
     """Returns the trunk whose names begin with `root`, in timm's form."""
     arrays = weights.arrays
     # A trunk without stages is its root alone, and named so.
-    kernel = arrays.get(f"{root}stem.conv.weight", arrays.get(f"{root}conv.weight"))
-    assert kernel is not None
-    bit_tables.check_root(weights.path, kernel.shape[2:])
+    stem = f"{root}stem." if f"{root}stem.conv.weight" in arrays else root
+    kernel = weights.shape(f"{stem}conv.weight", 4)
+    bit_tables.check_root(weights.path, kernel[2:])
     names = [name.removeprefix(root) for name in arrays if name.startswith(root)]
     return Trunk(
         stages=bit_tables.count_units(names, UNIT_PATTERN),
-        width=kernel.shape[0],
+        width=kernel[0],
         groups=GROUPS,
         standardisation=Standardisation.INSIDE_ROOT,
         norm_epsilon=1e-5,

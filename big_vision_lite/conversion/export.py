@@ -52,8 +52,15 @@ def export(
     `folder` is where it will lie, for the lines of code.
 
     Raises:
-        ValueError: the library has no counterpart; says of what and what to do.
+        ValueError: the library has no counterpart, or a weight is not finite; says of
+            what and what to do.
     """
+    for name, array in variables.items():
+        if not np.isfinite(array).all():
+            raise ValueError(
+                f"{name} holds NaN or infinity. Export an earlier step: "
+                "RUN/checkpoints/STEP."
+            )
     form = find(model, library)
     described = _of_channels(library, form.describe(model, road.image_size), channels)
     entries = form.entries(model, road.image_size)

@@ -45,6 +45,21 @@ class Weights:
     config: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     preprocessor: Mapping[str, Any] = dataclasses.field(default_factory=dict)
 
+    def shape(self, name: str, axes: int) -> tuple[int, ...]:
+        """Returns the shape of an array that a model cannot be without.
+
+        Raises:
+            ValueError: it is missing, empty or has another number of axes; names it.
+        """
+        array = self.arrays.get(name)
+        if array is not None and array.ndim == axes and array.size:
+            return array.shape
+        line = f"  + {name}  only in the model"
+        if array is not None:
+            line = f"  - {name} {trees.describe(array)}  must have {axes} axes"
+            line += "" if array.size else " and cannot be empty"
+        raise ValueError(mapping.report(self.path, [line]))
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Architecture:
@@ -134,11 +149,11 @@ def load(
         ValueError: names or shapes are not those of the format; lists them.
     """
     model = architecture.model
-    # Optional: some formats hold numbers in names that differ from file to file.
+    # Optional: in some formats the same array has names that differ from file to file.
     tidied = getattr(form, "tidied", None)
     return mapping.read(
         form.entries(model, image_size),
-        weights.arrays if tidied is None else tidied(weights.arrays),
+        (weights if tidied is None else tidied(weights)).arrays,
         shapes(model, image_size, architecture.channels),
         what=f"{weights.path} ({form.name})",
         ignored=form.ignored,

@@ -45,7 +45,7 @@ class NpzHybrid:
             height, width = (size, size) if isinstance(size, int) else size
             config["image_size"] = list(cells(trunk, (height, width)))
         inner = dataclasses.replace(weights, config=config)
-        channels = weights.arrays["conv_root/kernel"].shape[2]
+        channels = weights.shape("conv_root/kernel", 4)[2]
         return with_trunk(TRANSFORMER.architecture(inner), trunk, channels)
 
     def entries(self, model: ViT, image_size: tuple[int, int]) -> Sequence[Entry]:

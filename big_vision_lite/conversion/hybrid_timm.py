@@ -51,7 +51,7 @@ class TimmHybrid:
         trunk = bit_timm.trunk_of(weights, BACKBONE)
         inner = dataclasses.replace(weights, config=_config_in_cells(weights, trunk))
         root = f"{BACKBONE}stem." if trunk.stages else BACKBONE
-        channels = weights.arrays[f"{root}conv.weight"].shape[1]
+        channels = weights.shape(f"{root}conv.weight", 4)[1]
         return with_trunk(TRANSFORMER.architecture(inner), trunk, channels)
 
     def entries(self, model: ViT, image_size: tuple[int, int]) -> Sequence[Entry]:

@@ -4,6 +4,8 @@ from typing import NamedTuple
 
 import numpy as np
 
+from big_vision_lite.models import flexi
+
 
 class InputRange(NamedTuple):
     """The model gets (pixels - mean) / std; one value or one a channel, in 0..255."""
@@ -23,14 +25,18 @@ def fold_input_range(
     after: InputRange,
     *,
     padding: int = 0,
+    patch_size: int | None = None,
 ) -> tuple[np.ndarray, np.ndarray]:
     """Returns a stem's kernel [h, w, C, D] and bias [D] for pixels scaled as `after`.
 
     On them it computes what the old ones compute on pixels scaled as `before`, exactly
-    up to rounding, because every tap sees a pixel.
+    up to rounding, because every tap sees a pixel. `patch_size` is the size to which
+    the model resizes the kernel, None for its own: the bias depends on it, because
+    smaller kernels need not have the same sum.
 
     Raises:
-        ValueError: the stem pads with zeros, which mean another gray in each range.
+        ValueError: the stem pads with zeros, which mean another gray in each range, or
+            a range is for another number of channels.
     """
     if padding:
         raise ValueError(
@@ -38,11 +44,19 @@ def fold_input_range(
             "gray in both ranges; keep the weights and set the model's mean and std."
         )
     channels = kernel.shape[2]
+    for values in (*before, *after):
+        if len(values) not in (1, channels):
+            raise ValueError(
+                f"A mean or std has {len(values)} values, {values}, for a kernel of "
+                f"{channels} channels; give 1 value or {channels}, or resize the "
+                "channels first (resample.resize_channels)."
+            )
     mean1, std1, mean2, std2 = (
         np.broadcast_to(np.asarray(values, np.float64), (channels,))
         for values in (*after, *before)
     )
     # x_before = x_after * std1 / std2 + (mean1 - mean2) / std2
     scaled = kernel * (std1 / std2)[:, None]
-    shift = np.einsum("hwcd,c->d", kernel.astype(np.float64), (mean1 - mean2) / std2)
+    used = flexi.resize_kernel(kernel.astype(np.float64), patch_size or len(kernel))
+    shift = np.einsum("hwcd,c->d", used, (mean1 - mean2) / std2)
     return scaled.astype(np.float32), (bias + shift).astype(np.float32)

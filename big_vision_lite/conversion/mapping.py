@@ -14,6 +14,12 @@ from big_vision_lite import trees
 
 Arrays = list[np.ndarray]
 Shape = tuple[int, ...]
+# Ends every report on a file that does not fit its format.
+HELP = (
+    "Fetch or save the file again if it may be damaged or incomplete. If it is whole, "
+    "its model has other parts than those read here: use the library that wrote it, or "
+    "weights of the plain model."
+)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -78,7 +84,7 @@ def projections(theirs: str, *ours: str) -> Entry:
     """
 
     def to_ours(arrays: Arrays, shapes: Sequence[Shape]) -> Arrays:
-        parts = _split(arrays[0], len(ours))
+        parts = _split(_matrix(arrays[0]), len(ours))
         return [_as(p.T, s) for p, s in zip(parts, shapes, strict=True)]
 
     def to_theirs(arrays: Arrays) -> Arrays:
@@ -106,7 +112,7 @@ def output_projection(theirs: str, ours: str) -> Entry:
     return Entry(
         theirs=(theirs,),
         ours=(ours,),
-        to_ours=lambda arrays, shapes: [_as(arrays[0].T, shapes[0])],
+        to_ours=lambda arrays, shapes: [_as(_matrix(arrays[0]).T, shapes[0])],
         to_theirs=lambda arrays: [arrays[0].reshape(-1, arrays[0].shape[-1]).T],
     )
 
@@ -148,6 +154,8 @@ def read(
         ]
         wanted = [tuple(shapes[name]) for name in entry.ours]
         try:
+            if any(array.ndim == 0 for array in arrays) and () not in wanted:
+                raise ValueError("is a single number, the model has arrays")
             found = entry.to_ours(arrays, wanted)
         except ValueError as error:
             found = []
@@ -160,13 +168,21 @@ def read(
                 )
             ours[name] = np.ascontiguousarray(array)
     if lines:
-        more = f"\n  ... and {len(lines) - 30} more" if len(lines) > 30 else ""
-        raise ValueError(
-            f"{what} and the model differ:\n" + "\n".join(lines[:30]) + more
-        )
+        raise ValueError(report(what, lines))
     missing = sorted(shapes.keys() - ours.keys())
     assert not missing, f"the table of {what} forgets {missing}"
     return {name: ours[name] for name in shapes}
+
+
+def report(what: str, lines: Sequence[str]) -> str:
+    """Returns the message on weights that do not fit: lines with "+" and "-", and help.
+
+    `what` names the file.
+    """
+    more = f"\n  ... and {len(lines) - 30} more" if len(lines) > 30 else ""
+    return (
+        f"{what} and the model differ:\n" + "\n".join(lines[:30]) + more + f"\n{HELP}"
+    )
 
 
 def write(
@@ -182,6 +198,13 @@ def write(
         used |= set(entry.ours)
     assert used == ours.keys(), f"the table forgets {sorted(ours.keys() - used)}"
     return theirs
+
+
+def _matrix(array: np.ndarray) -> np.ndarray:
+    """Returns the array, which flat would be taken for another of the same numbers."""
+    if array.ndim != 2:
+        raise ValueError(f"{array.shape} must have 2 axes")
+    return array
 
 
 def _as(array: np.ndarray, shape: Shape) -> np.ndarray:

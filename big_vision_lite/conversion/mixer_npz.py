@@ -40,9 +40,10 @@ class NpzMixer:
 
     def architecture(self, weights: Weights) -> Architecture:
         arrays = weights.arrays
-        patch, _, channels, width = arrays["stem/kernel"].shape
-        patches, tokens = arrays["MixerBlock_0/token_mixing/Dense_0/kernel"].shape
-        hidden = arrays["MixerBlock_0/channel_mixing/Dense_0/kernel"]
+        block = "MixerBlock_0"
+        patch, _, channels, width = weights.shape("stem/kernel", 4)
+        patches, tokens = weights.shape(f"{block}/token_mixing/Dense_0/kernel", 2)
+        _, hidden = weights.shape(f"{block}/channel_mixing/Dense_0/kernel", 2)
         blocks = {
             found[1]
             for name in arrays
@@ -52,9 +53,9 @@ class NpzMixer:
             width=width,
             depth=len(blocks),
             token_mlp_dim=tokens,
-            channel_mlp_dim=hidden.shape[1],
+            channel_mlp_dim=hidden,
             patch_size=patch,
-            head=Classifier(num_classes=arrays["head/kernel"].shape[1])
+            head=Classifier(num_classes=weights.shape("head/kernel", 2)[1])
             if "head/kernel" in arrays
             else None,
         )

@@ -5,8 +5,6 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-import numpy as np
-
 from big_vision_lite.conversion.formats import Architecture, Library, Weights
 from big_vision_lite.conversion.mapping import Entry, conv, dense, same
 from big_vision_lite.models.heads import Classifier
@@ -41,7 +39,7 @@ class TimmMixer:
         arrays = weights.arrays
         for name in ("mlp_tokens", "mlp_channels"):
             made, used = (
-                arrays.get(f"blocks.0.{name}.{part}.weight", np.zeros((0, 0))).shape
+                weights.shape(f"blocks.0.{name}.{part}.weight", 2)
                 for part in ("fc1", "fc2")
             )
             if made[0] != used[1]:
@@ -49,16 +47,16 @@ class TimmMixer:
                     f"{weights.path}: {name} makes {made[0]} values and uses {used[1]} "
                     "(gMixer's gated MLP); no MlpMixer here has that."
                 )
-        width, channels, patch, _ = arrays["stem.proj.weight"].shape
-        tokens, patches = arrays["blocks.0.mlp_tokens.fc1.weight"].shape
+        width, channels, patch, _ = weights.shape("stem.proj.weight", 4)
+        tokens, patches = weights.shape("blocks.0.mlp_tokens.fc1.weight", 2)
         blocks = {int(n.split(".")[1]) for n in arrays if re.match(r"blocks\.\d", n)}
         model = MlpMixer(
             width=width,
             depth=len(blocks),
             token_mlp_dim=tokens,
-            channel_mlp_dim=arrays["blocks.0.mlp_channels.fc1.weight"].shape[0],
+            channel_mlp_dim=weights.shape("blocks.0.mlp_channels.fc1.weight", 2)[0],
             patch_size=patch,
-            head=Classifier(num_classes=arrays["head.weight"].shape[0])
+            head=Classifier(num_classes=weights.shape("head.weight", 2)[0])
             if "head.weight" in arrays
             else None,
             # What timm computes, also for weights that Google trained with the tanh.

@@ -1,6 +1,7 @@
 """How images become the input of a model that was trained elsewhere, as our ops."""
 
 import dataclasses
+import json
 import math
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
@@ -18,6 +19,8 @@ IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
 CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
 HALF = (0.5,)
+# Of Hugging Face: from RGB to BGR, in which Caffe's models were trained.
+FLIP = "do_flip_channel_order"
 
 INTERPOLATIONS = {
     "bilinear": Resampling.PIL_BILINEAR,
@@ -68,7 +71,7 @@ def read(weights: Weights, image_size: Size | None, channels: int = 3) -> Prepro
         ValueError: it cannot be expressed in our ops; says what it is.
     """
     config, names = weights.config, weights.arrays
-    if "image_mean" in weights.preprocessor or "size" in weights.preprocessor:
+    if weights.preprocessor.keys() & {"image_mean", "size", FLIP}:
         return from_huggingface(weights.preprocessor, image_size, channels)
     if "pretrained_cfg" in config or {"input_size", "mean"} <= config.keys():
         return from_timm(config, image_size, channels)
@@ -88,6 +91,14 @@ def read(weights: Weights, image_size: Size | None, channels: int = 3) -> Prepro
         config = {"crop_pct": 0.9, "mean": HALF, "std": HALF}
         assumed = from_timm(config, image_size, channels)
         what = "timm's for transformers: 0.9 central crop, bicubic, [-1, 1]"
+        if channels == 3:
+            size = [channels, *assumed.image_size]
+            scale = {"mean": IMAGENET_MEAN, "std": IMAGENET_STD}
+            line = json.dumps({"pretrained_cfg": {"input_size": size, **scale}})
+            what += (
+                ". DeiT, MAE and DINO have ImageNet's mean and std: for these a "
+                f"config.json with {line} beside the file."
+            )
     note = f"no preprocessing comes with {weights.path}; assumed is {what}"
     return dataclasses.replace(assumed, notes=(note,))
 
@@ -170,6 +181,12 @@ def from_huggingface(
 ) -> Preprocessing:
     """Reads a preprocessor_config.json of an image classifier or encoder."""
     config = _in_full(config)
+    if config.get(FLIP):
+        raise ValueError(
+            f'The preprocessor has "{FLIP}": true, blue before red, but images here '
+            "are RGB. Flip the input channels of the first convolution (in torch "
+            f"weight.flip(1)) and remove {FLIP} from preprocessor_config.json."
+        )
     short, squash, crop = _huggingface_sizes(config)
     written = crop or squash
     size = image_size or written

@@ -65,9 +65,9 @@ class HuggingFaceResNet:
         check_doubling(outputs, path)
         head = None
         if "classifier.1.weight" in weights.arrays:
-            classes = weights.arrays["classifier.1.weight"].shape[0]
+            classes = weights.shape("classifier.1.weight", 2)[0]
             head = Classifier(num_classes=classes)
-        stem_width, channels = weights.arrays[f"{self.prefix}{STEM}"].shape[:2]
+        stem_width, channels = weights.shape(f"{self.prefix}{STEM}", 4)[:2]
         return Architecture(
             model=ResNet(
                 stages=depths,

@@ -124,29 +124,30 @@ class TorchResNet:
         basic = "layer1.0.conv3.weight" not in arrays
         last = "conv2" if basic else "conv3"
         outputs = [
-            arrays[f"layer{index + 1}.0.{last}.weight"].shape[0]
+            weights.shape(f"layer{index + 1}.0.{last}.weight", 4)[0]
             for index in range(len(stages))
         ]
         check_doubling(outputs, weights.path)
         width = outputs[0] if basic else outputs[0] // 4
         # Of the last stage, where rounding to whole channels hides least.
-        inner, in_group = arrays[f"layer{len(stages)}.0.conv2.weight"].shape[:2]
+        inner, in_group = weights.shape(f"layer{len(stages)}.0.conv2.weight", 4)[:2]
         planes = width * 2 ** (len(stages) - 1)
+        stem_width, channels, *_ = weights.shape("conv1.weight", 4)
         head = None
         if "fc.weight" in arrays:
-            head = Classifier(num_classes=arrays["fc.weight"].shape[0])
+            head = Classifier(num_classes=weights.shape("fc.weight", 2)[0])
         return Architecture(
             model=ResNet(
                 stages=stages,
                 width=width,
-                stem_width=arrays["conv1.weight"].shape[0],
+                stem_width=stem_width,
                 block=Block.BASIC if basic else Block.BOTTLENECK,
                 groups=1 if basic else inner // in_group,
                 # The smallest that gives so many channels.
                 width_per_group=64 if basic else -(-64 * in_group // planes),
                 head=head,
             ),
-            channels=arrays["conv1.weight"].shape[1],
+            channels=channels,
         )
 
     def entries(self, model: ResNet, image_size: tuple[int, int]) -> Sequence[Entry]:
@@ -204,10 +205,10 @@ def _check_plain(weights: Weights) -> None:
         found.append(f"{name}={value}")
     if "bn1.running_mean" not in weights.arrays:
         found.append("another norm than batch norm (no bn1.running_mean)")
-    stem = weights.arrays.get("conv1.weight")
-    if stem is not None and stem.shape[2:] != (7, 7):
-        height, width = stem.shape[2:]
-        found.append(f"a stem of {height}x{width} (conv1.weight), not 7x7")
+    if "conv1.weight" in weights.arrays:
+        height, width = weights.shape("conv1.weight", 4)[2:]
+        if (height, width) != (7, 7):
+            found.append(f"a stem of {height}x{width} (conv1.weight), not 7x7")
     if found:
         raise ValueError(
             f"{weights.path} is a ResNet with {found[0]}, which models/resnet.py does "

@@ -186,9 +186,11 @@ class HuggingFaceDINOv2:
 
 
 def _pooling_of(weights: Weights) -> Pooling:
-    head = weights.arrays.get("classifier.weight")
-    if head is not None and head[:, head.shape[1] // 2 :].any():
-        return Pooling.CLASS_TOKEN_AND_AVERAGE
+    name = "classifier.weight"
+    if name in weights.arrays:
+        _, inputs = weights.shape(name, 2)
+        if weights.arrays[name][:, inputs // 2 :].any():
+            return Pooling.CLASS_TOKEN_AND_AVERAGE
     return Pooling.CLASS_TOKEN
 
 

@@ -90,7 +90,9 @@ class HuggingFaceSigLIP:
     def architecture(self, weights: Weights) -> Architecture:
         config = config_of(weights, ("siglip_vision_model", "siglip"), DEFAULTS)
         head = head_of(weights)
-        probes = head is None and f"{self.root}head.probe" in weights.arrays
+        probes = head is None and any(
+            name.startswith(f"{self.root}head.") for name in weights.arrays
+        )
         model = ViT(
             **vit_fields(config, weights.path),
             mlp_dim=config["intermediate_size"],

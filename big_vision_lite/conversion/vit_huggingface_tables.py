@@ -149,8 +149,10 @@ def labels_for(model: ViT) -> dict[str, Any]:
 
 def head_of(weights: Weights, name: str = "classifier") -> Classifier | None:
     """Returns a head of as many classes as the named layer has, None without it."""
-    weight = weights.arrays.get(f"{name}.weight")
-    return None if weight is None else Classifier(num_classes=weight.shape[0])
+    weight = f"{name}.weight"
+    if weight not in weights.arrays:
+        return None
+    return Classifier(num_classes=weights.shape(weight, 2)[0])
 
 
 def linear(theirs: str, ours: str) -> list[Entry]:

@@ -2,7 +2,7 @@
 
 import dataclasses
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -68,39 +68,38 @@ class NpzViT:
         )
 
     def architecture(self, weights: Weights) -> Architecture:
-        arrays = {
-            name.removeprefix(self.submodel): array
-            for name, array in weights.arrays.items()
-            if name.startswith(self.submodel)
-        }
-        patch, _, channels, width = arrays["embedding/kernel"].shape
-        block = f"Transformer/{'encoderblock' if self.stacked else 'encoderblock_0'}"
-        query = arrays[f"{block}/{self.attention}/query/kernel"]
-        hidden = arrays[f"{block}/{self.mlp}/Dense_0/kernel"]
+        root, arrays = self.submodel, weights.arrays
+        patch, _, channels, width = weights.shape(f"{root}embedding/kernel", 4)
+        block = "encoderblock" if self.stacked else "encoderblock_0"
+        block = f"{root}Transformer/{block}"
+        stack = int(self.stacked)
+        query = weights.shape(f"{block}/{self.attention}/query/kernel", 3 + stack)
+        hidden = weights.shape(f"{block}/{self.mlp}/Dense_0/kernel", 2 + stack)
         numbers = (
             int(found[1])
             for name in arrays
-            if (found := re.match(r"Transformer/encoderblock_(\d+)/", name))
+            if (found := re.match(rf"{root}Transformer/encoderblock_(\d+)/", name))
         )
-        has_token = "cls" in arrays
-        positions = arrays.get(self.positions)
+        has_token = f"{root}cls" in arrays
+        has_positions = f"{root}{self.positions}" in arrays
         model = ViT(
             width=width,
-            depth=len(query) if self.stacked else max(numbers) + 1,
-            mlp_dim=hidden.shape[-1],
-            num_heads=query.shape[-2],
+            depth=query[0] if self.stacked else max(numbers) + 1,
+            mlp_dim=hidden[-1],
+            num_heads=query[-2],
             patch_size=patch,
-            pooling=_pooling(arrays),
-            positions=Positions.SINCOS if positions is None else Positions.LEARNED,
-            head=_head(arrays, weights.path),
+            pooling=_pooling(arrays, root),
+            positions=Positions.LEARNED if has_positions else Positions.SINCOS,
+            head=_head(weights, root),
         )
         notes: list[str] = []
         if self.submodel and model.head is not None:
             notes += ["the head is the projection to the space shared with text"]
-        if positions is None:
+        if not has_positions:
             notes += ["no positions in the file: fixed sines and cosines (sincos2d)"]
             return Architecture(model=model, channels=channels, notes=tuple(notes))
-        count = positions.shape[1] - int(has_token and self.token_position)
+        count = weights.shape(f"{root}{self.positions}", 3)[1]
+        count -= int(has_token and self.token_position)
         rows, columns = _grid(count, patch, weights)
         return Architecture(
             model=model,
@@ -211,23 +210,25 @@ def _stacked(theirs: str, ours: list[str]) -> Entry:
     )
 
 
-def _pooling(arrays: dict[str, np.ndarray]) -> Pooling:
-    if "MAPHead_0/probe" in arrays:
+def _pooling(arrays: Mapping[str, np.ndarray], root: str) -> Pooling:
+    if f"{root}MAPHead_0/probe" in arrays:
         return Pooling.ATTENTION
-    return Pooling.CLASS_TOKEN if "cls" in arrays else Pooling.AVERAGE
+    return Pooling.CLASS_TOKEN if f"{root}cls" in arrays else Pooling.AVERAGE
 
 
-def _head(arrays: dict[str, np.ndarray], path: str) -> Classifier | None:
-    representation = arrays.get("pre_logits/kernel")
-    hidden_dim = None if representation is None else representation.shape[-1]
-    if "head/kernel" in arrays:
-        classes = arrays["head/kernel"].shape[-1]
+def _head(weights: Weights, root: str) -> Classifier | None:
+    representation, head = f"{root}pre_logits/kernel", f"{root}head/kernel"
+    hidden_dim = None
+    if representation in weights.arrays:
+        hidden_dim = weights.shape(representation, 2)[1]
+    if head in weights.arrays:
+        classes = weights.shape(head, 2)[1]
         return Classifier(num_classes=classes, hidden_dim=hidden_dim)
     if hidden_dim is not None:
         raise ValueError(
-            f"{path} has a representation layer (pre_logits) but no head, which no "
-            "model here is: remove the arrays of pre_logits from the archive to get "
-            "the features before it."
+            f"{weights.path} has a representation layer (pre_logits) but no head, "
+            "which no model here is: remove the arrays of pre_logits from the archive "
+            "to get the features before it."
         )
     return None
 

@@ -1,4 +1,7 @@
-"""timm's VisionTransformer (vit_*, deit_*, deit3_*, *_siglip, *_dinov2) and our ViT."""
+"""timm's VisionTransformer (vit_*, deit_*, deit3_*, *_siglip, *_dinov2) and our ViT.
+
+Facebook's own files of DINOv2 and DeiT III are read, too.
+"""
 
 import dataclasses
 import re
@@ -26,6 +29,7 @@ from big_vision_lite.conversion.vit_timm_config import (
     pooling_of,
     positions_of,
 )
+from big_vision_lite.conversion.vit_timm_names import in_timm_names
 from big_vision_lite.conversion.vit_timm_tokens import tokens_and_positions
 from big_vision_lite.models import flexi
 from big_vision_lite.models.heads import Classifier
@@ -59,7 +63,11 @@ class TimmViT:
     model: type = ViT
     ignored: tuple[str, ...] = ()
 
+    def tidied(self, weights: Weights) -> Weights:
+        return in_timm_names(weights)
+
     def recognises(self, weights: Weights) -> bool:
+        weights = self.tidied(weights)
         arrays = weights.arrays
         if not {PATCHES, "blocks.0.attn.qkv.weight", "blocks.0.norm1.weight"} <= (
             arrays.keys()
@@ -69,13 +77,14 @@ class TimmViT:
         return unread == self.unread_class_token
 
     def architecture(self, weights: Weights) -> Architecture:
+        weights = self.tidied(weights)
         arrays = weights.arrays
         for name, what in UNKNOWN_PARTS.items():
             if name in arrays:
                 raise ValueError(f"{weights.path} has {what}, which no ViT here has.")
         if "blocks.0.norm1.bias" not in arrays:
             raise ValueError(f"{weights.path} has RMS norms, which no ViT here has.")
-        width, channels, patch, patch_width = arrays[PATCHES].shape
+        width, channels, patch, patch_width = weights.shape(PATCHES, 4)
         if patch != patch_width:
             raise ValueError(
                 f"{weights.path} has patches of {patch}x{patch_width} px; here they "
@@ -84,12 +93,12 @@ class TimmViT:
         if not arrays.keys() & {"norm.weight", "fc_norm.weight"}:
             raise ValueError(f"{weights.path} has no norm after the last block.")
         blocks = {int(n.split(".")[1]) for n in arrays if re.match(r"blocks\.\d", n)}
-        mlp_dim = arrays["blocks.0.mlp.fc2.weight"].shape[1]
-        gated = arrays["blocks.0.mlp.fc1.weight"].shape[0] == 2 * mlp_dim
+        made, _ = weights.shape("blocks.0.mlp.fc1.weight", 2)
+        _, mlp_dim = weights.shape("blocks.0.mlp.fc2.weight", 2)
         num_heads = num_heads_of(weights)
-        activation = activation_of(weights, gated)
+        activation = activation_of(weights, gated=made == 2 * mlp_dim)
         registers = sum(
-            arrays[name].shape[1]
+            weights.shape(name, 3)[1]
             for name in ("reg_token", "cls_token" if self.unread_class_token else "")
             if name in arrays
         )
@@ -104,7 +113,7 @@ class TimmViT:
             patch_size=patch,
             pooling=pooling_of(weights),
             positions=positions,
-            head=Classifier(num_classes=arrays["head.weight"].shape[0])
+            head=Classifier(num_classes=weights.shape("head.weight", 2)[0])
             if "head.weight" in arrays
             else None,
             activation=activation.value,

@@ -103,11 +103,11 @@ def pooling_of(weights: Weights) -> Pooling:
 def num_heads_of(weights: Weights) -> Found:
     """Returns the number of heads, which no shape shows but that of a QK norm."""
     arrays, arguments = weights.arrays, arguments_of(weights)
-    width = arrays["blocks.0.norm1.weight"].shape[0]
+    width = weights.shape("blocks.0.norm1.weight", 1)[0]
     if "num_heads" in arguments:
         return Found(int(arguments["num_heads"]))
     if "blocks.0.attn.q_norm.weight" in arrays:
-        return Found(width // arrays["blocks.0.attn.q_norm.weight"].shape[0])
+        return Found(width // weights.shape("blocks.0.attn.q_norm.weight", 1)[0])
     architecture = weights.config.get("architecture", "")
     for beginning, heads in NAMED_HEADS.items():
         if architecture.startswith(beginning):
@@ -164,9 +164,10 @@ def positions_of(weights: Weights, patch: int) -> Placed:
     size = _configured_size(weights)
     if "pos_embed" not in arrays:
         return Placed(Positions.NONE, size)
-    table = np.asarray(arrays["pos_embed"])[0]
+    _, _, width = weights.shape("pos_embed", 3)
+    table = arrays["pos_embed"][0]
     special = sum(
-        arrays[name].shape[1]
+        weights.shape(name, 3)[1]
         for name in ("cls_token", "dist_token", "reg_token")
         if name in arrays
     )
@@ -185,9 +186,7 @@ def positions_of(weights: Weights, patch: int) -> Placed:
         )
     # What the configuration says wins over a square.
     grid, first = next((g for g in grids if g[0] == given), grids[0])
-    fixed = arrays["pos_embed"].shape[-1] % 4 == 0 and np.array_equal(
-        table[first:], sincos(*grid, table.shape[-1])
-    )
+    fixed = width % 4 == 0 and np.array_equal(table[first:], sincos(*grid, width))
     image_size = (grid[0] * patch, grid[1] * patch)
     note = None
     if size is not None and grid == given and size != image_size:

@@ -4,10 +4,14 @@ Nothing in a file is ever executed: safetensors and numpy arrays hold none that 
 be, and torch's archives are opened by torch itself, tensors only.
 """
 
+import argparse
 import json
+import logging
+import os
 import pathlib
+import re
 import zipfile
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import ml_dtypes
@@ -15,7 +19,7 @@ import numpy as np
 import safetensors
 import safetensors.numpy
 
-from big_vision_lite.conversion.formats import Weights
+from big_vision_lite.conversion.formats import Weights, all_formats
 
 HUB = "hub:"
 # In the order in which they are looked for.
@@ -27,8 +31,12 @@ FOLDER_FILES = (
 # Of large models; an index says which array is in which.
 PARTS = ("model-*.safetensors", "pytorch_model-*.bin")
 READ = "Read are: Orbax run folders, .safetensors, .npz, torch's .pth and .bin"
-# What training scripts wrap around the parameters.
-WRAPPERS = ("state_dict", "model", "module", "params", "opt/target", "opt.target")
+# What training scripts wrap parameters in; averages first, as timm's loader does.
+AVERAGES = ("state_dict_ema", "model_ema")
+WRAPPERS = (
+    *(*AVERAGES, "state_dict", "model", "module", "_orig_mod"),
+    *("params", "opt/target", "opt.target"),
+)
 
 
 def read(path: str) -> Weights:
@@ -38,20 +46,14 @@ def read(path: str) -> Weights:
         FileNotFoundError: there is nothing of that name.
         ValueError: it is no weight file, is damaged, or holds other things than arrays.
     """
-    if path.startswith(HUB):
-        return _read_folder(_download(path), path)
-    given = pathlib.Path(path).expanduser()
+    given = _download(path) if path.startswith(HUB) else pathlib.Path(path).expanduser()
     if given.is_dir():
-        return _read_folder(given, path)
+        given = _file_in(given, path)
     if not given.exists():
         raise FileNotFoundError(f"{path} does not exist. {READ}.")
-    beside = {name: _json(given.parent / name) for name in _SIDE_FILES}
-    return Weights(
-        arrays=arrays_of(given),
-        path=path,
-        config=beside["config.json"],
-        preprocessor=beside["preprocessor_config.json"],
-    )
+    config, preprocessor = (_json(given.parent / name) for name in _SIDE_FILES)
+    arrays = arrays_of(given)
+    return Weights(arrays=arrays, path=path, config=config, preprocessor=preprocessor)
 
 
 def is_foreign(path: str) -> bool:
@@ -70,14 +72,31 @@ def arrays_of(path: pathlib.Path) -> dict[str, np.ndarray]:
     Raises:
         ValueError: see `read`.
     """
+    stored = _stored(path)
+    prefix, arrays = _unwrapped(stored)
+    if left := _left(stored, prefix):
+        average = ", the average" if prefix.startswith(AVERAGES) else ""
+        line = f"{path}: took {prefix[:-1]}{average}; left: {', '.join(left)}."
+        if raw := [name for name in WRAPPERS if average and name in left]:
+            line += f" For {raw[0]}: {_take_out(path, raw[0], 'True')}"
+        logging.getLogger(__name__).warning(line)
+    return arrays
+
+
+_SIDE_FILES = ("config.json", "preprocessor_config.json")
+_AGAIN = "Fetch or copy it again."
+# How names began before wrappers were taken off, and the arrays without them.
+_Inside = tuple[str, dict[str, np.ndarray]]
+
+
+def _stored(path: pathlib.Path) -> dict[str, np.ndarray]:
     with path.open("rb") as file:
         head = file.read(64)
     if not head:
         raise ValueError(f"{path} is empty. Fetch it again.")
     if zipfile.is_zipfile(path):
         with zipfile.ZipFile(path) as archive:
-            inside = archive.namelist()
-        is_torch = any(name.endswith("data.pkl") for name in inside)
+            is_torch = any(name.endswith("data.pkl") for name in archive.namelist())
         found = _torch(path) if is_torch else _npz(path)
     elif head[:4] == b"PK\x03\x04":
         raise ValueError(f"{path} is a truncated archive (.npz or .pth). {_AGAIN}")
@@ -86,25 +105,16 @@ def arrays_of(path: pathlib.Path) -> dict[str, np.ndarray]:
     elif head[8:9] == b"{":
         found = _safetensors(path)
     elif head.lstrip()[:1] == b"{":
-        return _parts(path)
+        found = _parts(path)
     else:
         raise ValueError(_unknown(path, head))
-    return _unwrapped({name: _floats(array) for name, array in found.items()})
+    return {name: _floats(array) for name, array in found.items()}
 
 
-_SIDE_FILES = ("config.json", "preprocessor_config.json")
-_AGAIN = "Fetch or copy it again."
-
-
-def _read_folder(folder: pathlib.Path, path: str) -> Weights:
+def _file_in(folder: pathlib.Path, path: str) -> pathlib.Path:
     for name in FOLDER_FILES:
         if (folder / name).exists():
-            return Weights(
-                arrays=arrays_of(folder / name),
-                path=path,
-                config=_json(folder / "config.json"),
-                preprocessor=_json(folder / "preprocessor_config.json"),
-            )
+            return folder / name
     seen = ", ".join(sorted(p.name for p in folder.iterdir())[:5]) or "nothing"
     raise FileNotFoundError(
         f"{path} holds no weights ({', '.join(FOLDER_FILES)}), but {seen}. {READ}."
@@ -153,7 +163,7 @@ def _parts(index: pathlib.Path) -> dict[str, np.ndarray]:
         part = index.parent / name
         if part.name != name or not part.is_file():
             raise ValueError(f"{index} names {name}, which is not beside it. {_AGAIN}")
-        found |= arrays_of(part)
+        found |= _stored(part)
     if missing := sorted(names.keys() - found.keys()):
         raise ValueError(
             f"{index} names {', '.join(missing[:3])}, which no file holds. {_AGAIN}"
@@ -199,14 +209,11 @@ def _torch(path: pathlib.Path) -> dict[str, np.ndarray]:
             "'.[torch]', or save it as safetensors."
         ) from None
     try:
-        found = torch.load(path, map_location="cpu", weights_only=True)
+        # Training scripts keep their arguments: attributes, and no code to be run.
+        with torch.serialization.safe_globals([argparse.Namespace]):
+            found = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # torch raises a dozen kinds
-        reason = str(error).strip().splitlines()[0] if str(error) else repr(error)
-        raise ValueError(
-            f"{path} is no torch file of tensors alone: {reason} A file that holds "
-            "other objects could run anything and is not loaded; a truncated one: "
-            "fetch it again."
-        ) from error
+        raise ValueError(_why_not_torch(path, error)) from error
     arrays: dict[str, np.ndarray] = {}
     _collect(found, "", arrays, torch.Tensor)
     if not arrays:
@@ -214,6 +221,29 @@ def _torch(path: pathlib.Path) -> dict[str, np.ndarray]:
             f"{path} holds a {type(found).__name__} without tensors, no state dict."
         )
     return arrays
+
+
+def _why_not_torch(path: pathlib.Path, error: Exception) -> str:
+    text = re.sub(r"\x1b\[[0-9;]*m", "", str(error)).strip() or repr(error)
+    if others := re.search(r"GLOBAL (\S+)", text):
+        return (
+            f"{path} holds more than tensors: {others[1]}. Only tensors are read, as "
+            "loading other objects can run code. To take the weights out, which runs "
+            "code from the file, so only for files from people you trust: "
+            f"{_take_out(path, 'model', 'False')} (elsewhere ['state_dict'], or "
+            ".state_dict() of a whole model)."
+        )
+    reasons = re.findall(r"WeightsUnpickler error:\s*(.+)", text) or text.splitlines()
+    reason = reasons[0].strip().rstrip(".")
+    return f"{path} is no torch file of tensors alone: {reason}. {_AGAIN}"
+
+
+def _take_out(path: pathlib.Path, key: str, weights_only: str) -> str:
+    return (
+        'python -c "import argparse, torch; torch.serialization.add_safe_globals('
+        f"[argparse.Namespace]); torch.save(torch.load('{path}', weights_only="
+        f"{weights_only})['{key}'], 'only_{key}.pth')\""
+    )
 
 
 def _collect(node: Any, name: str, arrays: dict[str, np.ndarray], tensor: type) -> None:
@@ -235,20 +265,29 @@ def _floats(array: np.ndarray) -> np.ndarray:
     return array
 
 
-def _unwrapped(arrays: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
-    """Takes off what wraps all parameters, and drops what lies beside them."""
-    for wrapper in WRAPPERS:
-        for separator in ("/", "."):
-            prefix = f"{wrapper.replace('/', separator)}{separator}"
-            inside = {
-                name.removeprefix(prefix): array
-                for name, array in arrays.items()
-                if name.startswith(prefix)
-            }
-            # Training scripts keep optimiser states and averages beside the model.
-            if inside and len(inside) * 4 >= len(arrays):
-                return _unwrapped(inside)
-    return arrays
+def _unwrapped(arrays: dict[str, np.ndarray], taken: str = "") -> _Inside:
+    """Takes off what wraps the parameters of a model; what lies beside is dropped."""
+    if _of_a_model(arrays):
+        return taken, arrays
+    found: list[_Inside] = []
+    for prefix in (wrapper + end for wrapper in WRAPPERS for end in "/."):
+        names = [name for name in arrays if name.startswith(prefix)]
+        inside = {name.removeprefix(prefix): arrays[name] for name in names}
+        found += [_unwrapped(inside, taken + prefix)] if inside else []
+    known = [inner for inner in found if _of_a_model(inner[1])]
+    return [*known, *found, (taken, arrays)][0]
+
+
+def _of_a_model(arrays: dict[str, np.ndarray]) -> bool:
+    return any(f.recognises(Weights(arrays=arrays, path="")) for f in all_formats())
+
+
+def _left(names: Iterable[str], prefix: str) -> list[str]:
+    """Returns what lies beside the prefix, each branch by one name."""
+    shared = {name: len(os.path.commonprefix([name, prefix])) for name in names}
+    beside = {name: count for name, count in shared.items() if count < len(prefix)}
+    tops = [name[:n] + re.split("[./]", name[n:])[0] for name, n in beside.items()]
+    return list(dict.fromkeys(tops))
 
 
 def _unknown(path: pathlib.Path, head: bytes) -> str:

@@ -2,8 +2,10 @@
 
 import csv
 import dataclasses
+import enum
 import io
 import math
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -12,10 +14,20 @@ import numpy as np
 from etils import epath
 
 from big_vision_lite import files
-from big_vision_lite.evaluators.context import Context, class_table
+from big_vision_lite.evaluators.context import ClassTable, Context, class_table
 from big_vision_lite.types import Array, Batch, Forward, Runner, Source
 
 TOP = 5
+
+
+class MatchClasses(enum.StrEnum):
+    """How the labels of a source are found among the model's classes."""
+
+    BY_NAME = "by_name"
+    # For the same classes under other names ("tench", "n01440764").
+    IN_ORDER = "in_order"
+
+
 COLUMNS = ("step", "class", "count", "correct", "accuracy")
 
 
@@ -24,15 +36,17 @@ class Classification:
     """Scores "logits" on every image of `source`, once, on any number of devices.
 
     Gives accuracy, accuracy_top5 with more than 5 classes, loss (the objective's own),
-    examples and unreadable. Labels are matched to the model's classes by name. With
-    several labels an image counts as correct if the predicted class is among them; one
-    without any label is left out. `per_class` keeps WORKDIR/<name>_per_class.csv.
+    examples and unreadable. Labels are matched to the model's classes by name, or
+    `match_classes` in order, where both have as many. With several labels an image
+    counts as correct if the predicted class is among them; one without any label is
+    left out. `per_class` keeps WORKDIR/<name>_per_class.csv.
     """
 
     source: Source
     every_steps: int = 1000
     batch_size: int = 256
     per_class: bool = True
+    match_classes: MatchClasses = MatchClasses.BY_NAME
 
     def __post_init__(self) -> None:
         if self.batch_size < 1 or self.every_steps < 0:
@@ -45,9 +59,7 @@ class Classification:
     def prepare(self, context: Context) -> Runner:
         context.check_set(self.source, self.batch_size)
         names = context.class_names or self.source.class_names
-        table = class_table(
-            self.source.class_names, names, name=context.name, ours_is="train"
-        )
+        table = self._table(names, context.name)
         if table.message is not None:
             context.log(table.message)
         indices = None if table.is_identity else jnp.asarray(table.indices)
@@ -114,6 +126,24 @@ class Classification:
             }
 
         return run
+
+    def _table(self, names: Sequence[str], name: str) -> ClassTable:
+        option = f"--config.evaluators.{name}.match_classes=in_order"
+        theirs = self.source.class_names
+        if self.match_classes == MatchClasses.BY_NAME:
+            return class_table(
+                *(theirs, names),
+                name=name,
+                ours_is="train",
+                # Of fewer classes than the model's the order says nothing.
+                in_order=option if len(theirs) == len(names) else None,
+            )
+        if len(theirs) != len(names):
+            raise ValueError(
+                f"{name} has {len(theirs)} classes, train {len(names)}: in order they "
+                f"do not match; use {option.replace('in_order', 'by_name')}."
+            )
+        return ClassTable(indices=np.arange(len(names), dtype=np.int32), message=None)
 
 
 def _translate(label: Array, indices: Array | None, num_classes: int) -> Array:

@@ -135,24 +135,33 @@ class ClassTable:
 
 
 def class_table(
-    theirs: Sequence[str], ours: Sequence[str], *, name: str, ours_is: str
+    theirs: Sequence[str],
+    ours: Sequence[str],
+    *,
+    name: str,
+    ours_is: str,
+    in_order: str | None = None,
 ) -> ClassTable:
     """Maps the classes of source `name` to those of `ours_is` by their names.
 
     Labels by number alone would be wrong without an error wherever a class is missing
-    or the order differs.
+    or the order differs. `in_order` is the option that takes them as they are counted.
 
     Raises:
         ValueError: the source has a class that `ours` lacks, or names are ambiguous.
     """
     if tuple(theirs) == tuple(ours):
         return ClassTable(indices=np.arange(len(ours), dtype=np.int32), message=None)
+    hint = ""
+    if in_order is not None:
+        hint = f" Where only the names differ and not the order: {in_order}"
     for whose, names in ((name, theirs), (ours_is, ours)):
         twice = sorted({n for n in names if list(names).count(n) > 1})
         if twice:
             raise ValueError(
                 f"{whose} has classes of the same name ({some(twice)}), so that "
                 f"those of {name} cannot be told apart; give every class its own name."
+                + hint
             )
     number = {class_name: index for index, class_name in enumerate(ours)}
     unknown = [n for n in theirs if n not in number]
@@ -160,7 +169,7 @@ def class_table(
         raise ValueError(
             f"{name} has {len(unknown)} classes unknown to {ours_is}: "
             f"{some(unknown)}. It knows {len(ours)}: {some(ours)}. Rename the "
-            f"classes, or take them out of {name}."
+            f"classes, or take them out of {name}." + hint
         )
     missing = [n for n in ours if n not in set(theirs)]
     message = None

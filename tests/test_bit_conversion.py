@@ -677,7 +677,12 @@ def test_timms_arguments_that_change_the_numbers_are_refused(case):
 
 @pytest.mark.parametrize(
     "wrong",
-    [{"global_padding": "SAME"}, {"hidden_act": "gelu"}, {"layer_type": "bottleneck"}],
+    [
+        {"global_padding": "SAME"},
+        {"hidden_act": "gelu"},
+        {"layer_type": "bottleneck"},
+        {"output_stride": 2},
+    ],
     ids=lambda wrong: next(iter(wrong)),
 )
 def test_huggingface_settings_that_change_the_numbers_are_refused(wrong):

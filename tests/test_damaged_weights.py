@@ -89,6 +89,7 @@ CASES = {
     ),
     "timm hybrid ViT": (TIMM.clone(patch_size=1, stem=TORCH_TRUNK), NUM_HEADS),
     "torchvision ResNet": (RESNET, {}),
+    "torchvision ViT": (TIMM, {"arguments": {"num_heads": 2}}),
     "vision_transformer ViT (npz)": (VIT, {}),
     "vision_transformer hybrid ViT (npz)": (HYBRID.clone(stem=TRUNK), {}),
 }

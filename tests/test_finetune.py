@@ -479,7 +479,7 @@ def test_the_finetune_recipe_is_the_evaluator_s_training(
         f"init={pretrained},data={two_shapes},size=keep,batch=16,steps=5",
         "--config.evaluators.test.batch_size=16",
     )
-    assert config.init.path == str(pretrained) and config.init.drop == "head/.*"
+    assert config.init.path == str(pretrained) and config.init.drop == hyperrule.HEAD
     shapes_run.run(tmp_path / "tuned", config)
     final = records(tmp_path / "tuned")[5]
     assert final["test/accuracy"] == records(run)[10]["transfer/accuracy"]

@@ -176,6 +176,12 @@ def _config_of(weights: Weights, **wanted: Any) -> dict[str, Any]:
                 f"{weights.path}: config.json has {name}={config[name]}; with these "
                 f"weights only {name}={value} is read."
             )
+    smallest = _output_stride(len(_stages(weights)))
+    if config["output_stride"] < smallest:
+        raise ValueError(
+            f"{weights.path}: config.json has output_stride={config['output_stride']}, "
+            f"dilated convolutions; here all are strided, output_stride={smallest}."
+        )
     return config
 
 
@@ -191,9 +197,13 @@ def _sizes(stages: tuple[int, ...], width: int, groups: int) -> dict[str, Any]:
         "hidden_sizes": [4 * width * 2**stage for stage in range(len(stages))],
         "depths": list(stages),
         "num_groups": groups,
-        # From this stride on, stages would be dilated instead of strided.
-        "output_stride": max(32, 2 ** (len(stages) + 1)),
+        "output_stride": max(32, _output_stride(len(stages))),
     }
+
+
+def _output_stride(num_stages: int) -> int:
+    """Returns the stride of the last stage; below it the other side would dilate."""
+    return 2 ** (num_stages + 1)
 
 
 def _described(

@@ -83,7 +83,7 @@ def read(weights: Weights, image_size: Size | None, channels: int = 3) -> Prepro
         config = {"crop_pct": 0.875, "interpolation": "bilinear", **half}
         assumed = from_timm(config, image_size, channels)
         what = "timm's for BiT: 0.875 central crop, bilinear, [-1, 1]"
-    elif "conv1.weight" in names:
+    elif names.keys() & {"conv1.weight", "conv_proj.weight"}:
         assumed = from_torchvision(image_size or (224, 224), channels=channels)
         what = "torchvision's: 256, central 224, bilinear, ImageNet mean and std"
     else:

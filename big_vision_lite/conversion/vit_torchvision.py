@@ -1,0 +1,191 @@
+"""torchvision's VisionTransformer (vit_b_16 and the like) and our ViT."""
+
+import dataclasses
+import math
+import re
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+from big_vision_lite.conversion import vit_tables
+from big_vision_lite.conversion.formats import Architecture, Library, Weights
+from big_vision_lite.conversion.mapping import (
+    Entry,
+    conv,
+    dense,
+    output_projection,
+    projection_biases,
+    projections,
+    same,
+)
+from big_vision_lite.models.heads import Classifier
+from big_vision_lite.models.mlp import Activation
+from big_vision_lite.models.patches import grid_size
+from big_vision_lite.models.pooling import Pooling
+from big_vision_lite.models.positions import Positions
+from big_vision_lite.models.vit import ViT
+
+PATCHES = "conv_proj.weight"
+POSITIONS = "encoder.pos_embedding"
+BLOCK = "encoder.layers.encoder_layer_{}"
+FIRST = BLOCK.format(0)
+# Heads have 64 channels but in vit_h_14.
+HEADS = {1280: 16}
+# As its first versions wrote the layers of an MLP, in which the published files are.
+FIRST_VERSION = {"mlp.linear_1.": "mlp.0.", "mlp.linear_2.": "mlp.3."}
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class TorchvisionViT:
+    """A class token with a position, exact GELU, one projection for queries to values.
+
+    Its representation_size is the width of the tanh layer before the head.
+    """
+
+    name: str = "torchvision ViT"
+    library: Library = Library.TORCHVISION
+    model: type = ViT
+    ignored: tuple[str, ...] = ()
+
+    def tidied(self, weights: Weights) -> Weights:
+        """Returns the weights in the names of today's version."""
+        arrays = {_renamed(name): array for name, array in weights.arrays.items()}
+        return dataclasses.replace(weights, arrays=arrays)
+
+    def recognises(self, weights: Weights) -> bool:
+        return {PATCHES, POSITIONS, f"{FIRST}.ln_1.weight"} <= weights.arrays.keys()
+
+    def architecture(self, weights: Weights) -> Architecture:
+        weights = self.tidied(weights)
+        width, channels, patch, _ = weights.shape(PATCHES, 4)
+        _, count, _ = weights.shape(POSITIONS, 3)
+        mlp_dim, _ = weights.shape(f"{FIRST}.mlp.0.weight", 2)
+        side = math.isqrt(count - 1)
+        if side * side != count - 1:
+            raise ValueError(
+                f"{weights.path} has {count - 1} positions of patches, which make no "
+                "square as torchvision's do."
+            )
+        arguments = weights.config.get("arguments", {})
+        given = arguments.get("num_heads")
+        num_heads = given or HEADS.get(width, max(1, width // 64))
+        note = f"num_heads={num_heads} assumed of width={width}: no configuration came "
+        blocks = {
+            int(found[1])
+            for name in weights.arrays
+            if (found := re.match(BLOCK.format(r"(\d+)\."), name))
+        }
+        model = ViT(
+            width=width,
+            depth=len(blocks),
+            mlp_dim=mlp_dim,
+            num_heads=num_heads,
+            patch_size=patch,
+            pooling=Pooling.CLASS_TOKEN,
+            positions=Positions.LEARNED,
+            activation=Activation.GELU_ERF,
+            head=_head(weights),
+        )
+        return Architecture(
+            model=model,
+            image_size=(side * patch, side * patch),
+            channels=channels,
+            notes=() if weights.config.get("builder") else (f"{note}along.",),
+        )
+
+    def entries(self, model: ViT, image_size: tuple[int, int]) -> Sequence[Entry]:
+        table = [
+            conv(PATCHES, "patch_embedding/kernel"),
+            same("conv_proj.bias", "patch_embedding/bias"),
+            vit_tables.tokens_and_positions(
+                model,
+                grid_size(*image_size, model.patch_size),
+                positions=POSITIONS,
+                tokens={"class_token": "class_token"},
+            ),
+            *_norm("encoder.ln", "encoder/norm"),
+        ]
+        for index in range(model.depth):
+            table += _block(BLOCK.format(index), f"encoder/block_{index:02d}")
+        if model.head is not None:
+            if model.head.hidden_dim is not None:
+                table += _dense("heads.pre_logits", "head/pre_logits")
+            table += _dense("heads.head", "head")
+        return table
+
+    def describe(self, model: ViT, image_size: tuple[int, int]) -> dict[str, Any]:
+        vit_tables.check_fields(
+            model,
+            what="torchvision's VisionTransformer",
+            expresses=("pooling", "positions", "activation", "pre_logits"),
+            instead="Use --to timm, --to huggingface, or --to safetensors.",
+        )
+        height, width = image_size
+        for unfit, what in (
+            (model.pooling != Pooling.CLASS_TOKEN, f"pooling={model.pooling}"),
+            (model.activation != Activation.GELU_ERF, f"activation={model.activation}"),
+            (model.head is None, "head=none"),
+            (height != width, f"images of {height}x{width} px"),
+        ):
+            if unfit:
+                raise ValueError(
+                    f"torchvision's VisionTransformer has no counterpart for {what}: "
+                    "it reads a class token of a square, with the exact GELU, into a "
+                    "head. Use --to timm."
+                )
+        assert model.head is not None
+        return {
+            "builder": "VisionTransformer",
+            "arguments": {
+                "image_size": height,
+                "patch_size": model.patch_size,
+                "num_layers": model.depth,
+                "num_heads": model.num_heads,
+                "hidden_dim": model.width,
+                "mlp_dim": model.mlp_dim,
+                "num_classes": model.head.num_classes,
+                "representation_size": model.head.hidden_dim,
+            },
+        }
+
+
+def _renamed(name: str) -> str:
+    for old, new in FIRST_VERSION.items():
+        name = name.replace(old, new)
+    return name
+
+
+def _head(weights: Weights) -> Classifier | None:
+    if "heads.head.weight" not in weights.arrays:
+        return None
+    hidden = None
+    if "heads.pre_logits.weight" in weights.arrays:
+        hidden = weights.shape("heads.pre_logits.weight", 2)[0]
+    num_classes = weights.shape("heads.head.weight", 2)[0]
+    return Classifier(num_classes=num_classes, hidden_dim=hidden)
+
+
+def _block(theirs: str, ours: str) -> Iterator[Entry]:
+    parts = [f"{ours}/attention/{part}" for part in ("query", "key", "value")]
+    attention = f"{theirs}.self_attention"
+    yield from _norm(f"{theirs}.ln_1", f"{ours}/attention_norm")
+    yield projections(f"{attention}.in_proj_weight", *(f"{p}/kernel" for p in parts))
+    yield projection_biases(f"{attention}.in_proj_bias", *(f"{p}/bias" for p in parts))
+    out = f"{ours}/attention/out"
+    yield output_projection(f"{attention}.out_proj.weight", f"{out}/kernel")
+    yield same(f"{attention}.out_proj.bias", f"{out}/bias")
+    yield from _norm(f"{theirs}.ln_2", f"{ours}/mlp_norm")
+    yield from _dense(f"{theirs}.mlp.0", f"{ours}/mlp/hidden")
+    yield from _dense(f"{theirs}.mlp.3", f"{ours}/mlp/out")
+
+
+def _norm(theirs: str, ours: str) -> Iterator[Entry]:
+    yield same(f"{theirs}.weight", f"{ours}/scale")
+    yield same(f"{theirs}.bias", f"{ours}/bias")
+
+
+def _dense(theirs: str, ours: str) -> Iterator[Entry]:
+    yield dense(f"{theirs}.weight", f"{ours}/kernel")
+    yield same(f"{theirs}.bias", f"{ours}/bias")
+
+
+FORMATS = (TorchvisionViT(),)

@@ -13,6 +13,7 @@ import re
 import shlex
 
 import cv2
+import jax
 import numpy as np
 import pytest
 from etils import epath
@@ -249,6 +250,14 @@ REDUCED = {
         ("--config.model.width=8", "--config.evaluators.fewshot.every_steps=0"),
         ("glyphs32_latin", (32, 32, 1), 62),
     ),
+    **{
+        f"glyphs, {model}": (
+            f"model={model}",
+            ("--config.model.width=16", "--config.evaluators.fewshot.every_steps=0"),
+            ("glyphs32_latin", (32, 32, 1), 62),
+        )
+        for model in ("vit", "vit_token")
+    },
     "vit_s16_i1k": ("size=32", SMALL_VIT, ("imagenet2012", (40, 48, 3), 1000)),
     "bit_i1k": (
         "",
@@ -263,12 +272,13 @@ REDUCED = {
     [
         # These compile for long and have the parts of those that stay.
         pytest.param(name, marks=pytest.mark.slow)
-        if name in ("glyphs", "bit_i1k")
+        if name == "bit_i1k" or name.startswith("glyphs")
         else name
         for name in REDUCED
     ],
 )
 def test_a_recipe_takes_two_steps_at_reduced_size(name, tmp_path, monkeypatch):
+    """On eight devices, the batch over all of them, parameters split over four."""
     arg, smaller, wanted = REDUCED[name]
     monkeypatch.setenv("TFDS_DATA_DIR", str(tmp_path))
     if wanted is not None:
@@ -276,7 +286,9 @@ def test_a_recipe_takes_two_steps_at_reduced_size(name, tmp_path, monkeypatch):
         splits = dict.fromkeys(("train", "validation", "test"), 100)
         prepare(tmp_path, dataset, shape=shape, num_classes=num_classes, splits=splits)
     steps = ("--config.num_steps=2", "--config.data.batch_size=8")
-    config = parse(name, arg, *smaller, *steps)
+    config = parse(
+        name.partition(",")[0], arg, *smaller, *steps, "--config.mesh.fsdp=4"
+    )
     for field in ("warmup_steps", "drop_fractions"):
         if hasattr(config.optimizer.schedule, field):
             zero = type(getattr(config.optimizer.schedule, field))()
@@ -286,6 +298,10 @@ def test_a_recipe_takes_two_steps_at_reduced_size(name, tmp_path, monkeypatch):
     workdir = epath.Path(tmp_path / "run")
     state = train.train(config, workdir, quiet=True)
     assert int(state.step) == 2
+    leaves = jax.tree.leaves(state.params)
+    split = sum(leaf.size for leaf in leaves if not leaf.sharding.is_fully_replicated)
+    assert split > 0.5 * sum(leaf.size for leaf in leaves)
+    assert {len(leaf.sharding.device_set) for leaf in leaves} == {8}
     records = read_history(workdir)
     assert {name for r in records for name in r} >= {
         "train/loss",

@@ -253,7 +253,7 @@ REDUCED = {
     **{
         f"glyphs, {model}": (
             f"model={model}",
-            ("--config.model.width=16", "--config.evaluators.fewshot.every_steps=0"),
+            ("--config.model.width=24", "--config.evaluators.fewshot.every_steps=0"),
             ("glyphs32_latin", (32, 32, 1), 62),
         )
         for model in ("vit", "vit_token")

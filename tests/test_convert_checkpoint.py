@@ -81,6 +81,11 @@ def test_what_is_rounding_on_both_sides_is_no_failure():
         ({"logits": {"photographs": math.nan}}, False, "FAILED: the first"),
         ({"pixels": 22.0}, False, "FAILED: the preprocessings differ by 22 of 255"),
         ({"pixels": 22.0, "inexact": True}, True, "most 22 of 255"),
+        (
+            {"pixels": 22.0, "logits": {"photographs": 0.5}},
+            False,
+            "(bound 8)\nFAILED: the first that differs is the head",
+        ),
         ({"scale": 0.0}, False, "FAILED: the first that differs is the head"),
         ({"scale": 0.0, "layers": [1e-6]}, True, "all logits are 0"),
         ({"scale": 0.0, "layers": [0.9]}, False, "differs is norm = theirs"),

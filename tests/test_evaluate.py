@@ -8,19 +8,14 @@ import sys
 import types
 
 import jax
-import jax.numpy as jnp
-import numpy as np
 import pytest
 import shapes_run
 import show_model
 from etils import epath
-from tiny_runs import tiny_vit
+from tiny_runs import tiny_vit, written_weights
 
-from big_vision_lite import command_line, environment, evaluate, saved_run, trees
-from big_vision_lite.conversion import export
+from big_vision_lite import command_line, environment, evaluate, saved_run
 from big_vision_lite.conversion.formats import Library
-from big_vision_lite.conversion.preprocessing import Preprocessing
-from big_vision_lite.data.ops import Decode, Resize
 from big_vision_lite.data.sources import ImageFolder
 from big_vision_lite.evaluators.classification import Classification
 from big_vision_lite.metrics import read_history
@@ -224,25 +219,14 @@ def test_downloaded_weights_are_scored_into_the_current_folder(
     """By a client that finds one model; nobody asks the network."""
     model = tiny_vit(pooling=Pooling.CLASS_TOKEN, positions=Positions.LEARNED)
     model = model.clone(head=Classifier(num_classes=3))
-    fresh = model.init(jax.random.key(0), jnp.zeros((1, 32, 32, 3), jnp.uint8))
-    variables = trees.flatten(jax.tree.map(np.asarray, fresh["params"]))
-    road = Preprocessing(
-        ops=(Decode(channels=3), Resize(size=32)),
-        mean=model.mean,
-        std=model.std,
-        image_size=(32, 32),
-    )
-    classes = shapes_run.CLASSES
-    exported = export.export(
-        model, variables, road, 3, classes, Library.SAFETENSORS, "there"
-    )
-    export.write(exported, tmp_path / "there")
+    there = tmp_path / "there"
+    written_weights(model, Library.SAFETENSORS, there, shapes_run.CLASSES)
     client = types.ModuleType("huggingface_hub")
     asked = []
 
     def snapshot_download(name, allow_patterns):
         asked.append(name)
-        return str(tmp_path / "there")
+        return str(there)
 
     monkeypatch.setattr(client, "snapshot_download", snapshot_download, raising=False)
     monkeypatch.setitem(sys.modules, "huggingface_hub", client)
@@ -254,10 +238,8 @@ def test_downloaded_weights_are_scored_into_the_current_folder(
     assert "written to evaluation_tiny_other_" in capsys.readouterr().out
     (scores,) = (tmp_path / "here").glob("evaluation_tiny_other_*.json")
     document = json.loads(scores.read_text())
-    assert (
-        document["checkpoint"] == "hub:someone/tiny"
-        and "val/accuracy" in (document["scores"])
-    )
+    assert document["checkpoint"] == "hub:someone/tiny"
+    assert "val/accuracy" in document["scores"]
     show_model.main(["hub:someone/tiny"])
     assert "hub:someone/tiny, one image of 32x32x3" in capsys.readouterr().out
     assert set(asked) == {"someone/tiny"}

@@ -118,9 +118,9 @@ def test_a_call_makes_no_pages_anew(found, when):
 
 def test_the_pages_stay_between_calls_and_go_when_given_back(found):
     size = found["size"]
-    # Beside it what the threads of products keep: 0.41 of the size was seen where
-    # others took the cores. Twice the memory of a step would be 2.
-    assert 0.9 * size < found["held"] < 1.7 * size
+    # Block.hold trims at half of the size beyond it, and where others take the cores
+    # the threads of products leave as much as 0.41 of it.
+    assert 0.9 * size < found["held"] < 1.55 * size
     assert found["given"] < 0.2 * size
     assert found["closed"] < 0.2 * size
 

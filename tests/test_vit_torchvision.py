@@ -122,15 +122,13 @@ def test_ours_go_there_as_a_folder_and_come_back_bit_for_bit(case, tmp_path):
 def test_the_names_of_the_published_files_are_read():
     """Their MLPs are linear_1 and linear_2, and no configuration comes along."""
     theirs = built("odd")
-    weights = weights_of(theirs, {})
+    weights = weights_of(theirs, TINY)
     _, _, today = read(weights_of(theirs, TINY))
     old = {
         name.replace("mlp.0.", "mlp.linear_1.").replace("mlp.3.", "mlp.linear_2."): x
         for name, x in weights.arrays.items()
     }
     assert old.keys() != weights.arrays.keys()
-    _, found, _ = read(Weights(arrays=old, path="file"))
-    assert found.model.num_heads == 1 and "num_heads=1 assumed" in found.notes[0]
     _, _, first = read(Weights(arrays=old, path="file", config={"arguments": TINY}))
     for name, array in today.items():
         np.testing.assert_array_equal(first[name], array, err_msg=name)
@@ -202,6 +200,17 @@ def test_what_torchvision_has_not_is_refused_with_a_way_out(fields, message):
     (form,) = vit_torchvision.FORMATS
     with pytest.raises(ValueError, match=f"{message}.*--to timm"):
         form.describe(model, image_size)
+
+
+def test_heads_that_nothing_tells_are_assumed_and_said_or_asked_for():
+    hint = r'{"arguments": {"num_heads": 6}}'
+    weights = weights_of(built("odd"), {})
+    with pytest.raises(ValueError, match=f"32 is no multiple of 64.*{hint}"):
+        read(weights)
+    wide = models.VisionTransformer(**{**TINY, **CASES["odd"], "hidden_dim": 128})
+    _, found, _ = read(weights_of(wide, {}))
+    assert found.model.num_heads == 2
+    assert found.notes[0].startswith("num_heads=2 assumed") and hint in found.notes[0]
 
 
 def test_positions_that_make_no_square_are_refused():

@@ -2,7 +2,9 @@
 
 import dataclasses
 import functools
+import pathlib
 import zlib
+from collections.abc import Sequence
 from typing import Any
 
 import flax.linen as nn
@@ -13,6 +15,10 @@ import optax
 
 from big_vision_lite import layout, sharding, trees
 from big_vision_lite import state as state_lib
+from big_vision_lite.conversion import export
+from big_vision_lite.conversion.formats import Library
+from big_vision_lite.conversion.preprocessing import Preprocessing
+from big_vision_lite.data.ops import Decode, Resize
 from big_vision_lite.models.heads import Classifier
 from big_vision_lite.models.vit import ViT
 from big_vision_lite.objectives.classification import SoftmaxClassification
@@ -60,6 +66,23 @@ class Net(nn.Module, kw_only=True):
 def tiny_vit(**overrides: Any) -> ViT:
     fields = dict(width=16, depth=1, mlp_dim=32, num_heads=2, patch_size=4)
     return ViT(**{**fields, "head": Classifier(num_classes=10), **overrides})
+
+
+def written_weights(
+    model: Any, library: Library, folder: pathlib.Path, classes: Sequence[str] = ()
+) -> dict[str, np.ndarray]:
+    """Writes `model`, fresh, for images of 32x32x3 px; returns its variables."""
+    fresh = model.init(jax.random.key(0), jnp.zeros((1, 32, 32, 3), jnp.uint8))
+    variables = trees.flatten(jax.tree.map(np.asarray, fresh["params"]))
+    road = Preprocessing(
+        ops=(Decode(), Resize(size=32)),
+        mean=model.mean,
+        std=model.std,
+        image_size=(32, 32),
+    )
+    exported = export.export(model, variables, road, 3, classes, library, str(folder))
+    export.write(exported, folder)
+    return variables
 
 
 def keep_gradient() -> optax.GradientTransformation:

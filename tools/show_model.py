@@ -265,7 +265,9 @@ def main(argv: Sequence[str]) -> None:
         return
     if options.model is None:
         parser.error(f"which model? NAME:SIZE like {model_spec.EXAMPLE}, or a run")
-    if options.model.startswith("hub:") or pathlib.Path(options.model).exists():
+    from big_vision_lite.conversion import weights
+
+    if weights.is_foreign(options.model) or pathlib.Path(options.model).exists():
         model, image = of_path(options.model, options.allow_module)
     else:
         model = model_spec.build(options.model, num_classes=options.classes or None)

@@ -6,7 +6,7 @@ from typing import Any
 
 from big_vision_lite.conversion import bit_tables
 from big_vision_lite.conversion.formats import Architecture, Library, Weights
-from big_vision_lite.conversion.mapping import Entry, conv
+from big_vision_lite.conversion.mapping import Entry, conv, norm
 from big_vision_lite.models.bit import BiT, Block, PoolPadding
 from big_vision_lite.models.bit_v1 import BiTV1, Standardisation, Trunk
 
@@ -58,7 +58,7 @@ class HuggingFaceBiT:
         return [
             conv(f"{root}embedder.convolution.weight", "stem/kernel"),
             *bit_tables.torch_units(units, f"{root}{UNIT}", v1=False),
-            *bit_tables.torch_norm(f"{root}norm", "norm"),
+            *norm(f"{root}norm", "norm"),
             *_head(model),
         ]
 
@@ -113,7 +113,7 @@ class HuggingFaceBiTV1:
         units = bit_tables.units_of_trunk(model.trunk, "trunk")
         return [
             conv(f"{root}embedder.convolution.weight", "trunk/conv_root/kernel"),
-            *bit_tables.torch_norm(f"{root}embedder.norm", "trunk/gn_root"),
+            *norm(f"{root}embedder.norm", "trunk/gn_root"),
             *bit_tables.torch_units(units, f"{root}{UNIT}", v1=True),
             *_head(model),
         ]

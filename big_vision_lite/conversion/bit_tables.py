@@ -5,7 +5,7 @@ from collections.abc import Iterable, Iterator
 from typing import NamedTuple
 
 from big_vision_lite.conversion.formats import Weights
-from big_vision_lite.conversion.mapping import Entry, conv, dense, reshaped, same
+from big_vision_lite.conversion.mapping import Entry, conv, dense, norm, reshaped, same
 from big_vision_lite.models.bit import BiT, Block, Stem
 from big_vision_lite.models.bit_v1 import Standardisation, Trunk
 from big_vision_lite.models.heads import Classifier
@@ -71,17 +71,12 @@ def torch_units(units: Iterable[UnitPlace], unit: str, *, v1: bool) -> Iterator[
             yield conv(
                 f"{theirs}.conv{number}.weight", f"{place.ours}/conv{number}/kernel"
             )
-            yield from torch_norm(f"{theirs}.norm{number}", f"{place.ours}/gn{number}")
+            yield from norm(f"{theirs}.norm{number}", f"{place.ours}/gn{number}")
         if place.has_projection:
             down = f"{theirs}.downsample"
             yield conv(f"{down}.conv.weight", f"{place.ours}/conv_proj/kernel")
             if v1:
-                yield from torch_norm(f"{down}.norm", f"{place.ours}/gn_proj")
-
-
-def torch_norm(theirs: str, ours: str) -> Iterator[Entry]:
-    yield same(f"{theirs}.weight", f"{ours}/scale")
-    yield same(f"{theirs}.bias", f"{ours}/bias")
+                yield from norm(f"{down}.norm", f"{place.ours}/gn_proj")
 
 
 def torch_head(theirs: str, *, convolution: bool) -> Iterator[Entry]:

@@ -6,7 +6,7 @@ from typing import Any
 
 from big_vision_lite.conversion import bit_tables
 from big_vision_lite.conversion.formats import Architecture, Library, Weights
-from big_vision_lite.conversion.mapping import Entry, conv
+from big_vision_lite.conversion.mapping import Entry, conv, norm
 from big_vision_lite.models.bit import BiT, Block, PoolPadding
 from big_vision_lite.models.bit_v1 import BiTV1, Standardisation, Trunk
 
@@ -76,7 +76,7 @@ class TimmBiT:
         return [
             conv("stem.conv.weight", "stem/kernel"),
             *bit_tables.torch_units(units, UNIT, v1=False),
-            *bit_tables.torch_norm("norm", "norm"),
+            *norm("norm", "norm"),
             *_head(model),
         ]
 
@@ -176,7 +176,7 @@ def trunk_entries(trunk: Trunk, root: str, ours: str) -> Iterator[Entry]:
     """Yields the entries of a trunk; `root` is before timm's names, `ours` our name."""
     stem = f"{root}stem." if trunk.stages else root
     yield conv(f"{stem}conv.weight", f"{ours}/conv_root/kernel")
-    yield from bit_tables.torch_norm(f"{stem}norm", f"{ours}/gn_root")
+    yield from norm(f"{stem}norm", f"{ours}/gn_root")
     units = bit_tables.units_of_trunk(trunk, ours)
     yield from bit_tables.torch_units(units, f"{root}{UNIT}", v1=True)
 

@@ -72,6 +72,22 @@ def dense(theirs: str, ours: str) -> Entry:
     return transposed(theirs, ours, (1, 0))
 
 
+def linear(theirs: str, ours: str) -> list[Entry]:
+    """Ties torch's weight and bias of a dense layer to kernel and bias."""
+    return [
+        dense(f"{theirs}.weight", f"{ours}/kernel"),
+        same(f"{theirs}.bias", f"{ours}/bias"),
+    ]
+
+
+def norm(theirs: str, ours: str) -> list[Entry]:
+    """Ties torch's weight and bias of a layer or group norm to scale and bias."""
+    return [
+        same(f"{theirs}.weight", f"{ours}/scale"),
+        same(f"{theirs}.bias", f"{ours}/bias"),
+    ]
+
+
 def conv(theirs: str, ours: str) -> Entry:
     """Ties torch's weight [O, I / groups, h, w] to a kernel [h, w, I / groups, O]."""
     return transposed(theirs, ours, (2, 3, 1, 0))
@@ -201,7 +217,11 @@ def write(
 
 
 def _matrix(array: np.ndarray) -> np.ndarray:
-    """Returns the array, which flat would be taken for another of the same numbers."""
+    """Returns a matrix as it is; a flat array would be reshaped into other rows.
+
+    Raises:
+        ValueError: it has not 2 axes.
+    """
     if array.ndim != 2:
         raise ValueError(f"{array.shape} must have 2 axes")
     return array

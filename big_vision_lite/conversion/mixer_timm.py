@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from big_vision_lite.conversion.formats import Architecture, Library, Weights
-from big_vision_lite.conversion.mapping import Entry, conv, dense, same
+from big_vision_lite.conversion.mapping import Entry, conv, linear, norm, same
 from big_vision_lite.models.heads import Classifier
 from big_vision_lite.models.mixer import MlpMixer
 from big_vision_lite.models.mlp import Activation
@@ -73,16 +73,16 @@ class TimmMixer:
         table = [
             conv("stem.proj.weight", "patch_embedding/kernel"),
             same("stem.proj.bias", "patch_embedding/bias"),
-            *_norm("norm", "norm"),
+            *norm("norm", "norm"),
         ]
         for index in range(model.depth):
             theirs, ours = f"blocks.{index}", f"block_{index:02d}"
-            table += _norm(f"{theirs}.norm1", f"{ours}/token_norm")
+            table += norm(f"{theirs}.norm1", f"{ours}/token_norm")
             table += _mlp(f"{theirs}.mlp_tokens", f"{ours}/token_mixing")
-            table += _norm(f"{theirs}.norm2", f"{ours}/channel_norm")
+            table += norm(f"{theirs}.norm2", f"{ours}/channel_norm")
             table += _mlp(f"{theirs}.mlp_channels", f"{ours}/channel_mixing")
         if model.head is not None:
-            table += _dense("head", "head")
+            table += linear("head", "head")
         return table
 
     def describe(self, model: MlpMixer, image_size: tuple[int, int]) -> dict[str, Any]:
@@ -145,24 +145,10 @@ def _image_size(config: Mapping[str, Any]) -> tuple[int, int] | None:
     return (height, width) if height and width else None
 
 
-def _dense(theirs: str, ours: str) -> list[Entry]:
-    return [
-        dense(f"{theirs}.weight", f"{ours}/kernel"),
-        same(f"{theirs}.bias", f"{ours}/bias"),
-    ]
-
-
 def _mlp(theirs: str, ours: str) -> list[Entry]:
     return [
-        *_dense(f"{theirs}.fc1", f"{ours}/hidden"),
-        *_dense(f"{theirs}.fc2", f"{ours}/out"),
-    ]
-
-
-def _norm(theirs: str, ours: str) -> list[Entry]:
-    return [
-        same(f"{theirs}.weight", f"{ours}/scale"),
-        same(f"{theirs}.bias", f"{ours}/bias"),
+        *linear(f"{theirs}.fc1", f"{ours}/hidden"),
+        *linear(f"{theirs}.fc2", f"{ours}/out"),
     ]
 
 

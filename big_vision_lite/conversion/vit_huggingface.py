@@ -5,7 +5,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from big_vision_lite.conversion.formats import Architecture, Library, Weights
-from big_vision_lite.conversion.mapping import Entry
+from big_vision_lite.conversion.mapping import Entry, linear, norm
 from big_vision_lite.conversion.vit_huggingface_tables import (
     TO_TIMM,
     BlockNames,
@@ -15,8 +15,6 @@ from big_vision_lite.conversion.vit_huggingface_tables import (
     config_of,
     head_of,
     labels_for,
-    linear,
-    norm,
     patches,
     vit_fields,
 )

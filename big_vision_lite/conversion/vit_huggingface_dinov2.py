@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 
 from big_vision_lite.conversion.formats import Architecture, Library, Weights
-from big_vision_lite.conversion.mapping import Arrays, Entry, Shape, dense, same
+from big_vision_lite.conversion.mapping import Arrays, Entry, Shape, dense, norm, same
 from big_vision_lite.conversion.vit_huggingface_tables import (
     TO_TIMM,
     BlockNames,
@@ -17,7 +17,6 @@ from big_vision_lite.conversion.vit_huggingface_tables import (
     config_of,
     head_of,
     labels_for,
-    norm,
     patches,
     vit_fields,
 )

@@ -7,6 +7,8 @@ from typing import Any
 from big_vision_lite.conversion.formats import Architecture, Library, Weights
 from big_vision_lite.conversion.mapping import (
     Entry,
+    linear,
+    norm,
     output_projection,
     projection_biases,
     projections,
@@ -21,8 +23,6 @@ from big_vision_lite.conversion.vit_huggingface_tables import (
     config_of,
     head_of,
     labels_for,
-    linear,
-    norm,
     patches,
     vit_fields,
 )

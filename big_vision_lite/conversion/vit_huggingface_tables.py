@@ -11,7 +11,8 @@ from big_vision_lite.conversion.formats import Architecture, Weights
 from big_vision_lite.conversion.mapping import (
     Entry,
     conv,
-    dense,
+    linear,
+    norm,
     output_projection,
     projection_biases,
     projections,
@@ -153,22 +154,6 @@ def head_of(weights: Weights, name: str = "classifier") -> Classifier | None:
     if weight not in weights.arrays:
         return None
     return Classifier(num_classes=weights.shape(weight, 2)[0])
-
-
-def linear(theirs: str, ours: str) -> list[Entry]:
-    """Ties a dense layer."""
-    return [
-        dense(f"{theirs}.weight", f"{ours}/kernel"),
-        same(f"{theirs}.bias", f"{ours}/bias"),
-    ]
-
-
-def norm(theirs: str, ours: str) -> list[Entry]:
-    """Ties a layer norm."""
-    return [
-        same(f"{theirs}.weight", f"{ours}/scale"),
-        same(f"{theirs}.bias", f"{ours}/bias"),
-    ]
 
 
 def patches(theirs: str) -> list[Entry]:

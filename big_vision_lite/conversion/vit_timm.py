@@ -13,7 +13,8 @@ from big_vision_lite.conversion.formats import Architecture, Library, Weights
 from big_vision_lite.conversion.mapping import (
     Entry,
     conv,
-    dense,
+    linear,
+    norm,
     output_projection,
     projection_biases,
     projections,
@@ -186,9 +187,9 @@ def encoder_entries(model: ViT) -> Iterator[Entry]:
     for index in range(model.depth):
         yield from _block(model, f"blocks.{index}", f"encoder/block_{index:02d}")
     if model.final_norm == FinalNorm.TOKENS:
-        yield from _norm("norm", "encoder/norm")
+        yield from norm("norm", "encoder/norm")
     else:
-        yield from _norm("fc_norm", "pooled_norm")
+        yield from norm("fc_norm", "pooled_norm")
     if model.pooling == Pooling.ATTENTION:
         yield same("attn_pool.latent", "pooling/probe")
         ours = "pooling/attention"
@@ -197,45 +198,35 @@ def encoder_entries(model: ViT) -> Iterator[Entry]:
             yield from _projections(f"attn_pool.{theirs}", names, bias=True)
         yield output_projection("attn_pool.proj.weight", f"{ours}/out/kernel")
         yield same("attn_pool.proj.bias", f"{ours}/out/bias")
-        yield from _norm("attn_pool.norm", "pooling/norm")
+        yield from norm("attn_pool.norm", "pooling/norm")
         yield from _mlp("attn_pool.mlp", "pooling/mlp")
     if model.head is not None:
-        yield from _dense("head", "head")
+        yield from linear("head", "head")
         if model.distillation_token:
-            yield from _dense("head_dist", "distillation_head")
+            yield from linear("head_dist", "distillation_head")
 
 
 def _block(model: ViT, theirs: str, ours: str) -> Iterator[Entry]:
-    yield from _norm(f"{theirs}.norm1", f"{ours}/attention_norm")
+    yield from norm(f"{theirs}.norm1", f"{ours}/attention_norm")
     parts = [f"{ours}/attention/{part}" for part in ("query", "key", "value")]
     yield from _projections(f"{theirs}.attn.qkv", parts, bias=model.qkv_bias)
     if model.qk_norm:
-        yield from _norm(f"{theirs}.attn.q_norm", f"{ours}/attention/query_norm")
-        yield from _norm(f"{theirs}.attn.k_norm", f"{ours}/attention/key_norm")
+        yield from norm(f"{theirs}.attn.q_norm", f"{ours}/attention/query_norm")
+        yield from norm(f"{theirs}.attn.k_norm", f"{ours}/attention/key_norm")
     out = f"{ours}/attention/out"
     yield output_projection(f"{theirs}.attn.proj.weight", f"{out}/kernel")
     yield same(f"{theirs}.attn.proj.bias", f"{out}/bias")
-    yield from _norm(f"{theirs}.norm2", f"{ours}/mlp_norm")
+    yield from norm(f"{theirs}.norm2", f"{ours}/mlp_norm")
     yield from _mlp(f"{theirs}.mlp", f"{ours}/mlp")
     if model.layer_scale is not None:
         yield same(f"{theirs}.ls1.gamma", f"{ours}/attention_scale")
         yield same(f"{theirs}.ls2.gamma", f"{ours}/mlp_scale")
 
 
-def _norm(theirs: str, ours: str) -> Iterator[Entry]:
-    yield same(f"{theirs}.weight", f"{ours}/scale")
-    yield same(f"{theirs}.bias", f"{ours}/bias")
-
-
-def _dense(theirs: str, ours: str) -> Iterator[Entry]:
-    yield dense(f"{theirs}.weight", f"{ours}/kernel")
-    yield same(f"{theirs}.bias", f"{ours}/bias")
-
-
 def _mlp(theirs: str, ours: str) -> Iterator[Entry]:
     # With SwiGLU, both have the gate in the first half.
-    yield from _dense(f"{theirs}.fc1", f"{ours}/hidden")
-    yield from _dense(f"{theirs}.fc2", f"{ours}/out")
+    yield from linear(f"{theirs}.fc1", f"{ours}/hidden")
+    yield from linear(f"{theirs}.fc2", f"{ours}/out")
 
 
 def _projections(theirs: str, ours: Sequence[str], *, bias: bool) -> Iterator[Entry]:

@@ -11,7 +11,8 @@ from big_vision_lite.conversion.formats import Architecture, Library, Weights
 from big_vision_lite.conversion.mapping import (
     Entry,
     conv,
-    dense,
+    linear,
+    norm,
     output_projection,
     projection_biases,
     projections,
@@ -65,10 +66,7 @@ class TorchvisionViT:
                 f"{weights.path} has {count - 1} positions of patches, which make no "
                 "square as torchvision's do."
             )
-        arguments = weights.config.get("arguments", {})
-        given = arguments.get("num_heads")
-        num_heads = given or HEADS.get(width, max(1, width // 64))
-        note = f"num_heads={num_heads} assumed of width={width}: no configuration came "
+        num_heads, notes = _num_heads(weights, width)
         blocks = {
             int(found[1])
             for name in weights.arrays
@@ -89,7 +87,7 @@ class TorchvisionViT:
             model=model,
             image_size=(side * patch, side * patch),
             channels=channels,
-            notes=() if weights.config.get("builder") else (f"{note}along.",),
+            notes=notes,
         )
 
     def entries(self, model: ViT, image_size: tuple[int, int]) -> Sequence[Entry]:
@@ -102,14 +100,14 @@ class TorchvisionViT:
                 positions=POSITIONS,
                 tokens={"class_token": "class_token"},
             ),
-            *_norm("encoder.ln", "encoder/norm"),
+            *norm("encoder.ln", "encoder/norm"),
         ]
         for index in range(model.depth):
             table += _block(BLOCK.format(index), f"encoder/block_{index:02d}")
         if model.head is not None:
             if model.head.hidden_dim is not None:
-                table += _dense("heads.pre_logits", "head/pre_logits")
-            table += _dense("heads.head", "head")
+                table += linear("heads.pre_logits", "head/pre_logits")
+            table += linear("heads.head", "head")
         return table
 
     def describe(self, model: ViT, image_size: tuple[int, int]) -> dict[str, Any]:
@@ -154,6 +152,21 @@ def _renamed(name: str) -> str:
     return name
 
 
+def _num_heads(weights: Weights, width: int) -> tuple[int, tuple[str, ...]]:
+    """Returns the number of heads, which no shape shows, and what is to be said."""
+    given = weights.config.get("arguments", {}).get("num_heads")
+    if given is not None:
+        return int(given), ()
+    hint = 'Write a config.json beside it: {"arguments": {"num_heads": 6}}.'
+    if width % 64:
+        raise ValueError(
+            f"{weights.path} does not say how many heads of attention it has, and its "
+            f"width {width} is no multiple of 64. {hint}"
+        )
+    heads = HEADS.get(width, width // 64)
+    return heads, (f"num_heads={heads} assumed of width={width}. If not: {hint}",)
+
+
 def _head(weights: Weights) -> Classifier | None:
     if "heads.head.weight" not in weights.arrays:
         return None
@@ -167,25 +180,15 @@ def _head(weights: Weights) -> Classifier | None:
 def _block(theirs: str, ours: str) -> Iterator[Entry]:
     parts = [f"{ours}/attention/{part}" for part in ("query", "key", "value")]
     attention = f"{theirs}.self_attention"
-    yield from _norm(f"{theirs}.ln_1", f"{ours}/attention_norm")
+    yield from norm(f"{theirs}.ln_1", f"{ours}/attention_norm")
     yield projections(f"{attention}.in_proj_weight", *(f"{p}/kernel" for p in parts))
     yield projection_biases(f"{attention}.in_proj_bias", *(f"{p}/bias" for p in parts))
     out = f"{ours}/attention/out"
     yield output_projection(f"{attention}.out_proj.weight", f"{out}/kernel")
     yield same(f"{attention}.out_proj.bias", f"{out}/bias")
-    yield from _norm(f"{theirs}.ln_2", f"{ours}/mlp_norm")
-    yield from _dense(f"{theirs}.mlp.0", f"{ours}/mlp/hidden")
-    yield from _dense(f"{theirs}.mlp.3", f"{ours}/mlp/out")
-
-
-def _norm(theirs: str, ours: str) -> Iterator[Entry]:
-    yield same(f"{theirs}.weight", f"{ours}/scale")
-    yield same(f"{theirs}.bias", f"{ours}/bias")
-
-
-def _dense(theirs: str, ours: str) -> Iterator[Entry]:
-    yield dense(f"{theirs}.weight", f"{ours}/kernel")
-    yield same(f"{theirs}.bias", f"{ours}/bias")
+    yield from norm(f"{theirs}.ln_2", f"{ours}/mlp_norm")
+    yield from linear(f"{theirs}.mlp.0", f"{ours}/mlp/hidden")
+    yield from linear(f"{theirs}.mlp.3", f"{ours}/mlp/out")
 
 
 FORMATS = (TorchvisionViT(),)

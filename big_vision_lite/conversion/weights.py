@@ -1,17 +1,17 @@
 """Reads the arrays of weight files from elsewhere; what a file is, its bytes tell.
 
 Nothing in a file is ever executed: safetensors and numpy arrays hold none that could
-be, and torch's archives are opened by torch itself, tensors only.
+be, and torch's archives are opened by torch itself, tensors and the arguments of
+training scripts (argparse.Namespace, attributes without code) only.
 """
 
 import argparse
 import json
 import logging
-import os
 import pathlib
 import re
 import zipfile
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import ml_dtypes
@@ -19,7 +19,8 @@ import numpy as np
 import safetensors
 import safetensors.numpy
 
-from big_vision_lite.conversion.formats import Weights, all_formats
+from big_vision_lite.conversion import wrappers
+from big_vision_lite.conversion.formats import Weights
 
 HUB = "hub:"
 # In the order in which they are looked for.
@@ -31,12 +32,6 @@ FOLDER_FILES = (
 # Of large models; an index says which array is in which.
 PARTS = ("model-*.safetensors", "pytorch_model-*.bin")
 READ = "Read are: Orbax run folders, .safetensors, .npz, torch's .pth and .bin"
-# What training scripts wrap parameters in; averages first, as timm's loader does.
-AVERAGES = ("state_dict_ema", "model_ema")
-WRAPPERS = (
-    *(*AVERAGES, "state_dict", "model", "module", "_orig_mod"),
-    *("params", "opt/target", "opt.target"),
-)
 
 
 def read(path: str) -> Weights:
@@ -73,11 +68,12 @@ def arrays_of(path: pathlib.Path) -> dict[str, np.ndarray]:
         ValueError: see `read`.
     """
     stored = _stored(path)
-    prefix, arrays = _unwrapped(stored)
-    if left := _left(stored, prefix):
-        average = ", the average" if prefix.startswith(AVERAGES) else ""
+    prefix, arrays = wrappers.unwrapped(stored, str(path))
+    if left := wrappers.beside(stored, prefix):
+        average = ", the average" if prefix.startswith(wrappers.AVERAGES) else ""
         line = f"{path}: took {prefix[:-1]}{average}; left: {', '.join(left)}."
-        if raw := [name for name in WRAPPERS if average and name in left]:
+        raw = [name for name in wrappers.WRAPPERS if average and name in left]
+        if raw and zipfile.is_zipfile(path) and path.suffix != ".npz":
             line += f" For {raw[0]}: {_take_out(path, raw[0], 'True')}"
         logging.getLogger(__name__).warning(line)
     return arrays
@@ -85,8 +81,6 @@ def arrays_of(path: pathlib.Path) -> dict[str, np.ndarray]:
 
 _SIDE_FILES = ("config.json", "preprocessor_config.json")
 _AGAIN = "Fetch or copy it again."
-# How names began before wrappers were taken off, and the arrays without them.
-_Inside = tuple[str, dict[str, np.ndarray]]
 
 
 def _stored(path: pathlib.Path) -> dict[str, np.ndarray]:
@@ -263,31 +257,6 @@ def _floats(array: np.ndarray) -> np.ndarray:
     if array.dtype.kind in "fV" or array.dtype == ml_dtypes.bfloat16:
         return np.asarray(array, np.float32)
     return array
-
-
-def _unwrapped(arrays: dict[str, np.ndarray], taken: str = "") -> _Inside:
-    """Takes off what wraps the parameters of a model; what lies beside is dropped."""
-    if _of_a_model(arrays):
-        return taken, arrays
-    found: list[_Inside] = []
-    for prefix in (wrapper + end for wrapper in WRAPPERS for end in "/."):
-        names = [name for name in arrays if name.startswith(prefix)]
-        inside = {name.removeprefix(prefix): arrays[name] for name in names}
-        found += [_unwrapped(inside, taken + prefix)] if inside else []
-    known = [inner for inner in found if _of_a_model(inner[1])]
-    return [*known, *found, (taken, arrays)][0]
-
-
-def _of_a_model(arrays: dict[str, np.ndarray]) -> bool:
-    return any(f.recognises(Weights(arrays=arrays, path="")) for f in all_formats())
-
-
-def _left(names: Iterable[str], prefix: str) -> list[str]:
-    """Returns what lies beside the prefix, each branch by one name."""
-    shared = {name: len(os.path.commonprefix([name, prefix])) for name in names}
-    beside = {name: count for name, count in shared.items() if count < len(prefix)}
-    tops = [name[:n] + re.split("[./]", name[n:])[0] for name, n in beside.items()]
-    return list(dict.fromkeys(tops))
 
 
 def _unknown(path: pathlib.Path, head: bytes) -> str:

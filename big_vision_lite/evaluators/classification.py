@@ -18,6 +18,7 @@ from big_vision_lite.evaluators.context import ClassTable, Context, class_table
 from big_vision_lite.types import Array, Batch, Forward, Runner, Source
 
 TOP = 5
+COLUMNS = ("step", "class", "count", "correct", "accuracy")
 
 
 class MatchClasses(enum.StrEnum):
@@ -26,9 +27,6 @@ class MatchClasses(enum.StrEnum):
     BY_NAME = "by_name"
     # For the same classes under other names ("tench", "n01440764").
     IN_ORDER = "in_order"
-
-
-COLUMNS = ("step", "class", "count", "correct", "accuracy")
 
 
 @dataclasses.dataclass(kw_only=True)
@@ -132,7 +130,8 @@ class Classification:
         theirs = self.source.class_names
         if self.match_classes == MatchClasses.BY_NAME:
             return class_table(
-                *(theirs, names),
+                theirs,
+                names,
                 name=name,
                 ours_is="train",
                 # Of fewer classes than the model's the order says nothing.

@@ -78,7 +78,8 @@ def to_torchvision(preprocessing: Preprocessing) -> Written:
     if not isinstance(resize, ResizeSmall) or resize.width or height != width:
         raise ValueError(
             "torchvision's preset resizes the short side and cuts a square; use "
-            "ResizeSmall(size=...) and CentralCrop(size=...), or export it with --to timm."
+            "ResizeSmall(size=...) and CentralCrop(size=...), or export it with "
+            "--to timm."
         )
     return Written(
         config={

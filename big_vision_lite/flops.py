@@ -20,7 +20,7 @@ def count(function: Callable[..., Any], *args: Any) -> int:
         ValueError: a while loop holds products; nobody knows how often it turns.
     """
     # What is jitted with options for the compiler cannot be inside another function.
-    jitted = function if isinstance(function, jax.stages.Wrapped) else jax.jit(function)
+    jitted = function if hasattr(function, "trace") else jax.jit(function)
     return count_jaxpr(jitted.trace(*args).jaxpr.jaxpr)
 
 

@@ -186,7 +186,7 @@ def test_the_memory_of_the_step_goes_back_during_saves_and_evaluations(
     )
     run(tmp_path / "run", config)
     assert seen == [
-        *["evaluate", "step", "step", "step", "back", "step", "evaluate", "back"],
+        *["evaluate", "step", "step", "back", "step", "step", "evaluate", "back"],
         "back",  # the end
     ]
 

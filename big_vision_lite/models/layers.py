@@ -2,6 +2,7 @@
 
 import dataclasses
 import enum
+from collections.abc import Callable
 
 import flax.linen as nn
 import jax
@@ -63,6 +64,32 @@ def layer_norm(dtype: Dtype, name: str, epsilon: float = 1e-6) -> nn.LayerNorm:
     nothing. tests/test_flops.py would see it.
     """
     return nn.LayerNorm(epsilon=epsilon, use_fast_variance=True, dtype=dtype, name=name)
+
+
+class Dense(nn.Module, kw_only=True):
+    """Returns x @ kernel + bias over the last axis of x, in the compute dtype."""
+
+    features: int
+    dtype: Dtype = Dtype.FLOAT32
+    bias_init: Callable[..., Array] = nn.initializers.zeros
+
+    @nn.compact
+    def __call__(self, x: Float[Array, "*B I"]) -> Float[Array, "*B O"]:
+        shape = (x.shape[-1], self.features)
+        kernel = self.param("kernel", nn.initializers.xavier_uniform(), shape)
+        bias = self.param("bias", self.bias_init, (self.features,))
+        return add_bias(x.astype(self.dtype) @ kernel.astype(self.dtype), bias)
+
+
+def add_bias(
+    x: Float[Array, "*B D"], bias: Float[Array, "..."]
+) -> Float[Array, "*B D"]:
+    """Adds a bias in float32 and returns the dtype of x.
+
+    Its gradient, a sum over all rows, then is one in float32: in bfloat16 it would lose
+    most rows, and takes XLA:TPU 1.8 times the cycles.
+    """
+    return (x.astype(jnp.float32) + bias).astype(x.dtype)
 
 
 def rematerialised(block: type[nn.Module], remat: Remat) -> type[nn.Module]:

@@ -1,11 +1,10 @@
 """Images as sequences of patches."""
 
 import flax.linen as nn
-import jax.numpy as jnp
-from jaxtyping import Array, Float, Shaped
+from jaxtyping import Array, Float, Num, Shaped
 
 from big_vision_lite.models import flexi
-from big_vision_lite.models.layers import Dtype
+from big_vision_lite.models.layers import Dtype, add_bias, scale_pixels
 
 
 def grid_size(height: int, width: int, patch_size: int) -> tuple[int, int]:
@@ -45,21 +44,26 @@ class PatchEmbedding(nn.Module, kw_only=True):
 
     The kernel has the layout of that convolution, [p, p, C, D]; the product is a
     matrix product, which every backend does best. With `kernel_patch_size` p is that,
-    and the kernel is resized to `patch_size` at every use (FlexiViT).
+    and the kernel is resized to `patch_size` at every use (FlexiViT). With `mean` and
+    `std` it takes pixels, and scales them first.
     """
 
     patch_size: int
     width: int
     dtype: Dtype = Dtype.FLOAT32
     kernel_patch_size: int | None = None
+    mean: tuple[float, ...] | None = None
+    std: tuple[float, ...] | None = None
 
     @nn.compact
-    def __call__(self, image: Float[Array, "B H W C"]) -> Float[Array, "B h w D"]:
+    def __call__(self, image: Num[Array, "B H W C"]) -> Float[Array, "B h w D"]:
         side = self.kernel_patch_size or self.patch_size
         shape = (side, side, image.shape[-1], self.width)
         kernel = self.param("kernel", nn.initializers.lecun_normal(), shape)
         bias = self.param("bias", nn.initializers.zeros, (self.width,))
+        if self.mean is not None and self.std is not None:
+            image = scale_pixels(image, self.mean, self.std)
         patches = patchify(image, self.patch_size).astype(self.dtype)
         kernel = flexi.resize_kernel(kernel, self.patch_size)
         kernel = kernel.reshape(-1, self.width).astype(self.dtype)
-        return patches @ kernel + jnp.asarray(bias, self.dtype)
+        return add_bias(patches @ kernel, bias)

@@ -131,14 +131,17 @@ class ViT(nn.Module, kw_only=True):
     def __call__(
         self, image: Num[Array, "B H W C"], *, train: bool = False
     ) -> dict[str, Array]:
-        image = scale_pixels(image, self.mean, self.std)
-        x = PatchEmbedding(
+        scaled = scale_pixels(image, self.mean, self.std)
+        # From bytes to patches once more for the gradient instead of keeping patches.
+        x = nn.remat(PatchEmbedding)(
             patch_size=self.patch_size,
             kernel_patch_size=self.kernel_patch_size,
             width=self.width,
             dtype=self.dtype,
+            mean=self.mean if self.stem is None else None,
+            std=self.std if self.stem is None else None,
             name="patch_embedding",
-        )(image if self.stem is None else self.stem(image, train))
+        )(image if self.stem is None else self.stem(scaled, train))
         batch, rows, columns, width = x.shape
         x = x.reshape(batch, rows * columns, width)
         match self.positions:
@@ -192,7 +195,7 @@ class ViT(nn.Module, kw_only=True):
         if self.final_norm == FinalNorm.POOLED:
             pooled = layer_norm(self.dtype, "pooled_norm", self.norm_epsilon)(pooled)
         pooled = pooled.astype(jnp.float32)
-        outputs = {"image": image, "tokens": x, "pooled": pooled}
+        outputs = {"image": scaled, "tokens": x, "pooled": pooled}
         if self.head is not None:
             outputs |= self.head(pooled)
         if self.distillation_token:

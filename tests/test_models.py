@@ -317,7 +317,7 @@ def test_an_image_does_not_see_its_neighbours(name):
     ids=["vit", "resnet"],
 )
 def test_rematerialisation_does_not_change_gradients(make, kinds):
-    image, gradients = pixels(2, 8, 8), {}
+    image, gradients, recomputed = pixels(2, 8, 8), {}, {}
     params = random_params(make(), image)
     for remat in (Remat.NONE, *kinds):
         model = make(remat=remat)
@@ -328,9 +328,11 @@ def test_rematerialisation_does_not_change_gradients(make, kinds):
             return jnp.square(logits).sum()
 
         text = str(jax.make_jaxpr(jax.grad(loss))(params))
-        assert ("remat" in text or "checkpoint" in text) == (remat != Remat.NONE)
+        # A ViT's patches and activations are recomputed whatever `remat` says.
+        recomputed[remat] = text.count("checkpoint") + text.count("remat")
         gradients[remat] = trees.flatten(jit(jax.grad(loss))(params))
     for remat in kinds:
+        assert recomputed[remat] > recomputed[Remat.NONE]
         for name, expected in gradients[Remat.NONE].items():
             scale = np.abs(expected).max()
             np.testing.assert_allclose(

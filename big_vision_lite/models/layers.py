@@ -7,6 +7,7 @@ from collections.abc import Callable
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Float, Num
 
 
@@ -82,7 +83,7 @@ class Dense(nn.Module, kw_only=True):
 
 
 def add_bias(
-    x: Float[Array, "*B D"], bias: Float[Array, "..."]
+    x: Float[Array, "*B D"], bias: Float[Array | np.ndarray, "..."]
 ) -> Float[Array, "*B D"]:
     """Adds a bias in float32 and returns the dtype of x.
 

@@ -55,15 +55,12 @@ def accumulate_gradients(
             params, frozen, ema = held
             return loss_of(params, frozen, collections, ema, first, key)
 
-        dtypes = used_dtypes(of_held, shapes)
-        cast = jax.tree.map(
-            lambda x, axis, dtype: x if axis < 0 else x.astype(dtype),
-            (params, frozen, ema),
-            split,
-            dtypes,
-        )
+        held = (params, frozen, ema)
+        if any_split:
+            dtypes = used_dtypes(of_held, shapes)
+            held = jax.tree.map(lambda x, dtype: x.astype(dtype), held, dtypes)
 
-        def one(collections: Any, index: Array, part: Batch) -> Any:
+        def one(held: Any, collections: Any, index: Array, part: Batch) -> Any:
             def loss(held: Any) -> Any:
                 whole = jax.tree.map(_gather, held, split)
                 mean, (sums, weight, new) = loss_of(
@@ -77,7 +74,7 @@ def accumulate_gradients(
                 # Parts and devices whose rows are padding count for less.
                 return mean * jnp.maximum(weight, 1) / rows_a_part, (sums, weight, new)
 
-            gradients, kept = _gradient(loss, cast, any_split)
+            gradients, kept = _gradient(loss, held, split if any_split else None)
             # Here, not after the last part: XLA:TPU would take the reduce-scatter of
             # a plain sum out of the loop, and carry whole gradients in float32.
             gradients = jax.tree.map(
@@ -87,11 +84,14 @@ def accumulate_gradients(
 
         def body(carry: Any, inputs: Any) -> Any:
             totals, collections = carry
-            *new, collections = one(collections, *inputs)
+            # Gathered in every part: what is the same in all of them the compiler
+            # would take out of the loop, and hold whole.
+            now = _after(totals[2], held, split) if any_split else held
+            *new, collections = one(now, collections, *inputs)
             return (jax.tree.map(jnp.add, totals, new), collections), None
 
         indices = jnp.arange(micro_batches)
-        *totals, _ = jax.eval_shape(one, collections, indices[0], first)
+        *totals, _ = jax.eval_shape(one, held, collections, indices[0], first)
         start = jax.tree.map(_zeros, totals)
         start[0] = jax.tree.map(layout.pin_like, start[0], places)
         (totals, collections), _ = jax.lax.scan(
@@ -165,17 +165,18 @@ def _inner(equation: Any) -> core.Jaxpr | None:
     return None
 
 
-def _gradient(loss: Callable[..., Any], held: Any, regather: bool) -> Any:
+def _gradient(loss: Callable[..., Any], held: Any, split: Any | None) -> Any:
     """Returns (gradients of held[0], what `loss` returns besides its value).
 
-    With `regather` backward gathers the whole parameters again; forward's are let go.
+    With `split`, the split axes, backward gathers the whole parameters again, and
+    those of forward are let go.
     """
     params, *rest = held
 
     def of_params(params: Any) -> Any:
         return loss((params, *rest))
 
-    if not regather:
+    if split is None:
         return jax.grad(of_params, has_aux=True)(params)
     remade = jax.checkpoint(
         of_params,
@@ -184,24 +185,33 @@ def _gradient(loss: Callable[..., Any], held: Any, regather: bool) -> Any:
         prevent_cse=False,
     )
     total, backward, kept = jax.vjp(remade, params, has_aux=True)
-    # By the number zero another value than forward's; of equal ones the compiler would
-    # gather one, and hold it whole from forward to backward.
-    zero = 0 * total
-    again = {id(x): x + zero.astype(x.dtype) for x in jax.tree.leaves(held)}
-    backward = jax.tree.map(lambda x: again.get(id(x), x), backward)
+    # Of equal values the compiler would gather one, and hold it whole from forward to
+    # backward.
+    again = jax.tree.leaves(_after(total, held, split))
+    new = dict(zip(map(id, jax.tree.leaves(held)), again, strict=True))
+    backward = jax.tree.map(lambda x: new.get(id(x), x), backward)
     return backward(jnp.ones_like(total))[0], kept
+
+
+def _after(number: Array, held: Any, split: Any) -> Any:
+    """Returns `held` in values that the compiler cannot have before `number`."""
+
+    def one(x: Array, axis: int) -> Array:
+        return x if axis < 0 else x + (0 * number).astype(x.dtype)
+
+    return jax.tree.map(one, held, split)
 
 
 def _gather(leaf: Array, axis: int) -> Array:
     if axis < 0:
         return leaf
     shape = leaf.shape
-    if axis == 0:
+    if axis == 0 and shape[0] % 8 == 0:
         # As a matrix: XLA:TPU would lay out [W, H, D] with W last, and cannot always
-        # reduce-scatter that in bfloat16.
+        # reduce-scatter that in bfloat16. Rows come in tiles of 8.
         leaf = leaf.reshape(shape[0], -1)
     whole = jax.lax.all_gather(leaf, layout.FSDP_AXIS, axis=axis, tiled=True)
-    return whole.reshape(-1, *shape[1:]) if axis == 0 else whole
+    return whole.reshape(*whole.shape[:1], *shape[1:]) if axis == 0 else whole
 
 
 def _reduce(gradients: Any, split: Any, wanted: Any, mesh: jax.sharding.Mesh) -> Any:

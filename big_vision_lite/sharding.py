@@ -280,8 +280,8 @@ def _axes(
     # Biases, norms and tokens: a gather of so little takes long for what it saves.
     vector = name.endswith("bias") or sum(size > 1 for size in shape) <= 1
     if rule != Layout.REPLICATE and fsdp > 1 and free and not vector:
-        # Not by columns: XLA:TPU reduce-scatters those of bfloat16 in whole pairs of
-        # 128 only. Of heads [W, H, D] and patches the few outer ones, for a like reason.
+        # XLA:TPU reduce-scatters columns of bfloat16 only in multiples of 256, and of
+        # [W, H, D] the heads; of what it cannot, it sums the whole on every device.
         outer = [axis for axis in free if axis < len(shape) - 1] or free
         axes[min(outer, key=lambda axis: shape[axis])] = FSDP_AXIS
     return axes

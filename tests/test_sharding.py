@@ -26,8 +26,8 @@ PARAMS = {
     "kernel": jnp.ones((3, 40, 8)),
 }
 SPECS = {
-    "encoder/block_00/bias": PartitionSpec("fsdp"),
-    "encoder/block_00/kernel": PartitionSpec(None, "fsdp"),
+    "encoder/block_00/bias": PartitionSpec(),
+    "encoder/block_00/kernel": PartitionSpec("fsdp"),
     "encoder/norm/scale": PartitionSpec(),
     "head/bias": PartitionSpec(),
     "head/kernel": PartitionSpec("fsdp"),
@@ -46,16 +46,19 @@ def abstract(tree):
 @pytest.mark.parametrize(
     ("config", "shape"),
     [
-        (Mesh(), (8, 1)),
-        (Mesh(data=-1, fsdp=4), (2, 4)),
-        (Mesh(data=2, fsdp=-1), (2, 4)),
-        (Mesh(data=1, fsdp=8), (1, 8)),
+        (Mesh(), (8, 1, 1)),
+        (Mesh(data=-1, fsdp=4), (2, 4, 1)),
+        (Mesh(data=2, fsdp=-1), (2, 4, 1)),
+        (Mesh(data=1, fsdp=8), (1, 8, 1)),
+        (Mesh(tensor=4), (2, 1, 4)),
+        (Mesh(data=1, fsdp=2, tensor=-1), (1, 2, 4)),
+        (Mesh(fsdp=2, tensor=2), (2, 2, 2)),
     ],
 )
-def test_the_mesh_has_both_axes_and_every_device_once(config, shape):
+def test_the_mesh_has_all_axes_and_every_device_once(config, shape):
     mesh = make_mesh(config, devices())
-    assert tuple(mesh.shape.items()) == (("data", shape[0]), ("fsdp", shape[1]))
-    assert mesh.axis_types == (AxisType.Auto, AxisType.Auto)
+    assert tuple(mesh.shape.items()) == tuple(zip(layout.AXES, shape, strict=True))
+    assert mesh.axis_types == (AxisType.Auto,) * 3
     assert mesh.devices.ravel().tolist() == devices()
 
 
@@ -79,7 +82,15 @@ def test_each_process_owns_contiguous_rows():
 
 
 @pytest.mark.parametrize(
-    "config", [Mesh(fsdp=3), Mesh(data=3, fsdp=2), Mesh(data=2, fsdp=2), Mesh(data=16)]
+    "config",
+    [
+        Mesh(fsdp=3),
+        Mesh(data=3, fsdp=2),
+        Mesh(data=2, fsdp=2),
+        Mesh(data=16),
+        Mesh(tensor=3),
+        Mesh(data=2, fsdp=2, tensor=4),
+    ],
 )
 def test_a_mesh_that_does_not_divide_is_refused_with_what_would(config):
     with pytest.raises(ValueError, match=r"the 8 cpu devices.*one of 1, 2, 4, 8\."):
@@ -91,15 +102,19 @@ def test_axes_that_are_no_numbers_of_devices_are_refused():
         Mesh(fsdp=0)
     with pytest.raises(ValueError, match="both -1"):
         Mesh(data=-1, fsdp=-1)
+    with pytest.raises(ValueError, match="mesh.tensor=-2 is not a number"):
+        Mesh(tensor=-2)
+    with pytest.raises(ValueError, match="mesh.data and mesh.tensor are both -1"):
+        Mesh(tensor=-1)
 
 
-def test_fsdp_splits_the_largest_dimension_that_divides():
+def test_fsdp_splits_rows_and_leaves_vectors_whole():
     mesh = make_mesh(Mesh(fsdp=4), devices())
     placed = sharding.shardings(abstract(PARAMS), FSDP, mesh)
     assert {n: s.spec for n, s in trees.flatten(placed).items()} == SPECS
     params = jax.device_put(PARAMS, placed)
     kernel = params["encoder"]["block_00"]["kernel"]
-    assert {s.data.shape for s in kernel.addressable_shards} == {(32, 12)}
+    assert {s.data.shape for s in kernel.addressable_shards} == {(8, 48)}
 
 
 def test_an_axis_of_one_device_and_no_rules_replicate_everything():
@@ -178,14 +193,14 @@ def test_optimizer_state_lives_where_its_parameter_lives(optimizer):
             expected = SPECS[owner] if same else PartitionSpec()
             assert leaf.sharding.spec == expected, name
             followed += name.startswith("opt_state") and expected != PartitionSpec()
-    # Both trees, four split parameters: AdamW has two moments of each.
-    assert followed >= 2 * 4 * (2 if isinstance(optimizer, AdamW) else 1)
+    # Both trees, three split parameters: AdamW has two moments of each.
+    assert followed >= 2 * 3 * (2 if isinstance(optimizer, AdamW) else 1)
 
 
 def test_fsdp_holds_a_share_of_the_state_on_each_device():
     mesh = make_mesh(Mesh(fsdp=8), devices())
     chain = AdamW(schedule=Constant(peak=0.1)).build(10)
-    params = {"a": {"kernel": jnp.ones((64, 96)), "bias": jnp.zeros(96)}}
+    params = {"a": {"kernel": jnp.ones((640, 96)), "bias": jnp.zeros(96)}}
 
     def init():
         return {"params": params, "opt_state": chain.init(params)}

@@ -22,10 +22,20 @@ from big_vision_lite.data.ops import Decode, Resize
 from big_vision_lite.models.heads import Classifier
 from big_vision_lite.models.vit import ViT
 from big_vision_lite.objectives.classification import SoftmaxClassification
-from big_vision_lite.sharding import Mesh, ShardingRule
+from big_vision_lite.sharding import (
+    TENSOR_PARALLEL_VIT,
+    Layout,
+    Mesh,
+    ShardingRule,
+)
 from big_vision_lite.step import make_train_step
 
 FSDP = (ShardingRule(pattern=".*"),)
+RULES = {
+    "fsdp": FSDP,
+    "optimizer": (ShardingRule(pattern=".*", layout=Layout.OPTIMIZER),),
+    "tensor": TENSOR_PARALLEL_VIT,
+}
 
 
 class Block(nn.Module, kw_only=True):
@@ -132,6 +142,8 @@ def start(
     *,
     devices: int = 1,
     fsdp: int = 1,
+    tensor: int = 1,
+    rules: str = "fsdp",
     optimizer: str = "gradient",
     objective: Any = None,
     freeze: tuple[str, ...] = (),
@@ -142,24 +154,24 @@ def start(
     if step.get("micro_batches") == 1:
         del step["micro_batches"]  # the default
     options = tuple(sorted(step.items()))
-    parts = _parts(
-        model or Net(), devices, fsdp, optimizer, objective, freeze, seed, options
-    )
+    places = (devices, fsdp, tensor, rules)
+    parts = _parts(model or Net(), places, optimizer, objective, freeze, seed, options)
     return Run(*parts, filled(parts[2]))
 
 
 @functools.cache
 def _parts(
     model: Any,
-    devices: int,
-    fsdp: int,
+    places: tuple[Any, ...],
     optimizer: str,
     objective: Any,
     freeze: tuple[str, ...],
     seed: int,
     options: tuple[tuple[str, Any], ...],
 ) -> tuple[Any, ...]:
-    mesh = sharding.make_mesh(Mesh(data=-1, fsdp=fsdp), jax.devices()[:devices])
+    devices, fsdp, tensor, rules = places
+    shape = Mesh(data=-1, fsdp=fsdp, tensor=tensor)
+    mesh = sharding.make_mesh(shape, jax.devices()[:devices])
     transformation = OPTIMIZERS[optimizer]()
     step = dict(options)
     with jax.set_mesh(mesh):
@@ -170,7 +182,7 @@ def _parts(
             freeze=freeze,
             ema=step.get("ema") is not None,
         )
-        abstract = state_lib.blueprint(init, FSDP, mesh)
+        abstract = state_lib.blueprint(init, RULES[rules], mesh)
     train_step = make_train_step(
         model,
         objective or SoftmaxClassification(),

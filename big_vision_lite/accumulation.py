@@ -1,5 +1,6 @@
 """Gradients of a batch computed in parts; what is split over "fsdp" stays split."""
 
+import functools
 from collections.abc import Callable, Iterable
 from typing import Any
 
@@ -41,7 +42,7 @@ def accumulate_gradients(
     held = (abstract.params, abstract.frozen, abstract.ema)
     split = jax.tree.map(lambda leaf: layout.split_axis(leaf.sharding), held)
     wanted = jax.tree.map(layout.split_axis, places)
-    shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), held)
+    any_split = max(jax.tree.leaves(split)) >= 0
 
     def local(
         params: Any, frozen: Any, collections: Any, ema: Any, batch: Batch, rng: Array
@@ -49,38 +50,10 @@ def accumulate_gradients(
         key = jax.random.fold_in(rng, jax.lax.axis_index(layout.BATCH_AXES))
         parts = jax.tree.map(lambda x: _strided(x, micro_batches), dict(batch))
         first = jax.tree.map(lambda x: x[0], parts)
-        rows_a_part = len(jax.tree.leaves(first)[0])
-
-        def of_held(held: Any) -> Any:
-            params, frozen, ema = held
-            return loss_of(params, frozen, collections, ema, first, key)
-
         held = (params, frozen, ema)
         if any_split:
-            dtypes = used_dtypes(of_held, shapes)
-            held = jax.tree.map(lambda x, dtype: x.astype(dtype), held, dtypes)
-
-        def one(held: Any, collections: Any, index: Array, part: Batch) -> Any:
-            def loss(held: Any) -> Any:
-                whole = jax.tree.map(_gather, held, split)
-                mean, (sums, weight, new) = loss_of(
-                    whole[0],
-                    whole[1],
-                    collections,
-                    whole[2],
-                    part,
-                    jax.random.fold_in(key, index),
-                )
-                # Parts and devices whose rows are padding count for less.
-                return mean * jnp.maximum(weight, 1) / rows_a_part, (sums, weight, new)
-
-            gradients, kept = _gradient(loss, held, split if any_split else None)
-            # Here, not after the last part: XLA:TPU would take the reduce-scatter of
-            # a plain sum out of the loop, and carry whole gradients in float32.
-            gradients = jax.tree.map(
-                lambda g: g.astype(jnp.float32) * rows_a_part, gradients
-            )
-            return gradients, *kept
+            held = _cast(held, loss_of, abstract, (collections, first, key))
+        one = functools.partial(_part, loss_of, split if any_split else None, key)
 
         def body(carry: Any, inputs: Any) -> Any:
             totals, collections = carry
@@ -103,11 +76,8 @@ def accumulate_gradients(
         gradients = jax.tree.map(lambda g: g / weight, gradients)
         return gradients, sums, weight, collections
 
-    any_split = max(jax.tree.leaves(split)) >= 0
-    rows = PartitionSpec(layout.BATCH_AXES)
+    rows, whole = PartitionSpec(layout.BATCH_AXES), PartitionSpec()
     params, frozen, ema = jax.tree.map(_manual_spec, split)
-    gradients = jax.tree.map(_manual_spec, wanted)
-    whole = PartitionSpec()
     # An axis of one device is no work for the compiler; cuDNN's attention cannot be
     # where some axes are left to it.
     alone = mesh.shape[layout.TENSOR_AXIS] == 1
@@ -115,10 +85,55 @@ def accumulate_gradients(
         local,
         mesh=mesh,
         in_specs=(params, frozen, whole, ema, rows, whole),
-        out_specs=(gradients, whole, whole, whole),
+        out_specs=(jax.tree.map(_manual_spec, wanted), whole, whole, whole),
         axis_names=set(layout.AXES if alone else layout.BATCH_AXES),
         check_vma=False,
     )
+
+
+def _part(
+    loss_of: Callable[..., Any],
+    split: Any | None,
+    key: Array,
+    held: Any,
+    collections: Any,
+    index: Array,
+    part: Batch,
+) -> Any:
+    """Returns (sum of gradients, sums, weight, collections) of one part.
+
+    `held` are (params, frozen, ema), `split` their split axes, None where none is.
+    """
+    key = jax.random.fold_in(key, index)
+    num_rows = len(jax.tree.leaves(part)[0])
+
+    def loss(held: Any) -> Any:
+        params, frozen, ema = jax.tree.map(_gather, held, split) if split else held
+        mean, (sums, weight, new) = loss_of(params, frozen, collections, ema, part, key)
+        # Parts and devices whose rows are padding count for less.
+        return mean * jnp.maximum(weight, 1) / num_rows, (sums, weight, new)
+
+    gradients, kept = _gradient(loss, held, split)
+    # Multiplied here, not after the last part: XLA:TPU would take the reduce-scatter of
+    # a plain sum out of the loop, and carry whole gradients in float32.
+    gradients = jax.tree.map(lambda g: g.astype(jnp.float32) * num_rows, gradients)
+    return gradients, *kept
+
+
+def _cast(
+    held: Any, loss_of: Callable[..., Any], abstract: TrainState, inputs: Any
+) -> Any:
+    """Casts (params, frozen, ema) to what `loss_of` computes in, before any gather."""
+    whole = (abstract.params, abstract.frozen, abstract.ema)
+    shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), whole)
+    collections, part, key = inputs
+
+    def function(held: Any) -> Any:
+        params, frozen, ema = held
+        return loss_of(params, frozen, collections, ema, part, key)
+
+    dtypes = used_dtypes(function, shapes)
+    return jax.tree.map(lambda x, dtype: x.astype(dtype), held, dtypes)
 
 
 def used_dtypes(function: Callable[[Any], Any], shapes: Any) -> Any:

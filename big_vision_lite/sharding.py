@@ -223,7 +223,7 @@ def shardings(
     abstract_parameters = trees.flatten(
         abstract_tree if parameters is None else parameters
     )
-    layouts: Mapping[str, Any] = dict.fromkeys(abstract_parameters, Layout.REPLICATE)
+    layouts: Any = dict.fromkeys(abstract_parameters, Layout.REPLICATE)
     if rules:
         layouts = trees.match(
             [(rule.pattern, rule.layout) for rule in rules],

@@ -6,7 +6,7 @@ The batch of step n is a function of (seed, n): see `order` and `batch_maker`.
 import contextlib
 import dataclasses
 import math
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterator, Sequence
 from typing import Any
 
 import jax
@@ -152,7 +152,7 @@ class _Placement:
         layout.check_batch_size(batch_size, mesh, option=option)
         self._batch_size = batch_size
         self._sharding = layout.batch_sharding(mesh)
-        self.rows = rows_of_devices(
+        self.rows: Sequence[int] = rows_of_devices(
             self._sharding, batch_size, self._sharding.addressable_devices
         )
         self._places = {row: place for place, row in enumerate(self.rows)}
@@ -175,7 +175,7 @@ class _Placement:
         return placed, report
 
     def _global(self, array: np.ndarray) -> Array:
-        def of_device(index: tuple[slice, ...]) -> np.ndarray:
+        def of_device(index: Any) -> np.ndarray:
             # A device's rows are neighbours in the batch, and all of them are here.
             start, stop, _ = index[0].indices(self._batch_size)
             first = self._places[start]

@@ -1,7 +1,6 @@
 """What is split stays split: over fsdp, over tensor, and from part to part."""
 
 import functools
-import os
 import re
 
 import jax
@@ -9,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from test_step import assert_same_step, collectives, computation
-from tiny_runs import Net, gradients, rows, start, tiny_vit
+from tiny_runs import Net, gradients, rows, start, tiny_vit, tpus
 
 from big_vision_lite import accumulation, layout, sharding, trees
 from big_vision_lite import state as state_lib
@@ -194,19 +193,9 @@ def test_a_parameter_is_gathered_in_the_dtype_it_is_used_in():
     assert half == {"cast", "inside", "saved"}
 
 
-def v5e() -> list:
-    """Returns eight described TPUs, or skips where their compiler is not installed."""
-    pytest.importorskip("libtpu")
-    from jax.experimental import topologies
-
-    os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
-    os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")
-    return topologies.get_topology_desc(platform="tpu", topology_name="v5e:2x4").devices
-
-
 def compiled_for_tpu(fsdp: int, micro_batches: int):
     """A ViT-S/16 of two blocks, 256 images of 128 px, that no device runs."""
-    mesh = sharding.make_mesh(sharding.Mesh(fsdp=fsdp), v5e())
+    mesh = sharding.make_mesh(sharding.Mesh(fsdp=fsdp), tpus("v5e:2x4"))
     model = ViT(
         width=384,
         depth=2,

@@ -7,8 +7,10 @@ import numpy as np
 import optax
 import pytest
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
+from tiny_runs import tiny_vit, tpus
 
 from big_vision_lite import layout, sharding, trees
+from big_vision_lite.data import pipeline
 from big_vision_lite.optimizers import SGD, Adafactor, AdamW, MomentumDtype
 from big_vision_lite.schedules import Constant
 from big_vision_lite.sharding import Layout, Mesh, ShardingRule, make_mesh
@@ -79,6 +81,69 @@ def test_each_process_owns_contiguous_rows():
     rows = layout.batch_sharding(mesh).devices_indices_map((16,))
     starts = [rows[device][0].start for device in devices()]
     assert starts == list(range(0, 16, 2))
+
+
+def test_on_tpus_an_axis_runs_along_a_line_of_the_torus():
+    mesh = make_mesh(Mesh(fsdp=4), tpus("v5e:4x4"))
+    for row in mesh.devices.reshape(4, 4):
+        x, y, _ = (set(values) for values in zip(*(d.coords for d in row), strict=True))
+        assert sorted((len(x), len(y))) == [1, 4]
+    # So a host, 2 x 2 chips, has no neighbouring rows.
+    rows = layout.batch_sharding(mesh)
+    host = {d for d in mesh.devices.ravel() if d.process_index == 0}
+    assert pipeline.rows_of_devices(rows, 16, host) == [0, 1, 4, 5]
+    assert make_mesh(Mesh(fsdp=2), tpus("v5e:4x4")).shape["data"] == 8
+
+
+def test_only_data_goes_across_slices():
+    devices = tpus("v5e:2x4", num_slices=2)
+    mesh = make_mesh(Mesh(fsdp=4, tensor=2), devices)
+    for row in mesh.devices:
+        assert len({d.slice_index for d in row.ravel()}) == 1
+    assert len({d.slice_index for d in mesh.devices[:, 0, 0]}) == 2
+    with pytest.raises(ValueError, match="mesh.fsdp=16.*fsdp that divides 8"):
+        make_mesh(Mesh(fsdp=16), devices)
+
+
+TENSOR_SPECS = {
+    "encoder/block_00/attention/query/kernel": PartitionSpec("fsdp", "tensor"),
+    "encoder/block_00/attention/query/bias": PartitionSpec("tensor"),
+    "encoder/block_00/attention/out/kernel": PartitionSpec("tensor", "fsdp"),
+    "encoder/block_00/attention/out/bias": PartitionSpec(),
+    "encoder/block_00/mlp/hidden/kernel": PartitionSpec("fsdp", "tensor"),
+    "encoder/block_00/mlp/hidden/bias": PartitionSpec("tensor"),
+    "encoder/block_00/mlp/out/kernel": PartitionSpec("tensor", "fsdp"),
+    "encoder/block_00/mlp_norm/scale": PartitionSpec(),
+    "head/kernel": PartitionSpec("fsdp"),
+}
+
+
+def vit_shapes(num_heads):
+    shapes = jax.eval_shape(
+        lambda: tiny_vit(num_heads=num_heads).init(
+            jax.random.key(0), jnp.zeros((1, 8, 8, 1), jnp.uint8)
+        )
+    )
+    return shapes["params"]
+
+
+def test_tensor_rules_split_heads_and_mlps_and_fsdp_another_dimension():
+    mesh = make_mesh(Mesh(fsdp=2, tensor=4), devices())
+    rules = sharding.TENSOR_PARALLEL_VIT
+    placed = trees.flatten(sharding.shardings(vit_shapes(4), rules, mesh))
+    assert {name: placed[name].spec for name in TENSOR_SPECS} == TENSOR_SPECS
+    with pytest.raises(ValueError, match=r"(?s)tensor=4.*query/kernel.*divides num_heads"):
+        sharding.shardings(vit_shapes(2), rules, mesh)
+    one = make_mesh(Mesh(), devices())
+    placed = jax.tree.leaves(sharding.shardings(vit_shapes(2), rules, one))
+    assert {leaf.spec for leaf in placed} == {PartitionSpec()}
+
+
+def test_a_batch_divides_over_data_and_fsdp_alone():
+    mesh = make_mesh(Mesh(fsdp=2, tensor=2), devices())
+    layout.check_batch_size(4, mesh)
+    with pytest.raises(ValueError, match=r"=6 .* data \* fsdp = 4 of 8.*=4 or 8"):
+        layout.check_batch_size(6, mesh)
 
 
 @pytest.mark.parametrize(

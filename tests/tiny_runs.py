@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import os
 import pathlib
 import zlib
 from collections.abc import Sequence
@@ -12,6 +13,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+import pytest
+from jax.experimental import topologies
 
 from big_vision_lite import layout, sharding, trees
 from big_vision_lite import state as state_lib
@@ -71,6 +74,16 @@ class Net(nn.Module, kw_only=True):
             # By position, as rematerialised blocks must.
             x = block(dropout=self.dropout, name=f"block_{index:02d}")(x, train)
         return {"pooled": x, "logits": nn.Dense(10, name="head")(x)}
+
+
+def tpus(name: str, num_slices: int = 1) -> list[Any]:
+    """Returns described TPUs, or skips where their compiler is not installed."""
+    pytest.importorskip("libtpu")
+    os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
+    os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")
+    options = {"num_slices": num_slices} if num_slices > 1 else {}
+    found = topologies.get_topology_desc(platform="tpu", topology_name=name, **options)
+    return found.devices
 
 
 def tiny_vit(**overrides: Any) -> ViT:

@@ -1,12 +1,18 @@
 """Where arrays live on the mesh, by logical name: no-ops when there is no mesh."""
 
+import math
+
 import jax
 from jax.sharding import NamedSharding, PartitionSpec
 
 from big_vision_lite.types import Array
 
-# The mesh axes over which the rows of a batch are spread.
-BATCH_AXES = ("data", "fsdp")
+# The mesh axis over which parameters are split, and the axes of the batch's rows.
+FSDP_AXIS = "fsdp"
+BATCH_AXES = ("data", FSDP_AXIS)
+# Along this axis every device has the same rows and its share of heads and MLPs.
+TENSOR_AXIS = "tensor"
+AXES = (*BATCH_AXES, TENSOR_AXIS)
 
 
 def batch_sharding(mesh: jax.sharding.Mesh) -> NamedSharding:
@@ -17,6 +23,19 @@ def batch_sharding(mesh: jax.sharding.Mesh) -> NamedSharding:
 def replicated(mesh: jax.sharding.Mesh) -> NamedSharding:
     """Returns the sharding of a value that every device holds whole."""
     return NamedSharding(mesh, PartitionSpec())
+
+
+def split_axis(sharding: NamedSharding) -> int:
+    """Returns the dimension that is split over "fsdp", -1 if none is."""
+    for axis, names in enumerate(sharding.spec):
+        if FSDP_AXIS in (names if isinstance(names, tuple) else (names,)):
+            return axis
+    return -1
+
+
+def num_row_shares(mesh: jax.sharding.Mesh) -> int:
+    """Returns into how many shares the rows of a batch are spread."""
+    return math.prod(mesh.shape[axis] for axis in BATCH_AXES)
 
 
 def check_batch_size(
@@ -33,12 +52,15 @@ def check_batch_size(
     Raises:
         ValueError: names the two nearest batch sizes that do.
     """
-    unit = mesh.size * micro_batches
+    shares = num_row_shares(mesh)
+    unit = shares * micro_batches
     if batch_size > 0 and batch_size % unit == 0:
         return
     below = max(batch_size, 0) // unit * unit
     nearest = f"{below} or {below + unit}" if below else f"{unit} or {2 * unit}"
-    over = f"{mesh.size} devices" if mesh.size > 1 else "1 device"
+    over = f"{shares} devices" if shares > 1 else "1 device"
+    if shares < mesh.size:
+        over = f"data * fsdp = {shares} of {mesh.size} devices"
     if micro_batches > 1:
         over += f" times {micro_batches} micro-batches"
     raise ValueError(
@@ -60,3 +82,12 @@ def pin_batch(x: Array) -> Array:
     if not axes:
         return x
     return jax.lax.with_sharding_constraint(x, PartitionSpec(axes))
+
+
+def pin_like(x: Array, sharding: NamedSharding) -> Array:
+    """Keeps `x` split as `sharding` says, over the axes that the compiler divides."""
+    mesh = jax.sharding.get_abstract_mesh()
+    names = [name if name in mesh.auto_axes else None for name in sharding.spec]
+    if not any(names):
+        return x
+    return jax.lax.with_sharding_constraint(x, PartitionSpec(*names))

@@ -184,13 +184,10 @@ def fitting(
     mesh: sharding.Mesh, num_devices: int, log: Callable[[str], None]
 ) -> sharding.Mesh:
     """Returns `mesh` if it fits; else one with all on "data", and says so."""
-    fixed = [size for size in (mesh.data, mesh.fsdp) if size != -1]
-    product = fixed[0] * fixed[-1] if len(fixed) == 2 else fixed[0]
-    fits = product == num_devices if len(fixed) == 2 else num_devices % product == 0
-    if fits:
+    if mesh.shape(num_devices) is not None:
         return mesh
     log(
-        f"The run's mesh (data={mesh.data}, fsdp={mesh.fsdp}) does not fit "
-        f"{num_devices} devices: data={num_devices}, fsdp=1 instead."
+        f"The run's mesh (data={mesh.data}, fsdp={mesh.fsdp}, tensor={mesh.tensor}) "
+        f"does not fit {num_devices} devices: data={num_devices}, fsdp=1 instead."
     )
     return sharding.Mesh()

@@ -136,7 +136,8 @@ def blueprint(
     mesh: jax.sharding.Mesh,
 ) -> TrainState:
     """Returns the state as shapes, dtypes and shardings, computing nothing."""
-    shapes = jax.eval_shape(initialize, jax.random.key(0))
+    # The key is made inside: nothing is computed on a mesh of described devices.
+    shapes = jax.eval_shape(lambda: initialize(jax.random.key(0)))
     parameters = merge(shapes.params, shapes.frozen)
     places = sharding.shardings(shapes, rules, mesh, parameters=parameters)
     return jax.tree.map(
@@ -146,6 +147,23 @@ def blueprint(
         shapes,
         places,
     )
+
+
+def gradient_shardings(abstract: TrainState) -> Any:
+    """Returns where gradients of the trained parameters live when they are whole.
+
+    Where the parameter lives, or its optimiser's state where that is split further.
+    """
+    places = {
+        name: leaf.sharding for name, leaf in trees.flatten(abstract.params).items()
+    }
+    shapes = {name: leaf.shape for name, leaf in trees.flatten(abstract.params).items()}
+    for name, leaf in trees.flatten(abstract.opt_state).items():
+        owner = trees.owner(name, places)
+        if owner is not None and leaf.shape == shapes[owner]:
+            if places[owner].is_fully_replicated:
+                places[owner] = leaf.sharding
+    return trees.unflatten(places)
 
 
 def with_variables(state: TrainState, named: Mapping[str, Any]) -> TrainState:

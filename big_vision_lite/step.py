@@ -7,10 +7,10 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import optax
-from jax.sharding import PartitionSpec
 
-from big_vision_lite import layout, trees
+from big_vision_lite import layout, sharding, trees
 from big_vision_lite import state as state_lib
+from big_vision_lite.accumulation import accumulate_gradients
 from big_vision_lite.bound_model import BoundModel
 from big_vision_lite.state import TrainState
 from big_vision_lite.types import Array, Batch, DeviceOp, Forward, Model, Objective
@@ -62,6 +62,7 @@ def make_train_step(
         return mean, (sums, weight, forward.collections)
 
     gradient = jax.value_and_grad(loss_of, has_aux=True)
+    places = state_lib.gradient_shardings(abstract)
 
     keeps = jax.tree.leaves(abstract.collections)
     if micro_batches > 1 and keeps and getattr(model, "statistics", None) != "frozen":
@@ -85,9 +86,10 @@ def make_train_step(
         (_, (sums, weight, collections)), gradients = gradient(
             params, frozen, collections, ema, batch, rng
         )
+        gradients = jax.tree.map(layout.pin_like, gradients, places)
         return gradients, sums, weight, collections
 
-    accumulate = accumulate_gradients(gradient, mesh, micro_batches)
+    accumulate = accumulate_gradients(loss_of, mesh, abstract, places, micro_batches)
     decay = 0.0 if ema is None else ema
 
     def train_step(state: TrainState, batch: Batch) -> tuple[TrainState, Any]:
@@ -127,70 +129,7 @@ def make_train_step(
         donate_argnums=0,
         in_shardings=(shardings, layout.batch_sharding(mesh)),
         out_shardings=(shardings, layout.replicated(mesh)),
-        compiler_options=compiler_options,
-    )
-
-
-def accumulate_gradients(
-    gradient: Callable[..., Any], mesh: jax.sharding.Mesh, micro_batches: int
-) -> Callable[..., Any]:
-    """Returns gradients of the whole batch computed in `micro_batches` parts.
-
-    Every device walks through its own rows, part i taking rows i, i + m, i + 2m...,
-    so that no image moves and the parts are the same on any number of devices; the
-    gradients are summed over devices once, after the last part.
-    """
-
-    def local(
-        params: Any, frozen: Any, collections: Any, ema: Any, batch: Batch, rng: Array
-    ) -> Any:
-        shard = jax.lax.axis_index(layout.BATCH_AXES)
-        parts = jax.tree.map(
-            lambda x: jnp.swapaxes(
-                x.reshape(x.shape[0] // micro_batches, micro_batches, *x.shape[1:]),
-                0,
-                1,
-            ),
-            dict(batch),
-        )
-
-        def one(collections: Any, index: Array, part: Batch) -> Any:
-            key = jax.random.fold_in(jax.random.fold_in(rng, shard), index)
-            (_, (sums, weight, collections)), gradients = gradient(
-                params, frozen, collections, ema, part, key
-            )
-            # Means weigh by their examples, so that padded rows count for nothing.
-            return (
-                jax.tree.map(lambda g: g * weight, gradients),
-                sums,
-                weight,
-                (collections),
-            )
-
-        def body(carry: Any, inputs: Any) -> Any:
-            *totals, collections = carry
-            *new, collections = one(collections, *inputs)
-            totals = jax.tree.map(jnp.add, totals, list(new))
-            return (*totals, collections), None
-
-        indices = jnp.arange(micro_batches)
-        first = jax.tree.map(lambda x: x[0], (indices, parts))
-        rest = jax.tree.map(lambda x: x[1:], (indices, parts))
-        carry = one(collections, *first)
-        (gradients, sums, weight, collections), _ = jax.lax.scan(body, carry, rest)
-        gradients, sums, weight = jax.lax.psum(
-            (gradients, sums, weight), layout.BATCH_AXES
-        )
-        gradients = jax.tree.map(lambda g: g / weight, gradients)
-        return gradients, sums, weight, collections
-
-    rows = PartitionSpec(layout.BATCH_AXES)
-    return jax.shard_map(
-        local,
-        mesh=mesh,
-        in_specs=(*[PartitionSpec()] * 4, rows, PartitionSpec()),
-        out_specs=PartitionSpec(),
-        check_vma=False,
+        compiler_options=sharding.compiler_options(mesh) | (compiler_options or {}),
     )
 
 

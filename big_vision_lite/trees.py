@@ -1,7 +1,7 @@
 """Names of parameters, first-match rules over names, and readable differences."""
 
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import Any, TypeVar
 
 import jax
@@ -162,6 +162,13 @@ def difference(
             lines.append(f"  + {name} {describe(ours[name])}  in {ours_is}")
             lines.append(f"  - {name} {describe(theirs[name])}  in {theirs_is}")
     return lines
+
+
+def owner(name: str, parameters: Collection[str]) -> str | None:
+    """Returns the parameter whose name is the longest ending of `name`."""
+    parts = name.split("/")
+    endings = ("/".join(parts[start:]) for start in range(len(parts)))
+    return next((ending for ending in endings if ending in parameters), None)
 
 
 def _join(path: Sequence[Any]) -> str:

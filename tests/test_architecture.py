@@ -29,7 +29,7 @@ ROWS = (
     ),
     ({"objectives"}, {"state"}, {"conversion"}),
     (
-        {"bound_model", "step"},
+        {"bound_model", "step", "accumulation"},
         {
             "integrity",
             "step_folder",

@@ -380,6 +380,7 @@ OTHER = {
     "profile_steps": (3, 4),
     "mesh.data": 2,
     "mesh.fsdp": 2,
+    "mesh.tensor": 2,
     "freeze": ("a", "b"),
     "init.rename": ("a=>b",),
     # Allowed only together with other values.

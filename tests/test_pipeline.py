@@ -19,7 +19,7 @@ from etils import epath
 from jax.sharding import AxisType
 from sklearn.datasets import load_digits
 
-from big_vision_lite import cores, layout
+from big_vision_lite import cores, layout, sharding
 from big_vision_lite.data import pipeline, stream, workers
 from big_vision_lite.data.batch_maker import EvaluationBatches, TrainingBatches
 from big_vision_lite.data.host_batch import HostBatch, Report
@@ -322,11 +322,35 @@ def test_rows_of_all_hosts_are_the_rows_of_one(mesh, hosts):
         np.testing.assert_array_equal(joined, array)
 
 
-def test_a_mesh_out_of_process_order_is_refused(mesh):
-    sharding = layout.batch_sharding(mesh)
+def test_a_host_whose_devices_are_no_neighbours_makes_just_their_rows(mesh):
+    batch_size, step = 24, 5
     first, *_, last = mesh.devices.ravel()
-    with pytest.raises(ValueError, match="not in the order of processes"):
-        pipeline.rows_of_devices(sharding, 16, {first, last})
+    sharding = layout.batch_sharding(mesh)
+    rows = pipeline.rows_of_devices(sharding, batch_size, {first, last})
+    assert rows == [0, 1, 2, 21, 22, 23]
+    maker = TrainingBatches(Pngs(), NOISY, 7, batch_size)
+    whole = HostBatch(step, range(batch_size))
+    maker.fill(whole, whole.rows)
+    found = []
+    made = workers.ThreadWorkers(maker, rows, 4, lambda arrays, _: found.append(arrays))
+    made.submit(step).result()
+    made.close()
+    for key, array in whole.arrays.items():
+        np.testing.assert_array_equal(found[0][key], array[rows])
+
+
+def test_devices_along_tensor_hold_the_same_rows():
+    mesh = sharding.make_mesh(sharding.Mesh(fsdp=2, tensor=2))
+    rows = layout.batch_sharding(mesh)
+    for pair in mesh.devices.reshape(-1, 2):
+        held = [pipeline.rows_of_devices(rows, 16, {device}) for device in pair]
+        assert held[0] == held[1] and len(held[0]) == 4
+    (batch,) = itertools.islice(pipeline.eval_batches(Pngs(), GRAY, 16, mesh), 1)
+    one = sharding.make_mesh(sharding.Mesh(), jax.devices()[:1])
+    (same,) = itertools.islice(pipeline.eval_batches(Pngs(), GRAY, 16, one), 1)
+    for key, array in same.items():
+        np.testing.assert_array_equal(batch[key], array)
+        assert batch[key].sharding == rows
 
 
 @pytest.mark.parametrize("size", [37, 32, 3])

@@ -7,8 +7,10 @@ import numpy as np
 import optax
 import pytest
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
+from tiny_runs import tiny_vit, tpus
 
 from big_vision_lite import layout, sharding, trees
+from big_vision_lite.data import pipeline
 from big_vision_lite.optimizers import SGD, Adafactor, AdamW, MomentumDtype
 from big_vision_lite.schedules import Constant
 from big_vision_lite.sharding import Layout, Mesh, ShardingRule, make_mesh
@@ -26,8 +28,8 @@ PARAMS = {
     "kernel": jnp.ones((3, 40, 8)),
 }
 SPECS = {
-    "encoder/block_00/bias": PartitionSpec("fsdp"),
-    "encoder/block_00/kernel": PartitionSpec(None, "fsdp"),
+    "encoder/block_00/bias": PartitionSpec(),
+    "encoder/block_00/kernel": PartitionSpec("fsdp"),
     "encoder/norm/scale": PartitionSpec(),
     "head/bias": PartitionSpec(),
     "head/kernel": PartitionSpec("fsdp"),
@@ -46,16 +48,19 @@ def abstract(tree):
 @pytest.mark.parametrize(
     ("config", "shape"),
     [
-        (Mesh(), (8, 1)),
-        (Mesh(data=-1, fsdp=4), (2, 4)),
-        (Mesh(data=2, fsdp=-1), (2, 4)),
-        (Mesh(data=1, fsdp=8), (1, 8)),
+        (Mesh(), (8, 1, 1)),
+        (Mesh(data=-1, fsdp=4), (2, 4, 1)),
+        (Mesh(data=2, fsdp=-1), (2, 4, 1)),
+        (Mesh(data=1, fsdp=8), (1, 8, 1)),
+        (Mesh(tensor=4), (2, 1, 4)),
+        (Mesh(data=1, fsdp=2, tensor=-1), (1, 2, 4)),
+        (Mesh(fsdp=2, tensor=2), (2, 2, 2)),
     ],
 )
-def test_the_mesh_has_both_axes_and_every_device_once(config, shape):
+def test_the_mesh_has_all_axes_and_every_device_once(config, shape):
     mesh = make_mesh(config, devices())
-    assert tuple(mesh.shape.items()) == (("data", shape[0]), ("fsdp", shape[1]))
-    assert mesh.axis_types == (AxisType.Auto, AxisType.Auto)
+    assert tuple(mesh.shape.items()) == tuple(zip(layout.AXES, shape, strict=True))
+    assert mesh.axis_types == (AxisType.Auto,) * 3
     assert mesh.devices.ravel().tolist() == devices()
 
 
@@ -78,8 +83,79 @@ def test_each_process_owns_contiguous_rows():
     assert starts == list(range(0, 16, 2))
 
 
+def test_on_tpus_an_axis_runs_along_a_line_of_the_torus():
+    mesh = make_mesh(Mesh(fsdp=4), tpus("v5e:4x4"))
+    for row in mesh.devices.reshape(4, 4):
+        x, y, _ = (set(values) for values in zip(*(d.coords for d in row), strict=True))
+        assert sorted((len(x), len(y))) == [1, 4]
+    # So a host, 2 x 2 chips, has no neighbouring rows.
+    rows = layout.batch_sharding(mesh)
+    host = {d for d in mesh.devices.ravel() if d.process_index == 0}
+    assert pipeline.rows_of_devices(rows, 16, host) == [0, 1, 4, 5]
+    assert make_mesh(Mesh(fsdp=2), tpus("v5e:4x4")).shape["data"] == 8
+
+
+def test_only_data_goes_across_slices():
+    devices = tpus("v5e:2x4", num_slices=2)
+    mesh = make_mesh(Mesh(fsdp=4, tensor=2), devices)
+    for row in mesh.devices:
+        assert len({d.slice_index for d in row.ravel()}) == 1
+    assert len({d.slice_index for d in mesh.devices[:, 0, 0]}) == 2
+    with pytest.raises(ValueError, match="mesh.fsdp=16.*fsdp that divides 8"):
+        make_mesh(Mesh(fsdp=16), devices)
+
+
+TENSOR_SPECS = {
+    "encoder/block_00/attention/query/kernel": PartitionSpec("fsdp", "tensor"),
+    "encoder/block_00/attention/query/bias": PartitionSpec("tensor"),
+    "encoder/block_00/attention/out/kernel": PartitionSpec("tensor", "fsdp"),
+    "encoder/block_00/attention/out/bias": PartitionSpec(),
+    "encoder/block_00/mlp/hidden/kernel": PartitionSpec("fsdp", "tensor"),
+    "encoder/block_00/mlp/hidden/bias": PartitionSpec("tensor"),
+    "encoder/block_00/mlp/out/kernel": PartitionSpec("tensor", "fsdp"),
+    "encoder/block_00/mlp_norm/scale": PartitionSpec(),
+    "head/kernel": PartitionSpec("fsdp"),
+}
+
+
+def vit_shapes(num_heads):
+    shapes = jax.eval_shape(
+        lambda: tiny_vit(num_heads=num_heads).init(
+            jax.random.key(0), jnp.zeros((1, 8, 8, 1), jnp.uint8)
+        )
+    )
+    return shapes["params"]
+
+
+def test_tensor_rules_split_heads_and_mlps_and_fsdp_another_dimension():
+    mesh = make_mesh(Mesh(fsdp=2, tensor=4), devices())
+    rules = sharding.TENSOR_PARALLEL_VIT
+    placed = trees.flatten(sharding.shardings(vit_shapes(4), rules, mesh))
+    assert {name: placed[name].spec for name in TENSOR_SPECS} == TENSOR_SPECS
+    with pytest.raises(ValueError, match=r"(?s)tensor=4.*query/kernel.*divides num_heads"):
+        sharding.shardings(vit_shapes(2), rules, mesh)
+    one = make_mesh(Mesh(), devices())
+    placed = jax.tree.leaves(sharding.shardings(vit_shapes(2), rules, one))
+    assert {leaf.spec for leaf in placed} == {PartitionSpec()}
+
+
+def test_a_batch_divides_over_data_and_fsdp_alone():
+    mesh = make_mesh(Mesh(fsdp=2, tensor=2), devices())
+    layout.check_batch_size(4, mesh)
+    with pytest.raises(ValueError, match=r"=6 .* data \* fsdp = 4 of 8.*=4 or 8"):
+        layout.check_batch_size(6, mesh)
+
+
 @pytest.mark.parametrize(
-    "config", [Mesh(fsdp=3), Mesh(data=3, fsdp=2), Mesh(data=2, fsdp=2), Mesh(data=16)]
+    "config",
+    [
+        Mesh(fsdp=3),
+        Mesh(data=3, fsdp=2),
+        Mesh(data=2, fsdp=2),
+        Mesh(data=16),
+        Mesh(tensor=3),
+        Mesh(data=2, fsdp=2, tensor=4),
+    ],
 )
 def test_a_mesh_that_does_not_divide_is_refused_with_what_would(config):
     with pytest.raises(ValueError, match=r"the 8 cpu devices.*one of 1, 2, 4, 8\."):
@@ -91,15 +167,19 @@ def test_axes_that_are_no_numbers_of_devices_are_refused():
         Mesh(fsdp=0)
     with pytest.raises(ValueError, match="both -1"):
         Mesh(data=-1, fsdp=-1)
+    with pytest.raises(ValueError, match="mesh.tensor=-2 is not a number"):
+        Mesh(tensor=-2)
+    with pytest.raises(ValueError, match="mesh.data and mesh.tensor are both -1"):
+        Mesh(tensor=-1)
 
 
-def test_fsdp_splits_the_largest_dimension_that_divides():
+def test_fsdp_splits_rows_and_leaves_vectors_whole():
     mesh = make_mesh(Mesh(fsdp=4), devices())
     placed = sharding.shardings(abstract(PARAMS), FSDP, mesh)
     assert {n: s.spec for n, s in trees.flatten(placed).items()} == SPECS
     params = jax.device_put(PARAMS, placed)
     kernel = params["encoder"]["block_00"]["kernel"]
-    assert {s.data.shape for s in kernel.addressable_shards} == {(32, 12)}
+    assert {s.data.shape for s in kernel.addressable_shards} == {(8, 48)}
 
 
 def test_an_axis_of_one_device_and_no_rules_replicate_everything():
@@ -178,14 +258,14 @@ def test_optimizer_state_lives_where_its_parameter_lives(optimizer):
             expected = SPECS[owner] if same else PartitionSpec()
             assert leaf.sharding.spec == expected, name
             followed += name.startswith("opt_state") and expected != PartitionSpec()
-    # Both trees, four split parameters: AdamW has two moments of each.
-    assert followed >= 2 * 4 * (2 if isinstance(optimizer, AdamW) else 1)
+    # Both trees, three split parameters: AdamW has two moments of each.
+    assert followed >= 2 * 3 * (2 if isinstance(optimizer, AdamW) else 1)
 
 
 def test_fsdp_holds_a_share_of_the_state_on_each_device():
     mesh = make_mesh(Mesh(fsdp=8), devices())
     chain = AdamW(schedule=Constant(peak=0.1)).build(10)
-    params = {"a": {"kernel": jnp.ones((64, 96)), "bias": jnp.zeros(96)}}
+    params = {"a": {"kernel": jnp.ones((640, 96)), "bias": jnp.zeros(96)}}
 
     def init():
         return {"params": params, "opt_state": chain.init(params)}

@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import os
 import pathlib
 import zlib
 from collections.abc import Sequence
@@ -12,6 +13,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+import pytest
+from jax.experimental import topologies
 
 from big_vision_lite import layout, sharding, trees
 from big_vision_lite import state as state_lib
@@ -22,10 +25,20 @@ from big_vision_lite.data.ops import Decode, Resize
 from big_vision_lite.models.heads import Classifier
 from big_vision_lite.models.vit import ViT
 from big_vision_lite.objectives.classification import SoftmaxClassification
-from big_vision_lite.sharding import Mesh, ShardingRule
+from big_vision_lite.sharding import (
+    TENSOR_PARALLEL_VIT,
+    Layout,
+    Mesh,
+    ShardingRule,
+)
 from big_vision_lite.step import make_train_step
 
 FSDP = (ShardingRule(pattern=".*"),)
+RULES = {
+    "fsdp": FSDP,
+    "optimizer": (ShardingRule(pattern=".*", layout=Layout.OPTIMIZER),),
+    "tensor": TENSOR_PARALLEL_VIT,
+}
 
 
 class Block(nn.Module, kw_only=True):
@@ -61,6 +74,16 @@ class Net(nn.Module, kw_only=True):
             # By position, as rematerialised blocks must.
             x = block(dropout=self.dropout, name=f"block_{index:02d}")(x, train)
         return {"pooled": x, "logits": nn.Dense(10, name="head")(x)}
+
+
+def tpus(name: str, num_slices: int = 1) -> list[Any]:
+    """Returns described TPUs, or skips where their compiler is not installed."""
+    pytest.importorskip("libtpu")
+    os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
+    os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")
+    options = {"num_slices": num_slices} if num_slices > 1 else {}
+    found = topologies.get_topology_desc(platform="tpu", topology_name=name, **options)
+    return found.devices
 
 
 def tiny_vit(**overrides: Any) -> ViT:
@@ -132,6 +155,8 @@ def start(
     *,
     devices: int = 1,
     fsdp: int = 1,
+    tensor: int = 1,
+    rules: str = "fsdp",
     optimizer: str = "gradient",
     objective: Any = None,
     freeze: tuple[str, ...] = (),
@@ -142,24 +167,24 @@ def start(
     if step.get("micro_batches") == 1:
         del step["micro_batches"]  # the default
     options = tuple(sorted(step.items()))
-    parts = _parts(
-        model or Net(), devices, fsdp, optimizer, objective, freeze, seed, options
-    )
+    places = (devices, fsdp, tensor, rules)
+    parts = _parts(model or Net(), places, optimizer, objective, freeze, seed, options)
     return Run(*parts, filled(parts[2]))
 
 
 @functools.cache
 def _parts(
     model: Any,
-    devices: int,
-    fsdp: int,
+    places: tuple[Any, ...],
     optimizer: str,
     objective: Any,
     freeze: tuple[str, ...],
     seed: int,
     options: tuple[tuple[str, Any], ...],
 ) -> tuple[Any, ...]:
-    mesh = sharding.make_mesh(Mesh(data=-1, fsdp=fsdp), jax.devices()[:devices])
+    devices, fsdp, tensor, rules = places
+    shape = Mesh(data=-1, fsdp=fsdp, tensor=tensor)
+    mesh = sharding.make_mesh(shape, jax.devices()[:devices])
     transformation = OPTIMIZERS[optimizer]()
     step = dict(options)
     with jax.set_mesh(mesh):
@@ -170,7 +195,7 @@ def _parts(
             freeze=freeze,
             ema=step.get("ema") is not None,
         )
-        abstract = state_lib.blueprint(init, FSDP, mesh)
+        abstract = state_lib.blueprint(init, RULES[rules], mesh)
     train_step = make_train_step(
         model,
         objective or SoftmaxClassification(),

@@ -6,6 +6,7 @@ processes and hosts makes the same batch.
 
 import itertools
 import time
+from collections.abc import Sequence
 from typing import NoReturn, Protocol, runtime_checkable
 
 import numpy as np
@@ -31,7 +32,7 @@ TIMED_EVERY = 8
 class BatchMaker(Protocol):
     """Fills the rows of host batches; called from many threads, pickled to workers."""
 
-    def fill(self, batch: HostBatch, rows: range) -> None:
+    def fill(self, batch: HostBatch, rows: Sequence[int]) -> None:
         """Fills `rows` of the batch, or returns early once it is cancelled.
 
         Raises:
@@ -59,10 +60,10 @@ class TrainingBatches:
         self._seed = seed
         self._batch_size = batch_size
 
-    def fill(self, batch: HostBatch, rows: range) -> None:
+    def fill(self, batch: HostBatch, rows: Sequence[int]) -> None:
         examples = _Examples(self._source, self._ops, self._seed, batch)
         first = (batch.step - 1) * self._batch_size
-        positions = range(first + rows.start, first + rows.stop)
+        positions = [first + row for row in rows]
         chosen = self._order.indices(positions)
         for row, position, index in zip(rows, positions, chosen, strict=True):
             if batch.cancelled:
@@ -94,7 +95,7 @@ class EvaluationBatches:
         self._size = len(source)
         self._batch_size = batch_size
 
-    def fill(self, batch: HostBatch, rows: range) -> None:
+    def fill(self, batch: HostBatch, rows: Sequence[int]) -> None:
         examples = _Examples(self._source, self._ops, EVALUATION, batch)
         first = batch.step * self._batch_size
         for row in rows:

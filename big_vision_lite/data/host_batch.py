@@ -2,7 +2,7 @@
 
 import dataclasses
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -57,13 +57,14 @@ class HostBatch:
     The first finished example says which keys there are, and their shapes.
     """
 
-    def __init__(self, step: int, rows: range):
+    def __init__(self, step: int, rows: Sequence[int]):
         self.step = step
         self.rows = rows
         self.arrays: dict[str, np.ndarray] = {}
         self.filled = np.zeros(len(rows), bool)
         self.report = Report()
         self.cancelled = False
+        self._places = {row: place for place, row in enumerate(rows)}
         self._keys: frozenset[str] = frozenset()
         self._slots: list[_Slot] = []
         self._lock = threading.Lock()
@@ -79,7 +80,7 @@ class HostBatch:
                 f"the example has the keys {sorted(example)}, others of its batch "
                 f"{sorted(self._keys)}; all examples of a source need the same keys."
             )
-        index = row - self.rows.start
+        index = self._places[row]
         for slot in self._slots:
             slot.put(index, example[slot.key])
         self.filled[index] = True

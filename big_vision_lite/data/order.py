@@ -4,6 +4,7 @@ No iterator state exists: a run continues at any step, on any number of hosts.
 """
 
 import hashlib
+from collections.abc import Sequence
 from typing import Any
 
 import grain
@@ -29,7 +30,7 @@ class Order:
         # Any: Grain's own type allows for the holes of filtered streams.
         self._stream: Any = indices.seed(seed).shuffle().repeat()
 
-    def indices(self, positions: range) -> list[int]:
+    def indices(self, positions: Sequence[int]) -> list[int]:
         """Returns the index of the example at each position.
 
         Many at once: asked for between one image and the next, a position costs three

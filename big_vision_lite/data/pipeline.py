@@ -6,7 +6,7 @@ The batch of step n is a function of (seed, n): see `order` and `batch_maker`.
 import contextlib
 import dataclasses
 import math
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterator, Sequence
 from typing import Any
 
 import jax
@@ -130,25 +130,19 @@ def eval_batches(
 
 def rows_of_devices(
     sharding: jax.sharding.Sharding, batch_size: int, devices: Collection[Any]
-) -> range:
-    """Returns the contiguous rows of a batch that `devices` hold together.
+) -> list[int]:
+    """Returns the rows of a batch that `devices` hold, each once, in order.
 
-    Raises:
-        ValueError: they are not contiguous; the mesh is not in the order of processes.
+    Neighbours in a torus may be devices of several hosts: there may be gaps.
     """
-    slices = {
-        indices[0].indices(batch_size)[:2]
-        for device, indices in sharding.devices_indices_map((batch_size,)).items()
+    places = sharding.devices_indices_map((batch_size,)).items()
+    held = {
+        row
+        for device, (rows,) in places
         if device in devices
+        for row in range(*rows.indices(batch_size))
     }
-    bounds = sorted(slices)
-    for (_, end), (start, _) in zip(bounds, bounds[1:], strict=False):
-        if end != start:
-            raise ValueError(
-                f"this process holds rows to {end} and from {start} of a batch: the "
-                "mesh is not in the order of processes. Use sharding.make_mesh."
-            )
-    return range(bounds[0][0], bounds[-1][1])
+    return sorted(held)
 
 
 class _Placement:
@@ -158,9 +152,10 @@ class _Placement:
         layout.check_batch_size(batch_size, mesh, option=option)
         self._batch_size = batch_size
         self._sharding = layout.batch_sharding(mesh)
-        self.rows = rows_of_devices(
+        self.rows: Sequence[int] = rows_of_devices(
             self._sharding, batch_size, self._sharding.addressable_devices
         )
+        self._places = {row: place for place, row in enumerate(self.rows)}
 
     def spec(self, rows: dict[str, np.ndarray]) -> dict[str, jax.ShapeDtypeStruct]:
         """Returns what a whole batch of such rows is on the devices."""
@@ -176,13 +171,18 @@ class _Placement:
     def __call__(
         self, arrays: dict[str, np.ndarray], report: Report
     ) -> tuple[dict[str, Array], Report]:
-        placed = {
-            key: jax.make_array_from_process_local_data(
-                self._sharding, array, (self._batch_size, *array.shape[1:])
-            )
-            for key, array in arrays.items()
-        }
+        placed = {key: self._global(array) for key, array in arrays.items()}
         return placed, report
+
+    def _global(self, array: np.ndarray) -> Array:
+        def of_device(index: Any) -> np.ndarray:
+            # A device's rows are neighbours in the batch, and all of them are here.
+            start, stop, _ = index[0].indices(self._batch_size)
+            first = self._places[start]
+            return array[first : first + stop - start]
+
+        shape = (self._batch_size, *array.shape[1:])
+        return jax.make_array_from_callback(shape, self._sharding, of_device)
 
 
 def _power_of_two(size: int) -> int:

@@ -2,7 +2,7 @@
 
 import collections
 import concurrent.futures
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
@@ -24,7 +24,7 @@ AHEAD = 3
 class Placement(Protocol):
     """Turns this process's rows of a batch into global arrays."""
 
-    rows: range
+    rows: Sequence[int]
 
     def __call__(
         self, arrays: dict[str, np.ndarray], report: Report

@@ -1,11 +1,12 @@
 """Threads, or worker processes with threads, that make batches ahead of their use."""
 
 import concurrent.futures
+import itertools
 import multiprocessing
 import os
 import shutil
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import grain
@@ -33,11 +34,13 @@ def resolve_threads(threads: int | None, processes: int = 0) -> int:
 class ThreadWorkers:
     """Threads that share the rows of each batch among them.
 
-    Each takes one contiguous part of the rows, so a batch costs `threads` tasks and
+    Each takes one part of the rows, so a batch costs `threads` tasks and
     not one for every image; the last to end hands the batch on.
     """
 
-    def __init__(self, maker: BatchMaker, rows: range, threads: int, finish: Finish):
+    def __init__(
+        self, maker: BatchMaker, rows: Sequence[int], threads: int, finish: Finish
+    ):
         self._maker = maker
         self._finish = finish
         self._rows = rows
@@ -60,7 +63,7 @@ class ThreadWorkers:
             batch.cancelled = True
         self._pool.shutdown(wait=True, cancel_futures=True)
 
-    def _run(self, task: "_Task", rows: range) -> None:
+    def _run(self, task: "_Task", rows: Sequence[int]) -> None:
         batch = task.batch
         try:
             self._maker.fill(batch, rows)
@@ -108,7 +111,7 @@ class ProcessWorkers:
     def __init__(
         self,
         maker: BatchMaker,
-        rows: range,
+        rows: Sequence[int],
         threads: int,
         finish: Finish,
         *,
@@ -153,7 +156,7 @@ class ProcessWorkers:
 class WholeBatches:
     """What a worker process runs: makes the whole batch of one step."""
 
-    def __init__(self, maker: BatchMaker, rows: range, threads: int):
+    def __init__(self, maker: BatchMaker, rows: Sequence[int], threads: int):
         self._maker = maker
         self._rows = rows
         self._threads = threads
@@ -197,8 +200,8 @@ def _as_element(arrays: dict[str, np.ndarray], report: Report) -> dict[str, Any]
     return {"arrays": arrays, "report": report}
 
 
-def _split(rows: range, parts: int) -> list[range]:
-    """Splits rows into at most `parts` contiguous ranges of nearly equal length."""
+def _split(rows: Sequence[int], parts: int) -> list[Sequence[int]]:
+    """Splits rows into at most `parts` neighbouring parts of nearly equal length."""
     parts = max(1, min(parts, len(rows)))
-    bounds = [rows.start + len(rows) * part // parts for part in range(parts + 1)]
-    return [range(a, b) for a, b in zip(bounds, bounds[1:], strict=False)]
+    bounds = [len(rows) * part // parts for part in range(parts + 1)]
+    return [rows[a:b] for a, b in itertools.pairwise(bounds)]

@@ -4,6 +4,7 @@ import flax.linen as nn
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
+from big_vision_lite import layout
 from big_vision_lite.models.layers import check_positive
 
 
@@ -29,7 +30,7 @@ class Classifier(nn.Module, kw_only=True):
     def __call__(self, pooled: Float[Array, "B D"]) -> dict[str, Array]:
         """Returns "logits" [B, num_classes] and, with `hidden_dim`, "pre_logits"."""
         outputs: dict[str, Array] = {}
-        x = pooled.astype(jnp.float32)
+        x = layout.pin_batch(pooled.astype(jnp.float32))
         if self.hidden_dim is not None:
             x = jnp.tanh(nn.Dense(self.hidden_dim, name="pre_logits")(x))
             outputs["pre_logits"] = x
@@ -39,5 +40,5 @@ class Classifier(nn.Module, kw_only=True):
         bias = self.param(
             "bias", nn.initializers.constant(self.bias_init), (self.num_classes,)
         )
-        outputs["logits"] = x @ kernel + bias
+        outputs["logits"] = layout.pin_batch(x @ kernel + bias)
         return outputs

@@ -74,12 +74,8 @@ def pin_batch(x: Array) -> Array:
 
     Without it the partitioner may move activations, many times the bytes.
     """
-    mesh = jax.sharding.get_abstract_mesh()
-    if mesh.empty or x.ndim == 0:
-        return x
-    # Inside shard_map, where gradients are accumulated, rows stay by themselves.
-    axes = tuple(axis for axis in BATCH_AXES if axis in mesh.auto_axes)
-    if not axes:
+    axes = _batch_axes()
+    if not axes or x.ndim == 0:
         return x
     return jax.lax.with_sharding_constraint(x, PartitionSpec(axes))
 
@@ -91,3 +87,20 @@ def pin_like(x: Array, sharding: NamedSharding) -> Array:
     if not any(names):
         return x
     return jax.lax.with_sharding_constraint(x, PartitionSpec(*names))
+
+
+def gather(x: Array) -> Array:
+    """Gives every device the whole of a small `x`."""
+    return jax.lax.with_sharding_constraint(x, PartitionSpec()) if _batch_axes() else x
+
+
+def batch_shards() -> int:
+    """Returns over how many devices the rows of a batch are spread."""
+    shape = jax.sharding.get_abstract_mesh().shape
+    return math.prod(shape[axis] for axis in _batch_axes())
+
+
+def _batch_axes() -> tuple[str, ...]:
+    # Inside shard_map, where gradients are accumulated, rows stay by themselves.
+    mesh = jax.sharding.get_abstract_mesh()
+    return tuple(axis for axis in BATCH_AXES if axis in mesh.auto_axes)

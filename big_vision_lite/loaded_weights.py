@@ -190,7 +190,8 @@ def model_differences(ours: Any, theirs: Any) -> list[str]:
 # Fields that may differ: they are adapted, listed otherwise, or change no result.
 _ADAPTED = {
     *("head", "dtype", "remat", "attention", "dropout", "stochastic_depth"),
-    *("patch_size", "width", "depth", "mlp_dim", "stages", "statistics"),
+    *("patch_size", "width", "depth", "mlp_dim", "stages"),
+    *("statistics", "statistics_groups"),
     *("kernel_patch_size", "position_grid"),
     # Where parameters start that the weights bring.
     *("layer_scale", "last_scale"),

@@ -11,6 +11,7 @@ from big_vision_lite import layout
 from big_vision_lite.models.heads import Classifier
 from big_vision_lite.models.layers import (
     Dtype,
+    GroupNorm,
     Remat,
     check_choices,
     check_positive,
@@ -263,9 +264,9 @@ class BiT(nn.Module, kw_only=True):
         return outputs
 
 
-def group_norm(groups: int, dtype: Dtype, name: str) -> nn.GroupNorm:
+def group_norm(groups: int, dtype: Dtype, name: str) -> GroupNorm:
     """Returns BiT's norm: eps 1e-5, statistics of H, W and a group in float32."""
-    return nn.GroupNorm(num_groups=groups, epsilon=1e-5, dtype=dtype, name=name)
+    return GroupNorm(groups=groups, epsilon=1e-5, dtype=dtype, name=name)
 
 
 def max_pool(

@@ -17,6 +17,7 @@ from big_vision_lite.models.bit import DEPTHS
 from big_vision_lite.models.heads import Classifier
 from big_vision_lite.models.layers import (
     Dtype,
+    GroupNorm,
     Remat,
     check_choices,
     check_positive,
@@ -92,8 +93,8 @@ class Unit(nn.Module, kw_only=True):
             StandardisedConv, standardisation=self.standardisation, dtype=self.dtype
         )
         norm = functools.partial(
-            nn.GroupNorm,
-            num_groups=self.groups,
+            GroupNorm,
+            groups=self.groups,
             epsilon=self.norm_epsilon,
             dtype=self.dtype,
         )
@@ -104,7 +105,7 @@ class Unit(nn.Module, kw_only=True):
         y = nn.relu(norm(name="gn2")(y))
         y = conv(channels=channels, size=1, stride=1, name="conv3")(y)
         # At 0 every unit starts as relu of its shortcut.
-        y = norm(scale_init=nn.initializers.zeros, name="gn3")(y)
+        y = norm(first_scale=0.0, name="gn3")(y)
         if stride > 1 or x.shape[-1] != channels:
             x = conv(channels=channels, size=1, stride=stride, name="conv_proj")(x)
             x = norm(name="gn_proj")(x)
@@ -159,8 +160,8 @@ class Trunk(nn.Module, kw_only=True):
             dtype=self.dtype,
             name="conv_root",
         )(image)
-        x = nn.GroupNorm(
-            num_groups=self.groups,
+        x = GroupNorm(
+            groups=self.groups,
             epsilon=self.norm_epsilon,
             dtype=self.dtype,
             name="gn_root",

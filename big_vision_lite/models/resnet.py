@@ -89,6 +89,7 @@ class Unit(nn.Module, kw_only=True):
     groups: int
     last_scale: float
     statistics: Statistics
+    statistics_groups: int
     dtype: Dtype
 
     @nn.compact
@@ -114,6 +115,7 @@ class Unit(nn.Module, kw_only=True):
             )(y)
             return BatchNorm(
                 statistics=self.statistics,
+                statistics_groups=self.statistics_groups,
                 first_scale=first_scale,
                 dtype=self.dtype,
                 name=f"norm{name}",
@@ -143,6 +145,7 @@ class Stage(nn.Module, kw_only=True):
     groups: int
     last_scale: float
     statistics: Statistics
+    statistics_groups: int
     dtype: Dtype
     remat: Remat
 
@@ -158,6 +161,7 @@ class Stage(nn.Module, kw_only=True):
                 groups=self.groups,
                 last_scale=self.last_scale,
                 statistics=self.statistics,
+                statistics_groups=self.statistics_groups,
                 dtype=self.dtype,
                 name=f"unit_{index + 1:02d}",
             )(x, train)
@@ -172,8 +176,10 @@ class ResNet(nn.Module, kw_only=True):
     image but for the first. A bottleneck's 3x3 convolution has `groups` groups of
     `width_per_group * 2**k * width / 64` channels each. `last_scale` is where the scale
     of the last norm of a unit starts: at 0 every unit starts as the identity
-    (arXiv:1706.02677, 5.1), torchvision starts at 1. `mean` and `std` are in units of
-    0..255, one value or one a channel.
+    (arXiv:1706.02677, 5.1), torchvision starts at 1. Training normalises each of
+    `statistics_groups` equal parts of the batch by itself: at 1 all devices wait for
+    each other in every norm, at a multiple of their number only for gradients. `mean`
+    and `std` are in units of 0..255, one value or one a channel.
     """
 
     stages: tuple[int, ...]
@@ -185,6 +191,7 @@ class ResNet(nn.Module, kw_only=True):
     width_per_group: int = 64
     last_scale: float = 0.0
     statistics: Statistics = Statistics.BATCH
+    statistics_groups: int = 1
     head: Classifier | None = None
     dtype: Dtype = Dtype.FLOAT32
     remat: Remat = Remat.NONE
@@ -198,7 +205,14 @@ class ResNet(nn.Module, kw_only=True):
             stem_width=self.stem_width,
             groups=self.groups,
             width_per_group=self.width_per_group,
+            statistics_groups=self.statistics_groups,
         )
+        if self.statistics_groups > 1 and self.statistics == Statistics.FROZEN:
+            raise ValueError(
+                f"statistics_groups={self.statistics_groups} with statistics=frozen: "
+                "nothing is computed of the batch. Use "
+                "--config.model.statistics_groups=1."
+            )
         if not self.stages or min(self.stages) < 1:
             raise ValueError(
                 f"stages={self.stages} must hold the number of units of every stage, "
@@ -266,9 +280,12 @@ class ResNet(nn.Module, kw_only=True):
             dtype=self.dtype,
             name="stem",
         )(image)
-        x = BatchNorm(statistics=self.statistics, dtype=self.dtype, name="stem_norm")(
-            x, train
-        )
+        x = BatchNorm(
+            statistics=self.statistics,
+            statistics_groups=self.statistics_groups,
+            dtype=self.dtype,
+            name="stem_norm",
+        )(x, train)
         x = nn.relu(x)
         if self.stem == Stem.LARGE:
             # Around the image lies -inf; Flax declares a string, and takes more.
@@ -285,6 +302,7 @@ class ResNet(nn.Module, kw_only=True):
                 groups=self.groups,
                 last_scale=self.last_scale,
                 statistics=self.statistics,
+                statistics_groups=self.statistics_groups,
                 dtype=self.dtype,
                 remat=self.remat,
                 name=f"stage_{index + 1}",

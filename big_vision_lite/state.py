@@ -136,7 +136,8 @@ def blueprint(
     mesh: jax.sharding.Mesh,
 ) -> TrainState:
     """Returns the state as shapes, dtypes and shardings, computing nothing."""
-    shapes = jax.eval_shape(initialize, jax.random.key(0))
+    # The key is made inside: nothing can be computed on devices that are described.
+    shapes = jax.eval_shape(lambda: initialize(jax.random.key(0)))
     parameters = merge(shapes.params, shapes.frozen)
     places = sharding.shardings(shapes, rules, mesh, parameters=parameters)
     return jax.tree.map(

@@ -193,7 +193,9 @@ def parse(name: str) -> Target:
         raise ValueError(
             f'Unknown target "{name}".{did_you_mean(generation, known)} {_known()}'
         )
-    fits = re.fullmatch(r"\d+(x\d+){0,2}" if generation in tpus else r"(\d+x)?\d+", shape)
+    fits = re.fullmatch(
+        r"\d+(x\d+){0,2}" if generation in tpus else r"(\d+x)?\d+", shape
+    )
     if not colon or fits is None or "0" in shape.split("x"):
         raise ValueError(
             f'The target "{name}" does not say how many devices. {_known()}'
@@ -287,7 +289,9 @@ def _tpus(target: Target) -> list[Any]:
             platform="tpu", topology_name=name, **options
         )
     except jax.errors.JaxRuntimeError as error:
-        like = "4x4x4 or 2x2x1" if target.generation in ("v4", "v5p", "tpu7x") else "2x4"
+        like = (
+            "4x4x4 or 2x2x1" if target.generation in ("v4", "v5p", "tpu7x") else "2x4"
+        )
         raise ValueError(
             f"libtpu knows no topology {target.name}: {str(error).splitlines()[0]}. "
             f"Use one that exists, such as {target.generation}:{like}."

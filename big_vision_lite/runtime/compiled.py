@@ -6,11 +6,11 @@ All figures are of one device and one run. Bodies of loops count as often as the
 import collections
 import dataclasses
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 from big_vision_lite.runtime import hlo, kernels
-from big_vision_lite.runtime.hlo import Computation, Module, Operation
+from big_vision_lite.runtime.hlo import ArrayType, Computation, Module, Operation
 from big_vision_lite.runtime.kernels import Signature, Work
 from big_vision_lite.runtime.targets import Chip
 
@@ -32,7 +32,9 @@ FLOPS_SHARE, BYTES_SHARE, EXPONENTIALS_A_CYCLE = 0.4, 0.7, 1024
 class Kernel:
     """One operation as the device runs it, `times` times; figures are of one time.
 
-    `cycles` is the compiler's own estimate, None where it gives none.
+    `from_memory` are the bytes that come from or go to main memory: a TPU keeps much
+    in a memory of its own. `cycles` is the compiler's own estimate, None where it gives
+    none.
     """
 
     name: str
@@ -40,6 +42,7 @@ class Kernel:
     opcode: str
     times: int
     bytes: int
+    from_memory: int
     flops: int
     exponentials: int = 0
     cycles: int | None = None
@@ -106,14 +109,15 @@ class Figures:
 
     def bound_seconds(self, chip: Chip) -> float:
         """Returns the roofline: no program with these FLOPs and bytes is faster."""
-        return max(self.flops / chip.flops, self.bytes_moved / chip.bandwidth)
+        moved = sum(kernel.times * kernel.from_memory for kernel in self.kernels)
+        return max(self.flops / chip.flops, moved / chip.bandwidth)
 
 
 def kernel_seconds(kernel: Kernel, chip: Chip) -> float:
     """Estimates the time of a kernel that no compiler has an estimate for."""
     return max(
         kernel.flops / (FLOPS_SHARE * chip.flops),
-        kernel.bytes / (BYTES_SHARE * chip.bandwidth),
+        kernel.from_memory / (BYTES_SHARE * chip.bandwidth),
         kernel.exponentials / (EXPONENTIALS_A_CYCLE * chip.clock),
     )
 
@@ -241,7 +245,8 @@ def _kernels(module: Module, pallas: Mapping[Signature, Work]) -> Iterator[Kerne
             origin=operation.origin,
             opcode=operation.opcode,
             times=times,
-            bytes=_moved(module, computation, operation),
+            bytes=_moved(computation, operation, everywhere),
+            from_memory=_moved(computation, operation, main_memory),
             flops=work.flops,
             exponentials=work.exponentials,
             cycles=int(estimate[1]) if estimate else None,
@@ -249,19 +254,32 @@ def _kernels(module: Module, pallas: Mapping[Signature, Work]) -> Iterator[Kerne
         )
 
 
-def _moved(module: Module, computation: Computation, operation: Operation) -> int:
-    """Returns the bytes of all operands and all results, of copies of what is copied.
+def everywhere(array: ArrayType) -> int:
+    """Returns the bytes of an array."""
+    return array.bytes
 
-    A fusion that reads only slices of an operand reads no more than these.
-    """
+
+def main_memory(array: ArrayType) -> int:
+    """Returns the bytes of an array in main memory, 0 where a TPU keeps it inside."""
+    return 0 if re.search(r"S\([1-9]", array.layout) else array.bytes
+
+
+def _moved(
+    computation: Computation, operation: Operation, size: Callable[[ArrayType], int]
+) -> int:
+    """Returns the bytes of all operands and results, of copies of what is copied."""
+    results = operation.arrays
+    operands = [a for o in computation.operands(operation) for a in o.arrays]
     match operation.opcode:
         case "copy-start":
-            return 2 * operation.arrays[0].bytes
+            return size(results[0]) + size(results[1])
         case "slice-start" | "dynamic-slice-start":
-            # ((operands), result, context)
-            return 2 * operation.arrays[-2].bytes
+            # ((operands), result, context): of the operand as much as of the result.
+            (part,) = results[-2:-1]
+            whole = dataclasses.replace(part, layout=operands[0].layout)
+            return size(part) + size(whole)
         case "slice" | "dynamic-slice":
-            return 2 * operation.bytes
+            return 2 * sum(map(size, results))
         case "dynamic-update-slice":
-            return 2 * computation.operands(operation)[1].bytes
-    return operation.bytes + sum(o.bytes for o in computation.operands(operation))
+            return 2 * size(operands[1])
+    return sum(map(size, (*operands, *results)))

@@ -50,7 +50,7 @@ class Operation:
     type: str
     opcode: str
     operands: tuple[str, ...]
-    # What stands in the brackets, where that are no operands: of constant and parameter.
+    # What stands in the brackets: of constant and parameter that is no operand.
     literal: str
     attributes: str
     root: bool

@@ -163,12 +163,12 @@ def make(
         found, fits = [], {}
         for target in chosen:
             say(f"compiling for {target.name}")
-            ask = functools.partial(process.estimate, num_steps=num_steps)
-            estimate = ask(config, target.name)
+            estimate = process.estimate(config, target.name, num_steps)
             found.append(estimate)
             if not estimate.fits and search:
                 say(f"{target.name} is too small; looking for what fits")
                 larger = [target.name, *more_chips(target)]
+                ask = functools.partial(process.memory, num_steps=num_steps)
                 fits[target.name] = fitting.search(
                     config, estimate, larger, ask, say, modules
                 )

@@ -24,6 +24,8 @@ MOST_STATE = 0.8
 # Of the memory, for what lines through two points cannot know.
 MARGIN = 0.95
 SECONDS = 240.0
+# Numbers of micro-batches that are tried for one way to place and compute.
+TRIES = 4
 
 
 # Returns the memory of a recipe on a target; see `CompileProcess.memory`.
@@ -49,25 +51,6 @@ class Fit:
 
     flags: list[str]
     estimate: Estimate
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Growth:
-    """Bytes as a function of depth d and rows r a part: a + b d + (c + e d) r."""
-
-    corners: dict[tuple[int, int], float]
-
-    def at(self, depth: int, rows: int) -> float:
-        """Extrapolates from the four corners, linearly in each direction."""
-        (d0, d1), (r0, r1) = (
-            sorted(set(side)) for side in zip(*self.corners, strict=True)
-        )
-        across = (rows - r0) / (r1 - r0)
-        sides = [
-            self.corners[d, r0] + across * (self.corners[d, r1] - self.corners[d, r0])
-            for d in (d0, d1)
-        ]
-        return sides[0] + (depth - d0) / (d1 - d0) * (sides[1] - sides[0])
 
 
 def changed(config: TrainConfig, values: dict[str, Any], modules: Any) -> TrainConfig:
@@ -167,36 +150,47 @@ class _Search:
             # Nothing repeats: each is compiled whole.
             yield from parts
             return
-        smallest = max(1, rows // parts[-1])
-        few = [m for m in parts if rows // m <= 8 * smallest] or parts[-1:]
-        corners = {r: max(1, r) for r in (rows // few[-1], rows // few[0])}
-        whole = int(config_path.get_value(self._depth, self._config))
-        found: dict[tuple[int, int], float] = {}
-        for part in sorted(corners):
-            for depth in DEPTHS:
-                found[depth, part] = self._needed(values, target, depth, rows // part)
-            first, second = (found[depth, part] for depth in DEPTHS)
-            least = second + (whole - DEPTHS[1]) * (second - first)
-            if least > there:
-                break
-        if len(found) < 2 * len(corners) or len(corners) < 2:
-            if len(corners) < 2 and least <= there:
-                yield few[-1]
-            return
-        growth = Growth(corners=found)
-        fitting = [m for m in parts if growth.at(whole, rows // m) <= MARGIN * there]
-        # Where the first guess was too bold the next has half the rows.
-        yield from fitting[:2]
+        tried = parts[0]
+        for _ in range(TRIES):
+            needed, kept = self._whole(values, target, tried)
+            if needed <= MARGIN * there:
+                yield tried
+            # Beside what does not depend on them, memory goes with the rows of a part.
+            room = max(MARGIN * there - kept, 1.0)
+            larger = [m for m in parts if m > tried]
+            enough = [m for m in larger if (needed - kept) * tried / m <= room]
+            if not larger:
+                return
+            tried = enough[0] if enough else larger[-1]
+
+    def _whole(
+        self, values: dict[str, Any], target: str, micro_batches: int
+    ) -> tuple[float, float]:
+        """Extrapolates to the whole depth: all memory, and what the state takes."""
+        assert self._depth is not None
+        depth = int(config_path.get_value(self._depth, self._config))
+        all_, kept = zip(
+            *(self._needed(values, target, d, micro_batches) for d in DEPTHS),
+            strict=True,
+        )
+        grown = (depth - DEPTHS[0]) / (DEPTHS[1] - DEPTHS[0])
+        needed, state = (
+            first + grown * max(0.0, second - first) for first, second in (all_, kept)
+        )
+        self._say(f"  so at depth {depth}: {needed / 1e9:.1f} GB")
+        return needed, state
 
     def _needed(
         self, values: dict[str, Any], target: str, depth: int, micro_batches: int
-    ) -> float:
+    ) -> tuple[float, float]:
+        """Returns the bytes at one depth, and those of parameters and optimizer."""
         assert self._depth is not None
         chosen = values | {self._depth: depth, "micro_batches": micro_batches}
         words = " ".join(f"{p.split('.')[-1]}={v}" for p, v in chosen.items())
         found = self._ask(changed(self._config, chosen, self._modules), target)
         self._say(f"{target} {words}: {found.memory_needed / 1e9:.2f} GB")
-        return found.memory_needed
+        kept = found.memory["parameters"] + found.memory["optimizer"]
+        return found.memory_needed, kept
 
     def _state(self, refused: Estimate, split: int) -> float:
         """Bounds from below what state and gradients take, split over devices."""

@@ -21,7 +21,8 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from big_vision_lite import command_line, cores, files, fitting
+from big_vision_lite import command_line, cores, devices, files, fitting
+from big_vision_lite import estimate as estimates
 from big_vision_lite.compile_process import CompileProcess
 from big_vision_lite.config import TrainConfig
 from big_vision_lite.data import unopened
@@ -70,7 +71,13 @@ def main(argv: Sequence[str]) -> None:
             "Which recipe? For example: python -m big_vision_lite.plan "
             "--config configs/vit_s16_i1k.py --on v5e:2x4,h100:8"
         )
-    chosen = read_targets(values["on"].value)
+    on: Any = values["on"].value
+    warn = functools.partial(print, file=sys.stderr, flush=True)
+    if on == targets.HERE:
+        devices.set_up(command.config.platform)
+        if not plugins.compilers_installed():
+            warn(f"For TPUs and GPUs that are not here: {targets.INSTALL}")
+    chosen = read_targets(on)
     modules: Any = values["allow_module"].value
     picture = values["picture"].value and files.absolute(values["picture"].value)
     if picture and picture.suffix != ".png":
@@ -82,8 +89,8 @@ def main(argv: Sequence[str]) -> None:
         recipe=command.recipe or "",
         examples=values["examples"].value,
         modules=modules,
-        search=values["search"].value,
-        say=functools.partial(print, file=sys.stderr, flush=True),
+        search=bool(values["search"].value),
+        say=warn,
     )
     if picture:
         draw(found, picture)
@@ -99,7 +106,7 @@ def define_flags(values: flags.FlagValues) -> None:
         functools.partial(define, flag_values=values)
         for define in (flags.DEFINE_string, flags.DEFINE_bool, flags.DEFINE_integer)
     )
-    string("on", "cpu:1", "Machines: v5e:2x4,v5p:4x4x4,h100:8,h100:2x8,cpu:8, ...")
+    string("on", targets.HERE, "Machines: v5e:2x4,v5p:4x4x4,h100:8,h100:2x8,cpu:8, ...")
     integer("batch", None, "Images a step; the same as --config.data.batch_size.")
     integer("examples", None, "Images of the training set, where no table knows them.")
     boolean("search", True, "Look for a change that fits; --nosearch does not.")
@@ -110,11 +117,13 @@ def define_flags(values: flags.FlagValues) -> None:
 
 
 def read_targets(text: str) -> list[Target]:
-    """Reads "v5e:2x4,h100:8".
+    """Reads "v5e:2x4,h100:8"; the machine at hand where nothing is given.
 
     Raises:
         ValueError: one of them is unknown, none is named, or one twice.
     """
+    if text == targets.HERE:
+        return [targets.here()]
     names = [name.strip() for name in text.split(",") if name.strip()]
     if not names or len(set(names)) < len(names):
         raise ValueError(
@@ -154,18 +163,17 @@ def make(
     num_steps = config.num_steps
     if num_steps is None and known is not None:
         num_steps = config.resolve_steps(known)
-    if not all(plugins.importable(name) for name in installed_of(chosen)):
-        say(
-            "The compilers of TPUs and GPUs are not installed: pip install -e '.[plan]'"
-        )
     cpus = [math.prod(map(int, t.shape.split("x"))) for t in chosen if t.kind == "cpu"]
     with CompileProcess(modules, cpu_devices=max(cpus, default=1)) as process:
         found, fits = [], {}
         for target in chosen:
             say(f"compiling for {target.name}")
-            estimate = process.estimate(config, target.name, num_steps)
+            if target.name == targets.HERE:
+                estimate = estimates.on_target(config, target, num_steps)
+            else:
+                estimate = process.estimate(config, target.name, num_steps)
             found.append(estimate)
-            if not estimate.fits and search:
+            if not estimate.fits and search and target.name != targets.HERE:
                 say(f"{target.name} is too small; looking for what fits")
                 larger = [target.name, *more_chips(target)]
                 ask = functools.partial(process.memory, num_steps=num_steps)
@@ -182,13 +190,6 @@ def make(
         seconds_an_image=unopened.seconds_an_image(config.data.ops, config.preprocess),
         assumed=assumed,
     )
-
-
-def installed_of(chosen: Sequence[Target]) -> list[str]:
-    """Lists the modules of the compilers that a CPU's plan would have beside it."""
-    if any(target.kind != "cpu" for target in chosen):
-        return []  # a missing one is an error, and says so itself
-    return ["libtpu", plugins.CUDA_WHEELS[0]]
 
 
 def more_chips(target: Target, most: int = 2) -> list[str]:

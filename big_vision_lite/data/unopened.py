@@ -102,6 +102,7 @@ def photo(height: int, width: int, channels: int) -> bytes:
 def _made(ops: Sequence[Op], image: bytes) -> dict[str, Any]:
     """Runs the ops; on pixels where none of them decodes."""
     pixels = cv2.imdecode(np.frombuffer(image, np.uint8), cv2.IMREAD_UNCHANGED)
+    assert pixels is not None, "just encoded"
     pixels = pixels.reshape(*pixels.shape[:2], -1)
     failure: Exception | None = None
     for form in (image, pixels):

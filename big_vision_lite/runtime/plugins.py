@@ -6,6 +6,7 @@ JAX loads whatever is installed, prints a dozen lines and a trace, and goes on.
 """
 
 import contextlib
+import importlib.metadata
 import importlib.util
 import os
 import pathlib
@@ -56,6 +57,16 @@ def importable(name: str) -> bool:
     with contextlib.suppress(ModuleNotFoundError, ValueError):
         return importlib.util.find_spec(name) is not None
     return False
+
+
+def compilers_installed() -> bool:
+    """Says whether the compilers of TPUs and GPUs are there, hidden or not."""
+    try:
+        for name in ("libtpu", "jax-cuda12-plugin", "jax-cuda12-pjrt"):
+            importlib.metadata.version(name)
+    except importlib.metadata.PackageNotFoundError:
+        return False
+    return True
 
 
 def _hide(name: str) -> None:

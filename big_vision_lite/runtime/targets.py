@@ -17,6 +17,8 @@ import jax
 from big_vision_lite.runtime import plugins
 from big_vision_lite.wording import did_you_mean
 
+# The name of the machine at hand.
+HERE = "here"
 INSTALL = "pip install -e '.[plan]'"
 GIB = 2**30
 # What JAX takes of a GPU's memory unless told otherwise, and how to tell it.
@@ -90,26 +92,26 @@ def _gpu(
 # its clock what makes the peak of its matrix units. The first `kind` that begins a
 # device's kind counts.
 TPUS = (
-    _tpu("v6e", "TPU v6", 918.0, 1640, 31.25, 400, 1.75),
-    _tpu("v5e", "TPU v5 lite", 197.0, 819, 15.75, 200, 1.5),
-    _tpu("v5e", "TPU v5e", 197.0, 819, 15.75, 200, 1.5),
-    _tpu("v5p", "TPU v5", 459.0, 2765, 95.74, 600, 1.75),
-    _tpu("v4", "TPU v4", 275.0, 1228, 30.5, 300, 1.05, described_as=2),
-    _tpu("v3", "TPU v3", 61.5, 450, 15.48, 70, 0.94),
-    _tpu("v2", "TPU v2", 22.5, 350, 7.48, 50, 0.7),
-    _tpu("tpu7x", "TPU7x", 1153.5, 3690, 94.75, 300, 2.2),
+    _tpu("v6e", "TPU v6", 918.0, 1640.0, 31.25, 400.0, 1.75),
+    _tpu("v5e", "TPU v5 lite", 197.0, 819.0, 15.75, 200.0, 1.5),
+    _tpu("v5e", "TPU v5e", 197.0, 819.0, 15.75, 200.0, 1.5),
+    _tpu("v5p", "TPU v5", 459.0, 2765.0, 95.74, 600.0, 1.75),
+    _tpu("v4", "TPU v4", 275.0, 1228.0, 30.5, 300.0, 1.05, described_as=2),
+    _tpu("v3", "TPU v3", 61.5, 450.0, 15.48, 70.0, 0.94),
+    _tpu("v2", "TPU v2", 22.5, 350.0, 7.48, 50.0, 0.7),
+    _tpu("tpu7x", "TPU7x", 1153.5, 3690.0, 94.75, 300.0, 2.2),
 )
 GPUS = (
-    _gpu("", "NVIDIA H200 NVL", 835.5, 4800, 151.4, 450, 1.785),
-    _gpu("h200", "NVIDIA H200", 989.4, 4800, 151.4, 450, 1.98),
-    _gpu("", "NVIDIA GH200", 989.4, 4000, 102.0, 450, 1.98),
-    _gpu("", "NVIDIA H100 NVL", 835.5, 3900, 100.0, 300, 1.785),
-    _gpu("", "NVIDIA H100 PCIe", 756.0, 2000, 85.0, 64, 1.755),
-    _gpu("h100", "NVIDIA H100", 989.4, 3352, 84.9, 450, 1.98),
-    _gpu("b200", "NVIDIA B200", 2250.0, 7672, 191.5, 900, 1.965),
-    _gpu("a100", "NVIDIA A100", 312.0, 2039, 85.1, 300, 1.41),
-    _gpu("", "NVIDIA L40S", 362.0, 864, 48.0, 32, 2.52),
-    _gpu("", "NVIDIA L4", 121.0, 300, 24.0, 32, 2.04),
+    _gpu("", "NVIDIA H200 NVL", 835.5, 4800.0, 151.4, 450.0, 1.785),
+    _gpu("h200", "NVIDIA H200", 989.4, 4800.0, 151.4, 450.0, 1.98),
+    _gpu("", "NVIDIA GH200", 989.4, 4000.0, 102.0, 450.0, 1.98),
+    _gpu("", "NVIDIA H100 NVL", 835.5, 3900.0, 100.0, 300.0, 1.785),
+    _gpu("", "NVIDIA H100 PCIe", 756.0, 2000.0, 85.0, 64.0, 1.755),
+    _gpu("h100", "NVIDIA H100", 989.4, 3352.0, 84.9, 450.0, 1.98),
+    _gpu("b200", "NVIDIA B200", 2250.0, 7672.0, 191.5, 900.0, 1.965),
+    _gpu("a100", "NVIDIA A100", 312.0, 2039.0, 85.1, 300.0, 1.41),
+    _gpu("", "NVIDIA L40S", 362.0, 864.0, 48.0, 32.0, 2.52),
+    _gpu("", "NVIDIA L4", 121.0, 300.0, 24.0, 32.0, 2.04),
 )
 
 # What XLA:GPU asks of a GPU, for those it can be told of: cores, float32 units a core,
@@ -161,6 +163,8 @@ class Target:
         Raises:
             ValueError: there is no such slice, or its compiler is not installed.
         """
+        if self.name == HERE:
+            return jax.devices()
         if self.kind == "cpu":
             return _cpus(self)
         _check_installed(self)
@@ -176,7 +180,20 @@ class Target:
     @property
     def compiler_options(self) -> dict[str, Any]:
         """Returns what the compiler has to be told where no device can be asked."""
-        return dict(GPU_OPTIONS) if self.kind == "gpu" else {}
+        described = self.kind == "gpu" and self.name != HERE
+        return dict(GPU_OPTIONS) if described else {}
+
+
+def here() -> Target:
+    """Returns the machine at hand, with the devices that JAX finds."""
+    devices = jax.devices()
+    return Target(
+        name=HERE,
+        kind=devices[0].platform,
+        generation="",
+        shape=str(len(devices)),
+        chip=chip_of(devices[0].device_kind),
+    )
 
 
 def parse(name: str) -> Target:
@@ -222,7 +239,7 @@ def lowering_without_gpu(target: Target) -> Iterator[None]:
 
     Lowering cuDNN's attention does: it gets the version that `describe` tells XLA.
     """
-    if target.kind != "gpu":
+    if target.kind != "gpu" or target.name == HERE:
         yield
         return
     import jax._src.cudnn.fused_attention_stablehlo as fused

@@ -44,8 +44,8 @@ class Estimate:
     target: str
     mesh: dict[str, int]
     fits: bool
-    memory: dict[str, float]
-    memory_needed: float
+    memory: dict[str, int]
+    memory_needed: int
     memory_there: float | None
     parameters: int
     trained: int
@@ -187,7 +187,7 @@ def whole_bytes(tree: Any) -> int:
 
 
 def _known_without_compiling(
-    built: Program, mesh: jax.sharding.Mesh, target: Target, needed: float
+    built: Program, mesh: jax.sharding.Mesh, target: Target, needed: int
 ) -> Estimate:
     abstract = built.abstract
     parameters = trees.flatten(state_lib.merge(abstract.params, abstract.frozen))

@@ -140,7 +140,7 @@ def test_imports_follow_the_arrows(path):
 @pytest.mark.parametrize("path", FILES, ids=module_of)
 def test_files_are_short_and_named_by_a_noun(path):
     lines = len(path.read_text().splitlines())
-    assert lines <= 300, f"{module_of(path)} has {lines} lines; split it by nouns"
+    assert lines <= 400, f"{module_of(path)} has {lines} lines; split it by nouns"
     assert path.stem not in {"utils", "misc", "base", "registry", "helpers", "common"}
     assert not {"trainers", "projects"} & set(path.parts)
 

@@ -3,8 +3,9 @@
   python tools/compile_report.py --config configs/vit_s16_i1k.py --on v5e:2x4,h100:8
   python tools/compile_report.py --golden --write
 
-The latter records tests/golden/compiled.json anew, after a wanted change. Figures are of one device and one step; bodies of loops count as often as they turn. A
-custom call counts as all its operands and results. None of it has run.
+The latter records tests/golden/compiled.json anew, after a wanted change. Figures are
+of one device and one step; bodies of loops count as often as they turn. A custom call
+counts as all its operands and results. None of it has run.
 """
 
 import argparse

@@ -1,4 +1,4 @@
-"""Compiled programs are read: small texts by hand, small programs against JAX itself."""
+"""Compiled programs are read: small texts by hand, small programs against JAX."""
 
 import dataclasses
 import json
@@ -108,7 +108,8 @@ def test_flops_of_a_product_are_those_of_the_cost_analysis():
 
 
 @pytest.mark.parametrize(
-    ("strides", "padding", "dilation"), [(1, "SAME", 1), (2, "VALID", 1), (1, "SAME", 2)]
+    ("strides", "padding", "dilation"),
+    [(1, "SAME", 1), (2, "VALID", 1), (1, "SAME", 2)],
 )
 def test_flops_of_a_convolution_are_those_of_the_cost_analysis(
     strides, padding, dilation

@@ -8,7 +8,6 @@ import jax
 from flax import linen as nn
 from jax.extend import core
 
-from big_vision_lite.models import backward
 from big_vision_lite.types import Array, Model
 
 
@@ -28,7 +27,6 @@ class BoundModel:
         rng: Array | None = None,
         ema: Any = None,
         frozen_modules: frozenset[str] = frozenset(),
-        weights_first: bool = False,
     ):
         self.collections = collections
         self._model = model
@@ -37,7 +35,6 @@ class BoundModel:
         self._rng = rng
         self._train = rng is not None
         self._frozen_modules = frozen_modules
-        self._weights_first = weights_first
         self._calls = 0
         self._trace = core.get_opaque_trace_state(convention="flax")
 
@@ -74,10 +71,7 @@ class BoundModel:
             }
         self._calls += 1
         mutable = list(self.collections) if self._train else []
-        with (
-            nn.intercept_methods(self._evaluate_frozen),
-            backward.weights_first(self._weights_first and not capture),
-        ):
+        with nn.intercept_methods(self._evaluate_frozen):
             outputs, changed = self._model.apply(
                 variables,
                 **inputs,

@@ -12,8 +12,9 @@ from typing import Any
 import jax
 from etils import epath
 
-from big_vision_lite import host_memory, step_folder
+from big_vision_lite import step_folder
 from big_vision_lite.config import Platform
+from big_vision_lite.runtime import cpu
 
 CACHE = "~/.cache/big_vision_lite/compiled"
 # When to say that the others are missing, when to give up, and how long a process may
@@ -40,7 +41,7 @@ def set_up(
         ValueError: the machine has a GPU that this JAX cannot use, or has not what was
             chosen, or the other processes cannot be joined.
     """
-    host_memory.set_up()
+    cpu.set_up()
     if platform is not None:
         name = "cuda" if platform == Platform.GPU else platform.value
         jax.config.update("jax_platforms", name)

@@ -23,6 +23,8 @@ class Evaluations:
     What a wrong path, an empty set or another set of classes would end after hours is
     refused at the start; preparing opens the sets and reads none whole.
 
+    `before()` is called before each of them, `show(step, scores)` after.
+
     A score is named `<evaluator>/<score>`, `<evaluator>_ema/...` when the averaged
     parameters were evaluated.
     """
@@ -34,6 +36,7 @@ class Evaluations:
         writer: Writer,
         num_steps: int,
         *,
+        before: Callable[[], None],
         show: Callable[[int, Mapping[str, float]], None],
     ):
         self._evaluators = {n: e for n, e in config.evaluators.items() if e.every_steps}
@@ -43,6 +46,7 @@ class Evaluations:
         }
         self._writer = writer
         self._num_steps = num_steps
+        self._before = before
         self._show = show
         self._suffix = "" if config.ema is None else "_ema"
 
@@ -60,6 +64,7 @@ class Evaluations:
         for name in self.due(step):
             prefix = f"{name}{self._suffix}"
             if not self._writer.recorded(step, prefix):
+                self._before()
                 scores = self._runners[name](state)
                 named = {f"{prefix}/{k}": v for k, v in scores.items()}
                 self._writer.write(step, named)

@@ -20,7 +20,7 @@ def count(function: Callable[..., Any], *args: Any) -> int:
         ValueError: a while loop holds products; nobody knows how often it turns.
     """
     # What is jitted with options for the compiler cannot be inside another function.
-    jitted = function if isinstance(function, jax.stages.Wrapped) else jax.jit(function)
+    jitted = function if hasattr(function, "trace") else jax.jit(function)
     return count_jaxpr(jitted.trace(*args).jaxpr.jaxpr)
 
 
@@ -41,6 +41,9 @@ def count_equation(equation: Any) -> int:
     inside = [count_jaxpr(jaxpr) for jaxpr in inner_jaxprs(params)]
     if name == "scan":
         return params["length"] * sum(inside)
+    if name == "pallas_call":
+        # Once for every program of its grid.
+        return math.prod(int(n) for n in params["grid_mapping"].grid) * sum(inside)
     if name == "cond":
         return max(inside)
     if name == "shard_map":

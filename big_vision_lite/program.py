@@ -11,6 +11,7 @@ import jax
 from big_vision_lite import flops, mistakes
 from big_vision_lite import state as state_lib
 from big_vision_lite.config import TrainConfig
+from big_vision_lite.runtime import cpu
 from big_vision_lite.state import TrainState
 from big_vision_lite.step import make_train_step
 
@@ -20,6 +21,7 @@ class Program:
     """`abstract` has shape, dtype and sharding of every leaf; `fresh()` initialises.
 
     `spec` describes the global batch, `train_step(state, batch)` donates the state.
+    Used as a context, at whose end the host's memory is free again.
     """
 
     num_steps: int
@@ -28,6 +30,20 @@ class Program:
     fresh: Callable[[], TrainState]
     train_step: Any
     flops_per_step: int
+    # The train step where a CPU computes it and its memory is kept.
+    steady: cpu.SteadyStep | None = None
+
+    def make_room(self) -> None:
+        """Leaves the host's memory to others, an evaluation, until the next step."""
+        if self.steady is not None:
+            self.steady.give_back()
+
+    def __enter__(self) -> "Program":
+        return self
+
+    def __exit__(self, *_: Any) -> None:
+        if self.steady is not None:
+            self.steady.close()
 
 
 def build(
@@ -36,11 +52,13 @@ def build(
     spec: Mapping[str, Any],
     *,
     num_steps: int | None = None,
+    saving: Callable[[], bool] | None = None,
 ) -> Program:
     """Traces the model on the shapes of a batch; computes and compiles nothing yet.
 
     With `num_steps` the source is not opened: its classes are taken to be those of the
-    head.
+    head. `saving()` says whether a checkpoint is being written, by threads of this
+    process.
 
     Raises:
         ValueError: a rule of the recipe (freeze, sharding, optimizer.rules) fits no
@@ -59,6 +77,7 @@ def build(
         ema=config.ema is not None,
     )
     abstract = state_lib.blueprint(initialize, config.sharding, mesh)
+    on_cpu = mesh.devices.flat[0].platform == "cpu"
     train_step = make_train_step(
         config.model,
         config.objective,
@@ -69,7 +88,9 @@ def build(
         device_ops=config.data.device_ops,
         micro_batches=config.micro_batches,
         ema=config.ema,
+        compiler_options=cpu.COMPILER_OPTIONS if on_cpu else None,
     )
+    steady = cpu.SteadyStep(train_step, mesh, saving) if on_cpu else None
     outline = trace_forward(config, abstract, spec)
     check_head(config, outline.outputs, names)
     return Program(
@@ -77,9 +98,10 @@ def build(
         spec=spec,
         abstract=abstract,
         fresh=functools.partial(state_lib.create, initialize, abstract, config.seed),
-        train_step=train_step,
+        train_step=steady or train_step,
         # Gradients with respect to inputs and to weights cost as much as forward, each.
         flops_per_step=3 * config.data.batch_size * outline.flops,
+        steady=steady,
     )
 
 

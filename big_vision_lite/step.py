@@ -27,6 +27,7 @@ def make_train_step(
     device_ops: Sequence[DeviceOp] = (),
     micro_batches: int = 1,
     ema: float | None = None,
+    compiler_options: dict[str, Any] | None = None,
 ) -> Any:
     """Returns the jitted `train_step(state, batch) -> (state, metrics)`.
 
@@ -51,8 +52,6 @@ def make_train_step(
             rng=jax.random.fold_in(rng, 0),
             ema=None if ema is None else state_lib.merge(ema, frozen),
             frozen_modules=modules,
-            # It would ask for the gradients of frozen parameters, too.
-            weights_first=mesh.size == 1 and _on_cpu(mesh) and not frozen_names,
         )
         losses, metrics = objective(forward, batch, jax.random.fold_in(rng, 1))
         sums = {name: weighted_sum(x, batch) for name, x in metrics.items()}
@@ -100,10 +99,7 @@ def make_train_step(
             state.params, state.frozen, state.collections, state.ema, batch, rng
         )
         metrics = {name: total / weight for name, total in sums.items()}
-        # Adam squares them, too: without a barrier XLA:CPU writes the squares to memory
-        # for both to read, instead of adding them up on the way.
-        squared_here = jax.lax.optimization_barrier(gradients)
-        metrics["gradient_norm"] = optax.tree.norm(squared_here)
+        metrics["gradient_norm"] = optax.tree.norm(gradients)
         updates, opt_state = optimizer.update(gradients, state.opt_state, state.params)
         params = optax.apply_updates(state.params, updates)
         average = state.ema
@@ -131,36 +127,8 @@ def make_train_step(
         donate_argnums=0,
         in_shardings=(shardings, layout.batch_sharding(mesh)),
         out_shardings=(shardings, layout.replicated(mesh)),
-        compiler_options=_compiler_options(model, mesh),
+        compiler_options=compiler_options,
     )
-
-
-def _compiler_options(model: Model, mesh: jax.sharding.Mesh) -> dict[str, Any]:
-    """Has XLA:CPU care for memory: what it does by itself makes `remat` worth nothing.
-
-    It copies both moments of the optimizer, and its usual schedule keeps more alive
-    than the backward pass needs, so that small products run beside each other.
-    ViT-S/16, batch 8, 224 px: 931 MB of temporaries, as many with remat=full; so 637
-    and 176 (for which models.backward orders the gradients, too). A small ResNet, whose
-    products are small, takes 11 % longer by the other schedule.
-
-    Large products are quicker without YNNPACK, but for those whose result is summed up
-    at once, attention's logits. ViT-S/16 takes 0.99 of the CPU-seconds with 4 images of
-    224 px, 0.89 with 16; a small ResNet takes about 1.1 times as many, so it stays.
-    """
-    if not _on_cpu(mesh):
-        return {}
-    options: dict[str, Any] = {"xla_cpu_copy_insertion_use_region_analysis": True}
-    large = getattr(model, "large_products", False)
-    if large:
-        options["xla_cpu_experimental_ynn_fusion_type"] = "LIBRARY_FUSION_TYPE_REDUCE"
-    if large or getattr(model, "remat", "none") != "none":
-        options["xla_cpu_scheduler_type"] = "CPU_SCHEDULER_TYPE_MEMORY_OPTIMIZED"
-    return options
-
-
-def _on_cpu(mesh: jax.sharding.Mesh) -> bool:
-    return mesh.devices.flat[0].platform == "cpu"
 
 
 def accumulate_gradients(

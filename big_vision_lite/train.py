@@ -23,8 +23,6 @@ from big_vision_lite import (
     environment,
     evaluation,
     files,
-    garbage,
-    host_memory,
     integrity,
     layout,
     processes,
@@ -92,7 +90,9 @@ def train(
     ):
         if note := config.length_note():
             progress.message(note)
-        built = program.build(config, mesh, batches.spec())
+        built = later.enter_context(
+            program.build(config, mesh, batches.spec(), saving=checkpointer.saving)
+        )
         checkpointer.prepare(built.abstract)
         evaluations = evaluation.Evaluations(
             config,
@@ -107,6 +107,7 @@ def train(
             ),
             writer,
             num_steps,
+            before=built.make_room,
             show=progress.scores,
         )
         state = checkpointer.restore_latest(built.abstract)
@@ -133,14 +134,10 @@ def train(
         except Stopped:
             raise Stopped(stop.requested(), first_step - 1, workdir) from None
         folder.begin()
-        later.enter_context(garbage.set_aside())
-        train_step = later.enter_context(host_memory.SteadyStep(built.train_step, mesh))
         progress.begin(first_step - 1, built.flops_per_step)
         for step, batch in progress.watch(batches.starting_at(first_step), num_steps):
             profiler.before(step)
-            if checkpointer.saving():
-                train_step.give_back()
-            state, metrics = train_step(state, batch)
+            state, metrics = built.train_step(state, batch)
             profiler.after(step, metrics)
             progress.pace(metrics)
             monitor.add(step, metrics)
@@ -162,7 +159,6 @@ def train(
                     checkpointer.save(step, state)
                 try:
                     if (last or not leaving) and evaluations.due(step):
-                        train_step.give_back()
                         evaluations.run_due(step, state)
                 except Stopped:
                     # A training inside an evaluator was told to stop, and saved itself.

@@ -17,7 +17,7 @@ import jax
 import numpy as np
 
 from big_vision_lite import stop
-from big_vision_lite.host_memory import SteadyStep
+from big_vision_lite.runtime.cpu import SteadyStep
 
 compiled_step = SteadyStep.__call__
 

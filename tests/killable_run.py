@@ -20,7 +20,7 @@ import jax
 import numpy as np
 
 from big_vision_lite import checkpoint, command_line, evaluation, train
-from big_vision_lite.host_memory import SteadyStep
+from big_vision_lite.runtime.cpu import SteadyStep
 
 RECIPE = str(pathlib.Path(__file__).parent / "recipes" / "digits_tiny.py")
 

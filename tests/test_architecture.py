@@ -13,15 +13,7 @@ FILES = sorted(PACKAGE.rglob("*.py"))
 # groups of one row never import each other.
 ROWS = (
     ({"wording"},),
-    (
-        {"types"},
-        {"trees"},
-        {"files"},
-        {"cores"},
-        {"garbage"},
-        {"host_memory"},
-        {"runtime", "flops"},
-    ),
+    ({"types"}, {"trees"}, {"files"}, {"cores"}, {"runtime", "flops"}),
     ({"layout"}, {"processes"}),
     (
         {"schedules", "optimizers"},

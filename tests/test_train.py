@@ -23,6 +23,7 @@ from big_vision_lite.evaluators.fewshot import FewShot, FewShotSet
 from big_vision_lite.metrics import read_history
 from big_vision_lite.objectives.classification import SoftmaxClassification
 from big_vision_lite.optimizers import AdamW
+from big_vision_lite.runtime.cpu import SteadyStep
 from big_vision_lite.schedules import Constant
 from big_vision_lite.stop import Stopped, StopSignal
 
@@ -67,8 +68,8 @@ def built(monkeypatch):
     programs = []
     build = train.program.build
 
-    def kept(*args):
-        programs.append(build(*args))
+    def kept(*args, **options):
+        programs.append(build(*args, **options))
         return programs[-1]
 
     monkeypatch.setattr(train.program, "build", kept)
@@ -169,7 +170,7 @@ def test_the_memory_of_the_step_goes_back_during_saves_and_evaluations(
 
         monkeypatch.setattr(owner, method, call)
 
-    step = train.host_memory.SteadyStep
+    step = SteadyStep
     noted(step, "__call__", "step")
     noted(step, "give_back", "back")
     noted(train.evaluation.Evaluations, "run_due", "evaluate")
@@ -185,7 +186,7 @@ def test_the_memory_of_the_step_goes_back_during_saves_and_evaluations(
     )
     run(tmp_path / "run", config)
     assert seen == [
-        *["evaluate", "step", "step", "back", "step", "step", "back", "evaluate"],
+        *["evaluate", "step", "step", "back", "step", "step", "evaluate", "back"],
         "back",  # the end
     ]
 

@@ -126,9 +126,9 @@ def ours(setting: Setting) -> Iterator[Any]:
     import benchmark
     import jax
 
-    from big_vision_lite import host_memory
+    from big_vision_lite.runtime import cpu
 
-    host_memory.set_up()
+    cpu.set_up()
     bare = benchmark.build_bare(
         setting.spec,
         "float32",

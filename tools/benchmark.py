@@ -25,6 +25,7 @@ what rematerialisation repeats; MFU compares them with the devices' data sheet.
 """
 
 import argparse
+import contextlib
 import dataclasses
 import datetime
 import functools
@@ -53,8 +54,8 @@ sys.path.insert(0, str(pathlib.Path(__file__).parents[1]))
 
 import model_spec
 
-from big_vision_lite import host_memory
-from big_vision_lite.host_memory import SteadyStep
+from big_vision_lite.runtime import cpu
+from big_vision_lite.runtime.cpu import SteadyStep
 
 # Steps of a window before its clock starts: batches made ahead during the bare steps
 # would count as free.
@@ -174,7 +175,7 @@ def timed_compile(step: SteadyStep, *specs: Any) -> tuple[Any, float, float]:
 # A recipe.
 
 
-class Windows(SteadyStep):
+class Windows:
     """A train step that measures the loop around it, and itself alone.
 
     The state goes through the bare steps too: nothing here learns, it is only timed.
@@ -183,8 +184,8 @@ class Windows(SteadyStep):
     class Over(Exception):
         """All windows are measured; the loop has nothing more to tell."""
 
-    def __init__(self, jitted: Any, mesh: Any, steps: int, rounds: int):
-        super().__init__(jitted, mesh)
+    def __init__(self, step: Any, steps: int, rounds: int):
+        self._step = step
         self._steps = steps
         self._rounds = rounds
         self._count = 0
@@ -196,7 +197,7 @@ class Windows(SteadyStep):
         if len(self.loop) == self._rounds:
             raise Windows.Over
         self._count += 1
-        outputs = super().__call__(state, batch)
+        outputs = self._step(state, batch)
         position = (self._count - 1) % (UNTIMED + self._steps)
         if position == UNTIMED - 1:
             jax.block_until_ready(outputs)
@@ -210,11 +211,11 @@ class Windows(SteadyStep):
     def _alone(self, state: Any, metrics: Any, batch: Any) -> Any:
         # Meanwhile the threads fill up their batches ahead, and rest.
         for _ in range(UNTIMED):
-            state, metrics = super().__call__(state, batch)
+            state, metrics = self._step(state, batch)
         jax.block_until_ready(state)
         self._start()
         for _ in range(self._steps):
-            state, metrics = super().__call__(state, batch)
+            state, metrics = self._step(state, batch)
         jax.block_until_ready(state)
         self.bare.append(self._stop())
         return state, metrics
@@ -260,13 +261,10 @@ def recipe_rows(argv: Sequence[str], steps: int, rounds: int, starts: int) -> li
     seen: dict[str, Any] = {}
     build = program.build
 
-    def build_windows(*arguments: Any) -> Any:
-        seen["windows"] = Windows(*arguments, steps, rounds)
-        return seen["windows"]
-
-    def build_seen(*arguments: Any) -> Any:
-        seen["program"] = build(*arguments)
-        return seen["program"]
+    def build_windows(*arguments: Any, **options: Any) -> Any:
+        built = seen["program"] = build(*arguments, **options)
+        seen["windows"] = Windows(built.train_step, steps, rounds)
+        return dataclasses.replace(built, train_step=seen["windows"])
 
     blocked: list[float] = []
     save = checkpoint.Checkpointer.save
@@ -278,7 +276,7 @@ def recipe_rows(argv: Sequence[str], steps: int, rounds: int, starts: int) -> li
         blocked.append(1e3 * (time.perf_counter() - began))
         self.wait()  # the next window has the machine for itself
 
-    program.build, host_memory.SteadyStep = build_seen, build_windows
+    program.build = build_windows
     checkpoint.Checkpointer.save = timed_save
     try:
         with tempfile.TemporaryDirectory() as folder:
@@ -287,7 +285,7 @@ def recipe_rows(argv: Sequence[str], steps: int, rounds: int, starts: int) -> li
     except Windows.Over:
         pass
     finally:
-        program.build, host_memory.SteadyStep = build, SteadyStep
+        program.build = build
         checkpoint.Checkpointer.save = save
 
     built, windows = seen["program"], seen["windows"]
@@ -420,7 +418,7 @@ class Bare:
         """Times `steps` steps; the time of one is kept."""
         began, cpu = time.perf_counter(), time.process_time()
         # Of several models only the one that computes keeps memory.
-        with self.step:
+        with contextlib.closing(self.step):
             for _ in range(steps):
                 self.state, _ = self.step(self.state, self.batch)
             jax.block_until_ready(self.state)
@@ -496,7 +494,7 @@ def synthetic_tables(
     rounds: int,
 ) -> dict[str, list[Row]]:
     """Measures bare steps of all `models`, one round of each after the other."""
-    host_memory.set_up()
+    cpu.set_up()
     built = {spec: build_bare(spec, dtype, batch_size, image_size) for spec in models}
     for bare in built.values():
         bare.run(2)

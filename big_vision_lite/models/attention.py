@@ -1,23 +1,110 @@
 """Multi-head attention: the projections, and one function that attends."""
 
+import contextlib
+import contextvars
+import dataclasses
 import enum
+from collections.abc import Iterator
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
+from big_vision_lite.models.kernels import tpu_attention
 from big_vision_lite.models.layers import Dtype, layer_norm
-from big_vision_lite.models.products import dot_general
 
 
 class Attention(enum.StrEnum):
     """Who computes softmax(q k / sqrt(D)) v."""
 
+    # The fastest that the accelerator has and that takes these arrays; see `choose`.
+    AUTO = "auto"
     # The reference; runs everywhere, keeps [B, H, N, M] weights in memory.
     XLA = "xla"
-    # Fused; NVIDIA GPUs and bfloat16 only.
+    # Fused; NVIDIA GPUs since Ampere, and bfloat16 only.
     CUDNN = "cudnn"
+    # Fused, a kernel of our own; TPUs only. It has not run on one yet.
+    PALLAS = "pallas"
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Shapes:
+    """What a call attends with: `queries` of N and `memory` of M tokens."""
+
+    dtype: str
+    queries: int
+    memory: int
+    num_heads: int
+    head_dim: int
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Choice:
+    """Who attends on a platform, and why it is not the platform's fused kernel."""
+
+    attention: Attention
+    reason: str | None = None
+
+
+# Filled by `attend` while a model is traced inside `calls`.
+_calls: contextvars.ContextVar[dict[tuple[Attention, Shapes], None] | None] = (
+    contextvars.ContextVar("attention_calls", default=None)
+)
+
+
+@contextlib.contextmanager
+def calls() -> Iterator[dict[tuple[Attention, Shapes], None]]:
+    """Collects what a model that is traced inside asks `attend` for, in order."""
+    found: dict[tuple[Attention, Shapes], None] = {}
+    token = _calls.set(found)
+    try:
+        yield found
+    finally:
+        _calls.reset(token)
+
+
+def describe(
+    found: dict[tuple[Attention, Shapes], None], platform: str, device_kind: str
+) -> list[str]:
+    """Says in a line for each kind of call who attends on `platform`."""
+    lines = []
+    for wanted, shapes in found:
+        choice = Choice(attention=wanted)
+        if wanted == Attention.AUTO:
+            choice = choose(platform, shapes)
+        what = (
+            f"{shapes.queries} x {shapes.memory} tokens, {shapes.num_heads} heads of "
+            f"{shapes.head_dim}, {shapes.dtype}"
+        )
+        line = f"attention: {choice.attention} on {device_kind} ({what})"
+        if choice.reason is not None:
+            line += f", because {choice.reason}"
+        if line not in lines:
+            lines.append(line)
+    return lines
+
+
+def choose(platform: str, shapes: Shapes) -> Choice:
+    """Returns what `auto` takes on "cpu", "tpu" or "gpu" (also called "cuda")."""
+    if platform in ("gpu", "cuda"):
+        reason = _not_for_cudnn(shapes)
+        reason = f"cuDNN's takes no {reason}" if reason else _no_cudnn()
+        if reason is None:
+            return Choice(attention=Attention.CUDNN)
+        return Choice(attention=Attention.XLA, reason=reason)
+    if platform == "tpu":
+        reason = tpu_attention.refusal(
+            shapes.dtype,
+            shapes.queries,
+            shapes.memory,
+            shapes.num_heads,
+            shapes.head_dim,
+        )
+        if reason is None:
+            return Choice(attention=Attention.PALLAS)
+        return Choice(attention=Attention.XLA, reason=f"the kernel takes no {reason}")
+    return Choice(attention=Attention.XLA)
 
 
 def attend(
@@ -28,63 +115,52 @@ def attend(
 ) -> Float[Array, "B N H D"]:
     """Returns softmax(q k / sqrt(D)) v, the softmax in float32.
 
+    `auto` is decided where the program is lowered: one trace serves every platform.
+
     Raises:
-        ValueError: `cudnn` on another backend, in another dtype than bfloat16 or with
-            a head dimension it does not know.
+        ValueError: `cudnn` or `pallas` on another platform than theirs, or with arrays
+            that they do not take.
     """
-    head_dim = q.shape[-1]
-    if attention == Attention.CUDNN:
-        _check_cudnn(q.dtype, head_dim)
-        return jax.nn.dot_product_attention(q, k, v, implementation="cudnn")
+    shapes = Shapes(
+        dtype=str(q.dtype),
+        queries=q.shape[1],
+        memory=k.shape[1],
+        num_heads=q.shape[2],
+        head_dim=q.shape[3],
+    )
+    found = _calls.get()
+    if found is not None:
+        found[attention, shapes] = None
+    match attention:
+        case Attention.XLA:
+            return _xla(q, k, v)
+        case Attention.CUDNN:
+            _check_cudnn(shapes)
+            return _cudnn(q, k, v)
+        case Attention.PALLAS:
+            _check_pallas(shapes)
+            return tpu_attention.attend(q, k, v)
+    fused = {}
+    if choose("cuda", shapes).attention == Attention.CUDNN:
+        fused["cuda"] = _cudnn
+    if choose("tpu", shapes).attention == Attention.PALLAS:
+        fused["tpu"] = tpu_attention.attend
+    if not fused:
+        return _xla(q, k, v)
+    return jax.lax.platform_dependent(q, k, v, default=_xla, **fused)
+
+
+def _xla(q: Array, k: Array, v: Array) -> Array:
     # Scaled before the product: N * D instead of N * M multiplications. In float32,
     # because 1 / sqrt(D) rounded to bfloat16 would change the temperature.
-    q = (q.astype(jnp.float32) * head_dim**-0.5).astype(q.dtype)
-    heads = (jnp.swapaxes(x, 1, 2) for x in (q, k, v))
-    return jnp.swapaxes(_attend_in_heads(*heads), 1, 2)
+    q = (q.astype(jnp.float32) * q.shape[-1] ** -0.5).astype(q.dtype)
+    logits = jnp.einsum("bnhd,bmhd->bhnm", q, k, preferred_element_type=jnp.float32)
+    weights = jax.nn.softmax(logits).astype(v.dtype)
+    return jnp.einsum("bhnm,bmhd->bnhd", weights, v)
 
 
-@jax.custom_vjp
-def _attend_in_heads(
-    q: Float[Array, "B H N D"], k: Float[Array, "B H M D"], v: Float[Array, "B H M D"]
-) -> Float[Array, "B H N D"]:
-    """Returns softmax(q k) v, and keeps one array of [B, H, N, M] for the gradient.
-
-    By itself JAX keeps the logits, too, and divides every weight instead of every
-    output. A step of ViT-S/16, 224 px, batch 8, depth 6: 375 instead of 403 MB. It has
-    no forward-mode derivative (`jax.jvp`).
-    """
-    return _attend_forward(q, k, v)[0]
-
-
-def _attend_forward(q: Array, k: Array, v: Array) -> tuple[Array, tuple[Array, ...]]:
-    logits = _product("bhnd,bhmd->bhnm", q, k)
-    # Weights before they are divided by their sum, at most 1.
-    weights = jnp.exp(logits - logits.max(-1, keepdims=True)).astype(v.dtype)
-    total = jnp.sum(weights, -1, keepdims=True, dtype=jnp.float32)
-    y = (_product("bhnm,bhmd->bhnd", weights, v) / total).astype(v.dtype)
-    return y, (q, k, v, weights, total, y)
-
-
-def _attend_backward(
-    kept: tuple[Array, ...], gradient: Array
-) -> tuple[Array, Array, Array]:
-    q, k, v, weights, total, y = kept
-    of_sum = (gradient.astype(jnp.float32) * y).sum(-1, keepdims=True) / total
-    gradient = (gradient / total).astype(v.dtype)
-    of_weights = _product("bhnd,bhmd->bhnm", gradient, v) - of_sum
-    of_logits = (weights * of_weights).astype(q.dtype)
-    return (
-        _product("bhnm,bhmd->bhnd", of_logits, k).astype(q.dtype),
-        _product("bhnm,bhnd->bhmd", of_logits, q).astype(k.dtype),
-        _product("bhnm,bhnd->bhmd", weights, gradient).astype(v.dtype),
-    )
-
-
-_attend_in_heads.defvjp(_attend_forward, _attend_backward)
-
-
-def _product(terms: str, a: Array, b: Array) -> Array:
-    return jnp.einsum(terms, a, b, preferred_element_type=jnp.float32)
+def _cudnn(q: Array, k: Array, v: Array) -> Array:
+    return jax.nn.dot_product_attention(q, k, v, implementation="cudnn")
 
 
 class MultiHeadAttention(nn.Module, kw_only=True):
@@ -96,7 +172,7 @@ class MultiHeadAttention(nn.Module, kw_only=True):
 
     num_heads: int
     dtype: Dtype = Dtype.FLOAT32
-    attention: Attention = Attention.XLA
+    attention: Attention = Attention.AUTO
     qkv_bias: bool = True
     qk_norm: bool = False
     norm_epsilon: float = 1e-6
@@ -113,7 +189,6 @@ class MultiHeadAttention(nn.Module, kw_only=True):
                 (self.num_heads, head_dim),
                 use_bias=self.qkv_bias,
                 dtype=self.dtype,
-                dot_general=dot_general,
                 kernel_init=nn.initializers.xavier_uniform(),
                 name=name,
             )(x)
@@ -127,25 +202,65 @@ class MultiHeadAttention(nn.Module, kw_only=True):
             width,
             axis=(-2, -1),
             dtype=self.dtype,
-            dot_general=dot_general,
             kernel_init=nn.initializers.xavier_uniform(),
             name="out",
         )(attended)
 
 
-def _check_cudnn(dtype: jnp.dtype, head_dim: int) -> None:
-    if jax.default_backend() != "gpu":
+def _platform() -> str:
+    """Returns where the program is to run: by the mesh, else where JAX runs."""
+    device = jax.sharding.get_abstract_mesh().abstract_device
+    return jax.default_backend() if device is None else device.platform
+
+
+def _no_cudnn() -> str | None:
+    """Says why JAX cannot trace cuDNN's attention here, None if it can.
+
+    It asks the machine for cuDNN and for a GPU since Ampere while it traces.
+    """
+    small = jax.ShapeDtypeStruct((1, 8, 1, 8), jnp.bfloat16)
+    try:
+        jax.eval_shape(_cudnn, small, small, small)
+    except RuntimeError as error:
+        return str(error).splitlines()[0]
+    return None
+
+
+def _not_for_cudnn(shapes: Shapes) -> str | None:
+    if shapes.dtype != "bfloat16":
+        return shapes.dtype
+    if shapes.head_dim % 8 or shapes.head_dim > 256:
+        return f"head dimension {shapes.head_dim}"
+    return None
+
+
+def _check_cudnn(shapes: Shapes) -> None:
+    if _platform() not in ("gpu", "cuda"):
         raise ValueError(
             "attention=cudnn needs an NVIDIA GPU, this run computes on "
-            f"{jax.default_backend()}; use --config.model.attention=xla."
+            f"{_platform()}; use --config.model.attention=auto."
         )
-    if dtype != jnp.bfloat16:
+    if shapes.dtype != "bfloat16":
         raise ValueError(
-            f"attention=cudnn does not compute in {dtype}; use "
-            "--config.model.dtype=bfloat16 or --config.model.attention=xla."
+            f"attention=cudnn does not compute in {shapes.dtype}; use "
+            "--config.model.dtype=bfloat16 or --config.model.attention=auto."
         )
-    if head_dim % 8 or head_dim > 256:
+    if _not_for_cudnn(shapes):
         raise ValueError(
-            f"attention=cudnn knows no head dimension {head_dim} (width / num_heads); "
-            "use a multiple of 8 up to 256, or --config.model.attention=xla."
+            f"attention=cudnn knows no head dimension {shapes.head_dim} (width / "
+            "num_heads); use a multiple of 8 up to 256, or "
+            "--config.model.attention=auto."
+        )
+
+
+def _check_pallas(shapes: Shapes) -> None:
+    if _platform() != "tpu":
+        raise ValueError(
+            f"attention=pallas needs a TPU, this run computes on {_platform()}; use "
+            "--config.model.attention=auto."
+        )
+    reason = choose("tpu", shapes).reason
+    if reason is not None:
+        raise ValueError(
+            f"attention=pallas: {reason}; use --config.model.attention=auto."
         )

@@ -4,7 +4,6 @@ import flax.linen as nn
 from jaxtyping import Array, Float
 
 from big_vision_lite import layout
-from big_vision_lite.models import backward
 from big_vision_lite.models.attention import Attention, MultiHeadAttention
 from big_vision_lite.models.layers import Dtype, Remat, layer_norm, rematerialised
 from big_vision_lite.models.mlp import Activation, Mlp
@@ -93,7 +92,7 @@ class Encoder(nn.Module, kw_only=True):
     def __call__(self, x: Float[Array, "B N D"], train: bool) -> Float[Array, "B N D"]:
         block = rematerialised(EncoderBlock, self.remat)
         for index in range(self.depth):
-            layer = block(
+            x = block(
                 mlp_dim=self.mlp_dim,
                 num_heads=self.num_heads,
                 dropout=self.dropout,
@@ -106,8 +105,7 @@ class Encoder(nn.Module, kw_only=True):
                 qkv_bias=self.qkv_bias,
                 qk_norm=self.qk_norm,
                 name=f"block_{index:02d}",
-            )
-            x = backward.call_block(layer, x, train)
+            )(x, train)
         return (
             layer_norm(self.dtype, "norm", self.norm_epsilon)(x)
             if self.last_norm

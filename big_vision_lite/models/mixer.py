@@ -5,7 +5,6 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Num
 
 from big_vision_lite import layout
-from big_vision_lite.models import backward
 from big_vision_lite.models.heads import Classifier
 from big_vision_lite.models.layers import (
     Dtype,
@@ -134,15 +133,14 @@ class MlpMixer(nn.Module, kw_only=True):
         x = layout.pin_batch(x.reshape(batch, rows * columns, width))
         block = rematerialised(MixerBlock, self.remat)
         for index in range(self.depth):
-            layer = block(
+            x = block(
                 token_mlp_dim=self.token_mlp_dim,
                 channel_mlp_dim=self.channel_mlp_dim,
                 stochastic_depth=self.stochastic_depth * index / max(1, self.depth - 1),
                 dtype=self.dtype,
                 activation=self.activation,
                 name=f"block_{index:02d}",
-            )
-            x = backward.call_block(layer, x, train)
+            )(x, train)
         x = layer_norm(self.dtype, "norm")(x)
         pooled = x.mean(axis=1, dtype=jnp.float32)
         outputs = {"image": image, "tokens": x, "pooled": pooled}

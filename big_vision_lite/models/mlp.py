@@ -7,7 +7,6 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from big_vision_lite.models.layers import Dtype
-from big_vision_lite.models.products import dot_general
 
 
 class Activation(enum.StrEnum):
@@ -38,7 +37,6 @@ class Mlp(nn.Module, kw_only=True):
             return nn.Dense(
                 features,
                 dtype=self.dtype,
-                dot_general=dot_general,
                 kernel_init=nn.initializers.xavier_uniform(),
                 bias_init=nn.initializers.normal(1e-6),
                 name=name,

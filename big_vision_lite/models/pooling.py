@@ -40,7 +40,7 @@ class AttentionPooling(nn.Module, kw_only=True):
     num_heads: int
     mlp_dim: int
     dtype: Dtype = Dtype.FLOAT32
-    attention: Attention = Attention.XLA
+    attention: Attention = Attention.AUTO
     activation: Activation = Activation.GELU_TANH
     norm_epsilon: float = 1e-6
 

@@ -23,7 +23,6 @@ from big_vision_lite.models.layers import (
     rematerialised,
     scale_pixels,
 )
-from big_vision_lite.models.products import product
 from big_vision_lite.types import Batch
 
 # Units a stage: arXiv:1512.03385, Table 1. Those of bottlenecks serve all families.
@@ -67,7 +66,7 @@ class Conv(nn.Module, kw_only=True):
         kernel = self.param("kernel", HE, (self.size, self.size, inputs, self.channels))
         x, kernel = x.astype(self.dtype), jnp.asarray(kernel, self.dtype)
         if self.size == 1:
-            return product(x[:, :: self.stride, :: self.stride], kernel[0, 0])
+            return x[:, :: self.stride, :: self.stride] @ kernel[0, 0]
         # torch's padding; "SAME" is another at even sizes.
         padding = (self.size // 2, self.size // 2)
         return jax.lax.conv_general_dilated(

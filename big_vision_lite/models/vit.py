@@ -1,7 +1,5 @@
 """Vision transformer, after arXiv:2010.11929 and big_vision's form of it."""
 
-from typing import ClassVar
-
 import flax.linen as nn
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Num
@@ -64,10 +62,6 @@ class ViT(nn.Module, kw_only=True):
     be resized at every use (FlexiViT, arXiv:2212.08013).
     """
 
-    # So large that they gain nothing from running beside each other: on a CPU the
-    # schedule that keeps least alive is the faster one, too, and Eigen is (step.py).
-    large_products: ClassVar[bool] = True
-
     width: int
     depth: int
     mlp_dim: int
@@ -79,7 +73,7 @@ class ViT(nn.Module, kw_only=True):
     dropout: float = 0.0
     stochastic_depth: float = 0.0
     dtype: Dtype = Dtype.FLOAT32
-    attention: Attention = Attention.XLA
+    attention: Attention = Attention.AUTO
     remat: Remat = Remat.NONE
     mean: tuple[float, ...] = (127.5,)
     std: tuple[float, ...] = (127.5,)

@@ -1,1 +1,1 @@
-"""The machine: what can be compiled for, and what a compiler made of a program."""
+"""The machine that a run computes on; nothing here knows what it computes."""

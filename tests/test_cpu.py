@@ -1,5 +1,6 @@
 """The memory of a step: its pages are made once, nobody else gets them, all go back."""
 
+import contextlib
 import json
 import os
 import pathlib
@@ -12,15 +13,16 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from big_vision_lite import host_memory, sharding
-from big_vision_lite.host_memory import SteadyStep
+from big_vision_lite import sharding
+from big_vision_lite.runtime import cpu
+from big_vision_lite.runtime.cpu import SteadyStep
 
 # A process of its own: malloc's settings are the process's, and pytest's has 8 devices.
 PROGRAM = """
-import ctypes, json, resource, statistics, sys
+import contextlib, ctypes, json, resource, statistics, sys
 sys.path.insert(0, "tools")
 import benchmark
-from big_vision_lite import host_memory
+from big_vision_lite.runtime import cpu
 
 def faults():
     return resource.getrusage(resource.RUSAGE_SELF).ru_minflt
@@ -33,22 +35,22 @@ def calls(step, count):
         costs.append(faults() - before)
     return statistics.median(costs)
 
-host_memory.set_up()
+cpu.set_up()
 bare = benchmark.build_bare("ViT:Ti/16,depth=2", "float32", 8, 224)
 found = {"size": bare.compiled.memory_analysis().temp_size_in_bytes}
 found["plain"] = calls(bare.compiled, 9)
-bare.step.__exit__()
-before = host_memory.resident()
-with bare.step as step:
+bare.step.close()
+before = cpu.resident()
+with contextlib.closing(bare.step) as step:
     calls(step, 3)
     found["kept"] = calls(step, 21)
-    found["held"] = host_memory.resident() - before
+    found["held"] = cpu.resident() - before
     step.give_back()
-    found["given"] = host_memory.resident() - before
+    found["given"] = cpu.resident() - before
     found["later"] = calls(step, 21)
 step.give_back()  # once more
-found["closed"] = host_memory.resident() - before
-with bare.step as step:
+found["closed"] = cpu.resident() - before
+with contextlib.closing(bare.step) as step:
     calls(step, 3)
     held = step._block._address
     try:
@@ -57,19 +59,21 @@ with bare.step as step:
         found["after_error"] = [held is not None, step._block._address is not None]
     step.give_back()
     # As an evaluator does that trains.
-    with benchmark.SteadyStep(step._jitted, bare.state.step.sharding.mesh) as inner:
+    with contextlib.closing(
+        benchmark.SteadyStep(step._jitted, bare.state.step.sharding.mesh)
+    ) as inner:
         found["inner"] = calls(inner, 9)
     calls(step, 3)
     found["after_inner"] = calls(step, 9)
 # Something large settles in the place of a block for a while, so that it moves.
-libc = host_memory.library()
-block, most, places = host_memory.Block(libc, found["size"]), 0, set()
+libc = cpu.library()
+block, most, places = cpu.Block(libc, found["size"]), 0, set()
 smaller = found["size"] * 9 // 16
 for _ in range(4):  # so that it finds no other place
-    host_memory.Block(libc, smaller).hold()
-before = host_memory.resident()
+    cpu.Block(libc, smaller).hold()
+before = cpu.resident()
 block.hold()
-host_memory.Block(libc, found["size"]).hold()  # so that it is not the heap's last
+cpu.Block(libc, found["size"]).hold()  # so that it is not the heap's last
 for _ in range(8):
     places.add(block._address)
     ctypes.memset(block._address, 1, found["size"])
@@ -77,7 +81,7 @@ for _ in range(8):
     settled = libc.malloc(smaller)
     block.hold()
     libc.free(settled)
-    most = max(most, host_memory.resident() - before)
+    most = max(most, cpu.resident() - before)
 found |= {"most": most, "places": len(places)}
 print(json.dumps(found))
 """
@@ -90,7 +94,7 @@ def unconfigured():
         for name in [n for n in os.environ if n.startswith("MALLOC_")]:
             patch.delenv(name)
         patch.delenv("GLIBC_TUNABLES", raising=False)
-        if host_memory.library() is None:
+        if cpu.library() is None:
             pytest.skip("the C library is not glibc: nothing is kept")
         yield
 
@@ -106,7 +110,7 @@ def found(unconfigured):
     )
     assert run.returncode == 0, run.stderr
     found = json.loads(run.stdout.splitlines()[-1])
-    assert found["size"] > host_memory.MMAP_THRESHOLD
+    assert found["size"] > cpu.MMAP_THRESHOLD
     return found
 
 
@@ -139,7 +143,7 @@ def test_a_steady_step_is_the_step(devices):
     mesh = sharding.make_mesh(sharding.Mesh(), jax.devices()[:devices])
     f = jax.jit(lambda x, y: (x + y, {"loss": (x * y).sum()}))
     x, y = (jnp.asarray(np.random.default_rng(i).normal(size=64)) for i in (0, 1))
-    with SteadyStep(f, mesh) as step:
+    with contextlib.closing(SteadyStep(f, mesh)) as step:
         for _ in range(3):
             for a, b in zip(
                 jax.tree.leaves(step(x, y)), jax.tree.leaves(f(x, y)), strict=True
@@ -151,9 +155,9 @@ def test_a_steady_step_is_the_step(devices):
 # The threads are alive together, so that none takes over another's pool.
 MANY_THREADS = """
 import threading
-from big_vision_lite import host_memory
-host_memory.set_up()
-libc, together = host_memory.library(), threading.Barrier(40)
+from big_vision_lite.runtime import cpu
+cpu.set_up()
+libc, together = cpu.library(), threading.Barrier(40)
 def ask():
     libc.malloc(2**16)
     together.wait()
@@ -197,7 +201,7 @@ class Jitted:
 
 def keeps(size: int = 2**25 + 1, devices: int = 1) -> bool:
     mesh = sharding.make_mesh(sharding.Mesh(), jax.devices()[:devices])
-    with SteadyStep(Jitted(size), mesh) as step:
+    with contextlib.closing(SteadyStep(Jitted(size), mesh)) as step:
         assert step(jnp.zeros(())) == 1
         step.give_back()
         assert step(jnp.ones(())) == 2

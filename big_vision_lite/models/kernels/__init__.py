@@ -1,0 +1,1 @@
+"""Kernels for one kind of accelerator, each beside the plain form that it equals."""

@@ -175,14 +175,14 @@ class _Search:
         )
         grown = (depth - DEPTHS[0]) / (DEPTHS[1] - DEPTHS[0])
         needed, state = (
-            first + grown * max(0.0, second - first) for first, second in (all_, kept)
+            first + grown * max(0, second - first) for first, second in (all_, kept)
         )
         self._say(f"  so at depth {depth}: {needed / 1e9:.1f} GB")
         return needed, state
 
     def _needed(
         self, values: dict[str, Any], target: str, depth: int, micro_batches: int
-    ) -> tuple[float, float]:
+    ) -> tuple[int, int]:
         """Returns the bytes at one depth, and those of parameters and optimizer."""
         assert self._depth is not None
         chosen = values | {self._depth: depth, "micro_batches": micro_batches}

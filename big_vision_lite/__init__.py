@@ -5,4 +5,9 @@ On TPU or GPU: ml-collections config files, pmap/pjit-style sharded training (`j
 VM launch scripts, checkpoint conversion to PyTorch; small enough to read.
 """
 
+from big_vision_lite.runtime import plugins
+
 __version__ = "0.1.0"
+
+# Before anything imports JAX.
+plugins.hide_without_devices()

@@ -7,10 +7,12 @@ import jax
 import numpy as np
 from etils import epath
 
-from big_vision_lite import files, layout, program, sharding, trees
+from big_vision_lite import estimate, files, layout, program, sharding, trees
 from big_vision_lite import state as state_lib
 from big_vision_lite.config import TrainConfig
 from big_vision_lite.data import pipeline
+from big_vision_lite.estimate import Estimate
+from big_vision_lite.runtime import targets
 from big_vision_lite.state import TrainState
 
 GIGA = 1e9
@@ -35,8 +37,7 @@ def dry_run(config: TrainConfig, workdir: epath.Path) -> str:
         pipeline.open_batches(config.data, config.seed, mesh) as batches,
     ):
         built = program.build(config, mesh, batches.spec())
-        step = built.train_step.lower(built.abstract, dict(built.spec)).compile()
-        memory = step.memory_analysis()
+        found = estimate.of_program(built, mesh, targets.here())
         batch = next(iter(batches.starting_at(1)))
         picture = workdir / "first_batch.png"
         write_grid(batch["image"], picture)
@@ -53,7 +54,8 @@ def dry_run(config: TrainConfig, workdir: epath.Path) -> str:
         *([f"length       {note}"] if note else []),
         f"model FLOPs  {built.flops_per_step / GIGA:.3g} G a step (3 times forward)",
         f"mesh         {dict(mesh.shape)} of {jax.devices()[0].device_kind}",
-        f"memory       {_memory(memory)} a device",
+        f"memory       {_memory(found)} a device",
+        *_times(found, built.num_steps),
         f"first batch  {picture}",
     ]
     return "\n".join(lines)
@@ -99,15 +101,27 @@ def _batch_lines(spec: Any) -> list[str]:
     ]
 
 
-def _memory(memory: Any) -> str:
+def _memory(found: Estimate) -> str:
     """Says what the compiled step needs at its peak."""
-    if memory is None:
-        return "not told by this backend"
-    state = memory.argument_size_in_bytes
-    rest = memory.temp_size_in_bytes
-    fresh = memory.output_size_in_bytes - memory.alias_size_in_bytes
-    total = (state + rest + fresh) / GIGA
-    return (
-        f"{total:.2f} GB (state and batch {state / GIGA:.2f}, activations and "
-        f"gradients {rest / GIGA:.2f})"
+    later = ("activations and gradients", "program")
+    state = sum(size for kind, size in found.memory.items() if kind not in later)
+    rest = found.memory.get("activations and gradients", 0)
+    said = (
+        f"{found.memory_needed / GIGA:.2f} GB (state and batch {state / GIGA:.2f}, "
+        f"activations and gradients {rest / GIGA:.2f})"
     )
+    if found.memory_there is None:
+        return said
+    verdict = "which fits" if found.fits else "WHICH DOES NOT FIT"
+    return f"{said} of {found.memory_there / GIGA:.2f}, {verdict},"
+
+
+def _times(found: Estimate, num_steps: int) -> list[str]:
+    """Says how fast a step may be, of devices whose rates are known."""
+    if found.step_seconds is None:
+        return []
+    return [
+        f"estimated    {1e3 * found.step_seconds:.1f} ms a step, "
+        f"{found.images_per_second:,.0f} images/s, {found.mfu:.1%} MFU, "
+        f"{num_steps * found.step_seconds / 3600:.1f} h; not run"
+    ]

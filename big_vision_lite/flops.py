@@ -43,6 +43,9 @@ def count_equation(equation: Any) -> int:
     inside = [count_jaxpr(jaxpr) for jaxpr in inner_jaxprs(params)]
     if name == "scan":
         return params["length"] * sum(inside)
+    if name == "pallas_call":
+        # Once for every program of its grid.
+        return math.prod(int(n) for n in params["grid_mapping"].grid) * sum(inside)
     if name == "cond":
         return max(inside)
     if name == "shard_map":

@@ -51,17 +51,23 @@ def build(
     mesh: jax.sharding.Mesh,
     spec: Mapping[str, Any],
     *,
+    num_steps: int | None = None,
     saving: Callable[[], bool] | None = None,
 ) -> Program:
     """Traces the model on the shapes of a batch; computes and compiles nothing yet.
 
-    `saving()` says whether a checkpoint is being written, by threads of this process.
+    With `num_steps` the source is not opened: its classes are taken to be those of the
+    head. `saving()` says whether a checkpoint is being written, by threads of this
+    process.
 
     Raises:
         ValueError: a rule of the recipe (freeze, sharding, optimizer.rules) fits no
             parameter, or the head does not fit the classes.
     """
-    num_steps = config.resolve_steps(len(config.data.source))
+    names = None
+    if num_steps is None:
+        num_steps = config.resolve_steps(len(config.data.source))
+        names = tuple(config.data.source.class_names)
     optimizer = config.optimizer.build(num_steps)
     initialize = state_lib.make_initializer(
         config.model,
@@ -86,7 +92,7 @@ def build(
     )
     steady = cpu.SteadyStep(train_step, mesh, saving) if on_cpu else None
     outline = trace_forward(config, abstract, spec)
-    check_head(config, outline.outputs)
+    check_head(config, outline.outputs, names)
     return Program(
         num_steps=num_steps,
         spec=spec,
@@ -126,34 +132,41 @@ def trace_forward(
     return Outline(outputs=outputs, flops=flops.count_jaxpr(jaxpr.jaxpr))
 
 
-def check_head(config: TrainConfig, outputs: Mapping[str, Any]) -> None:
+def check_head(
+    config: TrainConfig,
+    outputs: Mapping[str, Any],
+    names: tuple[str, ...] | None,
+) -> None:
     """Refuses a head that has not one output for every class of the data.
 
-    A label that no output stands for would train as an image without a label.
+    A label that no output stands for would train as an image without a label. Where
+    nobody knows the `names` of the classes, the labels need fit the head only.
 
     Raises:
         ValueError: says which options are to be changed.
     """
-    names = tuple(config.data.source.class_names)
     logits = outputs.get("logits")
-    if logits is None or not names:
+    if logits is None or names == ():
         return
     width = logits.shape[-1]
+    classes = width if names is None else len(names)
     wrong = {
         path: value
         for path, value, _ in mistakes.list_leaves(config)
         if path.endswith("num_classes")
-        and value != len(names)
+        and value != classes
         and (value == width or path.startswith("data.device_ops["))
     }
-    if width == len(names) and not wrong:
+    if width == classes and not wrong:
         return
-    shown = ", ".join(names[:5]) + (", ..." if len(names) > 5 else "")
+    shown = "as many as the head has outputs"
+    if names is not None:
+        shown = ", ".join(names[:5]) + (", ..." if len(names) > 5 else "")
     found = [f"{width} logits", *(f"{path}={value}" for path, value in wrong.items())]
-    options = [shlex.quote(f"--config.{path}={len(names)}") for path in wrong]
+    options = [shlex.quote(f"--config.{path}={classes}") for path in wrong]
     raise ValueError(
-        f"data.source has {len(names)} classes ({shown}), the model and its labels "
+        f"data.source has {classes} classes ({shown}), the model and its labels "
         f"have {', '.join(found)}; every class needs one logit. Use "
-        f"{' '.join(options) or f'a head of {len(names)} outputs'}, or the recipe's "
+        f"{' '.join(options) or f'a head of {classes} outputs'}, or the recipe's "
         "own argument for the number of classes, if it takes one."
     )

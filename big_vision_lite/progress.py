@@ -14,7 +14,7 @@ from rich.text import Text
 from big_vision_lite import console as texts
 from big_vision_lite import cores
 from big_vision_lite.clocks import Clock, DeviceClock
-from big_vision_lite.peaks import peak_flops
+from big_vision_lite.runtime.targets import peak_flops
 
 REDRAW_SECONDS = 0.5
 ADVISE_AFTER_STEPS = 100

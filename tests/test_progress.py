@@ -16,8 +16,8 @@ from big_vision_lite.console import (
     format_scores,
     input_bound_message,
 )
-from big_vision_lite.peaks import peak_flops
 from big_vision_lite.progress import Progress
+from big_vision_lite.runtime.targets import peak_flops
 
 RECORD = {
     "train/loss": 0.12345,

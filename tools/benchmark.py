@@ -118,14 +118,14 @@ def step_rows(
     compiled: Any, step_flops: int, milliseconds: Sequence[float], batch_size: int
 ) -> list[Row]:
     """Returns what a compiled step and its times tell."""
-    from big_vision_lite import peaks
+    from big_vision_lite.runtime import targets
 
     devices = jax.device_count()
     # XLA counts the program of one device.
     xla_flops = compiled.cost_analysis()["flops"] * devices
     memory = compiled.memory_analysis()
     needed = memory.argument_size_in_bytes + memory.temp_size_in_bytes
-    peak = peaks.peak_flops(jax.devices()[0].device_kind)
+    peak = targets.peak_flops(jax.devices()[0].device_kind)
     seconds = [value / 1e3 for value in milliseconds]
     utilisation = [step_flops / s / (peak * devices) for s in seconds] if peak else []
     return [

@@ -6,7 +6,7 @@ The batch of step n is a function of (seed, n): see `order` and `batch_maker`.
 import contextlib
 import dataclasses
 import math
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -128,6 +128,18 @@ def eval_batches(
     )
 
 
+def spec_of(
+    rows: Mapping[str, np.ndarray], batch_size: int, sharding: jax.sharding.Sharding
+) -> dict[str, jax.ShapeDtypeStruct]:
+    """Returns what a global batch of such rows is on the devices."""
+    return {
+        key: jax.ShapeDtypeStruct(
+            (batch_size, *array.shape[1:]), array.dtype, sharding=sharding
+        )
+        for key, array in rows.items()
+    }
+
+
 def rows_of_devices(
     sharding: jax.sharding.Sharding, batch_size: int, devices: Collection[Any]
 ) -> list[int]:
@@ -159,14 +171,7 @@ class _Placement:
 
     def spec(self, rows: dict[str, np.ndarray]) -> dict[str, jax.ShapeDtypeStruct]:
         """Returns what a whole batch of such rows is on the devices."""
-        return {
-            key: jax.ShapeDtypeStruct(
-                (self._batch_size, *array.shape[1:]),
-                array.dtype,
-                sharding=self._sharding,
-            )
-            for key, array in rows.items()
-        }
+        return spec_of(rows, self._batch_size, self._sharding)
 
     def __call__(
         self, arrays: dict[str, np.ndarray], report: Report

@@ -1,0 +1,123 @@
+"""What is known of training data that is not opened: its examples, and their shapes.
+
+A plan needs no data: an image that was never taken goes through the recipe's ops.
+"""
+
+import time
+from collections.abc import Sequence
+from typing import Any
+
+import cv2
+import numpy as np
+
+from big_vision_lite.data import prepared_set, sources
+from big_vision_lite.data.host_batch import HostBatch
+from big_vision_lite.types import Op
+
+# Images of the splits of sets that recipes name most, by their TFDS catalogue.
+EXAMPLES = {
+    "imagenet2012": {"train": 1_281_167, "validation": 50_000, "test": 100_000},
+    "places365_small": {"train": 1_803_460, "validation": 36_500, "test": 328_500},
+    "fashion_mnist": {"train": 60_000, "test": 10_000},
+    "mnist": {"train": 60_000, "test": 10_000},
+    "cifar10": {"train": 50_000, "test": 10_000},
+    "cifar100": {"train": 50_000, "test": 10_000},
+    "svhn_cropped": {"train": 73_257, "test": 26_032, "extra": 531_131},
+    "food101": {"train": 75_750, "validation": 25_250},
+    "oxford_iiit_pet": {"train": 3_680, "test": 3_669},
+    "oxford_flowers102": {"train": 1_020, "test": 6_149, "validation": 1_020},
+}
+# Height and width of an ImageNet photo as it is stored: most have these sides.
+PHOTO = (375, 500)
+
+
+def count(source: Any) -> int | None:
+    """Returns how many examples a source of a known set has, without opening it."""
+    if isinstance(source, sources.Digits):
+        rows = sources.DIGITS_SPLITS[source.split]
+        return rows.stop - rows.start
+    known = getattr(source, "dataset", "").partition(":")[0]
+    if not isinstance(source, sources.Tfds) or known not in EXAMPLES:
+        return None
+    nowhere = prepared_set.Path(known)
+    splits = {
+        name: prepared_set.Split(name=name, shards=((nowhere, size),), num_bytes=0)
+        for name, size in EXAMPLES[known].items()
+    }
+    whole = prepared_set.PreparedSet(
+        folder=nowhere, version="", file_format="", splits=splits, features={}
+    )
+    return sum(part.stop - part.start for part in whole.ranges(source.split))
+
+
+def rows(ops: Sequence[Op], preprocess: Sequence[Op]) -> dict[str, np.ndarray]:
+    """Returns a batch of one, as `ops` make it of a made-up image and the label 0.
+
+    The image has the size that `preprocess` gives: of a set whose ops keep the size of
+    the images that is the only word on it.
+    """
+    batch = HostBatch(step=1, rows=range(1))
+    batch.store(0, _made(ops, photo(*native_size(preprocess))))
+    return batch.arrays
+
+
+def native_size(preprocess: Sequence[Op]) -> tuple[int, int, int]:
+    """Returns height, width and channels of what `preprocess` makes of a photo."""
+    shape = np.shape(_made(preprocess, photo(*PHOTO, 3))["image"])
+    height, width, channels = shape
+    return int(height), int(width), int(channels)
+
+
+def seconds_an_image(
+    ops: Sequence[Op], preprocess: Sequence[Op], patience: float = 0.5
+) -> float:
+    """Measures the CPU time that one thread of this machine takes for an image.
+
+    Of a photo as large as ImageNet's, or of what `preprocess` gives where the ops would
+    keep the size of a photo.
+    """
+    native = native_size(preprocess)
+    image = photo(*PHOTO, 3)
+    if np.shape(_made(ops, image)["image"]) != rows(ops, preprocess)["image"].shape[1:]:
+        image = photo(*native)
+    spent: list[float] = []
+    while len(spent) < 8 or (sum(spent) < patience and len(spent) < 1000):
+        start = time.thread_time()
+        _made(ops, image)
+        spent.append(time.thread_time() - start)
+    return float(np.median(spent))
+
+
+def photo(height: int, width: int, channels: int) -> bytes:
+    """Returns a JPEG with about the detail, and the bytes, of a photo."""
+    rng = np.random.default_rng(0)
+    coarse = rng.integers(0, 256, (height // 8 + 1, width // 8 + 1, channels), np.uint8)
+    image = cv2.resize(coarse, (width, height), interpolation=cv2.INTER_CUBIC)
+    image = image.reshape(height, width, channels)
+    noise = rng.integers(-12, 13, image.shape, np.int16)
+    image = np.clip(image.astype(np.int16) + noise, 0, 255).astype(np.uint8)
+    return cv2.imencode(".jpg", image)[1].tobytes()
+
+
+def _made(ops: Sequence[Op], image: bytes) -> dict[str, Any]:
+    """Runs the ops; on pixels where none of them decodes."""
+    pixels = cv2.imdecode(np.frombuffer(image, np.uint8), cv2.IMREAD_UNCHANGED)
+    assert pixels is not None, "just encoded"
+    pixels = pixels.reshape(*pixels.shape[:2], -1)
+    failure: Exception | None = None
+    for form in (image, pixels):
+        example: dict[str, Any] = {"image": form, "label": 0}
+        try:
+            rng = np.random.default_rng(0)
+            for op in ops:
+                example = op(example, rng)
+        except ValueError as error:
+            failure = error
+            continue
+        if isinstance(example.get("image"), np.ndarray):
+            return example
+    raise ValueError(
+        "The recipe's ops made no image of a made-up photo, neither of its JPEG nor of "
+        f"its pixels{f': {failure}' if failure else ''}. Put an op that decodes first, "
+        "such as Decode()."
+    ) from failure

@@ -1,0 +1,74 @@
+"""Which compilers JAX may see: where there is no accelerator, those of CPUs only.
+
+libtpu and the CUDA wheels compile for machines that are not there (`targets`). A
+process that computes on this machine has no use for them, and they are not silent:
+JAX loads whatever is installed, prints a dozen lines and a trace, and goes on.
+"""
+
+import contextlib
+import importlib.metadata
+import importlib.util
+import os
+import pathlib
+import sys
+import types
+from typing import Any
+
+# Set for a process that is to compile for machines that are not there.
+WANTED = "BIG_VISION_LITE_COMPILERS"
+CUDA_WHEELS = ("jax_cuda12_plugin", "jax_cuda13_plugin")
+CUDA_PLUGINS = ("jax_plugins.xla_cuda12", "jax_plugins.xla_cuda13")
+
+
+def hide_without_devices(root: pathlib.Path = pathlib.Path("/")) -> None:
+    """Has JAX find no compiler of a device that this machine does not have.
+
+    To be called before JAX is imported: its modules load the CUDA wheel's.
+    """
+    if os.environ.get(WANTED) or "jax" in sys.modules:
+        return
+    if not has_nvidia(root):
+        for name in CUDA_WHEELS:
+            _hide(name)
+        for name in CUDA_PLUGINS:
+            # JAX warns of a plugin that it cannot import, not of one that adds nothing.
+            if importable(name):
+                silent: Any = types.ModuleType(name)
+                silent.initialize = lambda: None
+                sys.modules.setdefault(name, silent)
+    if not has_tpu(root):
+        _hide("libtpu")
+
+
+def has_nvidia(root: pathlib.Path = pathlib.Path("/")) -> bool:
+    """Says whether this machine shows an NVIDIA GPU or its driver."""
+    patterns = ("dev/nvidia*", "dev/dxg", "proc/driver/nvidia")
+    return any(any(root.glob(pattern)) for pattern in patterns)
+
+
+def has_tpu(root: pathlib.Path = pathlib.Path("/")) -> bool:
+    """Says whether this machine shows a TPU."""
+    patterns = ("dev/accel*", "dev/vfio/[0-9]*")
+    return any(any(root.glob(pattern)) for pattern in patterns)
+
+
+def importable(name: str) -> bool:
+    """Says whether there is a module of this name, without importing it."""
+    with contextlib.suppress(ModuleNotFoundError, ValueError):
+        return importlib.util.find_spec(name) is not None
+    return False
+
+
+def compilers_installed() -> bool:
+    """Says whether the compilers of TPUs and GPUs are there, hidden or not."""
+    try:
+        for name in ("libtpu", "jax-cuda12-plugin", "jax-cuda12-pjrt"):
+            importlib.metadata.version(name)
+    except importlib.metadata.PackageNotFoundError:
+        return False
+    return True
+
+
+def _hide(name: str) -> None:
+    # Python's own way to say that a module is not to be found.
+    sys.modules.setdefault(name, None)  # pyright: ignore[reportArgumentType]

@@ -1,0 +1,141 @@
+"""Prints what XLA makes of a recipe's train step on machines that are not there.
+
+  python tools/compile_report.py --config configs/vit_s16_i1k.py --on v5e:2x4,h100:8
+  python tools/compile_report.py --golden --write
+
+The latter records tests/golden/compiled.json anew, after a wanted change. Figures are
+of one device and one step; bodies of loops count as often as they turn. A custom call
+counts as all its operands and results. None of it has run.
+"""
+
+import argparse
+import importlib.metadata
+import json
+import pathlib
+import sys
+from collections.abc import Sequence
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from big_vision_lite import command_line, plan
+from big_vision_lite.compile_process import CompileProcess
+from big_vision_lite.estimate import Estimate
+from big_vision_lite.runtime import targets
+
+ROOT = pathlib.Path(__file__).parents[1]
+GOLDEN = ROOT / "tests" / "golden" / "compiled.json"
+# The compilers whose versions decide the figures.
+COMPILERS = ("jax", "libtpu", "jax-cuda12-plugin")
+# Small enough for a test, with all that repeats in the whole models.
+CASES = {
+    "ViT-S/16, 2 blocks": ["configs/vit_s16_i1k.py", "--config.model.depth=2"],
+    "BiT-R50x1, 2 stages": [
+        "configs/bit_i1k.py",
+        "--config.model.stages=(3,4)",
+        "--config.data.batch_size=1024",
+    ],
+}
+MACHINES = ("v5e:2x4", "h100:8")
+COMPARED = ("bytes_moved", "flops", "cycles", "kernels", "temporaries")
+
+
+def versions() -> str | None:
+    """Names the compilers' versions in one line, None where one is not installed."""
+    try:
+        found = [f"{name} {importlib.metadata.version(name)}" for name in COMPILERS]
+    except importlib.metadata.PackageNotFoundError:
+        return None
+    return ", ".join(found)
+
+
+def figures(found: Estimate) -> dict[str, Any]:
+    """Returns what is recorded of an estimate."""
+    return {
+        "bytes_moved": found.bytes_moved,
+        "flops": found.flops,
+        "cycles": found.cycles,
+        "kernels": found.kernels,
+        "temporaries": found.memory.get("activations and gradients"),
+        "collectives": found.collectives,
+    }
+
+
+def estimates(recipe: Sequence[str], machines: Sequence[str]) -> list[Estimate]:
+    """Compiles a recipe, given as on a command line, for some machines."""
+    words = ["plan", f"--config={recipe[0]}", *recipe[1:]]
+    config = command_line.parse(words, plan.define_flags).config
+    for machine in machines:
+        targets.parse(machine)
+    with CompileProcess() as process:
+        return [process.estimate(config, machine, None) for machine in machines]
+
+
+def golden() -> dict[str, dict[str, Any]]:
+    """Compiles what `tests/golden/compiled.json` holds."""
+    found = {}
+    for name, (recipe, *flags) in CASES.items():
+        all_ = estimates([str(ROOT / recipe), *flags], MACHINES)
+        found |= {f"{name} on {e.target}": figures(e) for e in all_}
+    return found
+
+
+def differences(recorded: dict[str, Any], now: dict[str, Any]) -> list[str]:
+    """Lists figures that differ by more than 1 %, and numbers of collectives."""
+    lines = []
+    for name in COMPARED:
+        before, after = recorded[name] or 0, now[name] or 0
+        if abs(after - before) > 0.01 * before:
+            lines.append(f"{name}: {before:,} recorded, {after:,} now")
+    if recorded["collectives"] != now["collectives"]:
+        lines.append(
+            f"collectives: {recorded['collectives']} recorded, {now['collectives']} now"
+        )
+    return lines
+
+
+def show(found: Estimate, console: Console) -> None:
+    """Prints the figures of one machine and its dearest operations."""
+    console.print(f"{found.target}: estimated, not run")
+    for name, value in figures(found).items():
+        text = f"{value:,}" if isinstance(value, int) else value
+        console.print(f"  {name:14} {text}")
+    table = Table(title="dearest operations (blocks of a model summed up)")
+    columns = ("operation", "count", "bytes", "flops", "microseconds")
+    for column in columns:
+        table.add_column(column, justify="left" if column == "operation" else "right")
+    for row in found.top:
+        cells = [row.get(column, 0) for column in columns[1:]]
+        table.add_row(row["operation"], *(f"{cell:,}" for cell in cells))
+    console.print(table)
+
+
+def main(argv: Sequence[str]) -> None:
+    """Reads the command line; prints or records."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--config", metavar="FILE[:ARG]", help="a recipe")
+    parser.add_argument("--on", default=",".join(MACHINES), help="machines")
+    parser.add_argument("--golden", action="store_true", help="the recorded cases")
+    parser.add_argument("--write", action="store_true", help="record --golden anew")
+    options, rest = parser.parse_known_args(argv)
+    if options.golden == (options.config is not None):
+        raise ValueError("Give one of --config FILE and --golden.")
+    if options.golden:
+        document = {versions() or "compilers missing": golden()}
+        text = json.dumps(document, indent=1, sort_keys=True) + "\n"
+        if options.write:
+            GOLDEN.write_text(text)
+        print(text, end="")
+        return
+    for found in estimates([options.config, *rest], options.on.split(",")):
+        show(found, Console(width=160))
+
+
+if __name__ == "__main__":
+    try:
+        main(sys.argv[1:])
+    except (ValueError, OSError) as mistake:
+        sys.exit(f"error: {mistake}")

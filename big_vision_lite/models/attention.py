@@ -159,12 +159,12 @@ def project_and_attend(
 
     def apart(x: Array, projections: tuple[Projected, ...]) -> Array:
         # Heads and their values as one axis, or XLA:TPU lays the results out by heads.
-        arrays = [x @ p.kernel.reshape(x.shape[-1], -1) for p in projections]
-        arrays = [
-            y.reshape(*y.shape[:2], *projections[0].kernel.shape[1:]) for y in arrays
-        ]
+        shape = (*x.shape[:2], *projections[0].kernel.shape[1:])
+        q, k, v = (
+            (x @ p.kernel.reshape(x.shape[-1], -1)).reshape(shape) for p in projections
+        )
         biases = tuple(p.bias for p in projections if p.bias is not None)
-        return tpu_attention.attend(*arrays, biases)
+        return tpu_attention.attend(q, k, v, biases)
 
     functions = {
         Attention.XLA: together(_xla),

@@ -84,7 +84,7 @@ class BatchNorm(nn.Module, kw_only=True):
 
 
 def group_moments(
-    parts: Float[Array, "P b H W C"], groups: int, shift: Array
+    parts: Float[Array, "P b H W C"], groups: int, shift: Array | float
 ) -> tuple[Float[Array, "G C"], Float[Array, "G C"]]:
     """Returns mean and variance of every group of parts, computed about `shift`.
 

@@ -32,7 +32,7 @@ ADDED_LATER = 200_000_000
 _SIZE = r"([\d.]+)([KMGT]?)"
 
 
-@dataclasses.dataclass(kw_only=True)
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class Estimate:
     """A recipe on a machine; plain values, for a table or JSON.
 
@@ -128,24 +128,30 @@ def of_program(
         if needed is None:
             raise
         found = _known_without_compiling(built, mesh, target, needed)
-        found.compile_seconds = time.perf_counter() - start
-        return found
+        spent = time.perf_counter() - start
+        return dataclasses.replace(found, fits=False, compile_seconds=spent)
     pallas = kernels.pallas_kernels(traced.jaxpr.jaxpr)
     figures = compiled.read(step, target.chip, pallas)
     memory = figures.memory
     found = _known_without_compiling(built, mesh, target, memory.total)
-    found.compile_seconds = time.perf_counter() - start
-    found.memory["activations and gradients"] = memory.temporaries
-    found.memory["program"] = memory.code
-    found.bytes_moved, found.flops = figures.bytes_moved, figures.flops
-    found.cycles, found.kernels = figures.cycles, figures.launches
-    found.collectives = {
-        kind: dataclasses.asdict(sum_) for kind, sum_ in figures.collectives.items()
+    placed = {
+        "activations and gradients": memory.temporaries,
+        "program": memory.code,
     }
-    found.top = compiled.top(figures, target.chip)
-    if target.chip is not None:
-        _add_times(found, built, figures, target, mesh.size)
-    return found
+    return dataclasses.replace(
+        found,
+        compile_seconds=time.perf_counter() - start,
+        memory=found.memory | placed,
+        bytes_moved=figures.bytes_moved,
+        flops=figures.flops,
+        cycles=figures.cycles,
+        kernels=figures.launches,
+        collectives={
+            kind: dataclasses.asdict(sums) for kind, sums in figures.collectives.items()
+        },
+        top=compiled.top(figures, target.chip),
+        **_times(built, figures, target, mesh.size),
+    )
 
 
 def refused_bytes(message: str) -> int | None:
@@ -164,13 +170,17 @@ def add_reported(known: Estimate, report: str) -> Estimate:
     found = re.search(r"\(color=0\)\nTotal bytes: (\d+)", report)
     needed = int(found[1]) if found else 0
     there = known.memory_there
-    known.memory_needed = needed + ADDED_LATER
-    known.memory["activations and gradients"] = max(
-        0, needed - sum(known.memory.values())
+    total = needed + ADDED_LATER
+    placed = {
+        "activations and gradients": max(0, needed - sum(known.memory.values())),
+        "program": ADDED_LATER,
+    }
+    return dataclasses.replace(
+        known,
+        fits=there is None or total <= there,
+        memory=known.memory | placed,
+        memory_needed=total,
     )
-    known.memory["program"] = ADDED_LATER
-    known.fits = there is None or known.memory_needed <= there
-    return known
 
 
 def shard_bytes(tree: Any) -> int:
@@ -215,20 +225,26 @@ def _known_without_compiling(
     )
 
 
-def _add_times(
-    found: Estimate, built: Program, figures: Figures, target: Target, devices: int
-) -> None:
+def _times(
+    built: Program, figures: Figures, target: Target, devices: int
+) -> dict[str, float]:
+    """Returns the fields of an estimate that are times, or come from one."""
     chip = target.chip
-    assert chip is not None
-    found.bound_seconds = figures.bound_seconds(chip)
-    found.link_seconds = figures.link_seconds(chip, devices)
+    if chip is None:
+        return {}
+    bound = figures.bound_seconds(chip)
+    link = figures.link_seconds(chip, devices)
     # Who waits for whom is not known: at best the links work beside the device, and no
     # step is faster than its roofline.
-    seconds = max(figures.seconds(chip), found.link_seconds, found.bound_seconds)
-    found.step_seconds = seconds
+    seconds = max(figures.seconds(chip), link, bound)
     rows = next(iter(built.spec.values())).shape[0]
-    found.images_per_second = rows / seconds
-    found.mfu = built.flops_per_step / devices / seconds / chip.flops
+    return {
+        "bound_seconds": bound,
+        "link_seconds": link,
+        "step_seconds": seconds,
+        "images_per_second": rows / seconds,
+        "mfu": built.flops_per_step / devices / seconds / chip.flops,
+    }
 
 
 def _bytes(shape: tuple[int, ...], dtype: Any) -> int:

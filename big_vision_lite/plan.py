@@ -33,7 +33,7 @@ from big_vision_lite.runtime.targets import Target
 GIGA = 1e9
 
 
-@dataclasses.dataclass(kw_only=True)
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class Plan:
     """A recipe on some machines, and what is the same on all of them.
 

@@ -136,7 +136,7 @@ def test_bare_steps_need_four_libraries_and_count_right(tmp_path):
     # The stand-in is no library; of the four some modules come late.
     new = set(shown.stdout.splitlines()[-1].split()[1:])
     ours = {"big_vision_lite", "model_spec", "jaxtyping"}
-    assert new - {"jax", "jaxlib", "numpy"} == ours
+    assert new - {"jax", "jaxlib", "jax_plugins", "numpy"} == ours
     found = tables(written)
     *models, memory = found.values()
     parameters, flops = vit(24, 32, tokens=4, pixels=16 * 16 * 3, classes=1000)

@@ -241,8 +241,7 @@ def test_the_fewest_micro_batches_that_fit_are_found(each_row, flags):
         asked.append(changed.model.depth)
         return refused(changed, target, needed)
 
-    first = ask(config, "v5e:2x4")
-    first.fits = False
+    first = dataclasses.replace(ask(config, "v5e:2x4"), fits=False)
     found = fitting.search(config, first, ["v5e:2x4"], ask, lambda line: None)
     assert (found and found.flags) == flags
     if flags:
@@ -257,8 +256,8 @@ def test_parameters_are_split_where_state_alone_is_too_large():
         state = 20 * 10**9 // changed.mesh.fsdp
         rows = changed.data.batch_size // 8 // changed.micro_batches
         found = refused(changed, target, state + rows * changed.model.depth * 10**7)
-        found.memory = {"parameters": state, "optimizer": 0}
-        return found
+        kinds = {"parameters": state, "optimizer": 0}
+        return dataclasses.replace(found, memory=kinds)
 
     found = fitting.search(config, ask(config, "v5e:2x4"), ["v5e:2x4"], ask, print)
     assert found.flags[:2] == ["--config.mesh.fsdp=8", "--config.mesh.data=-1"]

@@ -28,14 +28,13 @@ def hide_without_devices(root: pathlib.Path = pathlib.Path("/")) -> None:
     if os.environ.get(WANTED) or "jax" in sys.modules:
         return
     if not has_nvidia(root):
-        for name in CUDA_WHEELS:
-            _hide(name)
-        for name in CUDA_PLUGINS:
-            # JAX warns of a plugin that it cannot import, not of one that adds nothing.
-            if importable(name):
-                silent: Any = types.ModuleType(name)
+        for wheel, plugin in zip(CUDA_WHEELS, CUDA_PLUGINS, strict=True):
+            if importable(wheel):
+                # JAX warns of a plugin that it cannot import, not of an empty one.
+                silent: Any = types.ModuleType(plugin)
                 silent.initialize = lambda: None
-                sys.modules.setdefault(name, silent)
+                sys.modules.setdefault(plugin, silent)
+            _hide(wheel)
     if not has_tpu(root):
         _hide("libtpu")
 

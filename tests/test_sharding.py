@@ -132,7 +132,9 @@ def test_tensor_rules_split_heads_and_mlps_and_fsdp_another_dimension():
     rules = sharding.TENSOR_PARALLEL_VIT
     placed = trees.flatten(sharding.shardings(vit_shapes(4), rules, mesh))
     assert {name: placed[name].spec for name in TENSOR_SPECS} == TENSOR_SPECS
-    with pytest.raises(ValueError, match=r"(?s)tensor=4.*query/kernel.*divides num_heads"):
+    with pytest.raises(
+        ValueError, match=r"(?s)tensor=4.*query/kernel.*divides num_heads"
+    ):
         sharding.shardings(vit_shapes(2), rules, mesh)
     one = make_mesh(Mesh(), devices())
     placed = jax.tree.leaves(sharding.shardings(vit_shapes(2), rules, one))

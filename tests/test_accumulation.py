@@ -167,15 +167,6 @@ def test_no_whole_parameter_or_gradient_goes_from_part_to_part():
     assert f"f32[{WIDTH},{WIDTH}]" in re.findall(r"= \((.*?)\) while\(", text)[0]
 
 
-def test_a_deeper_model_needs_no_more_whole_parameters_at_a_time():
-    memory = [
-        compiled(depth, 2, fsdp=8).memory_analysis().temp_size_in_bytes
-        for depth in (2, 10)
-    ]
-    # A layer's share, its gradient's, and the rows of a part.
-    assert (memory[1] - memory[0]) / 8 < 0.6 * 4 * WIDTH**2
-
-
 def test_a_parameter_is_gathered_in_the_dtype_it_is_used_in():
 
     def function(tree):
@@ -193,12 +184,13 @@ def test_a_parameter_is_gathered_in_the_dtype_it_is_used_in():
     assert half == {"cast", "inside", "saved"}
 
 
-def compiled_for_tpu(fsdp: int, micro_batches: int):
-    """A ViT-S/16 of two blocks, 256 images of 128 px, that no device runs."""
-    mesh = sharding.make_mesh(sharding.Mesh(fsdp=fsdp), tpus("v5e:2x4"))
+@functools.cache
+def compiled_for_tpu(depth: int, micro_batches: int):
+    """A ViT-S/16 of a few blocks, 256 images of 128 px, that no device runs."""
+    mesh = sharding.make_mesh(sharding.Mesh(fsdp=8), tpus("v5e:2x4"))
     model = ViT(
         width=384,
-        depth=2,
+        depth=depth,
         mlp_dim=1536,
         num_heads=6,
         patch_size=16,
@@ -228,7 +220,7 @@ def compiled_for_tpu(fsdp: int, micro_batches: int):
 
 @pytest.mark.parametrize("micro_batches", [1, 4])
 def test_a_tpu_gathers_bfloat16_and_chains_no_permutes(micro_batches):
-    text = compiled_for_tpu(8, micro_batches).as_text()
+    text = compiled_for_tpu(2, micro_batches).as_text()
     gathers = set(re.findall(r"= (\w+\[[\d,]*\])\S* all-gather(?:-start)?\(", text))
     shapes = re.findall(r"= \(?(\w+)\[([\d,]+)\]\S*.* all-gather(?:-start)?\(", text)
     # The head computes in float32; all other kernels are cast before.
@@ -236,3 +228,15 @@ def test_a_tpu_gathers_bfloat16_and_chains_no_permutes(micro_batches):
     assert {s for s in shapes if s[0] != "bf16" and not s[1].endswith("1000")} == set()
     assert "collective-permute" not in text and "all-to-all" not in text
     assert re.search(r"reduce-scatter|all-reduce-scatter", text)
+
+
+def test_a_deeper_model_needs_no_more_whole_parameters_at_a_time():
+    # On a TPU: a CPU gathers as early as it can.
+    memory = [
+        compiled_for_tpu(depth, 4).memory_analysis().temp_size_in_bytes
+        for depth in (2, 8)
+    ]
+    # A block's share of parameters and gradients, and the rows of a part: less than
+    # the block whole in bfloat16, its gradient not counted.
+    block = 12 * 384**2
+    assert (memory[1] - memory[0]) / 6 < 0.6 * 2 * block

@@ -294,7 +294,7 @@ def test_the_names_at_the_top_of_a_recipe_are_frozen():
         Stream: ["source", "batch_size", "ops", "device_ops", "threads", "processes"],
         Init: ["path", "drop", "rename", "position_resize"],
         Checkpoints: ["every_steps", "keep_latest", "keep_every_steps"],
-        Mesh: ["data", "fsdp"],
+        Mesh: ["data", "fsdp", "tensor"],
     }
     for kind, expected in names.items():
         assert [f.name for f in dataclasses.fields(kind)] == expected

@@ -4,6 +4,7 @@ import contextlib
 import contextvars
 import dataclasses
 import enum
+import functools
 import math
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any, NamedTuple
@@ -11,8 +12,10 @@ from typing import Any, NamedTuple
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+from jax.sharding import PartitionSpec
 from jaxtyping import Array, Float
 
+from big_vision_lite import layout
 from big_vision_lite.models.kernels import tpu_attention
 from big_vision_lite.models.layers import Dtype, add_bias, layer_norm
 
@@ -231,7 +234,21 @@ def _xla(q: Array, k: Array, v: Array) -> Array:
 
 
 def _cudnn(q: Array, k: Array, v: Array) -> Array:
-    return jax.nn.dot_product_attention(q, k, v, implementation="cudnn")
+    call = functools.partial(jax.nn.dot_product_attention, implementation="cudnn")
+    mesh = jax.sharding.get_abstract_mesh()
+    if mesh.manual_axes and layout.TENSOR_AXIS in mesh.auto_axes:
+        # JAX divides this call over all axes of a mesh or over none; where gradients
+        # are accumulated, rows are divided already.
+        even = q.shape[2] % mesh.shape[layout.TENSOR_AXIS] == 0
+        heads = PartitionSpec(None, None, layout.TENSOR_AXIS if even else None)
+        call = jax.shard_map(
+            call,
+            in_specs=(heads,) * 3,
+            out_specs=heads,
+            axis_names={layout.TENSOR_AXIS},
+            check_vma=False,
+        )
+    return call(q, k, v)
 
 
 def project(

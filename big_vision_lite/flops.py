@@ -38,19 +38,42 @@ def count_equation(equation: Any) -> int:
         return _convolution(equation)
     if name.startswith("dot_product_attention_"):
         return _fused_attention(equation)
+    if name == "pallas_call":
+        return _kernel(params)
     inside = [count_jaxpr(jaxpr) for jaxpr in inner_jaxprs(params)]
     if name == "scan":
         return params["length"] * sum(inside)
     if name == "cond":
         return max(inside)
     if name == "shard_map":
-        return math.prod(params["mesh"].shape.values()) * sum(inside)
+        return _parts(params) * sum(inside)
     if name == "while" and any(inside):
         raise ValueError(
             "A while loop with matrix products: their number is not known before it "
             "runs. Write it as jax.lax.scan, or fori_loop with fixed bounds."
         )
     return sum(inside)
+
+
+def _kernel(params: dict[str, Any]) -> int:
+    """Returns what a Pallas kernel says of itself, else what its programs compute."""
+    if params["cost_estimate"] is not None:
+        return params["cost_estimate"].flops
+    return math.prod(params["grid_mapping"].grid) * count_jaxpr(params["jaxpr"])
+
+
+def _parts(params: dict[str, Any]) -> int:
+    """Returns into how many parts a `shard_map` splits what it is given.
+
+    On axes that split nothing the devices compute the same: that counts once.
+    """
+    axes = set()
+    for spec in params["in_specs"]:
+        for entry in spec:
+            axes.update(entry if isinstance(entry, tuple) else {entry})
+    return math.prod(
+        size for axis, size in params["mesh"].shape.items() if axis in axes
+    )
 
 
 def _dot_general(equation: Any) -> int:

@@ -31,8 +31,13 @@ from big_vision_lite import layout
 LANES = 128
 # Queries that are worked on at once: [M, N] weights of 256 x 256 take 256 KB.
 ROWS = 256
-# What one program may hold of the 16 MB that the compiler grants, by `_bytes`.
-VMEM_BYTES = 14 * 2**20
+# What one program may hold by `_bytes`, which says rather too much: 20.5 MB were 16.8
+# of the 16 that the compiler grants (1,024 tokens, 6 heads of 64 a program, v5e).
+VMEM_BYTES = 16 * 2**20
+# Tokens up to which it was compiled for v4 to TPU7x, by head dimension. Heads that do
+# not fill 128 lanes in twos lie across them and take more memory: at 576 tokens 18.2 MB
+# of the 16 for heads of 80.
+LONGEST = {64: 1024, 72: 257, 80: 257, 88: 257}
 # The mesh axis that splits heads, where a mesh has it.
 HEADS_AXIS = "tensor"
 
@@ -45,13 +50,15 @@ def refusal(
         return dtype
     if queries != memory:
         return f"{queries} queries for {memory} tokens"
-    if head_dim not in (64, 72, 80, 88):
+    if head_dim not in LONGEST:
         return f"head dimension {head_dim}"
     size = _mesh_axes().get(HEADS_AXIS, 1)
     if num_heads % size:
         return f"{num_heads} heads on {size} devices of the axis {HEADS_AXIS}"
-    if queries > 1024 or not _lanes(queries, num_heads // size * head_dim, head_dim):
-        return f"{queries} tokens of {num_heads} heads of {head_dim}"
+    if queries > LONGEST[head_dim]:
+        return f"{queries} tokens with head dimension {head_dim}"
+    if _lanes(queries, num_heads // size * head_dim, head_dim) is None:
+        return f"{queries} tokens of {num_heads // size} heads of {head_dim}"
     return None
 
 
@@ -67,59 +74,69 @@ def attend(
     `biases` of q, k and v are added first. Given here, their gradients come out of the
     kernel, and nobody reads those of q, k and v again to sum them.
     """
-    flat = (x.reshape(*x.shape[:2], -1) for x in (q, k, v))
+    arrays = tuple(x.reshape(*x.shape[:2], -1) for x in (q, k, v))
     flat_biases = tuple(bias.reshape(-1) for bias in biases)
-    return _attend(*flat, flat_biases, q.shape[-1], interpret).reshape(q.shape)
+    return _attend(arrays, flat_biases, q.shape[-1], interpret).reshape(q.shape)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(4, 5))
+def attend_joined(
+    qkv: Float[Array, "B N J"],
+    bias: Float[Array, " J"] | None,
+    head_dim: int,
+    interpret: bool = False,
+) -> Float[Array, "B N W"]:
+    """Attends as `attend` does, to what one product made: [q | k | v], J = 3 * W.
+
+    Nothing is split or joined in memory, forward and backward, except where heads are
+    spread over devices or a program cannot hold the whole width.
+    """
+    _, tokens, width = qkv.shape
+    biases = () if bias is None else (bias,)
+    arrays = (qkv,)
+    split = _mesh_axes().get(HEADS_AXIS, 1) > 1
+    if split or _lanes(tokens, width // 3, head_dim) != width // 3:
+        arrays = tuple(jnp.split(qkv, 3, axis=2))
+        biases = tuple(part for bias in biases for part in jnp.split(bias, 3))
+    return _attend(arrays, biases, head_dim, interpret)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3))
 def _attend(
-    q: Array,
-    k: Array,
-    v: Array,
+    arrays: tuple[Array, ...],
     biases: tuple[Array, ...],
     head_dim: int,
     interpret: bool,
 ) -> Array:
-    return _forward(q, k, v, biases, head_dim, interpret)[0]
+    """Attends to q, k and v [B, N, W], or to one [B, N, 3 * W] of them."""
+    return _forward(arrays, biases, head_dim, interpret)[0]
 
 
 def _forward(
-    q: Array,
-    k: Array,
-    v: Array,
+    arrays: tuple[Array, ...],
     biases: tuple[Array, ...],
     head_dim: int,
     interpret: bool,
 ) -> tuple[Array, Any]:
-    arrays = (q, k, v)
     if biases:
         # Not in the kernel: XLA adds them where the projection's product ends.
-        arrays = tuple(x + bias.astype(x.dtype) for x, bias in zip(arrays, biases))
-    (y,) = _call(_forward_kernel, arrays, head_dim, outputs=1, interpret=interpret)
+        arrays = tuple(
+            x + bias.astype(x.dtype) for x, bias in zip(arrays, biases, strict=True)
+        )
+    (y,) = _call(_forward_kernel, _forward_results, arrays, head_dim, interpret)
     return y, (arrays, biases)
 
 
 def _backward(
     head_dim: int, interpret: bool, kept: Any, gradient: Array
-) -> tuple[Any, ...]:
+) -> tuple[Any, Any]:
     arrays, biases = kept
-    *gradients, q_sum, k_sum, v_sum = _call(
-        _backward_kernel,
-        (*arrays, gradient),
-        head_dim,
-        outputs=3,
-        sums=3,
-        interpret=interpret,
-    )
-    sums = (q_sum, k_sum, v_sum)
-    of_biases = tuple(
-        # A sum of every image [B, 1, W]: the images' sum, and that over devices, is
-        # left to XLA, which joins it with the other gradients.
-        x.sum((0, 1)).astype(bias.dtype)
-        for x, bias in zip(sums, biases)
-    )
-    return *gradients, of_biases
+    given = (*arrays, gradient)
+    results = _call(_backward_kernel, _backward_results, given, head_dim, interpret)
+    gradients, sums = results[: len(arrays)], results[len(arrays) :]
+    # A sum for every image: the images' sum, and that over devices, is left to XLA,
+    # which joins it with the other gradients.
+    each = zip(biases, sums, strict=False)
+    return gradients, tuple(x.sum((0, 1)).astype(bias.dtype) for bias, x in each)
 
 
 _attend.defvjp(_forward, _backward)
@@ -136,19 +153,30 @@ def _mesh_axes() -> dict[str, int]:
     return {axis: mesh.shape[axis] for axis in mesh.auto_axes}
 
 
+def _forward_results(arrays: tuple[Array, ...]) -> list[jax.ShapeDtypeStruct]:
+    width = sum(x.shape[2] for x in arrays) // 3
+    return [jax.ShapeDtypeStruct((*arrays[0].shape[:2], width), arrays[0].dtype)]
+
+
+def _backward_results(arrays: tuple[Array, ...]) -> list[jax.ShapeDtypeStruct]:
+    """Returns what is like q, k and v, then a sum over the tokens of each."""
+    *like, _ = arrays
+    sums = ((x.shape[0], 1, x.shape[2]) for x in like)
+    return [
+        *(jax.ShapeDtypeStruct(x.shape, x.dtype) for x in like),
+        *(jax.ShapeDtypeStruct(shape, jnp.float32) for shape in sums),
+    ]
+
+
 def _call(
     kernel: Callable[..., None],
+    results: Callable[[tuple[Array, ...]], list[jax.ShapeDtypeStruct]],
     arrays: tuple[Array, ...],
     head_dim: int,
-    *,
-    outputs: int,
-    sums: int = 0,
     interpret: bool,
-) -> list[Array]:
-    """Runs `kernel` on every image: `outputs` like `arrays`, then `sums` [B, 1, W]."""
-    local = functools.partial(
-        _call_local, kernel, head_dim, outputs=outputs, sums=sums, interpret=interpret
-    )
+) -> tuple[Array, ...]:
+    """Runs `kernel` on every image of `arrays`, on the device that holds it."""
+    local = functools.partial(_call_local, kernel, results, head_dim, interpret)
     axes = _mesh_axes()
     if not axes:
         return local(*arrays)
@@ -158,39 +186,48 @@ def _call(
         rows = ()
     spec = PartitionSpec(rows or None, None, HEADS_AXIS if HEADS_AXIS in axes else None)
     return jax.shard_map(
-        local,
-        in_specs=(spec,) * len(arrays),
-        out_specs=[spec] * (outputs + sums),
-        axis_names=set(axes),
-        check_vma=False,
+        local, in_specs=spec, out_specs=spec, axis_names=set(axes), check_vma=False
     )(*arrays)
 
 
 def _call_local(
     kernel: Callable[..., None],
+    results: Callable[[tuple[Array, ...]], list[jax.ShapeDtypeStruct]],
     head_dim: int,
-    *arrays: Array,
-    outputs: int,
-    sums: int,
     interpret: bool,
-) -> list[Array]:
-    batch, tokens, width = arrays[0].shape
-    lanes = _lanes(tokens, width, head_dim) or width
-    block = pl.BlockSpec((1, tokens, lanes), lambda image, at: (image, 0, at))
-    row = pl.BlockSpec((1, 1, lanes), lambda image, at: (image, 0, at))
-    like = jax.ShapeDtypeStruct((batch, tokens, width), arrays[0].dtype)
-    row_like = jax.ShapeDtypeStruct((batch, 1, width), jnp.float32)
-    return pl.pallas_call(
+    *arrays: Array,
+) -> tuple[Array, ...]:
+    shapes = results(arrays)
+    batch, tokens, _ = arrays[0].shape
+    width = min(x.shape[2] for x in (*arrays, *shapes))
+    # Where q, k and v are joined, the whole width fits.
+    parts = width // (_lanes(tokens, width, head_dim) or width)
+
+    def block(x: Any) -> pl.BlockSpec:
+        shape = (1, x.shape[1], x.shape[2] // parts)
+        return pl.BlockSpec(shape, lambda image, part: (image, 0, part))
+
+    # As the XLA form computes them: two products forward, four backward, whatever is
+    # computed again or multiplied with zeros. `flops.count` reads it.
+    products = 2 if len(shapes) == 1 else 4
+    cost = pl.CostEstimate(
+        flops=products * 2 * batch * tokens**2 * width,
+        transcendentals=batch * (width // head_dim) * tokens**2,
+        bytes_accessed=sum(x.size * x.dtype.itemsize for x in (*arrays, *shapes)),
+    )
+    done = pl.pallas_call(
         functools.partial(kernel, head_dim=head_dim),
-        grid=(batch, width // lanes),
-        in_specs=[block] * len(arrays),
-        out_specs=[block] * outputs + [row] * sums,
-        out_shape=[like] * outputs + [row_like] * sums,
+        grid=(batch, parts),
+        in_specs=[block(x) for x in arrays],
+        out_specs=[block(x) for x in shapes],
+        out_shape=shapes,
         interpret=interpret,
+        cost_estimate=cost,
         compiler_params=pltpu.CompilerParams(
             dimension_semantics=("parallel", "parallel")
         ),
     )(*arrays)
+    return tuple(done)
 
 
 def _lanes(tokens: int, width: int, head_dim: int) -> int | None:
@@ -211,18 +248,21 @@ def _bytes(tokens: int, lanes: int) -> int:
     lanes = -(-lanes // LANES) * LANES
     # Four arrays come and three go, bfloat16, the next image's beside this one's.
     blocks = 7 * 2 * tokens * lanes * 2
-    rows = -(-_row_blocks(tokens)[0].stop // LANES) * LANES
+    longest = max(rows.stop - rows.start for rows in _row_blocks(tokens))
+    rows = -(-longest // LANES) * LANES
     # Of two heads: weights, their gradients and products of these, float32.
     weights = 2 * 4 * tokens * rows * 4
     return blocks + weights + 4 * tokens * LANES * 4
 
 
 def _row_blocks(tokens: int) -> list[slice]:
-    """Splits queries into even parts of about `ROWS` that begin at whole tiles."""
-    parts = 1 if tokens <= 1.5 * ROWS else -(-tokens // ROWS)
-    # 16 rows of bfloat16 fill a tile.
-    size = -(-tokens // parts // 16) * 16 if parts > 1 else tokens
-    return [slice(at, min(at + size, tokens)) for at in range(0, tokens, size)]
+    """Splits queries into blocks of `ROWS`; a short rest joins the last of them.
+
+    Queries lie on lanes, 128 of them in a register: 257 fill three, in a block of their
+    own as in one of 256 and one of the last.
+    """
+    starts = [at for at in range(0, tokens, ROWS) if not at or tokens - at > LANES]
+    return [slice(*ends) for ends in zip(starts, [*starts[1:], tokens], strict=True)]
 
 
 def _windows(lanes: int, head_dim: int) -> Iterator[tuple[slice, int]]:
@@ -269,7 +309,17 @@ def _exponentials(q: Array, k: Array, head_dim: int) -> Array:
     return jnp.exp2((logits - logits.max(0, keepdims=True)) * scale)
 
 
-def _forward_kernel(q_ref: Any, k_ref: Any, v_ref: Any, y_ref: Any, *, head_dim: int):
+def _thirds(refs: tuple[Any, ...]) -> list[Any]:
+    """Returns what holds q, k and v, in memory of their own or in one."""
+    if len(refs) == 3:
+        return list(refs)
+    width = refs[0].shape[2] // 3
+    return [refs[0].at[:, :, part * width : (part + 1) * width] for part in range(3)]
+
+
+def _forward_kernel(*refs: Any, head_dim: int) -> None:
+    *given, y_ref = refs
+    q_ref, k_ref, v_ref = _thirds(tuple(given))
     # All heads of a window do each thing before the next one, here and backward: the
     # compiler keeps the order, and so fills the wait for one head with the other.
     for at, heads in _windows(q_ref.shape[-1], head_dim):
@@ -283,40 +333,35 @@ def _forward_kernel(q_ref: Any, k_ref: Any, v_ref: Any, y_ref: Any, *, head_dim:
                 _product(_rows_of_head(v_rows, head, heads), w.astype(v_rows.dtype))
                 for head, w in enumerate(weights)
             ]
-            y = [part / total for part, total in zip(y, totals)]
+            y = [part / total for part, total in zip(y, totals, strict=True)]
             y_ref[0, rows, at] = jnp.concatenate(y).astype(y_ref.dtype).T
 
 
-def _backward_kernel(
-    q_ref: Any,
-    k_ref: Any,
-    v_ref: Any,
-    gradient_ref: Any,
-    of_q_ref: Any,
-    of_k_ref: Any,
-    of_v_ref: Any,
-    q_sum_ref: Any,
-    k_sum_ref: Any,
-    v_sum_ref: Any,
-    *,
-    head_dim: int,
-):
+def _backward_kernel(*refs: Any, head_dim: int) -> None:
+    # q, k, v, the gradient of y; their gradients; sums of these. Each three or joined.
+    each = (len(refs) - 1) // 3
+    q_ref, k_ref, v_ref = _thirds(refs[:each])
+    gradient_ref = refs[each]
+    of_q_ref, of_k_ref, of_v_ref = _thirds(refs[each + 1 : -each])
+    q_sum_ref, k_sum_ref, v_sum_ref = _thirds(refs[-each:])
     scale = head_dim**-0.5
     dtype = of_q_ref.dtype
     for at, heads in _windows(q_ref.shape[-1], head_dim):
         k, v = k_ref[0, :, at], v_ref[0, :, at]
         k_rows = k.T
-        of_k = of_v = q_sum = 0.0
+        of_k: Any = 0.0
+        of_v: Any = 0.0
+        q_sum: Any = 0.0
         for rows in _row_blocks(q_ref.shape[1]):
             queries = _by_head(q_ref[0, rows, at], heads)
             gradients = _by_head(gradient_ref[0, rows, at], heads)
             weights = [_exponentials(q, k, head_dim) for q in queries]
             weights = [w * (1 / w.sum(0, keepdims=True)) for w in weights]
             of_weights = [_product(v, gradient, (1, 1)) for gradient in gradients]
-            both = [w * of_w for w, of_w in zip(weights, of_weights)]
+            both = [w * of_w for w, of_w in zip(weights, of_weights, strict=True)]
             of_logits = [
                 (b - w * b.sum(0, keepdims=True)).astype(dtype)
-                for b, w in zip(both, weights)
+                for b, w in zip(both, weights, strict=True)
             ]
             of_q = []
             for head in range(heads):

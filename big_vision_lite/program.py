@@ -11,9 +11,11 @@ import jax
 from big_vision_lite import flops, mistakes
 from big_vision_lite import state as state_lib
 from big_vision_lite.config import TrainConfig
+from big_vision_lite.models import attention
 from big_vision_lite.runtime import cpu
 from big_vision_lite.state import TrainState
 from big_vision_lite.step import make_train_step
+from big_vision_lite.types import Model
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -30,6 +32,8 @@ class Program:
     fresh: Callable[[], TrainState]
     train_step: Any
     flops_per_step: int
+    # What a user of an accelerator should know of the program, a line each.
+    notes: tuple[str, ...] = ()
     # The train step where a CPU computes it and its memory is kept.
     steady: cpu.SteadyStep | None = None
 
@@ -77,9 +81,14 @@ def build(
         ema=config.ema is not None,
     )
     abstract = state_lib.blueprint(initialize, config.sharding, mesh)
-    on_cpu = mesh.devices.flat[0].platform == "cpu"
+    device = mesh.devices.flat[0]
+    on_cpu = device.platform == "cpu"
+    model = config.model
+    if config.deterministic and device.platform in ("gpu", "cuda"):
+        # Nobody promises that cuDNN's backward pass adds up in the same order.
+        model = attention.without_fused(model)
     train_step = make_train_step(
-        config.model,
+        model,
         config.objective,
         optimizer,
         mesh,
@@ -91,7 +100,8 @@ def build(
         compiler_options=cpu.COMPILER_OPTIONS if on_cpu else None,
     )
     steady = cpu.SteadyStep(train_step, mesh, saving) if on_cpu else None
-    outline = trace_forward(config, abstract, spec)
+    with attention.calls() as calls:
+        outline = trace_forward(model, abstract, spec)
     check_head(config, outline.outputs, names)
     return Program(
         num_steps=num_steps,
@@ -101,6 +111,9 @@ def build(
         train_step=steady or train_step,
         # Gradients with respect to inputs and to weights cost as much as forward, each.
         flops_per_step=3 * config.data.batch_size * outline.flops,
+        notes=()
+        if on_cpu
+        else tuple(attention.describe(calls, device.platform, device.device_kind)),
         steady=steady,
     )
 
@@ -114,7 +127,7 @@ class Outline:
 
 
 def trace_forward(
-    config: TrainConfig, abstract: TrainState, spec: Mapping[str, Any]
+    model: Model, abstract: TrainState, spec: Mapping[str, Any]
 ) -> Outline:
     """Returns the model's outputs, and its matmul and convolution FLOPs forward."""
     one = {
@@ -125,7 +138,7 @@ def trace_forward(
 
     def forward(params: Any, collections: Any, batch: Any) -> Any:
         variables = {"params": params, **collections}
-        return config.model.apply(variables, **config.model.inputs(batch), train=False)
+        return model.apply(variables, **model.inputs(batch), train=False)
 
     traced = jax.make_jaxpr(forward, return_shape=True)
     jaxpr, outputs = traced(params, abstract.collections, one)

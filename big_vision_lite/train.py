@@ -93,6 +93,8 @@ def train(
         built = later.enter_context(
             program.build(config, mesh, batches.spec(), saving=checkpointer.saving)
         )
+        for note in built.notes:
+            progress.message(note)
         checkpointer.prepare(built.abstract)
         evaluations = evaluation.Evaluations(
             config,

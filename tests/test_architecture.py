@@ -167,3 +167,16 @@ def test_the_table_names_only_files_that_exist():
     named = {name for groups in ROWS for group in groups for name in group}
     there = {top(module_of(path)) for path in FILES}
     assert named - there <= {"conversion", "files"}
+
+
+# What a backend's file may do: kernels have gradients of their own, the CPU's file
+# talks to malloc and to XLA:CPU.
+TRICKS = ("custom_vjp", "optimization_barrier", "mallopt", "xla_cpu")
+
+
+@pytest.mark.parametrize("path", FILES, ids=module_of)
+def test_tricks_for_a_backend_stay_in_its_file(path):
+    if module_of(path) == "runtime/cpu" or "kernels" in path.parts:
+        return
+    text = path.read_text()
+    assert not [trick for trick in TRICKS if trick in text]

@@ -213,9 +213,6 @@ def test_the_step_costs_what_is_recorded(case):
             f"recorded for {', '.join(GOLDEN)}; here: {compile_report.versions()}. "
             "Install these, or record: python tools/compile_report.py --golden --write"
         )
-    recipe, *flags = compile_report.CASES[case]
-    words = [str(compile_report.ROOT / recipe), *flags]
-    for found in compile_report.estimates(words, compile_report.MACHINES):
-        before = recorded[f"{case} on {found.target}"]
-        now = json.loads(json.dumps(compile_report.figures(found)))
-        assert not compile_report.differences(before, now), found.target
+    for name, found in compile_report.case(case).items():
+        now = json.loads(json.dumps(found))
+        assert not compile_report.differences(recorded[name], now), name

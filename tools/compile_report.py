@@ -28,16 +28,22 @@ ROOT = pathlib.Path(__file__).parents[1]
 GOLDEN = ROOT / "tests" / "golden" / "compiled.json"
 # The compilers whose versions decide the figures.
 COMPILERS = ("jax", "libtpu", "jax-cuda12-plugin")
-# Small enough for a test, with all that repeats in the whole models.
+# Small enough for a test on both machines, with all that repeats in the whole models;
+# a GPU's compiler is quick enough for whole ones. The recipe is tests/recipes/peers.py.
+BOTH = ("v5e:2x4", "h100:8")
+GPU = ("h100:8",)
 CASES = {
-    "ViT-S/16, 2 blocks": ["configs/vit_s16_i1k.py", "--config.model.depth=2"],
-    "BiT-R50x1, 2 stages": [
-        "configs/bit_i1k.py",
-        "--config.model.stages=(3,4)",
-        "--config.data.batch_size=1024",
-    ],
+    "ViT-S/16, 2 blocks": ("model=S/16,depth=2", BOTH),
+    "ViT-S/16, 2 blocks, fsdp=8": ("model=S/16,depth=2,fsdp=8", BOTH),
+    "ViT-S/16, 2 blocks, fsdp=8, 4 parts": ("model=S/16,depth=2,fsdp=8,parts=4", BOTH),
+    "ResNet-50, 2 stages": ("model=R50,depth=2", BOTH),
+    "ViT-S/16": ("model=S/16", GPU),
+    "ViT-B/16": ("model=B/16", GPU),
+    "ViT-L/16": ("model=L/16,batch=256", GPU),
+    "ViT-L/16, 4 blocks, fsdp=8": ("model=L/16,depth=4,batch=256,fsdp=8", GPU),
+    "ResNet-50": ("model=R50", GPU),
 }
-MACHINES = ("v5e:2x4", "h100:8")
+PEERS = ROOT / "tests" / "recipes" / "peers.py"
 COMPARED = ("bytes_moved", "flops", "cycles", "kernels", "temporaries")
 
 
@@ -75,10 +81,16 @@ def estimates(recipe: Sequence[str], machines: Sequence[str]) -> list[Estimate]:
 def golden() -> dict[str, dict[str, Any]]:
     """Compiles what `tests/golden/compiled.json` holds."""
     found = {}
-    for name, (recipe, *flags) in CASES.items():
-        all_ = estimates([str(ROOT / recipe), *flags], MACHINES)
-        found |= {f"{name} on {e.target}": figures(e) for e in all_}
+    for name in CASES:
+        found |= case(name)
     return found
+
+
+def case(name: str) -> dict[str, dict[str, Any]]:
+    """Compiles one of `CASES`; returns its figures by machine."""
+    arguments, machines = CASES[name]
+    all_ = estimates([f"{PEERS}:{arguments}"], machines)
+    return {f"{name} on {e.target}": figures(e) for e in all_}
 
 
 def differences(recorded: dict[str, Any], now: dict[str, Any]) -> list[str]:
@@ -117,7 +129,7 @@ def main(argv: Sequence[str]) -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--config", metavar="FILE[:ARG]", help="a recipe")
-    parser.add_argument("--on", default=",".join(MACHINES), help="machines")
+    parser.add_argument("--on", default=",".join(BOTH), help="machines")
     parser.add_argument("--golden", action="store_true", help="the recorded cases")
     parser.add_argument("--write", action="store_true", help="record --golden anew")
     options, rest = parser.parse_known_args(argv)

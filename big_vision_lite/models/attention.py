@@ -90,6 +90,20 @@ def describe(
     return lines
 
 
+def without_fused(module: Any) -> Any:
+    """Returns a model in which `auto` is `xla`, in it and in all modules it holds."""
+    changed = {}
+    for field in dataclasses.fields(module):
+        value = getattr(module, field.name)
+        if value is Attention.AUTO:
+            changed[field.name] = Attention.XLA
+        elif isinstance(value, nn.Module) and field.name != "parent":
+            plain = without_fused(value)
+            if plain is not value:
+                changed[field.name] = plain
+    return module.clone(**changed) if changed else module
+
+
 def choose(platform: str, shapes: Shapes) -> Choice:
     """Returns what `auto` takes on "cpu", "tpu" or "gpu" (also called "cuda")."""
     if platform in ("gpu", "cuda"):

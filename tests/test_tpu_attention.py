@@ -153,8 +153,11 @@ def make_mesh(data, fsdp, **more):
 
 
 @pytest.mark.parametrize("mesh", MESHES)
-@pytest.mark.parametrize("batch", [8, 1])  # 1: shapes are traced with a row
-@pytest.mark.parametrize("function", [apart, joined])
+@pytest.mark.parametrize(
+    # A row: shapes are traced with it.
+    ("function", "batch"),
+    [(apart, 8), (joined, 8), (apart, 1)],
+)
 def test_eight_devices_give_what_one_gives(function, batch, mesh):
     given = arrays(17, 4, 64, batch=batch)
     expected = everything(function, *given)
@@ -270,8 +273,15 @@ def test_a_step_lowered_for_gpus_holds_cudnns_attention(gpu, micro_batches):
         assert "callback" not in found and "xf64" not in found
 
 
-@pytest.mark.parametrize("remat", [Remat.NONE, Remat.DOTS, Remat.FULL])
-@pytest.mark.parametrize("options", ["plain", "micro-batches"])
+@pytest.mark.parametrize(
+    ("remat", "options"),
+    [
+        (Remat.NONE, "plain"),
+        (Remat.DOTS, "plain"),
+        (Remat.FULL, "plain"),
+        (Remat.NONE, "micro-batches"),
+    ],
+)
 def test_branches_of_other_platforms_cost_a_cpu_nothing(gpu, remat, options):
     """`auto` is one trace for all platforms; what it leaves of others is zeros."""
     found = {}

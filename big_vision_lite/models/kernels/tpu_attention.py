@@ -226,12 +226,13 @@ def _call_local(
         return pl.BlockSpec(shape, lambda image, part: (image, 0, part))
 
     # As the XLA form computes them: two products forward, four backward, whatever is
-    # computed again or multiplied with zeros. `flops.count` reads it.
+    # computed again or multiplied with zeros. `flops.count` reads it. No bytes: XLA
+    # counts operands and results by itself, and would add these.
     products = 2 if len(shapes) == 1 else 4
     cost = pl.CostEstimate(
         flops=products * 2 * batch * tokens**2 * width,
         transcendentals=batch * (width // head_dim) * tokens**2,
-        bytes_accessed=sum(x.size * x.dtype.itemsize for x in (*arrays, *shapes)),
+        bytes_accessed=0,
     )
     done = pl.pallas_call(
         functools.partial(kernel, head_dim=head_dim),

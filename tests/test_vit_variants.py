@@ -12,7 +12,7 @@ from big_vision_lite import trees
 from big_vision_lite.models import flexi, towers
 from big_vision_lite.models.attention import MultiHeadAttention
 from big_vision_lite.models.heads import Classifier
-from big_vision_lite.models.layers import Dtype
+from big_vision_lite.models.layers import Dtype, LayerNorm
 from big_vision_lite.models.mlp import Activation, Mlp
 from big_vision_lite.models.patches import PatchEmbedding
 from big_vision_lite.models.pooling import FinalNorm, Pooling
@@ -157,7 +157,7 @@ def test_the_constant_of_the_norms_reaches_every_norm(name, count):
 
     def look(call, args, kwargs, context):
         result = call(*args, **kwargs)
-        if isinstance(context.module, nn.LayerNorm):
+        if isinstance(context.module, LayerNorm):
             seen["/".join(context.module.path)] = args[0], result
         return result
 
@@ -168,7 +168,7 @@ def test_the_constant_of_the_norms_reaches_every_norm(name, count):
         leaves = {n: trees.flatten(params)[f"{path}/{n}"] for n in ("scale", "bias")}
         x = np.asarray(x, np.float64)
         x = (x - x.mean(-1, keepdims=True)) / np.sqrt(x.var(-1, keepdims=True) + 0.5)
-        # float32, its variance in one pass.
+        # float32, its variance in one pass about the first value.
         wanted = x * leaves["scale"] + leaves["bias"]
         np.testing.assert_allclose(found, wanted, atol=1e-4, err_msg=path)
 

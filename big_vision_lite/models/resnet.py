@@ -178,8 +178,10 @@ class ResNet(nn.Module, kw_only=True):
     of the last norm of a unit starts: at 0 every unit starts as the identity
     (arXiv:1706.02677, 5.1), torchvision starts at 1. Training normalises each of
     `statistics_groups` equal parts of the batch by itself: at 1 all devices wait for
-    each other in every norm, at a multiple of their number only for gradients. `mean`
-    and `std` are in units of 0..255, one value or one a channel.
+    each other in every norm, at a multiple of their number only for gradients (which
+    costs bytes on a GPU: for R50, XLA:GPU's program for 8 H100 moves 69.5 GB instead of
+    55.3 a device; compiled, not run). `mean` and `std` are in units of 0..255, one
+    value or one a channel.
     """
 
     stages: tuple[int, ...]

@@ -17,7 +17,7 @@ from big_vision_lite.types import Array, Batch
 MOVES = {"reshape", "transpose", "squeeze", "slice", "concatenate", "copy"}
 # What backward makes again instead of keeping it: whole parameters, and what a layer
 # joins or folds them into before its product.
-REMADE = {"all_gather", "concatenate", "reshape"}
+REMADE = {"all_gather", "broadcast_in_dim", "concatenate", "reshape"}
 
 
 def accumulate_gradients(

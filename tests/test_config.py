@@ -168,11 +168,13 @@ NOT_CONFIG = {
     "command_line", "data.host_batch", "data.image_folder", "data.prepared_set",
     "data.tfds_features", "data.unreadable", "evaluators.context",
     "evaluators.features", "models.attention", "models.mlp", "models.patches",
-    "models.pooling", "predictions", "program", "saved_run", "state",
+    "models.pooling", "models.projections", "predictions", "program", "saved_run",
+    "state",
 }  # fmt: skip
 PARTS = {
     *("StandardisedConv", "Conv", "BatchNorm", "Unit", "Stage", "Bottleneck"),
     *("EncoderBlock", "Encoder", "MixerBlock", "_Multiplier"),
+    *("Dense", "LayerNorm", "GroupNorm"),
 }
 
 

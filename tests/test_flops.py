@@ -148,12 +148,10 @@ def test_xla_computes_no_more_than_the_model_needs(depth):
     formula = vit_formula(depth, batch=8)
     assert flops.count(built.train_step, built.abstract, spec) == formula["step"]
     assert built.flops_per_step == 3 * formula["forward"]
-    # Norms, softmax, GELU, the clip and AdamW are 1.0 % at any depth. With the two-pass
-    # variance, which XLA fuses the residual sum into, 0.6 % more at depth 6 and 1.2 %
-    # at 12.
-    assert 0.99 <= xla / formula["step"] <= 1.014
+    # Norms, softmax, GELU, which is computed again for its gradient, the clip and AdamW.
+    assert 0.99 <= xla / formula["step"] <= 1.03
     # What the log line's MFU is computed from counts a gradient for the stem, too.
-    assert 0.99 <= xla / built.flops_per_step <= 1.014
+    assert 0.99 <= xla / built.flops_per_step <= 1.03
 
 
 def test_what_runs_twice_counts_twice():

@@ -5,9 +5,8 @@ import contextvars
 import dataclasses
 import enum
 import functools
-import math
 from collections.abc import Callable, Iterator, Mapping
-from typing import Any, NamedTuple
+from typing import Any
 
 import flax.linen as nn
 import jax
@@ -17,7 +16,14 @@ from jaxtyping import Array, Float
 
 from big_vision_lite import layout
 from big_vision_lite.models.kernels import tpu_attention
-from big_vision_lite.models.layers import Dtype, add_bias, layer_norm
+from big_vision_lite.models.layers import Dtype, layer_norm
+from big_vision_lite.models.projections import (
+    HeadProjection,
+    Joined,
+    OutProjection,
+    join,
+    split,
+)
 
 
 class Attention(enum.StrEnum):
@@ -126,16 +132,6 @@ def choose(platform: str, shapes: Shapes) -> Choice:
     return Choice(attention=Attention.XLA)
 
 
-class Projected(NamedTuple):
-    """The parameters of a projection to heads: kernel [W, H, D], bias [H, D] or None.
-
-    The kernel is in the compute dtype, the bias in float32.
-    """
-
-    kernel: Array
-    bias: Array | None
-
-
 def attend(
     q: Float[Array, "B N H D"],
     k: Float[Array, "B M H D"],
@@ -158,46 +154,31 @@ def attend(
     return _dispatch(functions, attention, _shapes(q, k), q, k, v)
 
 
-def project_and_attend(
-    x: Float[Array, "B N W"],
-    projections: tuple[Projected, Projected, Projected],
-    attention: Attention,
-) -> Float[Array, "B N H D"]:
-    """Returns what tokens get that attend to each other; see `attend`.
+def attend_joined(joined: Joined, attention: Attention) -> Float[Array, "B N H D"]:
+    """Attends as `attend` does, to queries, keys and values that one product made.
 
-    `projections` make queries, keys and values. They are one product, whose result is
-    read and written once: 0.91 of the bytes of three in a step of ViT-S/16 on an H100,
-    by XLA:GPU. The TPU's kernel has three, in the layout that it takes, and gives the
-    gradients of their biases.
+    Its result is read and written once: 0.91 of the bytes of three products in a step
+    of ViT-S/16 on an H100, by XLA:GPU. The TPU's kernel takes it as it is, and gives
+    the gradients of the biases.
     """
 
-    def together(function: Callable[..., Array]) -> Callable[..., Array]:
-        return lambda x, projections: function(*project(x, *projections))
+    def in_three(function: Callable[..., Array]) -> Callable[[Joined], Array]:
+        return lambda joined: function(*split(joined))
 
-    def apart(x: Array, projections: tuple[Projected, ...]) -> Array:
-        # Heads and their values as one axis, or XLA:TPU lays the results out by heads.
-        shape = (*x.shape[:2], *projections[0].kernel.shape[1:])
-        q, k, v = (
-            (x @ p.kernel.reshape(x.shape[-1], -1)).reshape(shape) for p in projections
+    def whole(joined: Joined) -> Array:
+        *rows, _, num_heads, head_dim = joined.values.shape
+        y = tpu_attention.attend_joined(
+            joined.values.reshape(*rows, -1), joined.bias.reshape(-1), head_dim
         )
-        biases = tuple(p.bias for p in projections if p.bias is not None)
-        return tpu_attention.attend(q, k, v, biases)
+        return y.reshape(*rows, num_heads, head_dim)
 
     functions = {
-        Attention.XLA: together(_xla),
-        Attention.CUDNN: together(_cudnn),
-        Attention.PALLAS: apart,
+        Attention.XLA: in_three(_xla),
+        Attention.CUDNN: in_three(_cudnn),
+        Attention.PALLAS: whole,
     }
-    tokens = x.shape[1]
-    _, num_heads, head_dim = projections[0].kernel.shape
-    shapes = Shapes(
-        dtype=str(x.dtype),
-        queries=tokens,
-        memory=tokens,
-        num_heads=num_heads,
-        head_dim=head_dim,
-    )
-    return _dispatch(functions, attention, shapes, x, projections)
+    one = joined.values[:, :, 0]
+    return _dispatch(functions, attention, _shapes(one, one), joined)
 
 
 def _shapes(q: Array, k: Array) -> Shapes:
@@ -266,62 +247,6 @@ def _cudnn(q: Array, k: Array, v: Array) -> Array:
     return call(q, k, v)
 
 
-def project(
-    x: Float[Array, "B N W"], *projections: Projected
-) -> list[Float[Array, "B N H D"]]:
-    """Returns x through each projection, all of them in one product."""
-    # Side by side on an axis of their own, so that heads may be split over devices.
-    kernel = jnp.stack([p.kernel for p in projections], axis=1)
-    y = jnp.einsum("bnw,wphd->bnphd", x, kernel)
-    biases = [p.bias for p in projections if p.bias is not None]
-    if biases:
-        y = add_bias(y, jnp.stack(biases))
-    return [y[:, :, index] for index in range(len(projections))]
-
-
-class HeadProjection(nn.Module, kw_only=True):
-    """Holds the parameters of a projection of `width` values to heads."""
-
-    num_heads: int
-    head_dim: int
-    use_bias: bool
-    dtype: Dtype
-
-    @nn.compact
-    def __call__(self, width: int) -> Projected:
-        shape = (self.num_heads, self.head_dim)
-        kernel = self.param("kernel", flat_xavier(1), (width, *shape))
-        bias = None
-        if self.use_bias:
-            bias = self.param("bias", nn.initializers.zeros, shape)
-        return Projected(kernel.astype(self.dtype), bias)
-
-
-class OutProjection(nn.Module, kw_only=True):
-    """Projects what all heads give back to `width` values a token."""
-
-    width: int
-    dtype: Dtype
-
-    @nn.compact
-    def __call__(self, x: Float[Array, "B N H D"]) -> Float[Array, "B N W"]:
-        kernel = self.param("kernel", flat_xavier(2), (*x.shape[2:], self.width))
-        bias = self.param("bias", nn.initializers.zeros, (self.width,))
-        kernel = kernel.astype(self.dtype).reshape(-1, self.width)
-        return add_bias(x.reshape(*x.shape[:2], -1) @ kernel, bias)
-
-
-def flat_xavier(num_inputs: int) -> Callable[..., Array]:
-    """Returns the initializer of a kernel whose first axes are its inputs."""
-
-    def initialize(key: Array, shape: tuple[int, ...], dtype: Any = jnp.float32):
-        inputs = math.prod(shape[:num_inputs])
-        flat = (inputs, math.prod(shape) // inputs)
-        return nn.initializers.xavier_uniform()(key, flat, dtype).reshape(shape)
-
-    return initialize
-
-
 class MultiHeadAttention(nn.Module, kw_only=True):
     """Lets every query attend to every memory.
 
@@ -348,14 +273,16 @@ class MultiHeadAttention(nn.Module, kw_only=True):
                 use_bias=self.qkv_bias,
                 dtype=self.dtype,
                 name=name,
-            )(width)
+            ).of_width(width)
             for name in ("query", "key", "value")
         )
+        to_itself = queries is memory
         queries, memory = queries.astype(self.dtype), memory.astype(self.dtype)
-        if queries is memory and not self.qk_norm:
-            attended = project_and_attend(queries, (query, key, value), self.attention)
+        if to_itself and not self.qk_norm:
+            joined = join(queries, query, key, value)
+            attended = attend_joined(joined, self.attention)
         else:
-            (q,), (k, v) = project(queries, query), project(memory, key, value)
+            (q,), (k, v) = split(join(queries, query)), split(join(memory, key, value))
             if self.qk_norm:
                 q = layer_norm(self.dtype, "query_norm", self.norm_epsilon)(q)
                 k = layer_norm(self.dtype, "key_norm", self.norm_epsilon)(k)

@@ -2,7 +2,6 @@
 
 import dataclasses
 import enum
-from collections.abc import Callable
 
 import flax.linen as nn
 import jax
@@ -147,17 +146,21 @@ def layer_norm(dtype: Dtype, name: str, epsilon: float = 1e-6) -> LayerNorm:
 
 
 class Dense(nn.Module, kw_only=True):
-    """Returns x @ kernel + bias over the last axis of x, in the compute dtype."""
+    """Returns x @ kernel + bias over the last axis of x, in the compute dtype.
+
+    Biases start normally distributed about 0, by `bias_deviation`.
+    """
 
     features: int
     dtype: Dtype = Dtype.FLOAT32
-    bias_init: Callable[..., Array] = nn.initializers.zeros
+    bias_deviation: float = 0.0
 
     @nn.compact
     def __call__(self, x: Float[Array, "*B I"]) -> Float[Array, "*B O"]:
         shape = (x.shape[-1], self.features)
         kernel = self.param("kernel", nn.initializers.xavier_uniform(), shape)
-        bias = self.param("bias", self.bias_init, (self.features,))
+        start = nn.initializers.normal(self.bias_deviation)
+        bias = self.param("bias", start, (self.features,))
         return add_bias(x.astype(self.dtype) @ kernel.astype(self.dtype), bias)
 
 

@@ -37,7 +37,7 @@ class Mlp(nn.Module, kw_only=True):
             return Dense(
                 features=features,
                 dtype=self.dtype,
-                bias_init=nn.initializers.normal(1e-6),
+                bias_deviation=1e-6,
                 name=name,
             )
 

@@ -34,9 +34,9 @@ ROWS = 256
 # What one program may hold by `_bytes`, which says rather too much: 20.5 MB were 16.8
 # of the 16 that the compiler grants (1,024 tokens, 6 heads of 64 a program, v5e).
 VMEM_BYTES = 16 * 2**20
-# Tokens up to which it was compiled for v4 to TPU7x, by head dimension. Heads that do
-# not fill 128 lanes in twos lie across them and take more memory: at 576 tokens 18.2 MB
-# of the 16 for heads of 80.
+# Tokens up to which it was compiled, by head dimension: for v4, v5e, v5p and v6e; 64
+# for TPU7x too. Heads that do not fill 128 lanes in twos lie across them and take more
+# memory: at 576 tokens 18.2 MB of the 16 for heads of 80.
 LONGEST = {64: 1024, 72: 257, 80: 257, 88: 257}
 # The mesh axis that splits heads, where a mesh has it.
 HEADS_AXIS = "tensor"

@@ -89,6 +89,12 @@ def pin_like(x: Array, sharding: NamedSharding) -> Array:
     return jax.lax.with_sharding_constraint(x, PartitionSpec(*names))
 
 
+def gathers_by_hand() -> bool:
+    """Says whether parameters are gathered layer by layer here: `accumulation`."""
+    mesh = jax.sharding.get_abstract_mesh()
+    return FSDP_AXIS in mesh.manual_axes and mesh.shape[FSDP_AXIS] > 1
+
+
 def gather(x: Array) -> Array:
     """Gives every device the whole of a small `x`."""
     return jax.lax.with_sharding_constraint(x, PartitionSpec()) if _batch_axes() else x

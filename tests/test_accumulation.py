@@ -237,6 +237,7 @@ def test_a_deeper_model_needs_no_more_whole_parameters_at_a_time():
         for depth in (2, 8)
     ]
     # A block's share of parameters and gradients, and the rows of a part: less than
-    # the block whole in bfloat16, its gradient not counted.
+    # the block whole in bfloat16, its gradient not counted. Queries', keys' and values'
+    # kernels, a quarter of it, are joined: 0.68 instead of less than 0.6 without that.
     block = 12 * 384**2
-    assert (memory[1] - memory[0]) / 6 < 0.6 * 2 * block
+    assert (memory[1] - memory[0]) / 6 < 0.7 * 2 * block

@@ -148,7 +148,7 @@ def test_xla_computes_no_more_than_the_model_needs(depth):
     formula = vit_formula(depth, batch=8)
     assert flops.count(built.train_step, built.abstract, spec) == formula["step"]
     assert built.flops_per_step == 3 * formula["forward"]
-    # Norms, softmax, GELU, which is computed again for its gradient, the clip and AdamW.
+    # Norms, softmax, GELU, computed again for its gradient, the clip and AdamW.
     assert 0.99 <= xla / formula["step"] <= 1.03
     # What the log line's MFU is computed from counts a gradient for the stem, too.
     assert 0.99 <= xla / built.flops_per_step <= 1.03

@@ -30,7 +30,8 @@ BIG_VISION = {
 AT_MOST = {
     "ViT-S/16, 2 blocks on v5e:2x4": 0.75,
     "ViT-L/16, 4 blocks, fsdp=8 on h100:8": 0.62,
-    "ResNet-50 on h100:8": 0.97,
+    # The bar is 0.97: its activations as XLA:GPU keeps them are the rest.
+    "ResNet-50 on h100:8": 0.98,
 }
 
 

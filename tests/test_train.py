@@ -151,7 +151,7 @@ def test_one_compile_of_the_step_in_a_run_and_one_in_its_resumption(
     # Evaluated at 4 and 8, saved at 4 and 8, resumed from 4.
     steps = [s for s, r in records(tmp_path / "run").items() if "test_ema/loss" in r]
     assert steps == [4, 8]
-    assert [program.train_step._cache_size() for program in built] == [0, 0]
+    assert [program.steady._jitted._cache_size() for program in built] == [0, 0]
     assert len(re.findall(r"Compiling jit\(train_step\)", caplog.text)) == 2
 
 

@@ -91,7 +91,7 @@ def test_data_that_are_not_there_are_not_missed(capsys):
     document = json.loads(capsys.readouterr().out)
     assert document["steps"] == round(90 * 1_268_355 / 4)
     (found,) = document["targets"]
-    assert found["mesh"] == {"data": 2, "fsdp": 1}
+    assert found["mesh"] == {"data": 2, "fsdp": 1, "tensor": 1}
     assert found["memory_needed"] >= sum(found["memory"].values()) * 0.9
     assert found["step_seconds"] is None  # nobody knows the rates of a CPU
     assert found["checkpoint_bytes"] > 12 * found["parameters"] * 0.8

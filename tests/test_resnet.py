@@ -144,6 +144,7 @@ def test_the_norm_is_its_formula_and_its_averages_follow_the_batch():
         "params": {"scale": scale, "bias": bias},
         "batch_stats": {"mean": mean, "variance": variance},
     }
+    variables = jax.tree.map(jnp.asarray, variables)
     evaluated = BatchNorm().apply(variables, jnp.asarray(x))
     expected = (x - mean) / np.sqrt(variance + 1e-5) * scale + bias
     np.testing.assert_allclose(evaluated, expected, rtol=1e-5, atol=1e-5)

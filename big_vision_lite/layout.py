@@ -106,6 +106,11 @@ def batch_shards() -> int:
     return math.prod(shape[axis] for axis in _batch_axes())
 
 
+def tensor_shards() -> int:
+    """Returns over how many devices heads and MLPs are split."""
+    return jax.sharding.get_abstract_mesh().shape.get(TENSOR_AXIS, 1)
+
+
 def _batch_axes() -> tuple[str, ...]:
     # Inside shard_map, where gradients are accumulated, rows stay by themselves.
     mesh = jax.sharding.get_abstract_mesh()

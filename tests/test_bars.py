@@ -24,14 +24,16 @@ BIG_VISION = {
     "ViT-B/16 on h100:8": {"bytes_moved": 116.84 * GB, "temporaries": 12775 * MB},
     "ViT-L/16 on h100:8": {"bytes_moved": 107.0 * GB, "temporaries": 8705 * MB},
     "ViT-L/16, 4 blocks, fsdp=8 on h100:8": {"bytes_moved": 17.59 * GB},
-    # It has no ResNet with batch norm: our own figures of b50db1f.
+    # It has no ResNet with batch norm, and no bfloat16 in its BiT: our own figures of
+    # b50db1f.
     "ResNet-50 on h100:8": {"bytes_moved": 56.6 * GB, "temporaries": 6557 * MB},
+    "BiT-R50x1 on h100:8": {"bytes_moved": 73.0 * GB, "temporaries": 9963 * MB},
 }
 AT_MOST = {
     "ViT-S/16, 2 blocks on v5e:2x4": 0.75,
     "ViT-L/16, 4 blocks, fsdp=8 on h100:8": 0.62,
-    # The bar is 0.97: its activations as XLA:GPU keeps them are the rest.
-    "ResNet-50 on h100:8": 0.98,
+    "ResNet-50 on h100:8": 0.97,
+    "BiT-R50x1 on h100:8": 0.97,
 }
 
 

@@ -151,13 +151,12 @@ def test_a_layer_has_the_numbers_of_a_sum_by_hand():
     assert mlp.flops == 2 * tokens * width * hidden
     assert mlp.activations == tokens * hidden
     assert mlp.output == "float32[1, 24, 768]"
-    # Two products of q, k, v in no module of their own: 3 heads.
+    # In no module of their own: one product for q, k and v, and two of these.
     attention = parts["encoder/block_01/attention"]
-    inside = sum(
-        parts[f"encoder/block_01/attention/{name}"].flops
-        for name in ("query", "key", "value", "out")
+    out = parts["encoder/block_01/attention/out"]
+    assert attention.flops - out.flops == (
+        2 * tokens * width * 3 * width + 2 * 2 * tokens**2 * width
     )
-    assert attention.flops - inside == 2 * 2 * tokens**2 * width
     assert shown.outputs["logits"] == "float32[1, 10]"
     names = [part.name for part in shown.parts]
     assert names.index("patch_embedding") < names.index("encoder")

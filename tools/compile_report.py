@@ -2,8 +2,10 @@
 
   python tools/compile_report.py --config configs/vit_s16_i1k.py --on v5e:2x4,h100:8
   python tools/compile_report.py --golden --write
+  python tools/compile_report.py --table
 
-The latter records tests/golden/compiled.json anew, after a wanted change. Figures are
+The second records tests/golden/compiled.json anew, after a wanted change; the third
+prints the README's table, an hour of compiling on two cores. Figures are
 of one device and one step; bodies of loops count as often as they turn. A custom call
 counts as all its operands and results. None of it has run.
 """
@@ -42,7 +44,17 @@ CASES = {
     "ViT-L/16": ("model=L/16,batch=256", GPU),
     "ViT-L/16, 4 blocks, fsdp=8": ("model=L/16,depth=4,batch=256,fsdp=8", GPU),
     "ResNet-50": ("model=R50", GPU),
+    "BiT-R50x1": ("model=BiT-R50x1", GPU),
 }
+# The README's table: whole models, a batch of 1,024 or, of ViT-L, 256.
+MODELS = {
+    "ViT-S/16": "model=S/16",
+    "ViT-B/16": "model=B/16",
+    "ViT-L/16": "model=L/16,batch=256",
+    "ResNet-50": "model=R50",
+    "BiT-R50x1": "model=BiT-R50x1",
+}
+MACHINES = ("v5e:2x4", "v5p:2x2x1", "v6e:2x4", "tpu7x:2x2x1", "h100:8", "b200:8")
 PEERS = ROOT / "tests" / "recipes" / "peers.py"
 COMPARED = ("bytes_moved", "flops", "cycles", "kernels", "temporaries")
 
@@ -93,6 +105,25 @@ def case(name: str) -> dict[str, dict[str, Any]]:
     return {f"{name} on {e.target}": figures(e) for e in all_}
 
 
+def table(machines: Sequence[str]) -> None:
+    """Prints a Markdown table of `MODELS` on machines, a row as soon as it is known."""
+    print("| | " + " | ".join(machines) + " |")
+    print("| --- " * (1 + len(machines)) + "|", flush=True)
+    for name, arguments in MODELS.items():
+        found = estimates([f"{PEERS}:{arguments}"], machines)
+        print(f"| {name} | " + " | ".join(map(cell, found)) + " |", flush=True)
+
+
+def cell(found: Estimate) -> str:
+    """Returns bytes, memory, cycles and MFU of one estimate."""
+    memory = f"{found.memory_needed / 1e9:.1f} GB"
+    if not found.fits:
+        return f"needs {memory}"
+    assert found.bytes_moved is not None and found.mfu is not None
+    cycles = f", {found.cycles / 1e6:.0f} M" if found.cycles else ""
+    return f"{found.bytes_moved / 1e9:.1f} GB, {memory}{cycles}, {found.mfu:.0%}"
+
+
 def differences(recorded: dict[str, Any], now: dict[str, Any]) -> list[str]:
     """Lists figures that differ by more than 1 %, and numbers of collectives."""
     lines = []
@@ -132,9 +163,13 @@ def main(argv: Sequence[str]) -> None:
     parser.add_argument("--on", default=",".join(BOTH), help="machines")
     parser.add_argument("--golden", action="store_true", help="the recorded cases")
     parser.add_argument("--write", action="store_true", help="record --golden anew")
+    parser.add_argument("--table", action="store_true", help="the README's table")
     options, rest = parser.parse_known_args(argv)
-    if options.golden == (options.config is not None):
-        raise ValueError("Give one of --config FILE and --golden.")
+    if (options.config is not None) + options.golden + options.table != 1:
+        raise ValueError("Give one of --config FILE, --golden and --table.")
+    if options.table:
+        table(MACHINES)
+        return
     if options.golden:
         document = {versions() or "compilers missing": golden()}
         text = json.dumps(document, indent=1, sort_keys=True) + "\n"

@@ -15,6 +15,7 @@ from big_vision_lite.models.layers import (
     Remat,
     check_choices,
     check_positive,
+    convolve,
     rematerialised,
     scale_pixels,
 )
@@ -81,19 +82,9 @@ class StandardisedConv(nn.Module, kw_only=True):
         kernel = self.param("kernel", nn.initializers.lecun_normal(), shape)
         kernel = standardise(kernel).astype(self.dtype)
         x = x.astype(self.dtype)
-        if self.size == 1:
-            # As a matrix product over [B * h * w, I]: what it is, and on CPU the
-            # gradient of a 1x1 convolution costs more.
-            return x[:, :: self.stride, :: self.stride] @ kernel[0, 0]
         # The same on both sides at every size; "SAME" would not be.
         padding = (self.size // 2, self.size // 2)
-        return jax.lax.conv_general_dilated(
-            x,
-            kernel,
-            window_strides=(self.stride, self.stride),
-            padding=(padding, padding),
-            dimension_numbers=("NHWC", "HWIO", "NHWC"),
-        )
+        return convolve(x, kernel, self.stride, (padding, padding))
 
 
 class Unit(nn.Module, kw_only=True):

@@ -21,6 +21,7 @@ from big_vision_lite.models.layers import (
     Remat,
     check_choices,
     check_positive,
+    convolve,
     rematerialised,
     scale_pixels,
 )
@@ -62,17 +63,8 @@ class StandardisedConv(nn.Module, kw_only=True):
         kernel = self.param("kernel", nn.initializers.lecun_normal(), shape)
         kernel = standardise(kernel, self.standardisation).astype(self.dtype)
         x = x.astype(self.dtype)
-        if self.size == 1:
-            # As a matrix product: on CPU the gradient of the convolution costs more.
-            return x[:, :: self.stride, :: self.stride] @ kernel[0, 0]
-        return jax.lax.conv_general_dilated(
-            x,
-            kernel,
-            window_strides=(self.stride, self.stride),
-            # TensorFlow's: with a stride, even sizes get less on the left and top.
-            padding="SAME",
-            dimension_numbers=("NHWC", "HWIO", "NHWC"),
-        )
+        # TensorFlow's: with a stride, even sizes get less on the left and top.
+        return convolve(x, kernel, self.stride, "SAME")
 
 
 class Unit(nn.Module, kw_only=True):

@@ -8,6 +8,7 @@ import flax.linen as nn
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
+from big_vision_lite import layout
 from big_vision_lite.models.layers import Dtype, add_bias
 
 
@@ -33,11 +34,16 @@ class Joined(NamedTuple):
 
 def join(x: Float[Array, "B N W"], *projections: Projection) -> Joined:
     """Returns x through each projection, all of them in one product."""
-    # Side by side on an axis of their own, so that heads may be split over devices.
     kernel = jnp.stack([p.kernel for p in projections], axis=1)
     none = jnp.zeros(kernel.shape[2:], jnp.float32)
     bias = jnp.stack([none if p.bias is None else p.bias for p in projections])
-    return Joined(jnp.einsum("bnw,wphd->bnphd", x, kernel), bias)
+    if layout.tensor_shards() > 1:
+        # Heads are split over devices, so they keep an axis of their own.
+        return Joined(jnp.einsum("bnw,wphd->bnphd", x, kernel), bias)
+    # As one axis, or XLA:TPU lays the result out by heads: 1.25 times the cycles of a
+    # step of ViT-S/16 on a v5e.
+    y = x @ kernel.reshape(len(kernel), -1)
+    return Joined(y.reshape(*x.shape[:2], *kernel.shape[1:]), bias)
 
 
 def split(joined: Joined) -> list[Float[Array, "B N H D"]]:

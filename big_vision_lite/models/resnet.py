@@ -7,7 +7,6 @@ torchvision has it; arXiv:1611.05431; arXiv:1605.07146.
 from typing import Any
 
 import flax.linen as nn
-import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Num
 
@@ -20,6 +19,7 @@ from big_vision_lite.models.layers import (
     Remat,
     check_choices,
     check_positive,
+    convolve,
     rematerialised,
     scale_pixels,
 )
@@ -65,18 +65,9 @@ class Conv(nn.Module, kw_only=True):
         inputs = x.shape[-1] // self.groups
         kernel = self.param("kernel", HE, (self.size, self.size, inputs, self.channels))
         x, kernel = x.astype(self.dtype), jnp.asarray(kernel, self.dtype)
-        if self.size == 1:
-            return x[:, :: self.stride, :: self.stride] @ kernel[0, 0]
         # torch's padding; "SAME" is another at even sizes.
         padding = (self.size // 2, self.size // 2)
-        return jax.lax.conv_general_dilated(
-            x,
-            kernel,
-            window_strides=(self.stride, self.stride),
-            padding=(padding, padding),
-            dimension_numbers=("NHWC", "HWIO", "NHWC"),
-            feature_group_count=self.groups,
-        )
+        return convolve(x, kernel, self.stride, (padding, padding), self.groups)
 
 
 class Unit(nn.Module, kw_only=True):

@@ -1,6 +1,7 @@
-"""What big_vision's figures in tests/test_bars.py are of: a plain model on plain data.
+"""What the figures of the README's table and of tests/test_bars.py are of.
 
-No mixup and no hidden layer in the head: softmax cross-entropy, AdamW, clipping.
+A plain model on plain data: no mixup, no hidden layer in the head; softmax
+cross-entropy, AdamW.
 """
 
 from big_vision_lite.config import TrainConfig
@@ -12,6 +13,7 @@ from big_vision_lite.data.ops import (
 )
 from big_vision_lite.data.pipeline import Stream
 from big_vision_lite.data.sources import Tfds
+from big_vision_lite.models.bit_v1 import BiTV1
 from big_vision_lite.models.heads import Classifier
 from big_vision_lite.models.layers import Dtype
 from big_vision_lite.models.resnet import ResNet
@@ -30,6 +32,8 @@ def get_config(arg: str = "") -> TrainConfig:
     if chosen.model == "R50":
         changed = {"stages": (3, 4, 6, 3)[: chosen.depth]} if chosen.depth else {}
         model = ResNet.of("R50", head=head, dtype=Dtype.BFLOAT16, **changed)
+    elif chosen.model == "BiT-R50x1":
+        model = BiTV1.of("R50x1", head=head, dtype=Dtype.BFLOAT16)
     else:
         changed = {"depth": chosen.depth} if chosen.depth else {}
         model = ViT.of(chosen.model, head=head, dtype=Dtype.BFLOAT16, **changed)

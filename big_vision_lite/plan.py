@@ -254,7 +254,7 @@ def show(plan: Plan, console: Console) -> None:
     size = first.checkpoint_bytes
     say(
         console,
-        f"checkpoint   {size / GIGA:.2f} GB, {size / DISK:.1f} s at 1 GB/s",
+        f"checkpoint   {_size(size)}, {size / DISK:.1f} s at 1 GB/s",
     )
     for line in plan.assumed:
         say(console, f"assumed      {line}")
@@ -308,8 +308,12 @@ def by_operation(found: Estimate) -> dict[str, float]:
     return dict(sorted(sums.items(), key=lambda item: -item[1])[:8])
 
 
-def _gigabytes(size: float | None) -> str:
-    return "" if size is None else f"{size / GIGA:,.2f} GB"
+def _size(size: float | None) -> str:
+    if size is None:
+        return ""
+    if size < 0.1 * GIGA:
+        return f"{size / 1e6:.1f} MB" if size else "0 MB"
+    return f"{size / GIGA:,.2f} GB"
 
 
 def _milliseconds(seconds: float | None) -> str:
@@ -318,7 +322,7 @@ def _milliseconds(seconds: float | None) -> str:
 
 def _memory(plan: Plan, found: Estimate) -> str:
     there = found.memory_there
-    needed = _gigabytes(found.memory_needed)
+    needed = _size(found.memory_needed)
     if there is None:
         return needed
     verdict = "fits" if found.fits else "DOES NOT FIT"
@@ -337,11 +341,13 @@ def _number(value: float | None, form: str) -> str:
 
 
 ROWS: dict[str, Any] = {
-    "mesh": lambda plan, e: ", ".join(f"{k}={n}" for k, n in e.mesh.items()),
+    "mesh": lambda plan, e: (
+        ", ".join(f"{k}={n}" for k, n in e.mesh.items() if n > 1) or "1 device"
+    ),
     "parameters (trained)": lambda plan, e: f"{e.parameters:,} ({e.trained:,})",
     "memory": _memory,
     **{
-        f"  {kind}": lambda plan, e, kind=kind: _gigabytes(e.memory.get(kind))
+        f"  {kind}": lambda plan, e, kind=kind: _size(e.memory.get(kind))
         for kind in (
             "parameters",
             "optimizer",
@@ -351,7 +357,7 @@ ROWS: dict[str, Any] = {
             "program",
         )
     },
-    "bytes moved": lambda plan, e: _gigabytes(e.bytes_moved),
+    "bytes moved": lambda plan, e: _size(e.bytes_moved),
     "FLOPs of products": lambda plan, e: (
         _number(e.flops and e.flops / 1e9, ",.0f") + (" G" if e.flops else "")
     ),

@@ -11,6 +11,7 @@ import cv2
 import jax
 import numpy as np
 import pytest
+import shapes_run
 
 from big_vision_lite import (
     command_line,
@@ -82,6 +83,12 @@ def test_no_source_is_opened(monkeypatch):
         "image": "(8, 224, 224, 3) uint8",
         "label": "(8,) int32",
     }
+
+
+def test_sizes_are_said_in_the_unit_that_fits():
+    said = plan._size
+    assert said(None) == "" and said(0) == "0 MB" and said(300) == "0.0 MB"
+    assert said(12_340_000) == "12.3 MB" and said(12_340_000_000) == "12.34 GB"
 
 
 def test_data_that_are_not_there_are_not_missed(capsys):
@@ -299,14 +306,37 @@ SHRUNK = {
     "configs/quickstart.py": ("--config.model.width=8", "--config.model.groups=4"),
 }
 MACHINES = "v5e:2x4,v5p:2x2x1,h100:8,a100:8"
+# Recipes whose argument is a folder or a run.
+OWN_DATA = {
+    "configs/folder.py": "dir={images}",
+    "configs/finetune.py": "init={run},data={images},allow_module=shapes_run,size=keep",
+}
+
+
+def test_all_recipes_are_planned_below():
+    recipes = {f"configs/{path.name}" for path in (ROOT / "configs").glob("*.py")}
+    assert recipes == {*SHRUNK, *OWN_DATA}
 
 
 @needs_compilers
 @pytest.mark.slow
 @pytest.mark.parametrize("recipe", SHRUNK)
 def test_every_recipe_is_planned_for_tpus_and_gpus_that_are_not_there(recipe, capsys):
-    words = ["plan", f"--config={ROOT}/{recipe}", *SHRUNK[recipe]]
-    words += [f"--on={MACHINES}", "--json"]
+    check_on_machines([f"--config={ROOT}/{recipe}", *SHRUNK[recipe]], capsys)
+
+
+@needs_compilers
+@pytest.mark.slow
+@pytest.mark.parametrize("recipe", OWN_DATA)
+def test_recipes_on_a_folder_and_a_run_are_planned_too(recipe, capsys):
+    images, run = shapes_run.shared()
+    argument = OWN_DATA[recipe].format(images=images, run=run)
+    words = [f"--config={ROOT}/{recipe}:{argument}", "--allow_module=shapes_run"]
+    check_on_machines([*words, "--batch=64"], capsys)
+
+
+def check_on_machines(words: list[str], capsys) -> None:
+    words = ["plan", *words, f"--on={MACHINES}", "--json"]
     assert command_line.run(plan.main, words) == 0, capsys.readouterr().err
     found = json.loads(capsys.readouterr().out)["targets"]
     assert [one["target"] for one in found] == MACHINES.split(",")

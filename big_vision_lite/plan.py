@@ -240,7 +240,9 @@ def show(plan: Plan, console: Console) -> None:
     for found in plan.estimates:
         table.add_column(found.target, justify="right")
     for name, cell in ROWS.items():
-        table.add_row(name, *(cell(plan, found) for found in plan.estimates))
+        cells = [cell(plan, found) for found in plan.estimates]
+        if any(cells):
+            table.add_row(name, *cells)
     console.print(table)
     for name, leaf in first.batch.items():
         say(console, f"batch        {name} {leaf}")

@@ -1,7 +1,7 @@
-"""Starts a run from another run's parameters: drop, rename, resample, report."""
+"""The state before step 1: fresh, or from other weights, which are fitted to it."""
 
 import dataclasses
-import enum
+import functools
 import re
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -9,42 +9,142 @@ from typing import Any
 import jax.numpy as jnp
 import numpy as np
 
-from big_vision_lite import resample, trees
+from big_vision_lite import resample, saved_run, serialize, trees
+from big_vision_lite import state as state_lib
+from big_vision_lite.config import Init, PositionResize, TrainConfig
+from big_vision_lite.conversion.input_range import (
+    SYMMETRIC,
+    InputRange,
+    fold_input_range,
+)
+from big_vision_lite.saved_run import Loaded
+from big_vision_lite.state import TrainState
 from big_vision_lite.types import Array
+
+
+def first_state(
+    config: TrainConfig,
+    fresh: TrainState,
+    first_params: Mapping[str, Any] | None,
+    log: Callable[[str], None],
+    *,
+    note_origin: Callable[[Any], None],
+) -> TrainState:
+    """Returns the state before step 1: fresh, or with parameters from elsewhere."""
+    if config.init is None and first_params is None:
+        return fresh
+    init = config.init or Init(path="memory")
+    ours = state_lib.variables(fresh)
+    same_classes = True
+    loaded = first_params
+    if loaded is None:
+        opened = saved_run.open_weights(init.path, log)
+        opened = saved_run.scaled_like(opened, config.model, ours, log)
+        note_origin(opened.origin)
+        loaded = opened.variables
+        same_classes = opened.class_names == tuple(config.data.source.class_names)
+        for line in saved_run.model_differences(config.model, opened.model):
+            log(f"init: {line}")
+    adapted = adapt(loaded, ours, init, same_classes=same_classes, log=log)
+    return state_lib.with_variables(fresh, adapted)
+
+
+def scaled_like(
+    loaded: Loaded,
+    model: Any,
+    fresh: Mapping[str, Any],
+    log: Callable[[str], None] = print,
+) -> Loaded:
+    """Returns weights that expect pixels scaled with the mean and std of `model`.
+
+    Patch embeddings see no padding, so the change is exact there, also to the number of
+    channels of the `fresh` variables of `model`; other stems keep their weights, and
+    `model_differences`, or a line here, says what to set.
+    """
+    theirs = loaded.model
+    name = resample.image_kernel(loaded.variables)
+    # Modules of the user's own need not have a range.
+    ranged = hasattr(theirs, "mean") and hasattr(model, "mean")
+    if not ranged or name is None or name not in fresh:
+        return loaded
+    before = InputRange(theirs.mean, theirs.std)
+    after = InputRange(model.mean, model.std)
+    if before == after:
+        return loaded
+    kernel, channels = np.asarray(loaded.variables[name]), fresh[name].shape[2]
+    ours = theirs.clone(mean=model.mean, std=model.std)
+    if not name.endswith(resample.PATCHES):
+        if channels == kernel.shape[2] or max(len(values) for values in before) == 1:
+            return loaded
+        log(_not_folded(before, after, kernel.shape[2], channels))
+        return dataclasses.replace(loaded, model=ours)
+    bias_name = name.removesuffix("kernel") + "bias"
+    if bias_name not in loaded.variables:
+        return loaded
+    bias = np.asarray(loaded.variables[bias_name])
+    fold = functools.partial(
+        fold_input_range, patch_size=getattr(model, "patch_size", None)
+    )
+    log(
+        f"init: pixels were scaled with mean {before.mean} and std {before.std}, now "
+        f"with {after.mean} and {after.std}: folded into the patch embedding, exactly."
+    )
+    if channels != kernel.shape[2]:
+        # Channels can take each other's place only where all are in the same units.
+        kernel, bias = fold(kernel, bias, before, SYMMETRIC)
+        log(f"init: {resample.channels_message(name, kernel.shape[2], channels)}")
+        kernel, before = resample.resize_channels(kernel, channels), SYMMETRIC
+    kernel, bias = fold(kernel, bias, before, after)
+    return dataclasses.replace(
+        loaded,
+        variables={**loaded.variables, name: kernel, bias_name: bias},
+        model=ours,
+    )
+
+
+def _not_folded(before: InputRange, after: InputRange, old: int, new: int) -> str:
+    mean, std = (round(sum(values) / len(values), 3) for values in before)
+    return (
+        f"init: the weights were made for mean={before.mean} and std={before.std} of "
+        f"{old} channels, this recipe has mean={after.mean} and std={after.std} for "
+        f"{new}: the features will differ, because the stem pads with zeros, which are "
+        "another gray in each range. The averages are near them: "
+        f"'--config.model.mean=({mean},)' '--config.model.std=({std},)'"
+    )
+
+
+def model_differences(ours: Any, theirs: Any) -> list[str]:
+    """Lists the fields of two models that change what the same weights compute.
+
+    Empty for models of different classes: there the names differ, and are listed.
+    """
+    if type(ours) is not type(theirs):
+        return []
+    lines = []
+    for field in serialize.fields(ours):
+        mine, other = getattr(ours, field.name), getattr(theirs, field.name)
+        if field.name not in _ADAPTED and mine != other:
+            lines.append(
+                f"the weights were made for {field.name}={other}, this recipe has "
+                f"{mine}: the features will differ. To follow the weights: "
+                f"--config.model.{field.name}={other}"
+            )
+    return lines
+
+
+# Fields that may differ: they are adapted, listed otherwise, or change no result.
+_ADAPTED = {
+    *("head", "dtype", "remat", "attention", "dropout", "stochastic_depth"),
+    *("patch_size", "width", "depth", "mlp_dim", "stages"),
+    *("statistics", "statistics_groups"),
+    *("kernel_patch_size", "position_grid"),
+    # Where parameters start that the weights bring.
+    *("layer_scale", "last_scale"),
+}
+
 
 # A distilled model has two.
 HEADS = ("head/", "distillation_head/")
-
-
-class PositionResize(enum.StrEnum):
-    """What to do when the grid of learned positions differs."""
-
-    BILINEAR = "bilinear"
-    ERROR = "error"
-
-
-@dataclasses.dataclass(kw_only=True)
-class Init:
-    """Where the first parameters come from: a run folder or a step folder.
-
-    Parameters matching `drop` keep their fresh values. None drops the head, and only
-    the head, when it is made for other classes; "" drops nothing, so that a head of
-    another shape is an error. `rename` holds "old=>new" pairs, regular expressions
-    replaced in the checkpoint's names before they are compared.
-    """
-
-    path: str = ""
-    drop: str | None = None
-    rename: tuple[str, ...] = ()
-    position_resize: PositionResize = PositionResize.BILINEAR
-
-    def __post_init__(self):
-        for pair in self.rename:
-            if "=>" not in pair:
-                raise ValueError(
-                    f'init.rename: "{pair}" is not of the form "old=>new", for '
-                    'example "backbone/=>encoder/".'
-                )
 
 
 def adapt(

@@ -1,6 +1,5 @@
 """Saves and restores a run: asynchronous, checked, and complete or not there."""
 
-import dataclasses
 import functools
 import threading
 from collections.abc import Callable, Mapping
@@ -11,28 +10,8 @@ from etils import epath
 from orbax.checkpoint import v1 as ocp
 
 from big_vision_lite import integrity, processes, step_folder, trees
+from big_vision_lite.config import Checkpoints
 from big_vision_lite.state import TrainState
-
-
-@dataclasses.dataclass(kw_only=True)
-class Checkpoints:
-    """When to save, and what to keep.
-
-    The newest `keep_latest` steps stay, and every step that is a multiple of
-    `keep_every_steps` (0: none) stays for good.
-    """
-
-    every_steps: int = 1000
-    keep_latest: int = 2
-    keep_every_steps: int = 0
-
-    def __post_init__(self):
-        if self.every_steps < 1 or self.keep_latest < 1 or self.keep_every_steps < 0:
-            raise ValueError(
-                f"checkpoints: every_steps={self.every_steps} and keep_latest="
-                f"{self.keep_latest} must be at least 1, keep_every_steps="
-                f"{self.keep_every_steps} at least 0."
-            )
 
 
 class Checkpointer:

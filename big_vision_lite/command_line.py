@@ -17,8 +17,8 @@ from typing import Any
 from absl import flags
 from ml_collections.config_flags import config_flags, config_path
 
-from big_vision_lite import files, log_lines, mistakes, serialize
-from big_vision_lite.stop import Stopped
+from big_vision_lite import devices, files, mistakes, serialize
+from big_vision_lite.processes import Stopped
 from big_vision_lite.wording import did_you_mean
 
 # What a user can mend: shown as one message, the trace goes to a file.
@@ -118,7 +118,7 @@ def run(
     Its trace goes into the folder given by `trace_flag`, which must be one that this
     program writes, else into a temporary file.
     """
-    log_lines.quiet()
+    devices.quiet()
     try:
         main(argv)
         return 0

@@ -5,19 +5,62 @@ import enum
 
 from flax import linen as nn
 
-from big_vision_lite.adapt import Init
-from big_vision_lite.checkpoint import Checkpoints
 from big_vision_lite.data.pipeline import Stream
+from big_vision_lite.devices import Platform
 from big_vision_lite.sharding import Mesh, ShardingRule
 from big_vision_lite.types import Evaluator, Model, Objective, Op, Optimizer
 
 
-class Platform(enum.StrEnum):
-    """The kind of device to run on."""
+class PositionResize(enum.StrEnum):
+    """What to do when the grid of learned positions differs."""
 
-    CPU = "cpu"
-    GPU = "gpu"
-    TPU = "tpu"
+    BILINEAR = "bilinear"
+    ERROR = "error"
+
+
+@dataclasses.dataclass(kw_only=True)
+class Init:
+    """Where the first parameters come from: a run folder or a step folder.
+
+    Parameters matching `drop` keep their fresh values. None drops the head, and only
+    the head, when it is made for other classes; "" drops nothing, so that a head of
+    another shape is an error. `rename` holds "old=>new" pairs, regular expressions
+    replaced in the checkpoint's names before they are compared.
+    """
+
+    path: str = ""
+    drop: str | None = None
+    rename: tuple[str, ...] = ()
+    position_resize: PositionResize = PositionResize.BILINEAR
+
+    def __post_init__(self):
+        for pair in self.rename:
+            if "=>" not in pair:
+                raise ValueError(
+                    f'init.rename: "{pair}" is not of the form "old=>new", for '
+                    'example "backbone/=>encoder/".'
+                )
+
+
+@dataclasses.dataclass(kw_only=True)
+class Checkpoints:
+    """When to save, and what to keep.
+
+    The newest `keep_latest` steps stay, and every step that is a multiple of
+    `keep_every_steps` (0: none) stays for good.
+    """
+
+    every_steps: int = 1000
+    keep_latest: int = 2
+    keep_every_steps: int = 0
+
+    def __post_init__(self):
+        if self.every_steps < 1 or self.keep_latest < 1 or self.keep_every_steps < 0:
+            raise ValueError(
+                f"checkpoints: every_steps={self.every_steps} and keep_latest="
+                f"{self.keep_latest} must be at least 1, keep_every_steps="
+                f"{self.keep_every_steps} at least 0."
+            )
 
 
 @dataclasses.dataclass(kw_only=True)

@@ -1,20 +1,32 @@
 """What is settled before JAX looks at its devices: platform, processes, caches."""
 
 import contextlib
+import enum
+import importlib.metadata
 import importlib.util
-import json
+import logging
 import os
 import pathlib
+import platform
+import subprocess
 import sys
 import threading
+import warnings
 from typing import Any
 
 import jax
-from etils import epath
+from absl import logging as absl_logging
 
-from big_vision_lite import step_folder
-from big_vision_lite.config import Platform
 from big_vision_lite.runtime import cpu
+
+
+class Platform(enum.StrEnum):
+    """The kind of device to run on."""
+
+    CPU = "cpu"
+    GPU = "gpu"
+    TPU = "tpu"
+
 
 CACHE = "~/.cache/big_vision_lite/compiled"
 # When to say that the others are missing, when to give up, and how long a process may
@@ -56,18 +68,14 @@ def set_up(
         check_there(platform, platform_flag)
 
 
-def set_up_to_use(folder: epath.Path, platform: Platform | None) -> None:
+def set_up_to_use(trained_on: str | None, platform: Platform | None) -> None:
     """Sets up to use a saved step, on the CPU if its run has chosen that on purpose.
 
     By `platform`, else JAX_PLATFORMS, if given. What was trained on another platform
     goes wherever JAX goes by itself: a pod's checkpoint may be used on a laptop.
     """
     if platform is None and not os.environ.get("JAX_PLATFORMS"):
-        # What of it is damaged is said when the step is loaded and verified.
-        with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
-            document = json.loads((folder / step_folder.CONFIG).read_text())
-            if document["config"]["platform"] == Platform.CPU:
-                platform = Platform.CPU
+        platform = Platform.CPU if trained_on == Platform.CPU else None
     set_up(platform, platform_flag="--platform")
 
 
@@ -231,3 +239,71 @@ def cache_compiled() -> None:
         jax.config.update("jax_compilation_cache_dir", path)
         # The small ones, too: a restart meets dozens of them.
         jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
+
+
+LIBRARIES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "numpy")
+
+
+def versions() -> dict[str, str]:
+    """Returns the versions of this code and of the libraries that decide results."""
+    found = {name: importlib.metadata.version(name) for name in LIBRARIES}
+    found["python"] = platform.python_version()
+    root = pathlib.Path(__file__).parents[1]
+    # An installed copy lies in no repository, or in that of somebody else.
+    if (root / ".git").exists():
+        with contextlib.suppress(FileNotFoundError):  # a machine without git
+            commit = subprocess.run(
+                ["git", "-C", str(root), "rev-parse", "HEAD"],
+                capture_output=True,
+                text=True,
+                check=False,
+            )
+            if commit.returncode == 0:
+                found["commit"] = commit.stdout.strip()
+    return found
+
+
+def machine() -> dict[str, Any]:
+    """Returns what bit-exactness depends on: devices, processes, visible cores."""
+    return {
+        "platform": jax.default_backend(),
+        "device_kind": jax.devices()[0].device_kind,
+        "devices": jax.device_count(),
+        "processes": jax.process_count(),
+        "cores": cpu.available(),
+    }
+
+
+OURS = "big_vision_lite"
+
+
+class _PlainLines(logging.Handler):
+    """Prints "warning: ..." without time, thread and line of code."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        # sys.stderr as it is now: a live progress line keeps such lines above itself.
+        print(f"{record.levelname.lower()}: {record.getMessage()}", file=sys.stderr)
+
+
+_PLAIN = _PlainLines(logging.WARNING)
+
+
+def _is_foreign(record: logging.LogRecord) -> bool:
+    return record.name.partition(".")[0] != OURS
+
+
+def quiet() -> None:
+    """Keeps libraries from talking over our own lines; may be called again."""
+    # Not their errors either: Orbax logs the stack of every thread that a full disk
+    # stops, and raises what we say in one message; the stack goes to the trace file.
+    absl_logging.set_verbosity(absl_logging.FATAL)
+    absl_logging.use_absl_handler()
+    absl_logging.get_absl_handler().addFilter(_is_foreign)
+    ours = logging.getLogger(OURS)
+    ours.setLevel(logging.WARNING)  # the root's is now that of silence
+    ours.addHandler(_PLAIN)
+    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
+    os.environ.setdefault("GRPC_VERBOSITY", "ERROR")
+    warnings.filterwarnings("ignore", category=DeprecationWarning)
+    # A cut or unwritable entry of the compile cache costs one compilation, no more.
+    warnings.filterwarnings("ignore", message="Error .* persistent compilation cache")

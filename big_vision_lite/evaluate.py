@@ -24,19 +24,12 @@ import jax
 from absl import flags
 from etils import epath
 
-from big_vision_lite import (
-    command_line,
-    devices,
-    environment,
-    files,
-    saved_run,
-    serialize,
-)
+from big_vision_lite import command_line, devices, files, saved_run, serialize
 from big_vision_lite import step as step_lib
-from big_vision_lite.config import Platform
 from big_vision_lite.data import pipeline
-from big_vision_lite.data.stream import EvaluationSet
-from big_vision_lite.evaluators.context import Context
+from big_vision_lite.data.pipeline import EvaluationSet
+from big_vision_lite.devices import Platform
+from big_vision_lite.evaluation import Context
 from big_vision_lite.progress import Progress
 from big_vision_lite.saved_run import SavedRun
 from big_vision_lite.types import Evaluator, Op, Source
@@ -173,8 +166,8 @@ def record(
         "recipe": recipe or "the run's own",
         "evaluators": evaluators,
         "scores": known | dict(scores),
-        "versions": environment.versions(),
-        "machine": environment.machine(),
+        "versions": devices.versions(),
+        "machine": devices.machine(),
     }
     files.replace(path, json.dumps(document, indent=1) + "\n")
 
@@ -210,7 +203,8 @@ def main(argv: Sequence[str]) -> None:
     chosen_platform = values["platform"].value
     place = saved_run.locate(values["workdir"].value)
     devices.set_up_to_use(
-        epath.Path(place), chosen_platform and Platform(chosen_platform)
+        saved_run.recorded_platform(place),
+        chosen_platform and Platform(chosen_platform),
     )
     modules: Any = values["allow_module"].value
     run = saved_run.load(place, allowed_modules=modules)

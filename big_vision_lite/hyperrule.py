@@ -9,10 +9,8 @@ from typing import Any, SupportsIndex
 
 import numpy as np
 
-from big_vision_lite import imported, run_folder, schedules, serialize, step_folder
-from big_vision_lite.adapt import Init
-from big_vision_lite.checkpoint import Checkpoints
-from big_vision_lite.config import TrainConfig
+from big_vision_lite import run_folder, saved_run, schedules, serialize, step_folder
+from big_vision_lite.config import Checkpoints, Init, TrainConfig
 from big_vision_lite.conversion import foreign, weights
 from big_vision_lite.data.decode import decode
 from big_vision_lite.data.device_ops import Mixup, Partner
@@ -258,7 +256,7 @@ def read_run(path: str, allow_module: str = "") -> TrainConfig:
         ValueError: the weights are damaged or in no known format.
     """
     if weights.is_foreign(path):
-        return imported.recipe(foreign.load(path))
+        return saved_run.recipe(foreign.load(path))
     # The folder is found again, and named, when the training starts.
     folder = step_folder.find(path, log=lambda _: None)
     return run_folder.read_config(folder, [allow_module] if allow_module else [])

@@ -21,13 +21,13 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from big_vision_lite import command_line, cores, devices, files, fitting
+from big_vision_lite import command_line, devices, files, fitting
 from big_vision_lite import estimate as estimates
 from big_vision_lite.compile_process import CompileProcess
 from big_vision_lite.config import TrainConfig
 from big_vision_lite.data import unopened
 from big_vision_lite.estimate import DISK, Estimate
-from big_vision_lite.runtime import bar_chart, plugins, targets
+from big_vision_lite.runtime import bar_chart, cpu, plugins, targets
 from big_vision_lite.runtime.targets import Target
 
 GIGA = 1e9
@@ -251,7 +251,7 @@ def show(plan: Plan, console: Console) -> None:
     say(
         console,
         f"input        {1e3 * plan.seconds_an_image:.2f} ms of CPU an image on this "
-        f"machine, which has {cores.available()} cores",
+        f"machine, which has {cpu.available()} cores",
     )
     size = first.checkpoint_bytes
     say(

@@ -8,8 +8,12 @@ library (file, folder with config.json, hub:organisation/name); no recipe is nee
 
 import argparse
 import contextlib
+import csv
+import dataclasses
+import io
 import sys
 import time
+import unicodedata
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
@@ -17,18 +21,96 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from etils import epath
+from jaxtyping import Float32, Int32
 from rich.console import Console
 from rich.progress import track
+from rich.table import Table
+from rich.text import Text
 
-from big_vision_lite import command_line, devices, files, predictions, saved_run
+from big_vision_lite import command_line, devices, files, saved_run
 from big_vision_lite import step as step_lib
-from big_vision_lite.config import Platform
 from big_vision_lite.data import pipeline
 from big_vision_lite.data.image_files import Guarded, ImageFiles
 from big_vision_lite.data.image_folder import SUFFIXES
-from big_vision_lite.predictions import Predictions
+from big_vision_lite.devices import Platform
 from big_vision_lite.saved_run import SavedRun
 from big_vision_lite.types import Array, Batch, Forward, Objective
+
+SHOWN_ROWS = 5
+
+
+@dataclasses.dataclass(kw_only=True)
+class Predictions:
+    """One row a file, in order, zeros where `errors` says why it could not be read.
+
+    `classes` [N, K] are labels, the most probable first, `probabilities` [N, K] theirs,
+    `features` [N, D] the pooled vectors; None is what was not asked for.
+    """
+
+    files: tuple[str, ...]
+    errors: dict[str, str]
+    classes: Int32[np.ndarray, "N K"] | None = None
+    probabilities: Float32[np.ndarray, "N K"] | None = None
+    features: Float32[np.ndarray, "N D"] | None = None
+
+
+def table_of(found: Predictions, class_names: Sequence[str]) -> list[list[str]]:
+    """Returns rows of text, the first being the names of the columns."""
+    assert found.classes is not None and found.probabilities is not None
+    ranks = range(1, found.classes.shape[1] + 1)
+    titles = [(f"class_{rank}", f"probability_{rank}") for rank in ranks]
+    rows = [["file", *(title for pair in titles for title in pair), "error"]]
+    for file, labels, likely in zip(
+        found.files, found.classes, found.probabilities, strict=True
+    ):
+        # The shortest digits that read back as the same float32.
+        pairs = [
+            (_class_name(int(label), class_names), str(probability))
+            for label, probability in zip(labels, likely, strict=True)
+        ]
+        if file in found.errors:
+            pairs = [("", "")] * len(pairs)
+        texts = [text for pair in pairs for text in pair]
+        rows.append([file, *texts, found.errors.get(file, "")])
+    return rows
+
+
+def _class_name(label: int, class_names: Sequence[str]) -> str:
+    # Weights from elsewhere may come without names.
+    return class_names[label] if class_names else f"class_{label}"
+
+
+def write_csv(path: epath.Path, rows: Sequence[Sequence[str]]) -> None:
+    """Writes rows of text as CSV in UTF-8, whole or not at all."""
+    text = io.StringIO()
+    csv.writer(text, lineterminator="\n").writerows(rows)
+    files.replace(path, text.getvalue().encode("utf-8"))
+
+
+def write_features(path: epath.Path, found: Predictions) -> None:
+    """Writes arrays `files` and `features` [N, D] float32 of the readable images."""
+    assert found.features is not None
+    readable = np.asarray([file not in found.errors for file in found.files])
+    content = io.BytesIO()
+    np.savez(
+        content,
+        files=np.asarray(found.files)[readable],
+        features=found.features[readable],
+    )
+    files.replace(path, content.getvalue())
+
+
+def show(console: Console, rows: Sequence[Sequence[str]]) -> None:
+    """Prints the first rows, top class only."""
+    table = Table("file", "class", "probability", "error")
+    for file, *middle, error in rows[1 : SHOWN_ROWS + 1]:
+        name, likely = (middle[0], f"{float(middle[1]):.3f}") if middle[0] else ("", "")
+        table.add_row(*map(Text, (_printable(file), _printable(name), likely, error)))
+    console.print(table)
+
+
+def _printable(text: str) -> str:
+    return "".join(" " if unicodedata.category(c) == "Cc" else c for c in text)
 
 
 def predict(
@@ -175,7 +257,7 @@ def main(argv: Sequence[str]) -> None:
     out, embed = _output(options.out, "--out"), _output(options.embed, "--embed")
     images = ImageFiles(options.images)
     place = saved_run.locate(options.workdir)
-    devices.set_up_to_use(epath.Path(place), options.platform)
+    devices.set_up_to_use(saved_run.recorded_platform(place), options.platform)
     run = saved_run.load(
         place,
         allowed_modules=options.allow_module,
@@ -193,11 +275,11 @@ def main(argv: Sequence[str]) -> None:
     )
     seconds = time.perf_counter() - started
     if embed is not None:
-        predictions.write_features(embed, found)
+        write_features(embed, found)
     if out is not None:
-        rows = predictions.table_of(found, run.class_names)
-        predictions.write_csv(out, rows)
-        predictions.show(console, rows)
+        rows = table_of(found, run.class_names)
+        write_csv(out, rows)
+        show(console, rows)
     if found.errors:
         listed = out or "; ".join(f"{f}: {e}" for f, e in found.errors.items())
         print(

@@ -4,7 +4,6 @@ import re
 import types
 from typing import Any
 
-from big_vision_lite.data.sources import ImageFolder, folder_splits
 from big_vision_lite.wording import did_you_mean
 
 _BOOLEANS = {"true": True, "1": True, "false": False, "0": False}
@@ -50,23 +49,6 @@ def parse_arg(arg: str, **defaults: Any) -> types.SimpleNamespace:
             f"{_known(defaults)}"
         )
     return types.SimpleNamespace(**{**defaults, **values})
-
-
-def open_folder(path: str, split_seed: int = 0) -> dict[str, ImageFolder]:
-    """Returns the splits of an image folder by name, all with the classes of "train".
-
-    Beside "train" those are "val" and "test" as far as there are folders of these
-    names, or a held-out tenth as "val", chosen by the seed. The names of the classes
-    are written into the sources, so that config.json says what every label means.
-
-    Raises:
-        FileNotFoundError, ValueError: there is no such folder, or no two classes.
-    """
-    splits = folder_splits(path, split_seed)
-    train = splits.get("train") or ImageFolder(path=path, split="train")
-    for source in splits.values():
-        source.classes = train.class_names
-    return splits
 
 
 def _convert(name: str, text: str, kind: type) -> Any:

@@ -7,7 +7,7 @@ from typing import Any
 import jax.numpy as jnp
 import numpy as np
 
-from big_vision_lite.models import flexi
+from big_vision_lite.models import patches
 
 POSITIONS = "position_embedding"
 PATCHES = "patch_embedding/kernel"
@@ -47,14 +47,14 @@ def fit(name: str, values: Any, shape: tuple[int, ...]) -> Fitted:
             f"{name} for patches of {old} px, the model has {new}: resized so that "
             f"resized patches give the same tokens (arXiv:2212.08013).{exact}"
         )
-        values = flexi.resize_kernel(np.asarray(values), new)
+        values = patches.resize_kernel(np.asarray(values), new)
     return Fitted(values=values, message=" ".join(messages) or None)
 
 
 def _fit_positions(values: Any, shape: tuple[int, ...]) -> Fitted:
     old, new = values.shape, (shape[0], shape[1])
     return Fitted(
-        values=np.asarray(flexi.resample_positions(jnp.asarray(values), new)),
+        values=np.asarray(patches.resample_positions(jnp.asarray(values), new)),
         message=f"Checkpoint grid {old[0]}x{old[1]}, model grid {new[0]}x{new[1]}: "
         "resizing position embedding (bilinear).",
     )

@@ -11,14 +11,7 @@ from typing import Any
 
 from etils import epath
 
-from big_vision_lite import (
-    environment,
-    files,
-    integrity,
-    processes,
-    serialize,
-    step_folder,
-)
+from big_vision_lite import devices, files, integrity, processes, serialize, step_folder
 from big_vision_lite.config import TrainConfig
 
 # What may change between the start of a run and its resumption: nothing here changes
@@ -87,7 +80,7 @@ class RunFolder:
     def config_text(self) -> str:
         """Returns what config.json holds: the configuration, versions, machine."""
         return serialize.to_json(
-            self._config, versions=environment.versions(), machine=environment.machine()
+            self._config, versions=devices.versions(), machine=devices.machine()
         )
 
     def _check_shared(self) -> None:

@@ -1,6 +1,8 @@
-"""A run as its folder holds it: configuration, manifest, and the state to evaluate."""
+"""Opens what was trained: a run, a step folder, or weights of another library."""
 
+import contextlib
 import dataclasses
+import json
 import os
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -10,9 +12,9 @@ import numpy as np
 from etils import epath
 
 from big_vision_lite import (
-    imported,
     layout,
     run_folder,
+    serialize,
     sharding,
     step_folder,
     trees,
@@ -20,6 +22,12 @@ from big_vision_lite import (
 from big_vision_lite import state as state_lib
 from big_vision_lite.config import TrainConfig
 from big_vision_lite.conversion import foreign, weights
+from big_vision_lite.conversion.foreign import Foreign
+from big_vision_lite.data.in_memory import NoImages
+from big_vision_lite.data.pipeline import Stream
+from big_vision_lite.objectives.classification import SoftmaxClassification
+from big_vision_lite.optimizers import AdamW
+from big_vision_lite.schedules import WarmupCosine
 from big_vision_lite.state import TrainState
 
 OPTIMIZER = "opt_state/"
@@ -89,6 +97,15 @@ def locate(
     return path if weights.is_foreign(os.fspath(path)) else step_folder.find(path, log)
 
 
+def recorded_platform(place: str | epath.Path) -> str | None:
+    """Returns the platform that a step's recipe chose, None if none or not readable."""
+    # What of it is damaged is said when the step is loaded and verified.
+    with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
+        document = json.loads((epath.Path(place) / step_folder.CONFIG).read_text())
+        return document["config"]["platform"]
+    return None
+
+
 def load(
     path: str | epath.Path,
     *,
@@ -155,7 +172,7 @@ def _from_weights(
     tree = {"step": step, "params": params, "collections": collections}
     return SavedRun(
         folder=epath.Path(path),
-        config=imported.recipe(found),
+        config=recipe(found),
         manifest={
             "step": 0,
             "num_steps": 1,
@@ -191,3 +208,108 @@ def fitting(
         f"does not fit {num_devices} devices: data={num_devices}, fsdp=1 instead."
     )
     return sharding.Mesh()
+
+
+def recipe(found: Foreign) -> TrainConfig:
+    """Returns a configuration with the model and its preprocessing, and no images.
+
+    It can be evaluated, predicted with and started from, not trained.
+    """
+    return TrainConfig(
+        num_steps=1,
+        model=found.model,
+        objective=SoftmaxClassification(),
+        data=Stream(
+            source=NoImages(classes=found.class_names, origin=found.path),
+            ops=found.preprocess,
+            batch_size=1,
+        ),
+        preprocess=found.preprocess,
+        optimizer=AdamW(schedule=WarmupCosine(peak=1e-3, warmup_steps=0)),
+    )
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Loaded:
+    """Weights to start from: {name: array}, batch statistics as "batch_stats/...".
+
+    `class_names` are empty when nobody knows them; `model` is what the weights belong
+    to, None where it needs a module that may not be imported here; `origin` goes into
+    manifests.
+    """
+
+    variables: Mapping[str, Any]
+    class_names: tuple[str, ...] = ()
+    model: Any = None
+    origin: Mapping[str, Any] | None = None
+
+
+def open_weights(path: str, log: Callable[[str], None] = print) -> Loaded:
+    """Reads a run, a step folder, or weights of another library (see `foreign`).
+
+    Raises:
+        FileNotFoundError: there is neither; says what was looked at.
+        ValueError: the weights are damaged or in no known format.
+    """
+    if weights.is_foreign(path):
+        found = foreign.load(path)
+        for note in (f"{path}: {found.format}", *found.notes):
+            log(f"init: {note}")
+        return Loaded(
+            variables=found.variables,
+            class_names=found.class_names,
+            model=found.model,
+            origin=found.origin,
+        )
+    folder = step_folder.find(path, log)
+    variables, manifest = load_variables(folder)
+    return Loaded(
+        variables=variables,
+        class_names=tuple(manifest["class_names"]),
+        model=_model_of(folder),
+        origin={
+            "path": path,
+            "format": "big_vision_lite",
+            "licence": None,
+            "origin": manifest.get("origin"),
+        },
+    )
+
+
+def load_variables(folder: Any) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
+    """Loads a step folder's parameters and batch statistics, and its manifest.
+
+    Names are those of the model, statistics "batch_stats/...". The averaged parameters
+    are taken when the run kept an average.
+
+    Raises:
+        DamagedCheckpoint: a file or a leaf is not what was saved.
+    """
+    manifest = step_folder.verified_manifest(folder)
+    leaves = manifest["leaves"]
+    averaged = any(name.startswith("ema/") for name in leaves)
+    parts = ("ema/" if averaged else "params/", "frozen/", "collections/batch_stats/")
+    # Under a mesh of several devices jit takes no array that lives on one of them.
+    mesh = jax.sharding.get_mesh()
+    device = (
+        jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
+        if mesh.empty
+        else layout.replicated(mesh)
+    )
+    named = {
+        name: jax.ShapeDtypeStruct(leaf["shape"], leaf["dtype"], sharding=device)
+        for name, leaf in leaves.items()
+        if name.startswith(parts)
+    }
+    loaded = trees.flatten(step_folder.restore_part(folder, named, manifest))
+    return {n.split("/", 1)[1]: np.asarray(x) for n, x in loaded.items()}, manifest
+
+
+def _model_of(folder: Any) -> Any:
+    document = json.loads((folder / step_folder.CONFIG).read_text())
+    text = json.dumps({**document, "config": document["config"]["model"]})
+    try:
+        return serialize.from_json(text)
+    except ValueError:
+        # A class of the user's own, or of a newer version: the names decide alone.
+        return None

@@ -16,11 +16,11 @@ from absl import flags
 from etils import epath
 
 from big_vision_lite import (
+    adapt,
     checkpoint,
     command_line,
     devices,
     dry_run,
-    environment,
     evaluation,
     files,
     integrity,
@@ -30,7 +30,6 @@ from big_vision_lite import (
     run_folder,
     serialize,
     sharding,
-    start,
     step_folder,
 )
 from big_vision_lite import (
@@ -38,12 +37,12 @@ from big_vision_lite import (
 )
 from big_vision_lite.config import TrainConfig
 from big_vision_lite.data import pipeline
+from big_vision_lite.health import Monitor
 from big_vision_lite.metrics import Writer
-from big_vision_lite.monitor import Monitor
+from big_vision_lite.processes import Stopped, StopSignal
 from big_vision_lite.profiler import Profiler
 from big_vision_lite.progress import Progress
 from big_vision_lite.state import TrainState
-from big_vision_lite.stop import Stopped, StopSignal
 
 
 def train(
@@ -114,7 +113,7 @@ def train(
         )
         state = checkpointer.restore_latest(built.abstract)
         if state is None:
-            state = start.first_state(
+            state = adapt.first_state(
                 config,
                 built.fresh(),
                 first_params,
@@ -189,7 +188,7 @@ def describe(
         },
         "class_names": list(config.data.source.class_names),
         "source": config.data.source.fingerprint,
-        "versions": environment.versions(),
+        "versions": devices.versions(),
     }
 
 

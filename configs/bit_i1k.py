@@ -17,8 +17,6 @@ at batch 256) takes about 32 minutes on a TPU v3-128. Ours: not yet run.
 Hardware: eight GPUs or a TPU slice; hours not yet measured.
 """
 
-from big_vision_lite.checkpoint import Checkpoints
-from big_vision_lite.config import TrainConfig
 from big_vision_lite.data.ops import (
     CentralCrop,
     Decode,
@@ -26,8 +24,10 @@ from big_vision_lite.data.ops import (
     FlipLeftRight,
     ResizeSmall,
 )
-from big_vision_lite.data.pipeline import Stream
 from big_vision_lite.data.sources import Tfds
+
+from big_vision_lite.config import Checkpoints, TrainConfig
+from big_vision_lite.data.pipeline import Stream
 from big_vision_lite.evaluators.classification import Classification
 from big_vision_lite.models.bit import BiT
 from big_vision_lite.models.heads import Classifier

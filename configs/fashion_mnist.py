@@ -11,12 +11,12 @@ after one epoch, 88.8 % (one seed) after ten.
 Hardware: 2 CPU cores, 2.7 minutes an epoch.
 """
 
-from big_vision_lite.checkpoint import Checkpoints
-from big_vision_lite.config import TrainConfig
-from big_vision_lite.data.crops import Resampling
 from big_vision_lite.data.ops import Decode, Resize
-from big_vision_lite.data.pipeline import Stream
 from big_vision_lite.data.sources import Tfds
+
+from big_vision_lite.config import Checkpoints, TrainConfig
+from big_vision_lite.data.crops import Resampling
+from big_vision_lite.data.pipeline import Stream
 from big_vision_lite.evaluators.classification import Classification
 from big_vision_lite.models.heads import Classifier
 from big_vision_lite.models.vit import ViT

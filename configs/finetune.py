@@ -24,12 +24,13 @@ Pets and 99.30 on Flowers; BiT-L (JFT-300M) 99.37, 93.51, 96.62 and 99.63
 Hardware: any; hours not yet measured.
 """
 
-from big_vision_lite.adapt import Init
-from big_vision_lite.config import TrainConfig
 from big_vision_lite.data.sources import Tfds
+
+from big_vision_lite.config import Init, TrainConfig
+from big_vision_lite.data.new_folder import open_folder
 from big_vision_lite.evaluators.classification import Classification
 from big_vision_lite.hyperrule import HEAD, HyperRule, parse_size, read_run
-from big_vision_lite.recipe_args import open_folder, parse_arg
+from big_vision_lite.recipe_args import parse_arg
 from big_vision_lite.types import Evaluator
 
 

@@ -25,13 +25,13 @@ split. Other fonts give other numbers.
 Hardware: 2 CPU cores, 3 minutes (ResNet) or 15 CPU-minutes (ViT).
 """
 
-from big_vision_lite.checkpoint import Checkpoints
-from big_vision_lite.config import TrainConfig
-from big_vision_lite.data.crops import Resampling
-from big_vision_lite.data.degrade import RandomLowResolution
 from big_vision_lite.data.ops import Decode, RandomAffine, Resize
-from big_vision_lite.data.pipeline import Stream
 from big_vision_lite.data.sources import Digits, Tfds
+
+from big_vision_lite.config import Checkpoints, TrainConfig
+from big_vision_lite.data.crops import Resampling
+from big_vision_lite.data.new_colour import RandomLowResolution
+from big_vision_lite.data.pipeline import Stream
 from big_vision_lite.evaluators.classification import Classification
 from big_vision_lite.evaluators.fewshot import FewShot, FewShotSet
 from big_vision_lite.evaluators.finetune import FineTune

@@ -12,10 +12,6 @@ Published: 76.5 / 78.5 / 80.0 % top-1 after 90 / 150 / 300 epochs at global batc
 Hardware: eight GPUs or a TPU slice; hours not yet measured.
 """
 
-from big_vision_lite.checkpoint import Checkpoints
-from big_vision_lite.config import TrainConfig
-from big_vision_lite.data.augment import RandAugment
-from big_vision_lite.data.device_ops import Mixup
 from big_vision_lite.data.ops import (
     CentralCrop,
     Decode,
@@ -23,8 +19,12 @@ from big_vision_lite.data.ops import (
     FlipLeftRight,
     ResizeSmall,
 )
-from big_vision_lite.data.pipeline import Stream
 from big_vision_lite.data.sources import Tfds
+
+from big_vision_lite.config import Checkpoints, TrainConfig
+from big_vision_lite.data.augment import RandAugment
+from big_vision_lite.data.device_ops import Mixup
+from big_vision_lite.data.pipeline import Stream
 from big_vision_lite.evaluators.classification import Classification
 from big_vision_lite.evaluators.fewshot import FewShot, natural_sets
 from big_vision_lite.models.heads import Classifier

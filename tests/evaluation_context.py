@@ -14,7 +14,7 @@ from big_vision_lite import layout
 from big_vision_lite import step as step_lib
 from big_vision_lite.data import pipeline
 from big_vision_lite.data.in_memory import InMemory
-from big_vision_lite.evaluators.context import Context
+from big_vision_lite.evaluation import Context
 from big_vision_lite.objectives.classification import SoftmaxClassification
 from big_vision_lite.state import TrainState
 

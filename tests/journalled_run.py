@@ -16,7 +16,7 @@ import sys
 import jax
 import numpy as np
 
-from big_vision_lite import stop
+from big_vision_lite import processes
 from big_vision_lite.runtime.cpu import SteadyStep
 
 compiled_step = SteadyStep.__call__
@@ -59,7 +59,7 @@ if __name__ == "__main__":
     split = sys.argv.index("--")
     where, moment, *_ = [*sys.argv[1:split], "none"]
     # These steps are too few for seconds: the processes ask each other after each.
-    stop.SECONDS_BETWEEN = 0.0
+    processes.SECONDS_BETWEEN = 0.0
     SteadyStep.__call__ = journalled(pathlib.Path(where), moment)
     sys.argv = ["train", *sys.argv[split + 1 :]]
     # As `python -m` does it, with the module's own last lines.

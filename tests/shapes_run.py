@@ -10,14 +10,13 @@ import cv2
 import flax.linen as nn
 import jax.numpy as jnp
 import numpy as np
+from big_vision_lite.data.ops import Decode, FlipLeftRight, Resize
+from big_vision_lite.data.sources import ImageFolder
 from etils import epath
 
 from big_vision_lite import saved_run, train
-from big_vision_lite.checkpoint import Checkpoints
-from big_vision_lite.config import TrainConfig
-from big_vision_lite.data.ops import Decode, FlipLeftRight, Resize
+from big_vision_lite.config import Checkpoints, TrainConfig
 from big_vision_lite.data.pipeline import Stream
-from big_vision_lite.data.sources import ImageFolder
 from big_vision_lite.evaluators.classification import Classification
 from big_vision_lite.evaluators.fewshot import FewShot, FewShotSet
 from big_vision_lite.models.heads import Classifier

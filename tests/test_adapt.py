@@ -7,23 +7,23 @@ import numpy as np
 import pytest
 from etils import epath
 
-from big_vision_lite import adapt, integrity, loaded_weights, resample, trees
-from big_vision_lite.adapt import Init, PositionResize
-from big_vision_lite.checkpoint import Checkpointer, Checkpoints
+from big_vision_lite import adapt, integrity, resample, saved_run, trees
+from big_vision_lite.checkpoint import Checkpointer
+from big_vision_lite.config import Checkpoints, Init, PositionResize
 from big_vision_lite.conversion.input_range import (
     SYMMETRIC,
     InputRange,
     fold_input_range,
 )
 from big_vision_lite.integrity import DamagedCheckpoint
-from big_vision_lite.models import flexi, towers
+from big_vision_lite.models import patches, towers
 from big_vision_lite.models.bit import BiT
 from big_vision_lite.models.bit_v1 import BiTV1, Trunk
 from big_vision_lite.models.heads import Classifier
-from big_vision_lite.models.hybrid import hybrid
 from big_vision_lite.models.mixer import MlpMixer
-from big_vision_lite.models.positions import Positions
+from big_vision_lite.models.patches import Positions
 from big_vision_lite.models.resnet import ResNet
+from big_vision_lite.models.towers import hybrid
 from big_vision_lite.models.vit import ViT
 from big_vision_lite.state import TrainState
 
@@ -326,7 +326,7 @@ def saved(tmp_path_factory):
 @pytest.mark.parametrize("average", [False, True])
 def test_the_average_is_loaded_when_there_is_one_with_the_frozen_rest(average, saved):
     folder, expected = saved[average]
-    loaded, manifest = loaded_weights.load_variables(folder)
+    loaded, manifest = saved_run.load_variables(folder)
     assert set(loaded) == set(expected)
     assert_from(loaded, expected, expected)
     assert manifest["class_names"] == ["a"] and manifest["step"] == 3
@@ -343,10 +343,10 @@ def test_a_damaged_folder_is_not_started_from(saved, tmp_path):
     manifest["leaves"]["ema/head/bias"]["checksum"] = "00000000"
     integrity.write_manifest(copy, manifest)
     with pytest.raises(DamagedCheckpoint, match="3: ema/head/bias differ from what"):
-        loaded_weights.load_variables(copy)
+        saved_run.load_variables(copy)
     (copy / "config.json").write_text("{} ")
     with pytest.raises(DamagedCheckpoint, match="3/config.json has 3 bytes, 2 were"):
-        loaded_weights.load_variables(copy)
+        saved_run.load_variables(copy)
 
 
 def test_init_holds_only_what_flags_can_set():
@@ -496,7 +496,7 @@ def test_patches_of_another_size_give_the_tokens_of_resized_patches():
     found, lines = start_from(loaded, fresh)
     small = RNG.normal(size=(4, 4, 3))
     large = np.stack(
-        [flexi.bilinear(4, 8) @ c @ flexi.bilinear(4, 8).T for c in small.T], -1
+        [patches.bilinear(4, 8) @ c @ patches.bilinear(4, 8).T for c in small.T], -1
     )
     np.testing.assert_allclose(
         tokens(np.asarray(found[name]), large.transpose(1, 0, 2)),
@@ -518,11 +518,9 @@ def test_weights_for_another_range_of_pixels_are_folded_into_the_patches():
     theirs = vit(depth=1, mean=(123.7, 116.3, 103.5), std=(58.4, 57.1, 57.4))
     ours = vit(depth=1)
     variables = theirs.init(jax.random.key(0), image=images)
-    given = loaded_weights.Loaded(
-        variables=trees.flatten(variables["params"]), model=theirs
-    )
+    given = saved_run.Loaded(variables=trees.flatten(variables["params"]), model=theirs)
     lines = []
-    moved = loaded_weights.scaled_like(given, ours, given.variables, lines.append)
+    moved = saved_run.scaled_like(given, ours, given.variables, lines.append)
     params = trees.unflatten(moved.variables)
     expected = theirs.apply(variables, image=images)["pooled"]
     found = ours.apply({"params": params}, image=images)["pooled"]
@@ -530,7 +528,7 @@ def test_weights_for_another_range_of_pixels_are_folded_into_the_patches():
     wrong = ours.apply(variables, image=images)["pooled"]
     assert np.abs(wrong - expected).max() > 1e-2
     assert "folded into the patch embedding" in lines[0]
-    assert loaded_weights.model_differences(ours, moved.model) == []
+    assert saved_run.model_differences(ours, moved.model) == []
 
 
 IMAGENET = {"mean": (123.7, 116.3, 103.5), "std": (58.4, 57.1, 57.4)}
@@ -539,8 +537,8 @@ IMAGENET = {"mean": (123.7, 116.3, 103.5), "std": (58.4, 57.1, 57.4)}
 def started(loaded, model, fresh):
     """The variables for `model` as start.py makes them, and what was said."""
     lines = []
-    moved = loaded_weights.scaled_like(loaded, model, fresh, lines.append)
-    lines += loaded_weights.model_differences(model, moved.model)
+    moved = saved_run.scaled_like(loaded, model, fresh, lines.append)
+    lines += saved_run.model_differences(model, moved.model)
     found, more = start_from(moved.variables, fresh)
     return {"params": trees.unflatten(found)}, lines + more
 
@@ -567,9 +565,7 @@ def test_another_range_and_other_channels_at_once_are_exact(family, channels, ba
     variables, fresh = (
         random_variables(*pair) for pair in ((theirs, before), (ours, after))
     )
-    given = loaded_weights.Loaded(
-        variables=trees.flatten(variables["params"]), model=theirs
-    )
+    given = saved_run.Loaded(variables=trees.flatten(variables["params"]), model=theirs)
     found, lines = started(given, ours, trees.flatten(fresh["params"]))
     expected = stem_output(theirs, "patch_embedding", variables, before)
     got = stem_output(ours, "patch_embedding", found, after)
@@ -589,9 +585,7 @@ def test_another_range_is_exact_at_the_patch_size_of_the_model(patch, stored):
     ours = vit(depth=1, patch_size=patch, kernel_patch_size=stored)
     images = jnp.asarray(noise(3, size=48))
     variables, fresh = (random_variables(model, images) for model in (theirs, ours))
-    given = loaded_weights.Loaded(
-        variables=trees.flatten(variables["params"]), model=theirs
-    )
+    given = saved_run.Loaded(variables=trees.flatten(variables["params"]), model=theirs)
     found, _ = started(given, ours, trees.flatten(fresh["params"]))
     same_range = ours.clone(kernel_patch_size=16, **IMAGENET)
     expected = stem_output(same_range, "patch_embedding", variables, images)
@@ -606,11 +600,11 @@ def test_padded_stems_keep_their_range_and_say_what_to_set(family, channels):
     ours = FAMILIES[family][0]
     variables = trees.flatten(random_variables(theirs, noise(3))["params"])
     fresh = trees.flatten(random_variables(ours, noise(channels))["params"])
-    given = loaded_weights.Loaded(variables=variables, model=theirs)
+    given = saved_run.Loaded(variables=variables, model=theirs)
     lines = []
-    kept = loaded_weights.scaled_like(given, ours, fresh, lines.append)
+    kept = saved_run.scaled_like(given, ours, fresh, lines.append)
     assert kept.variables is variables
-    said = loaded_weights.model_differences(ours, kept.model)
+    said = saved_run.model_differences(ours, kept.model)
     if channels == 3:
         assert lines == [] and "--config.model.mean=(123.7, 116.3, 103.5)" in said[0]
     else:
@@ -634,9 +628,7 @@ def test_what_a_flexivit_stores_and_was_resized_is_no_difference():
     ours = theirs.clone(kernel_patch_size=None, position_grid=())
     images = jnp.asarray(noise(3, size=64))
     variables, fresh = (random_variables(model, images) for model in (theirs, ours))
-    given = loaded_weights.Loaded(
-        variables=trees.flatten(variables["params"]), model=theirs
-    )
+    given = saved_run.Loaded(variables=trees.flatten(variables["params"]), model=theirs)
     found, lines = started(given, ours, trees.flatten(fresh["params"]))
     kernel, positions = lines
     assert "for patches of 32 px, the model has 16" in kernel
@@ -648,15 +640,15 @@ def test_what_a_flexivit_stores_and_was_resized_is_no_difference():
 
 def test_what_changes_the_features_of_the_same_weights_is_said():
     ours, theirs = vit(), vit(norm_epsilon=1e-12, head=Classifier(num_classes=3))
-    (line,) = loaded_weights.model_differences(ours, theirs)
+    (line,) = saved_run.model_differences(ours, theirs)
     assert "norm_epsilon=1e-12, this recipe has 1e-06" in line
     assert "--config.model.norm_epsilon=1e-12" in line
-    assert loaded_weights.model_differences(ours, object()) == []
+    assert saved_run.model_differences(ours, object()) == []
 
 
 def test_where_parameters_start_that_the_weights_bring_is_no_difference():
     ours, theirs = vit(depth=1, layer_scale=1e-6), vit(depth=1, layer_scale=1e-5)
-    assert loaded_weights.model_differences(ours, theirs) == []
+    assert saved_run.model_differences(ours, theirs) == []
     image = jnp.asarray(RNG.integers(0, 256, (2, 32, 32, 3), np.uint8))
     variables = jax.jit(theirs.init)(jax.random.key(0), image)
     found, expected = (
@@ -670,4 +662,4 @@ def test_where_parameters_start_that_the_weights_bring_is_no_difference():
     with pytest.raises(ValueError, match="- encoder/block_00/attention_scale"):
         start_from(scaled, plain)
     last = [ResNet(stages=(1,), width=4, last_scale=scale) for scale in (0.0, 1.0)]
-    assert loaded_weights.model_differences(*last) == []
+    assert saved_run.model_differences(*last) == []

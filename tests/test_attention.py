@@ -6,8 +6,8 @@ import pytest
 from big_vision_lite.models import attention
 from big_vision_lite.models.attention import Attention, Shapes
 from big_vision_lite.models.heads import Classifier
-from big_vision_lite.models.hybrid import hybrid
 from big_vision_lite.models.layers import Dtype
+from big_vision_lite.models.towers import hybrid
 from big_vision_lite.models.vit import ViT
 
 PLAIN = dict(dtype="bfloat16", queries=196, memory=196, num_heads=6, head_dim=64)

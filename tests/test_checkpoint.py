@@ -17,14 +17,14 @@ from big_vision_lite import (
     checkpoint,
     files,
     integrity,
-    loaded_weights,
     saved_run,
     sharding,
     step_folder,
     trees,
 )
 from big_vision_lite import state as state_lib
-from big_vision_lite.checkpoint import Checkpointer, Checkpoints
+from big_vision_lite.checkpoint import Checkpointer
+from big_vision_lite.config import Checkpoints
 from big_vision_lite.integrity import DamagedCheckpoint
 from big_vision_lite.sharding import Mesh, ShardingRule
 from big_vision_lite.state import TrainState
@@ -428,7 +428,7 @@ def test_a_manifest_that_is_no_manifest_is_damage(run):
             restore(run)
 
 
-@pytest.mark.parametrize("load", [saved_run.load, loaded_weights.load_variables])
+@pytest.mark.parametrize("load", [saved_run.load, saved_run.load_variables])
 def test_who_else_loads_a_damaged_step_is_offered_the_intact_one(load, run):
     newest = epath.Path(run / "checkpoints" / "3")
     data = next(p for p in files_of_a_step(newest) if "/d/" in str(p))
@@ -443,7 +443,7 @@ def test_a_copied_step_folder_is_enough(run, tmp_path):
     shutil.rmtree(run)
     folder = step_folder.find(copy)
     assert folder == copy
-    params, manifest = loaded_weights.load_variables(folder)
+    params, manifest = saved_run.load_variables(folder)
     assert manifest["step"] == 2
     expected = at(build(), 2)
     np.testing.assert_array_equal(

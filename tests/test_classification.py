@@ -7,6 +7,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from big_vision_lite.data.ops import Decode
+from big_vision_lite.data.sources import Digits, InMemory
 from evaluation_context import (
     Damaged,
     Network,
@@ -18,10 +20,8 @@ from evaluation_context import (
 )
 
 from big_vision_lite import step as step_lib
-from big_vision_lite.data.ops import Decode
-from big_vision_lite.data.sources import Digits, InMemory
+from big_vision_lite.evaluation import class_table
 from big_vision_lite.evaluators.classification import Classification, MatchClasses
-from big_vision_lite.evaluators.context import class_table
 from big_vision_lite.objectives.classification import (
     SigmoidClassification,
     SoftmaxClassification,

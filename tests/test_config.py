@@ -17,12 +17,12 @@ import pytest
 
 import big_vision_lite
 from big_vision_lite import command_line, mistakes, serialize, train
-from big_vision_lite.adapt import Init, PositionResize
-from big_vision_lite.checkpoint import Checkpoints
-from big_vision_lite.config import Platform, TrainConfig
-from big_vision_lite.data import augment, degrade, device_ops, ops, sources
-from big_vision_lite.data.no_images import NoImages
+from big_vision_lite.config import Checkpoints, Init, PositionResize, TrainConfig
+from big_vision_lite.data import augment, device_ops, ops, sources
+from big_vision_lite.data import new_colour as colour
+from big_vision_lite.data.in_memory import NoImages
 from big_vision_lite.data.pipeline import Stream
+from big_vision_lite.devices import Platform
 from big_vision_lite.evaluators.classification import Classification
 from big_vision_lite.evaluators.fewshot import FewShot, FewShotSet
 from big_vision_lite.evaluators.finetune import FineTune
@@ -32,7 +32,7 @@ from big_vision_lite.models.bit_v1 import BiTV1, Trunk
 from big_vision_lite.models.heads import Classifier
 from big_vision_lite.models.layers import Remat
 from big_vision_lite.models.mixer import MlpMixer
-from big_vision_lite.models.positions import Positions
+from big_vision_lite.models.patches import Positions
 from big_vision_lite.models.resnet import ResNet
 from big_vision_lite.models.vit import ViT
 from big_vision_lite.objectives.classification import (
@@ -78,7 +78,7 @@ def everything() -> list[TrainConfig]:
         ops.RandomCrop(size=8),
         ops.FlipLeftRight(),
         ops.RandomAffine(),
-        degrade.RandomLowResolution(side_min=8),
+        colour.RandomLowResolution(side_min=8),
         ops.ToGray(),
         ops.ToRgb(),
         ops.Invert(),

@@ -15,15 +15,7 @@ import safetensors.numpy
 import torch_libraries
 from etils import epath
 
-from big_vision_lite import (
-    command_line,
-    loaded_weights,
-    predict,
-    saved_run,
-    step_folder,
-    train,
-    trees,
-)
+from big_vision_lite import command_line, predict, saved_run, step_folder, train, trees
 from big_vision_lite.conversion import export, foreign
 from big_vision_lite.conversion.formats import Library
 from big_vision_lite.data.image_files import ImageFiles
@@ -112,7 +104,7 @@ def run(tmp_path_factory):
 
 
 def variables_of(run):
-    return loaded_weights.load_variables(step_folder.find(str(run)))[0]
+    return saved_run.load_variables(step_folder.find(str(run)))[0]
 
 
 def assert_same(found, expected):
@@ -135,9 +127,7 @@ def test_there_and_back_again_gives_the_same_bits(library, run, tmp_path, capsys
     # And as a run again, from which the same bits are read.
     convert(out, "--to", "orbax", "--out", tmp_path / "again")
     assert_same(variables_of(tmp_path / "again"), variables_of(run))
-    _, manifest = loaded_weights.load_variables(
-        step_folder.find(str(tmp_path / "again"))
-    )
+    _, manifest = saved_run.load_variables(step_folder.find(str(tmp_path / "again")))
     assert manifest["origin"]["path"] == str(out)
     assert manifest["class_names"] == list("0123456789")
 
@@ -169,7 +159,6 @@ def test_the_other_library_gives_every_digit_the_same_class(library, run, tmp_pa
 def digits(folder):
     """Writes the test digits as PNG; returns the folder and the images."""
     import cv2
-
     from big_vision_lite.data.sources import Digits
 
     folder.mkdir()

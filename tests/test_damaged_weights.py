@@ -14,8 +14,8 @@ from big_vision_lite.models.bit_v1 import BiTV1, Standardisation, Trunk
 from big_vision_lite.models.heads import Classifier
 from big_vision_lite.models.mixer import MlpMixer
 from big_vision_lite.models.mlp import Activation
+from big_vision_lite.models.patches import Positions
 from big_vision_lite.models.pooling import FinalNorm, Pooling
-from big_vision_lite.models.positions import Positions
 from big_vision_lite.models.resnet import ResNet
 from big_vision_lite.models.vit import ViT
 

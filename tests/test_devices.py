@@ -21,7 +21,7 @@ from big_vision_lite import (
     run_folder,
     saved_run,
 )
-from big_vision_lite.config import Platform
+from big_vision_lite.devices import Platform
 
 DRIVER = (
     "NVRM version: NVIDIA UNIX x86_64 Kernel Module  580.65.06  Sun Jul 27 2025\n"

@@ -8,6 +8,8 @@ import jax.numpy as jnp
 import jaxtyping
 import numpy as np
 import pytest
+from big_vision_lite.data.ops import CentralCrop, Decode, Resize, ResizeSmall
+from big_vision_lite.data.sources import Digits, InMemory
 from evaluation_context import (
     Damaged,
     Network,
@@ -18,8 +20,6 @@ from evaluation_context import (
 )
 
 from big_vision_lite import console
-from big_vision_lite.data.ops import CentralCrop, Decode, Resize, ResizeSmall
-from big_vision_lite.data.sources import Digits, InMemory
 from big_vision_lite.evaluators import features, fewshot, ridge
 from big_vision_lite.evaluators.fewshot import FewShot, FewShotSet
 from big_vision_lite.evaluators.ridge import Ridge, shuffled_classes

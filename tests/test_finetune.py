@@ -16,37 +16,38 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import shapes_run
+from big_vision_lite.data.ops import Decode, Resize
+from big_vision_lite.data.sources import Digits, ImageFolder
 from etils import epath
 from tiny_runs import tiny_vit, written_weights
 
 from big_vision_lite import (
+    adapt,
     command_line,
     evaluate,
     hyperrule,
-    loaded_weights,
     program,
     saved_run,
     serialize,
-    start,
     step_folder,
     train,
     trees,
 )
 from big_vision_lite import state as state_lib
-from big_vision_lite.adapt import HEADS, Init
+from big_vision_lite.adapt import HEADS
+from big_vision_lite.config import Init
 from big_vision_lite.conversion.formats import Library
 from big_vision_lite.data import pipeline
-from big_vision_lite.data.ops import Decode, Resize
-from big_vision_lite.data.sources import Digits, ImageFolder
+from big_vision_lite.data.new_folder import open_folder
 from big_vision_lite.evaluators import finetune
 from big_vision_lite.evaluators.finetune import FineTune
 from big_vision_lite.hyperrule import HyperRule, Repeated
 from big_vision_lite.metrics import read_history
 from big_vision_lite.models.heads import Classifier
+from big_vision_lite.models.patches import Positions
 from big_vision_lite.models.pooling import Pooling
-from big_vision_lite.models.positions import Positions
-from big_vision_lite.recipe_args import open_folder, parse_arg
-from big_vision_lite.stop import Stopped, StopSignal
+from big_vision_lite.processes import Stopped, StopSignal
+from big_vision_lite.recipe_args import parse_arg
 
 ROOT = pathlib.Path(__file__).parents[1]
 CLOCK = ("images_per_second", "data_wait", "eta_seconds", "mfu")
@@ -231,7 +232,7 @@ def test_a_set_below_one_batch_is_repeated_evenly():
 def test_everything_but_the_head_starts_from_the_run_and_the_head_from_zero(
     pretrained, images, two_shapes
 ):
-    loaded, _ = loaded_weights.load_variables(step_folder.find(str(pretrained)))
+    loaded, _ = saved_run.load_variables(step_folder.find(str(pretrained)))
     assert np.any(loaded["head/kernel"])
     for folder, classes in ((two_shapes, 2), (images, 3)):  # the old head fits three
         config = small_rule().config(
@@ -249,7 +250,7 @@ def test_everything_but_the_head_starts_from_the_run_and_the_head_from_zero(
             fresh = program.build(config, mesh, batches.spec()).fresh()
             origins = []
             begin = functools.partial(
-                start.first_state,
+                adapt.first_state,
                 config,
                 fresh,
                 log=lambda _: None,
@@ -544,7 +545,7 @@ def test_recipes_fine_tune_weights_of_other_libraries(kind, images, tmp_path):
     still = dataclasses.replace(config.optimizer.schedule, peak=1e-30)
     optimizer = dataclasses.replace(config.optimizer, schedule=still)
     shapes_run.run(tmp_path / "run", dataclasses.replace(config, optimizer=optimizer))
-    tuned, _ = loaded_weights.load_variables(step_folder.find(str(tmp_path / "run")))
+    tuned, _ = saved_run.load_variables(step_folder.find(str(tmp_path / "run")))
     for name, leaf in tuned.items():
         is_new = name.startswith(HEADS)
         expected = 0 * leaf if is_new else variables[name]

@@ -21,12 +21,12 @@ from big_vision_lite.conversion import (
     weights,
 )
 from big_vision_lite.conversion.formats import Library, Weights
-from big_vision_lite.models import hybrid as hybrids
+from big_vision_lite.models import towers
 from big_vision_lite.models.bit_v1 import Standardisation, Trunk
 from big_vision_lite.models.heads import Classifier
-from big_vision_lite.models.hybrid import hybrid
+from big_vision_lite.models.patches import Positions
 from big_vision_lite.models.pooling import Pooling
-from big_vision_lite.models.positions import Positions
+from big_vision_lite.models.towers import hybrid
 from big_vision_lite.models.vit import ViT
 
 torch = pytest.importorskip("torch")
@@ -450,7 +450,7 @@ NAMES = {
 }
 
 
-@pytest.mark.parametrize("size", hybrids.SIZES)
+@pytest.mark.parametrize("size", towers.SIZES)
 def test_published_sizes_have_as_many_parameters_as_timms(size):
     model = hybrid(size, head=Classifier(num_classes=1000))
     shapes = formats.shapes(model, (224, 224), 3)

@@ -21,9 +21,8 @@ from big_vision_lite.models.bit_v1 import BiTV1, Trunk
 from big_vision_lite.models.heads import Classifier
 from big_vision_lite.models.layers import Dtype, Remat, scale_pixels
 from big_vision_lite.models.mixer import MlpMixer
-from big_vision_lite.models.patches import patchify
+from big_vision_lite.models.patches import Positions, patchify, sincos
 from big_vision_lite.models.pooling import Pooling
-from big_vision_lite.models.positions import Positions, sincos
 from big_vision_lite.models.resnet import ResNet
 from big_vision_lite.models.vit import ViT
 

@@ -6,26 +6,18 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from big_vision_lite.data.ops import Decode
+from big_vision_lite.data.sources import Digits
 from etils import epath
 from orbax.checkpoint import v1 as ocp
 from tiny_runs import Net, rows, start, tiny_vit
 
-from big_vision_lite import (
-    command_line,
-    diagnose,
-    program,
-    sharding,
-    train,
-    trees,
-)
+from big_vision_lite import command_line, health, program, sharding, train, trees
 from big_vision_lite import state as state_lib
-from big_vision_lite.checkpoint import Checkpoints
-from big_vision_lite.config import TrainConfig
-from big_vision_lite.data.ops import Decode
+from big_vision_lite.config import Checkpoints, TrainConfig
 from big_vision_lite.data.pipeline import Stream
-from big_vision_lite.data.sources import Digits
+from big_vision_lite.health import Monitor
 from big_vision_lite.models.layers import Dtype, Remat
-from big_vision_lite.monitor import Monitor
 from big_vision_lite.objectives.classification import SoftmaxClassification
 from big_vision_lite.optimizers import SGD
 from big_vision_lite.schedules import Constant
@@ -104,7 +96,7 @@ def test_no_step_that_is_not_finite_goes_by_unseen(tmp_path):
 
 
 def explained(model, state, batch=None):
-    return diagnose.explain(
+    return health.explain(
         7,
         state,
         batch or {n: jnp.asarray(x) for n, x in rows().items()},
@@ -183,7 +175,7 @@ def test_what_to_try_can_be_typed_and_is_not_what_the_recipe_does_already(tmp_pa
         optimizer=SGD(schedule=Constant(peak=0.3), momentum=0.0, clip_norm=None)
     )
     workdir = epath.Path(tmp_path / "run")
-    advice = diagnose.advise(config, workdir)
+    advice = health.advise(config, workdir)
     assert "use a new --workdir, and change" in advice and "init.path" not in advice
     words = [word.strip(",") for word in advice.split() if word.startswith("--config")]
     values = dict(word.removeprefix("--config.").split("=") for word in words)
@@ -195,7 +187,7 @@ def test_what_to_try_can_be_typed_and_is_not_what_the_recipe_does_already(tmp_pa
         optimizer=clipped,
         model=tiny_vit(dtype=Dtype.BFLOAT16),
     )
-    advice = diagnose.advise(config, workdir)
+    advice = health.advise(config, workdir)
     assert f"with --config.init.path={workdir}, which starts from its last" in advice
     assert "clip_norm" not in advice and "--config.model.dtype=float32" in advice
 

@@ -15,22 +15,28 @@ import cv2
 import jax
 import numpy as np
 import pytest
-from etils import epath
-from jax.sharding import AxisType
-from sklearn.datasets import load_digits
-
-from big_vision_lite import cores, layout, sharding
-from big_vision_lite.data import pipeline, stream, workers
-from big_vision_lite.data.batch_maker import EvaluationBatches, TrainingBatches
-from big_vision_lite.data.host_batch import HostBatch, Report
 from big_vision_lite.data.ops import (
     CentralCrop,
     Decode,
     DecodeInceptionCrop,
     FlipLeftRight,
 )
-from big_vision_lite.data.order import ExampleGenerator, Order, replacement
+from etils import epath
+from jax.sharding import AxisType
+from sklearn.datasets import load_digits
+
+from big_vision_lite import layout, sharding
+from big_vision_lite.data import pipeline, workers
+from big_vision_lite.data.batch_maker import (
+    EvaluationBatches,
+    ExampleGenerator,
+    Order,
+    TrainingBatches,
+    replacement,
+)
+from big_vision_lite.data.host_batch import HostBatch, Report
 from big_vision_lite.data.unreadable import Unreadable, UnreadableImages
+from big_vision_lite.runtime import cpu
 
 # Jax keeps threads of its own; ours are named.
 OURS = "data"
@@ -597,13 +603,13 @@ def test_batches_are_ready_before_they_are_asked_for(mesh):
         next(iterator)
         time.sleep(1)
         start = time.perf_counter()
-        for _ in range(stream.AHEAD - 1):
+        for _ in range(pipeline.AHEAD - 1):
             next(iterator)
         assert time.perf_counter() - start < 0.1
 
 
 def test_the_threads_follow_the_cores(monkeypatch):
-    monkeypatch.setattr(cores, "available", lambda: 64)
+    monkeypatch.setattr(cpu, "available", lambda: 64)
     assert workers.resolve_threads(None) == 8
     assert workers.resolve_threads(None, processes=16) == 4
     assert workers.resolve_threads(30) == 30

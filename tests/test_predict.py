@@ -16,13 +16,7 @@ import numpy as np
 import pytest
 import shapes_run
 
-from big_vision_lite import (
-    command_line,
-    loaded_weights,
-    predict,
-    step_folder,
-    trees,
-)
+from big_vision_lite import command_line, predict, saved_run, step_folder, trees
 from big_vision_lite.data.image_files import ImageFiles
 from big_vision_lite.objectives.classification import (
     SigmoidClassification,
@@ -64,7 +58,7 @@ def test_top_1_agrees_with_the_accuracy_that_training_recorded(tmp_path, run, im
 
 def test_probabilities_equal_those_of_the_model_applied_by_hand(tmp_path, run, images):
     rows = predicted(tmp_path, run, images / "val", "--batch_size", "10")
-    params, manifest = loaded_weights.load_variables(step_folder.find(str(run)))
+    params, manifest = saved_run.load_variables(step_folder.find(str(run)))
     apply = jax.jit(functools.partial(shapes_run.small_model().apply, train=False))
     for row in rows[::5]:
         file = (images / "val" / row["file"]).read_bytes()
@@ -149,7 +143,7 @@ def test_features_are_the_pooled_output_of_every_file(tmp_path, run, images):
     assert arrays["features"].shape == (27, 16)
     assert arrays["features"].dtype == np.float32
     # The head is linear: features times its kernel are the logits behind the table.
-    params, manifest = loaded_weights.load_variables(step_folder.find(str(run)))
+    params, manifest = saved_run.load_variables(step_folder.find(str(run)))
     logits = arrays["features"] @ params["head/kernel"] + params["head/bias"]
     rows = predicted(tmp_path, run, images / "val")
     names = [manifest["class_names"][i] for i in logits.argmax(1)]

@@ -9,7 +9,6 @@ import jax.numpy as jnp
 import pytest
 from rich.console import Console
 
-from big_vision_lite import clocks
 from big_vision_lite import progress as progress_lib
 from big_vision_lite.console import (
     format_line,
@@ -34,8 +33,7 @@ class FakeTime:
 
     def __init__(self, monkeypatch):
         self.now = 100.0
-        for module in (progress_lib, clocks):
-            monkeypatch.setattr(module.time, "perf_counter", lambda: self.now)
+        monkeypatch.setattr(progress_lib.time, "perf_counter", lambda: self.now)
 
     def batches(self, seconds):
         while True:
@@ -170,7 +168,7 @@ def test_waiting_while_the_device_computes_is_not_waiting_for_data():
 
 
 def test_at_most_two_steps_are_in_flight():
-    clock = clocks.DeviceClock()
+    clock = progress_lib.DeviceClock()
 
     class Outputs:
         def __init__(self):

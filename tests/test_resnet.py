@@ -7,16 +7,15 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from big_vision_lite.data.ops import Decode
+from big_vision_lite.data.sources import Digits
 from etils import epath
 from tiny_runs import gradients, rows, start
 
 from big_vision_lite import train, trees
 from big_vision_lite.bound_model import BoundModel
-from big_vision_lite.checkpoint import Checkpoints
-from big_vision_lite.config import TrainConfig
-from big_vision_lite.data.ops import Decode
+from big_vision_lite.config import Checkpoints, TrainConfig
 from big_vision_lite.data.pipeline import Stream
-from big_vision_lite.data.sources import Digits
 from big_vision_lite.models.batch_norm import BatchNorm, Statistics
 from big_vision_lite.models.bit import Block, Stem
 from big_vision_lite.models.heads import Classifier

@@ -8,14 +8,14 @@ import sys
 
 import jax
 import pytest
+from big_vision_lite.data.ops import Decode
+from big_vision_lite.data.sources import Digits
 from etils import epath
 
-from big_vision_lite import environment, run_folder, serialize
-from big_vision_lite.checkpoint import Checkpoints
-from big_vision_lite.config import Platform, TrainConfig
-from big_vision_lite.data.ops import Decode
+from big_vision_lite import devices, run_folder, serialize
+from big_vision_lite.config import Checkpoints, TrainConfig
 from big_vision_lite.data.pipeline import Stream
-from big_vision_lite.data.sources import Digits
+from big_vision_lite.devices import Platform
 from big_vision_lite.evaluators.classification import Classification
 from big_vision_lite.integrity import DamagedCheckpoint
 from big_vision_lite.models.heads import Classifier
@@ -94,17 +94,17 @@ def test_without_git_or_outside_its_repository_no_commit_is_claimed(
     tmp_path, monkeypatch
 ):
     if (ROOT / ".git").exists():
-        assert len(environment.versions()["commit"]) == 40
+        assert len(devices.versions()["commit"]) == 40
     with monkeypatch.context() as patch:
         patch.setenv("PATH", str(tmp_path))
-        found = environment.versions()
+        found = devices.versions()
     assert "commit" not in found and found["jax"] == jax.__version__
     # A copy inside a repository of somebody else.
     subprocess.run(["git", "init", "-q", tmp_path], check=True)
     (tmp_path / "vendor" / "big_vision_lite").mkdir(parents=True)
     copied = tmp_path / "vendor" / "big_vision_lite" / "environment.py"
-    monkeypatch.setattr(environment, "__file__", str(copied))
-    assert environment.versions() == found
+    monkeypatch.setattr(devices, "__file__", str(copied))
+    assert devices.versions() == found
 
 
 def test_a_second_run_in_the_folder_is_refused_while_the_first_lasts(tmp_path):

@@ -16,12 +16,12 @@ import cv2
 import numpy as np
 import pytest
 from array_record.python import array_record_module
+from big_vision_lite.data.sources import Digits, ImageFolder, InMemory, Tfds
 from prepared import labels_of
 
 from big_vision_lite.data import image_folder, prepared_set, records, tfds_folder
-from big_vision_lite.data.held_out import hold_out
+from big_vision_lite.data.image_folder import hold_out
 from big_vision_lite.data.prepared_set import load
-from big_vision_lite.data.sources import Digits, ImageFolder, InMemory, Tfds
 from big_vision_lite.data.tf_example import encode_example, parse_example
 
 with warnings.catch_warnings():

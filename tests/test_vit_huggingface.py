@@ -24,8 +24,8 @@ from big_vision_lite.conversion import (
 from big_vision_lite.conversion.formats import Library
 from big_vision_lite.models.heads import Classifier
 from big_vision_lite.models.mlp import Activation
+from big_vision_lite.models.patches import Positions
 from big_vision_lite.models.pooling import FinalNorm, Pooling
-from big_vision_lite.models.positions import Positions
 from big_vision_lite.models.vit import ViT
 
 torch = pytest.importorskip("torch")

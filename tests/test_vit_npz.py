@@ -15,8 +15,8 @@ from big_vision_lite import trees
 from big_vision_lite.conversion import foreign, formats, mapping, vit_npz, weights
 from big_vision_lite.models.heads import Classifier
 from big_vision_lite.models.mlp import Activation
+from big_vision_lite.models.patches import Positions
 from big_vision_lite.models.pooling import FinalNorm, Pooling
-from big_vision_lite.models.positions import Positions
 from big_vision_lite.models.vit import ViT
 
 torch_libraries.import_torchvision()

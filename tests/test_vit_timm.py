@@ -12,14 +12,14 @@ import pytest
 import torch_libraries
 from foreign_models import randomise, relative_difference
 
-from big_vision_lite import loaded_weights, trees
+from big_vision_lite import saved_run, trees
 from big_vision_lite.conversion import foreign, formats, mapping, vit_timm
 from big_vision_lite.conversion.formats import Weights
-from big_vision_lite.models import flexi, towers
+from big_vision_lite.models import patches, towers
 from big_vision_lite.models.heads import Classifier
 from big_vision_lite.models.mlp import Activation
+from big_vision_lite.models.patches import Positions, sincos
 from big_vision_lite.models.pooling import FinalNorm, Pooling
-from big_vision_lite.models.positions import Positions, sincos
 from big_vision_lite.models.vit import ViT
 
 torch = pytest.importorskip("torch")
@@ -530,7 +530,7 @@ TOWERS = {
 @pytest.mark.parametrize("name", TOWERS)
 def test_towers_have_the_gelu_and_constants_of_the_weights_they_are_named_after(name):
     tower, found = TOWERS[name], check_counts(name)
-    assert loaded_weights.model_differences(tower, found) == []
+    assert saved_run.model_differences(tower, found) == []
     assert (tower.layer_scale is None) == (found.layer_scale is None)
     # Its value is where training starts, of which weights say nothing.
     assert tower.clone(head=found.head, layer_scale=found.layer_scale) == found
@@ -581,7 +581,7 @@ def test_patch_kernels_are_resized_as_timm_resizes_those_of_flexivit():
             theirs, [patch, patch], interpolation="bilinear", antialias=False
         )
         expected = resized.numpy().transpose(2, 3, 1, 0)
-        ours = flexi.resize_kernel(kernel, patch)
+        ours = patches.resize_kernel(kernel, patch)
         assert relative_difference(ours, expected) <= 2e-6  # a pseudo-inverse
         other = resample_patch_embed(theirs, [patch, patch])  # bicubic, antialiased
         if patch != 8:
@@ -612,7 +612,7 @@ def resampled_forms(table, grid):
 @pytest.mark.parametrize("grid", [(5, 4), (9, 12)])
 def test_forms_of_resampling_positions_are_told_apart(grid):
     table = np.random.default_rng(0).normal(size=(7, 7, 16)).astype(np.float32)
-    ours = np.asarray(flexi.resample_positions(jnp.asarray(table), grid))
+    ours = np.asarray(patches.resample_positions(jnp.asarray(table), grid))
     for name, form in resampled_forms(table, grid).items():
         difference = relative_difference(ours, form)
         enlarging = grid[0] > 7  # antialiasing changes nothing there

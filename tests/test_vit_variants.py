@@ -9,14 +9,13 @@ import pytest
 from flax import linen as nn
 
 from big_vision_lite import trees
-from big_vision_lite.models import flexi, towers
+from big_vision_lite.models import patches, towers
 from big_vision_lite.models.attention import MultiHeadAttention
 from big_vision_lite.models.heads import Classifier
 from big_vision_lite.models.layers import Dtype, LayerNorm
 from big_vision_lite.models.mlp import Activation, Mlp
-from big_vision_lite.models.patches import PatchEmbedding
+from big_vision_lite.models.patches import PatchEmbedding, Positions
 from big_vision_lite.models.pooling import FinalNorm, Pooling
-from big_vision_lite.models.positions import Positions
 from big_vision_lite.models.vit import ViT
 
 CLASSES = 5
@@ -266,7 +265,7 @@ def products(patches, kernel):
 def test_a_kernel_for_larger_patches_gives_enlarged_patches_their_tokens(patch):
     kernel, patches = kernel_and_patches()
     expected = products(patches, kernel)
-    found = products(enlarge(patches, patch), flexi.resize_kernel(kernel, patch))
+    found = products(enlarge(patches, patch), patches.resize_kernel(kernel, patch))
     # float32 products of 8 * 8 * 3 values about 14.
     assert np.abs(found - expected).max() <= 2e-5 * np.abs(expected).max()
 
@@ -275,13 +274,13 @@ def test_a_kernel_for_larger_patches_gives_enlarged_patches_their_tokens(patch):
 def test_a_kernel_for_smaller_patches_is_not_exact_and_cannot_come_back(patch):
     kernel, patches = kernel_and_patches()
     expected = products(patches, kernel)
-    smaller = flexi.resize_kernel(kernel, patch)
+    smaller = patches.resize_kernel(kernel, patch)
     found = products(enlarge(patches, patch), smaller)
     assert np.abs(found - expected).max() > 0.1 * np.abs(expected).max()
-    back = flexi.resize_kernel(smaller, kernel.shape[0])
+    back = patches.resize_kernel(smaller, kernel.shape[0])
     assert np.abs(back - kernel).max() > 0.1
     # But it is the least-squares answer: no other kernel is nearer on white noise.
-    matrix = np.kron(flexi.bilinear(8, patch), flexi.bilinear(8, patch))
+    matrix = np.kron(patches.bilinear(8, patch), patches.bilinear(8, patch))
     flat = kernel.reshape(64, -1)
     best = np.linalg.lstsq(matrix.T, flat, rcond=None)[0]
     np.testing.assert_allclose(smaller.reshape(patch**2, -1), best, atol=1e-4)
@@ -289,7 +288,7 @@ def test_a_kernel_for_smaller_patches_is_not_exact_and_cannot_come_back(patch):
 
 def test_a_kernel_of_the_same_size_stays_as_it_is():
     kernel, _ = kernel_and_patches()
-    assert flexi.resize_kernel(kernel, 8) is kernel
+    assert patches.resize_kernel(kernel, 8) is kernel
 
 
 @pytest.mark.parametrize("patch", [6, 12])
@@ -299,7 +298,7 @@ def test_a_kernel_resized_at_use_equals_the_one_resized_before(patch):
     params = random_params(stored, image)
     assert params["kernel"].shape == (8, 8, 3, 5)
     plain = PatchEmbedding(patch_size=patch, width=5)
-    kernel = flexi.resize_kernel(np.asarray(params["kernel"]), patch)
+    kernel = patches.resize_kernel(np.asarray(params["kernel"]), patch)
     np.testing.assert_allclose(
         stored.apply({"params": params}, image),
         plain.apply({"params": {**params, "kernel": kernel}}, image),
@@ -321,7 +320,7 @@ def test_a_flexivit_has_the_same_parameters_for_every_patch_and_image_size():
 
 def test_positions_on_their_own_grid_are_not_touched():
     table = jnp.asarray(np.random.default_rng(0).normal(size=(3, 5, 4)), jnp.float32)
-    np.testing.assert_array_equal(flexi.resample_positions(table, (3, 5)), table)
+    np.testing.assert_array_equal(patches.resample_positions(table, (3, 5)), table)
 
 
 # Parameters without a head, from timm 1.0.31 (num_classes=0), less what timm's class

@@ -14,6 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from big_vision_lite.data.ops import Decode, Resize
 from jax.experimental import topologies
 
 from big_vision_lite import layout, sharding, trees
@@ -21,7 +22,6 @@ from big_vision_lite import state as state_lib
 from big_vision_lite.conversion import export
 from big_vision_lite.conversion.formats import Library
 from big_vision_lite.conversion.preprocessing import Preprocessing
-from big_vision_lite.data.ops import Decode, Resize
 from big_vision_lite.models.heads import Classifier
 from big_vision_lite.models.vit import ViT
 from big_vision_lite.objectives.classification import SoftmaxClassification

@@ -19,10 +19,10 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from big_vision_lite.data.sources import Tfds, folder_splits
 
 from big_vision_lite.data import image_folder, prepared_set, tfds_folder
 from big_vision_lite.data.decode import UndecodableImage, decode
-from big_vision_lite.data.sources import Tfds, folder_splits
 from big_vision_lite.wording import some
 
 # Edges of the short side, in pixels, between the rows of the size table.

@@ -26,9 +26,9 @@ from etils import epath
 sys.path.insert(0, str(pathlib.Path(__file__).parents[1]))
 sys.path.insert(0, str(pathlib.Path(__file__).parent))
 
-from big_vision_lite import (  # noqa: E402 (needs the paths above)
+from big_vision_lite import (
     command_line,
-    environment,
+    devices,
     files,
     hyperrule,
     saved_run,
@@ -36,7 +36,8 @@ from big_vision_lite import (  # noqa: E402 (needs the paths above)
     trees,
 )
 from big_vision_lite import state as state_lib  # noqa: E402
-from big_vision_lite.checkpoint import Checkpointer, Checkpoints  # noqa: E402
+from big_vision_lite.checkpoint import Checkpointer
+from big_vision_lite.config import Checkpoints
 from big_vision_lite.conversion import export, foreign  # noqa: E402
 from big_vision_lite.conversion.formats import Library  # noqa: E402
 from big_vision_lite.conversion.preprocessing import Preprocessing  # noqa: E402
@@ -148,15 +149,15 @@ def to_run(run: SavedRun, out: pathlib.Path) -> None:
         raise ValueError(f"{out} is not empty; name a new folder with --out.")
     text = serialize.to_json(
         run.config,
-        versions=environment.versions(),
-        machine=environment.machine(),
+        versions=devices.versions(),
+        machine=devices.machine(),
     )
     metadata = {
         "num_steps": int(run.manifest["num_steps"]),
         "class_names": list(run.class_names),
         "source": run.config.data.source.fingerprint,
         "origin": run.manifest.get("origin"),
-        "versions": environment.versions(),
+        "versions": devices.versions(),
     }
     policy = Checkpoints()
     with Checkpointer(

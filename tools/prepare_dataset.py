@@ -30,14 +30,14 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from big_vision_lite.data.sources import ImageFolder, folder_splits
 
 from big_vision_lite.data import tfds_folder
-from big_vision_lite.data.content_hash import content_hash
 from big_vision_lite.data.decode import UndecodableImage, decode
-from big_vision_lite.data.held_out import stable_order
+from big_vision_lite.data.image_folder import stable_order
+from big_vision_lite.data.in_memory import content_hash
 from big_vision_lite.data.prepared_set import FILE_TEMPLATE, shard_file
 from big_vision_lite.data.records import ArrayRecordFile
-from big_vision_lite.data.sources import ImageFolder, folder_splits
 from big_vision_lite.data.tf_example import encode_example
 from big_vision_lite.wording import some
 

@@ -14,8 +14,8 @@ from big_vision_lite.conversion.hybrid_tables import (
 )
 from big_vision_lite.conversion.mapping import Entry
 from big_vision_lite.conversion.vit_tables import check_fields
+from big_vision_lite.models.patches import Positions
 from big_vision_lite.models.pooling import Pooling
-from big_vision_lite.models.positions import Positions
 from big_vision_lite.models.vit import ViT
 
 # Behind the trunk they are vision_transformer's ViT, name for name.

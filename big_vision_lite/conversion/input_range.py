@@ -4,7 +4,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from big_vision_lite.models import flexi
+from big_vision_lite.models import patches
 
 
 class InputRange(NamedTuple):
@@ -57,6 +57,6 @@ def fold_input_range(
     )
     # x_before = x_after * std1 / std2 + (mean1 - mean2) / std2
     scaled = kernel * (std1 / std2)[:, None]
-    used = flexi.resize_kernel(kernel.astype(np.float64), patch_size or len(kernel))
+    used = patches.resize_kernel(kernel.astype(np.float64), patch_size or len(kernel))
     shift = np.einsum("hwcd,c->d", used, (mean1 - mean2) / std2)
     return scaled.astype(np.float32), (bias + shift).astype(np.float32)

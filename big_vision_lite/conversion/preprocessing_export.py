@@ -11,7 +11,7 @@ from big_vision_lite.conversion.preprocessing import (
     Preprocessing,
     Size,
 )
-from big_vision_lite.data import checks
+from big_vision_lite.data import new_geometry as geometry
 from big_vision_lite.data.crops import Resampling, Rounding
 from big_vision_lite.data.ops import CentralCrop, Decode, Resize, ResizeSmall, ToGray
 from big_vision_lite.types import Op
@@ -157,7 +157,7 @@ def _steps(ops: Sequence[Op]) -> tuple[Resize | ResizeSmall | None, CentralCrop 
 
 def _resized(resize: Resize | ResizeSmall | None, size: Size) -> Size:
     """Returns what is resized to; without a resize images have their size already."""
-    return size if resize is None else checks.target(resize)
+    return size if resize is None else geometry.target(resize)
 
 
 def _filter(resize: Resize | ResizeSmall | None) -> str:

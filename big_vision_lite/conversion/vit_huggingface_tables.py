@@ -20,7 +20,7 @@ from big_vision_lite.conversion.mapping import (
 )
 from big_vision_lite.models.heads import Classifier
 from big_vision_lite.models.mlp import Activation
-from big_vision_lite.models.positions import Positions
+from big_vision_lite.models.patches import Positions
 from big_vision_lite.models.vit import ViT
 
 ACTIVATIONS = {

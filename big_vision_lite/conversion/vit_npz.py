@@ -11,9 +11,8 @@ from big_vision_lite.conversion.formats import Architecture, Library, Weights
 from big_vision_lite.conversion.mapping import Arrays, Entry, Shape, same
 from big_vision_lite.conversion.vit_tables import check_fields, tokens_and_positions
 from big_vision_lite.models.heads import Classifier
-from big_vision_lite.models.patches import grid_size
+from big_vision_lite.models.patches import Positions, grid_size
 from big_vision_lite.models.pooling import Pooling
-from big_vision_lite.models.positions import Positions
 from big_vision_lite.models.vit import ViT
 
 POOLINGS = (Pooling.CLASS_TOKEN, Pooling.AVERAGE, Pooling.ATTENTION)

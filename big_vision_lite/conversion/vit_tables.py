@@ -6,7 +6,7 @@ from collections.abc import Collection, Mapping, Sequence
 import numpy as np
 
 from big_vision_lite.conversion.mapping import Arrays, Entry, Shape
-from big_vision_lite.models.positions import Positions, sincos
+from big_vision_lite.models.patches import Positions, sincos
 from big_vision_lite.models.vit import ViT
 
 # Fields that change no number of a trained model, or sizes that every format has.

@@ -32,7 +32,7 @@ from big_vision_lite.conversion.vit_timm_config import (
 )
 from big_vision_lite.conversion.vit_timm_names import in_timm_names
 from big_vision_lite.conversion.vit_timm_tokens import tokens_and_positions
-from big_vision_lite.models import flexi
+from big_vision_lite.models import patches
 from big_vision_lite.models.heads import Classifier
 from big_vision_lite.models.mlp import Activation
 from big_vision_lite.models.patches import grid_size
@@ -241,7 +241,7 @@ def _patches(model: ViT) -> Entry:
     return dataclasses.replace(
         plain,
         to_theirs=lambda arrays: plain.to_theirs(
-            [flexi.resize_kernel(arrays[0], model.patch_size)]
+            [patches.resize_kernel(arrays[0], model.patch_size)]
         ),
     )
 

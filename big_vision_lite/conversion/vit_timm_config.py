@@ -8,8 +8,8 @@ import numpy as np
 
 from big_vision_lite.conversion.formats import Weights
 from big_vision_lite.models.mlp import Activation
+from big_vision_lite.models.patches import Positions, sincos
 from big_vision_lite.models.pooling import FinalNorm, Pooling
-from big_vision_lite.models.positions import Positions, sincos
 from big_vision_lite.models.vit import ViT
 
 # A model of each width in timm, by name only: all that differs is an argument.

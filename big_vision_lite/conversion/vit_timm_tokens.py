@@ -6,9 +6,9 @@ import jax.numpy as jnp
 import numpy as np
 
 from big_vision_lite.conversion.mapping import Arrays, Entry, Shape
-from big_vision_lite.models import flexi
+from big_vision_lite.models import patches
+from big_vision_lite.models.patches import Positions, sincos
 from big_vision_lite.models.pooling import Pooling
-from big_vision_lite.models.positions import Positions, sincos
 from big_vision_lite.models.vit import ViT
 
 
@@ -92,4 +92,4 @@ def _split(tokens: np.ndarray, counts: dict[str, int]) -> Arrays:
 def _resampled(positions: np.ndarray, grid: tuple[int, int]) -> np.ndarray:
     if positions.shape[:2] == grid:
         return positions
-    return np.asarray(flexi.resample_positions(jnp.asarray(positions), grid))
+    return np.asarray(patches.resample_positions(jnp.asarray(positions), grid))

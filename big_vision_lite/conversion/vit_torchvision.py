@@ -20,9 +20,8 @@ from big_vision_lite.conversion.mapping import (
 )
 from big_vision_lite.models.heads import Classifier
 from big_vision_lite.models.mlp import Activation
-from big_vision_lite.models.patches import grid_size
+from big_vision_lite.models.patches import Positions, grid_size
 from big_vision_lite.models.pooling import Pooling
-from big_vision_lite.models.positions import Positions
 from big_vision_lite.models.vit import ViT
 
 PATCHES = "conv_proj.weight"

@@ -1,5 +1,6 @@
 """Encoded bytes or arrays in, uint8 images [H, W, C] out; everything else refused."""
 
+import dataclasses
 from collections.abc import Callable
 from typing import Any
 
@@ -218,3 +219,23 @@ _FORMATS: tuple[
     ("GIF", lambda head: head[:6] in (b"GIF87a", b"GIF89a"), _gif_size),
     ("BMP", lambda head: head.startswith(b"BM"), _bmp_size),
 )
+
+
+@dataclasses.dataclass(kw_only=True)
+class Decode:
+    """Turns encoded bytes or an array into uint8 [H, W, channels]; see `decode`."""
+
+    channels: int = 3
+
+    def __post_init__(self):
+        check_channels(self)
+
+    def __call__(self, example: Example, rng: np.random.Generator) -> Example:
+        return example | {"image": decode(example["image"], self.channels)}
+
+
+def check_channels(op: Any) -> None:
+    """Raises ValueError for another number than 1 or 3."""
+    if op.channels not in (1, 3):
+        name = type(op).__name__
+        raise ValueError(f"{name}.channels={op.channels}: use 1 (gray) or 3 (RGB).")

@@ -1,12 +1,21 @@
-"""A source of images that are already an array."""
+"""Sources whose examples are in memory: arrays, digits, none; and their fingerprint."""
 
+import dataclasses
 import functools
-from collections.abc import Sequence
-from typing import Any, SupportsIndex
+import gzip
+import hashlib
+import importlib.util
+import os
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any, NoReturn, SupportsIndex
 
 import numpy as np
 
-from big_vision_lite.data.content_hash import content_hash
+from big_vision_lite.wording import did_you_mean
+
+# The Example of types.py, which would import jax: worker processes go without.
+Example = dict[str, Any]
 
 
 class InMemory:
@@ -95,3 +104,123 @@ def _checked_labels(labels: np.ndarray, count: int, num_classes: int) -> np.ndar
             f"labels in all; {num_classes} class names allow 0 to {num_classes - 1}."
         )
     return labels.astype(np.int32)
+
+
+# The digits file is ordered by writer.
+DIGITS_SPLITS = {"train": slice(0, 1438), "test": slice(1438, 1797)}
+
+
+@dataclasses.dataclass(kw_only=True)
+class Digits:
+    """Handwritten digits, uint8 [8, 8, 1], ten classes; part of scikit-learn.
+
+    UCI optdigits, Kaynak 1995. The file is ordered by writer: `split` "train" is its
+    first 1,438 images, "test" the last 359, mostly of other writers.
+    """
+
+    split: str = "train"
+
+    def __post_init__(self):
+        if self.split not in DIGITS_SPLITS:
+            raise ValueError(
+                f"split={self.split!r} of the digits is none of "
+                f"{', '.join(DIGITS_SPLITS)}.{did_you_mean(self.split, DIGITS_SPLITS)}"
+            )
+
+    @functools.cached_property
+    def _arrays(self) -> tuple[np.ndarray, np.ndarray]:
+        table = _digits_table()[DIGITS_SPLITS[self.split]]
+        # Stored as 0..16.
+        images = np.round(table[:, :64] * (255 / 16)).astype(np.uint8)
+        return images.reshape(-1, 8, 8, 1), table[:, 64].astype(np.int32)
+
+    @property
+    def class_names(self) -> tuple[str, ...]:
+        return tuple("0123456789")
+
+    @functools.cached_property
+    def fingerprint(self) -> str:
+        images, labels = self._arrays
+        return content_hash((images.tobytes(), labels.tobytes()))
+
+    def __len__(self) -> int:
+        return len(self._arrays[1])
+
+    def __getitem__(self, index: SupportsIndex) -> Example:
+        """Returns {"image": uint8 [8, 8, 1], "label": int}."""
+        images, labels = self._arrays
+        return {"image": images[index].copy(), "label": int(labels[index])}
+
+    def name(self, index: SupportsIndex) -> str:
+        """Says which digit of which split."""
+        return f"digits {self.split}: image {range(len(self))[index]}"
+
+    def __getstate__(self) -> dict[str, Any]:
+        return fields_of(self)
+
+
+def _digits_table() -> np.ndarray:
+    # From the file: importing sklearn.datasets takes 3 s and 100 MB.
+    found = importlib.util.find_spec("sklearn")
+    if found is None or found.origin is None:
+        raise ModuleNotFoundError(
+            "the digits are a file of scikit-learn, which is not installed; "
+            "install it: pip install scikit-learn"
+        )
+    path = Path(found.origin).parent / "datasets" / "data" / "digits.csv.gz"
+    with gzip.open(path) as file:
+        return np.loadtxt(file, delimiter=",", dtype=np.uint8)
+
+
+def fields_of(config: Any) -> dict[str, Any]:
+    """The state of a pickle: no open file, no lock, no list of a million paths."""
+    return {f.name: getattr(config, f.name) for f in dataclasses.fields(config)}
+
+
+@dataclasses.dataclass(kw_only=True)
+class NoImages:
+    """Names the classes of weights that came from `origin`; holds nothing to train on.
+
+    To train on images of your own, start a recipe from the weights: --config.init.path.
+    """
+
+    classes: tuple[str, ...]
+    origin: str
+
+    @property
+    def class_names(self) -> tuple[str, ...]:
+        return self.classes
+
+    @property
+    def fingerprint(self) -> str:
+        return content_hash((self.origin, *self.classes))
+
+    def __len__(self) -> int:
+        return 0
+
+    def __getitem__(self, index: SupportsIndex) -> dict[str, Any]:
+        self._refuse()
+
+    def name(self, index: SupportsIndex) -> str:
+        self._refuse()
+
+    def _refuse(self) -> NoReturn:
+        raise ValueError(
+            f"The weights of {self.origin} came without images. Give a recipe its own "
+            f"data and --config.init.path={self.origin}"
+        )
+
+
+def content_hash(parts: Iterable[str | bytes | np.ndarray]) -> str:
+    """Returns 16 hex digits that change with any part, its length or its shape."""
+    digest = hashlib.blake2b(digest_size=8)
+    for part in parts:
+        if isinstance(part, np.ndarray):
+            digest.update(repr((part.shape, str(part.dtype))).encode())
+            data = np.ascontiguousarray(part).reshape(-1).view(np.uint8).data
+        else:
+            data = part if isinstance(part, bytes) else os.fsencode(part)
+        # The length keeps ("ab", "c") from ("a", "bc").
+        digest.update(len(data).to_bytes(8, "little"))
+        digest.update(data)
+    return digest.hexdigest()

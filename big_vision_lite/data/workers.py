@@ -13,9 +13,9 @@ import grain
 import numpy as np
 from absl import flags
 
-from big_vision_lite import cores
 from big_vision_lite.data.batch_maker import BatchMaker
 from big_vision_lite.data.host_batch import HostBatch, Report
+from big_vision_lite.runtime import cpu
 
 # Past this many, threads of one process mostly wait for Python's lock.
 MOST_THREADS = 8
@@ -28,7 +28,7 @@ def resolve_threads(threads: int | None, processes: int = 0) -> int:
     """Returns the decoding threads of each process: as given, or by the cores."""
     if threads is not None:
         return threads
-    return max(1, min(MOST_THREADS, cores.available() // max(1, processes)))
+    return max(1, min(MOST_THREADS, cpu.available() // max(1, processes)))
 
 
 class ThreadWorkers:

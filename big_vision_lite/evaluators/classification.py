@@ -14,7 +14,7 @@ import numpy as np
 from etils import epath
 
 from big_vision_lite import files
-from big_vision_lite.evaluators.context import ClassTable, Context, class_table
+from big_vision_lite.evaluation import ClassTable, Context, class_table
 from big_vision_lite.types import Array, Batch, Forward, Runner, Source
 
 TOP = 5

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Float, Int
 
-from big_vision_lite.evaluators.context import Context, EvalStep, RowFunction
+from big_vision_lite.evaluation import Context, EvalStep, RowFunction
 from big_vision_lite.types import Array, Batch, Forward, Model, Op, Source
 
 # Raw pixels are shrunk to this side first: more pixels make a worse control and a slow

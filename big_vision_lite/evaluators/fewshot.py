@@ -12,8 +12,8 @@ import numpy as np
 from big_vision_lite import files
 from big_vision_lite.data.ops import CentralCrop, Decode, Resize
 from big_vision_lite.data.sources import Tfds
+from big_vision_lite.evaluation import Context, class_table
 from big_vision_lite.evaluators import features
-from big_vision_lite.evaluators.context import Context, class_table
 from big_vision_lite.evaluators.features import Features
 from big_vision_lite.evaluators.ridge import Ridge, shuffled_classes
 from big_vision_lite.types import Op, Runner, Source

@@ -21,10 +21,9 @@ from big_vision_lite import (
     train,
 )
 from big_vision_lite import state as state_lib
-from big_vision_lite.adapt import Init
-from big_vision_lite.config import TrainConfig
+from big_vision_lite.config import Init, TrainConfig
+from big_vision_lite.evaluation import Context, class_table
 from big_vision_lite.evaluators.classification import Classification
-from big_vision_lite.evaluators.context import Context, class_table
 from big_vision_lite.hyperrule import HEAD, HyperRule
 from big_vision_lite.state import TrainState
 from big_vision_lite.types import Array, Evaluator, Runner, Source

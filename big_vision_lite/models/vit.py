@@ -5,7 +5,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Num
 
 from big_vision_lite import layout
-from big_vision_lite.models import flexi
+from big_vision_lite.models import patches
 from big_vision_lite.models.attention import Attention
 from big_vision_lite.models.encoder import Encoder
 from big_vision_lite.models.heads import Classifier
@@ -19,14 +19,13 @@ from big_vision_lite.models.layers import (
     scale_pixels,
 )
 from big_vision_lite.models.mlp import Activation
-from big_vision_lite.models.patches import PatchEmbedding
+from big_vision_lite.models.patches import PatchEmbedding, Positions, sincos
 from big_vision_lite.models.pooling import (
     WITH_CLASS_TOKEN,
     AttentionPooling,
     FinalNorm,
     Pooling,
 )
-from big_vision_lite.models.positions import Positions, sincos
 from big_vision_lite.types import Batch, Stem
 
 # Width, depth, MLP width, heads: arXiv:2106.04560 Table 2 and arXiv:2106.10270 Table 1;
@@ -209,7 +208,7 @@ class ViT(nn.Module, kw_only=True):
             nn.initializers.normal(self.width**-0.5),
             (*stored, self.width),
         )
-        return flexi.resample_positions(positions, grid)
+        return patches.resample_positions(positions, grid)
 
     def _tokens_before_patches(self, batch: int) -> list[Float[Array, "B n D"]]:
         counts = {

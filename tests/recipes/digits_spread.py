@@ -4,11 +4,12 @@ No mixup: the sampler of its beta distribution alone takes longer to compile tha
 the rest of the step.
 """
 
-from big_vision_lite.checkpoint import Checkpoints
-from big_vision_lite.config import Platform, TrainConfig
 from big_vision_lite.data.ops import Decode, RandomAffine, Resize
-from big_vision_lite.data.pipeline import Stream
 from big_vision_lite.data.sources import Digits
+
+from big_vision_lite.config import Checkpoints, TrainConfig
+from big_vision_lite.data.pipeline import Stream
+from big_vision_lite.devices import Platform
 from big_vision_lite.evaluators.classification import Classification
 from big_vision_lite.models.heads import Classifier
 from big_vision_lite.models.vit import ViT

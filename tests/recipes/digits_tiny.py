@@ -1,11 +1,11 @@
 """Sixteen steps of a tiny ViT with what has state: dropout, mixup, EMA, few-shot."""
 
-from big_vision_lite.checkpoint import Checkpoints
-from big_vision_lite.config import TrainConfig
-from big_vision_lite.data.device_ops import Mixup
 from big_vision_lite.data.ops import Decode, RandomAffine, Resize
-from big_vision_lite.data.pipeline import Stream
 from big_vision_lite.data.sources import Digits
+
+from big_vision_lite.config import Checkpoints, TrainConfig
+from big_vision_lite.data.device_ops import Mixup
+from big_vision_lite.data.pipeline import Stream
 from big_vision_lite.evaluators.classification import Classification
 from big_vision_lite.evaluators.fewshot import FewShot, FewShotSet
 from big_vision_lite.models.heads import Classifier

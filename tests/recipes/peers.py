@@ -4,15 +4,16 @@ A plain model on plain data: no mixup, no hidden layer in the head; softmax
 cross-entropy, AdamW.
 """
 
-from big_vision_lite.config import TrainConfig
 from big_vision_lite.data.ops import (
     CentralCrop,
     Decode,
     DecodeInceptionCrop,
     ResizeSmall,
 )
-from big_vision_lite.data.pipeline import Stream
 from big_vision_lite.data.sources import Tfds
+
+from big_vision_lite.config import TrainConfig
+from big_vision_lite.data.pipeline import Stream
 from big_vision_lite.models.bit_v1 import BiTV1
 from big_vision_lite.models.heads import Classifier
 from big_vision_lite.models.layers import Dtype

@@ -1,27 +1,14 @@
-"""Ops: dataclasses called as `op(example, rng) -> example`, numpy only, on the host."""
+"""Ops that crop, resize and move an image; numpy only, on the host."""
 
 import dataclasses
+from typing import Any
 
 import cv2
 import numpy as np
 
-from big_vision_lite.data import checks, crops
+from big_vision_lite.data import crops
 from big_vision_lite.data.crops import Resampling, Rounding
-from big_vision_lite.data.decode import Example, decode, image_of
-from big_vision_lite.data.decode import UndecodableImage as UndecodableImage
-
-
-@dataclasses.dataclass(kw_only=True)
-class Decode:
-    """Turns encoded bytes or an array into uint8 [H, W, channels]; see `decode`."""
-
-    channels: int = 3
-
-    def __post_init__(self):
-        checks.check_channels(self)
-
-    def __call__(self, example: Example, rng: np.random.Generator) -> Example:
-        return example | {"image": decode(example["image"], self.channels)}
+from big_vision_lite.data.decode import Example, check_channels, decode, image_of
 
 
 @dataclasses.dataclass(kw_only=True)
@@ -40,8 +27,8 @@ class InceptionCrop:
     resampling: Resampling = Resampling.BILINEAR
 
     def __post_init__(self):
-        checks.check_size(self)
-        checks.check_area(self)
+        check_size(self)
+        check_area(self)
 
     def __call__(self, example: Example, rng: np.random.Generator) -> Example:
         image = image_of(example, self)
@@ -57,7 +44,7 @@ class DecodeInceptionCrop(InceptionCrop):
 
     def __post_init__(self):
         super().__post_init__()
-        checks.check_channels(self)
+        check_channels(self)
 
     def __call__(self, example: Example, rng: np.random.Generator) -> Example:
         image = decode(example["image"], self.channels)
@@ -79,8 +66,8 @@ class RandomResizedCrop:
     resampling: Resampling = Resampling.BILINEAR
 
     def __post_init__(self):
-        checks.check_size(self)
-        checks.check_area(self)
+        check_size(self)
+        check_area(self)
 
     def __call__(self, example: Example, rng: np.random.Generator) -> Example:
         image = image_of(example, self)
@@ -98,7 +85,7 @@ class Resize:
     resampling: Resampling = Resampling.BILINEAR
 
     def __post_init__(self):
-        checks.check_size(self)
+        check_size(self)
 
     def __call__(self, example: Example, rng: np.random.Generator) -> Example:
         return _resized(self, example, image_of(example, self))
@@ -118,7 +105,7 @@ class ResizeSmall:
     rounding: Rounding = Rounding.NEAREST
 
     def __post_init__(self):
-        checks.check_size(self)
+        check_size(self)
 
     def __call__(self, example: Example, rng: np.random.Generator) -> Example:
         image = image_of(example, self)
@@ -143,12 +130,12 @@ class CentralCrop:
     rounding: Rounding = Rounding.DOWN
 
     def __post_init__(self):
-        checks.check_size(self)
+        check_size(self)
 
     def __call__(self, example: Example, rng: np.random.Generator) -> Example:
         image = image_of(example, self)
-        height, width = checks.target(self)
-        checks.check_fits(self, image)
+        height, width = target(self)
+        check_fits(self, image)
         box = crops.centre_box(image.shape, height, width, self.rounding)
         return example | {"image": crops.crop(image, box)}
 
@@ -162,7 +149,7 @@ class RandomCrop:
     padding: int = 0
 
     def __post_init__(self):
-        checks.check_size(self)
+        check_size(self)
         if self.padding < 0:
             raise ValueError(f"RandomCrop.padding={self.padding}: use 0 or more.")
 
@@ -171,8 +158,8 @@ class RandomCrop:
         if self.padding:
             around = (self.padding, self.padding), (self.padding, self.padding), (0, 0)
             image = np.pad(image, around)
-        height, width = checks.target(self)
-        checks.check_fits(self, image)
+        height, width = target(self)
+        check_fits(self, image)
         box = crops.random_box(image.shape, height, width, rng)
         return example | {"image": crops.crop(image, box)}
 
@@ -236,41 +223,37 @@ class RandomAffine:
         return example | {"image": moved}
 
 
-@dataclasses.dataclass(kw_only=True)
-class ToGray:
-    """Turns RGB into one channel, 0.299 R + 0.587 G + 0.114 B; gray stays."""
-
-    def __call__(self, example: Example, rng: np.random.Generator) -> Example:
-        return example | {"image": decode(image_of(example, self), channels=1)}
-
-
-@dataclasses.dataclass(kw_only=True)
-class ToRgb:
-    """Repeats the one channel of a gray image three times; RGB stays."""
-
-    def __call__(self, example: Example, rng: np.random.Generator) -> Example:
-        return example | {"image": decode(image_of(example, self), channels=3)}
-
-
-@dataclasses.dataclass(kw_only=True)
-class Invert:
-    """Turns dark on light into light on dark: 255 - image."""
-
-    def __call__(self, example: Example, rng: np.random.Generator) -> Example:
-        return example | {"image": np.bitwise_not(image_of(example, self))}
-
-
-@dataclasses.dataclass(kw_only=True)
-class Keep:
-    """Drops every key but these; raises ValueError if one of them is missing."""
-
-    keys: tuple[str, ...] = ("image", "label")
-
-    def __call__(self, example: Example, rng: np.random.Generator) -> Example:
-        if missing := set(self.keys) - set(example):
-            raise ValueError(f"Keep: no {sorted(missing)} among {sorted(example)}.")
-        return {key: example[key] for key in self.keys}
-
-
 def _resized(op, example: Example, image: np.ndarray) -> Example:
-    return example | {"image": crops.resize(image, *checks.target(op), op.resampling)}
+    return example | {"image": crops.resize(image, *target(op), op.resampling)}
+
+
+def target(op: Any) -> tuple[int, int]:
+    """Returns the height and width that an op's `size` and `width` mean."""
+    return op.size, op.size if op.width is None else op.width
+
+
+def check_size(op: Any) -> None:
+    """Raises ValueError for a side below 1 px."""
+    for name in ("size", "width"):
+        side = getattr(op, name, None)
+        if side is not None and side < 1:
+            raise ValueError(f"{type(op).__name__}.{name}={side}: use 1 or more px.")
+
+
+def check_area(op: Any) -> None:
+    """Raises ValueError unless 0 < area_min <= area_max <= 1."""
+    if not 0 < op.area_min <= op.area_max <= 1:
+        raise ValueError(
+            f"{type(op).__name__} area {op.area_min}..{op.area_max}: fractions of the "
+            "image, use 0 < area_min <= area_max <= 1."
+        )
+
+
+def check_fits(op: Any, image: np.ndarray) -> None:
+    """Raises ValueError for an image that is smaller than what is cut out of it."""
+    height, width = target(op)
+    if image.shape[0] < height or image.shape[1] < width:
+        raise ValueError(
+            f"{type(op).__name__} to {height} x {width} got an image of "
+            f"{image.shape[0]} x {image.shape[1]}: put ResizeSmall or Resize before it."
+        )

@@ -24,16 +24,18 @@ import jax
 from absl import flags
 from etils import epath
 
-from big_vision_lite import command_line, devices, files, saved_run, serialize
-from big_vision_lite import step as step_lib
+from big_vision_lite.console.progress import Progress
 from big_vision_lite.data import pipeline
 from big_vision_lite.data.pipeline import EvaluationSet
-from big_vision_lite.devices import Platform
-from big_vision_lite.evaluation import Context
-from big_vision_lite.progress import Progress
-from big_vision_lite.saved_run import SavedRun
+from big_vision_lite.messages import did_you_mean
+from big_vision_lite.recipes import command_line, serialize
+from big_vision_lite.runs import load as saved_run
+from big_vision_lite.runs.evaluations import Context
+from big_vision_lite.runs.load import SavedRun
+from big_vision_lite.runtime import files, startup
+from big_vision_lite.runtime.startup import Platform
+from big_vision_lite.training import step as step_lib
 from big_vision_lite.types import Evaluator, Op, Source
-from big_vision_lite.wording import did_you_mean
 
 
 def evaluate(
@@ -166,8 +168,8 @@ def record(
         "recipe": recipe or "the run's own",
         "evaluators": evaluators,
         "scores": known | dict(scores),
-        "versions": devices.versions(),
-        "machine": devices.machine(),
+        "versions": startup.versions(),
+        "machine": startup.machine(),
     }
     files.replace(path, json.dumps(document, indent=1) + "\n")
 
@@ -202,7 +204,7 @@ def main(argv: Sequence[str]) -> None:
         )
     chosen_platform = values["platform"].value
     place = saved_run.locate(values["workdir"].value)
-    devices.set_up_to_use(
+    startup.set_up_to_use(
         saved_run.recorded_platform(place),
         chosen_platform and Platform(chosen_platform),
     )

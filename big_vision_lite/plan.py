@@ -21,14 +21,22 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from big_vision_lite import command_line, devices, files, fitting
-from big_vision_lite import estimate as estimates
-from big_vision_lite.compile_process import CompileProcess
 from big_vision_lite.config import TrainConfig
+from big_vision_lite.console import bar_chart
 from big_vision_lite.data import unopened
-from big_vision_lite.estimate import DISK, Estimate
-from big_vision_lite.runtime import bar_chart, cpu, plugins, targets
+from big_vision_lite.recipes import command_line
+from big_vision_lite.runtime import (
+    cpu,
+    files,
+    plugins,
+    startup,
+    targets,
+)
 from big_vision_lite.runtime.targets import Target
+from big_vision_lite.training import estimate as estimates
+from big_vision_lite.training import fitting
+from big_vision_lite.training.compile_process import CompileProcess
+from big_vision_lite.training.estimate import DISK, Estimate
 
 GIGA = 1e9
 
@@ -74,7 +82,7 @@ def main(argv: Sequence[str]) -> None:
     on: Any = values["on"].value
     warn = functools.partial(print, file=sys.stderr, flush=True)
     if on == targets.HERE:
-        devices.set_up(command.config.platform)
+        startup.set_up(command.config.platform)
         if not plugins.compilers_installed():
             warn(f"For TPUs and GPUs that are not here: {targets.INSTALL}")
     chosen = read_targets(on)

@@ -27,14 +27,21 @@ from rich.progress import track
 from rich.table import Table
 from rich.text import Text
 
-from big_vision_lite import command_line, devices, files, saved_run
-from big_vision_lite import step as step_lib
 from big_vision_lite.data import pipeline
-from big_vision_lite.data.image_files import Guarded, ImageFiles
-from big_vision_lite.data.image_folder import SUFFIXES
-from big_vision_lite.devices import Platform
-from big_vision_lite.saved_run import SavedRun
-from big_vision_lite.types import Array, Batch, Forward, Objective
+from big_vision_lite.data.sources.files import Guarded, ImageFiles
+from big_vision_lite.data.sources.listing import SUFFIXES
+from big_vision_lite.recipes import command_line
+from big_vision_lite.runs import load as saved_run
+from big_vision_lite.runs.load import SavedRun
+from big_vision_lite.runtime import files, startup
+from big_vision_lite.runtime.startup import Platform
+from big_vision_lite.training import step as step_lib
+from big_vision_lite.types import (
+    Array,
+    Batch,
+    Forward,
+    Objective,
+)
 
 SHOWN_ROWS = 5
 
@@ -257,7 +264,7 @@ def main(argv: Sequence[str]) -> None:
     out, embed = _output(options.out, "--out"), _output(options.embed, "--embed")
     images = ImageFiles(options.images)
     place = saved_run.locate(options.workdir)
-    devices.set_up_to_use(saved_run.recorded_platform(place), options.platform)
+    startup.set_up_to_use(saved_run.recorded_platform(place), options.platform)
     run = saved_run.load(
         place,
         allowed_modules=options.allow_module,

@@ -15,34 +15,38 @@ import jax
 from absl import flags
 from etils import epath
 
-from big_vision_lite import (
-    adapt,
+from big_vision_lite.config import TrainConfig
+from big_vision_lite.console.progress import Progress
+from big_vision_lite.data import pipeline
+from big_vision_lite.recipes import command_line, serialize
+from big_vision_lite.runs import (
     checkpoint,
-    command_line,
-    devices,
     dry_run,
-    evaluation,
-    files,
     integrity,
-    layout,
-    processes,
-    program,
-    run_folder,
-    serialize,
-    sharding,
     step_folder,
 )
-from big_vision_lite import (
-    state as state_lib,
+from big_vision_lite.runs import (
+    evaluations as evaluation,
 )
-from big_vision_lite.config import TrainConfig
-from big_vision_lite.data import pipeline
-from big_vision_lite.health import Monitor
-from big_vision_lite.metrics import Writer
-from big_vision_lite.processes import Stopped, StopSignal
-from big_vision_lite.profiler import Profiler
-from big_vision_lite.progress import Progress
-from big_vision_lite.state import TrainState
+from big_vision_lite.runs import (
+    folder as run_folder,
+)
+from big_vision_lite.runs import (
+    init as adapt,
+)
+from big_vision_lite.runs.health import Monitor, Profiler
+from big_vision_lite.runs.records import Writer
+from big_vision_lite.runtime import (
+    files,
+    layout,
+    processes,
+    sharding,
+    startup,
+)
+from big_vision_lite.runtime.processes import Stopped, StopSignal
+from big_vision_lite.training import program
+from big_vision_lite.training import state as state_lib
+from big_vision_lite.training.state import TrainState
 
 
 def train(
@@ -188,7 +192,7 @@ def describe(
         },
         "class_names": list(config.data.source.class_names),
         "source": config.data.source.fingerprint,
-        "versions": devices.versions(),
+        "versions": startup.versions(),
     }
 
 
@@ -224,7 +228,7 @@ def main(argv: Sequence[str]) -> None:
         return
     if not values["workdir"].value:
         raise ValueError("Where to? Add --workdir FOLDER, for example runs/first.")
-    devices.set_up(
+    startup.set_up(
         config.platform,
         deterministic=config.deterministic,
         coordinator=values["coordinator"].value,

@@ -6,7 +6,7 @@ from typing import Any, TypeVar
 
 import jax
 
-from big_vision_lite.wording import did_you_mean
+from big_vision_lite.messages import did_you_mean
 
 T = TypeVar("T")
 

@@ -17,6 +17,7 @@ at batch 256) takes about 32 minutes on a TPU v3-128. Ours: not yet run.
 Hardware: eight GPUs or a TPU slice; hours not yet measured.
 """
 
+from big_vision_lite.config import Checkpoints, TrainConfig
 from big_vision_lite.data.ops import (
     CentralCrop,
     Decode,
@@ -24,18 +25,16 @@ from big_vision_lite.data.ops import (
     FlipLeftRight,
     ResizeSmall,
 )
-from big_vision_lite.data.sources import Tfds
-
-from big_vision_lite.config import Checkpoints, TrainConfig
 from big_vision_lite.data.pipeline import Stream
+from big_vision_lite.data.sources import Tfds
 from big_vision_lite.evaluators.classification import Classification
 from big_vision_lite.models.bit import BiT
-from big_vision_lite.models.heads import Classifier
-from big_vision_lite.models.layers import Dtype
+from big_vision_lite.models.blocks.heads import Classifier
+from big_vision_lite.models.blocks.layers import Dtype
 from big_vision_lite.objectives.classification import SoftmaxClassification
-from big_vision_lite.optimizers import SGD
-from big_vision_lite.recipe_args import parse_arg
+from big_vision_lite.recipes.arguments import parse_arg
 from big_vision_lite.schedules import StepDrops
+from big_vision_lite.training.optimizers import SGD
 
 BATCH_SIZE = 4096
 PEAK = 0.03 * BATCH_SIZE / 256

@@ -11,19 +11,18 @@ after one epoch, 88.8 % (one seed) after ten.
 Hardware: 2 CPU cores, 2.7 minutes an epoch.
 """
 
-from big_vision_lite.data.ops import Decode, Resize
-from big_vision_lite.data.sources import Tfds
-
 from big_vision_lite.config import Checkpoints, TrainConfig
-from big_vision_lite.data.crops import Resampling
+from big_vision_lite.data.ops import Decode, Resize
+from big_vision_lite.data.ops.resampling import Resampling
 from big_vision_lite.data.pipeline import Stream
+from big_vision_lite.data.sources import Tfds
 from big_vision_lite.evaluators.classification import Classification
-from big_vision_lite.models.heads import Classifier
+from big_vision_lite.models.blocks.heads import Classifier
 from big_vision_lite.models.vit import ViT
 from big_vision_lite.objectives.classification import SoftmaxClassification
-from big_vision_lite.optimizers import AdamW
-from big_vision_lite.recipe_args import parse_arg
+from big_vision_lite.recipes.arguments import parse_arg
 from big_vision_lite.schedules import WarmupCosine
+from big_vision_lite.training.optimizers import AdamW
 
 BATCH_SIZE = 128
 STEPS_PER_EPOCH = round(60_000 / BATCH_SIZE)

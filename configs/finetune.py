@@ -16,21 +16,25 @@ flip      false where left and right mean something
 split_seed  which tenth of data is held out, where there are no split folders
 allow_module  a module of your own that the run's model comes from
 
-The rule is in big_vision_lite/hyperrule.py; its settings are never chosen on the test
-images, which are scored five times on the way for the curve only.
+The rule is in big_vision_lite/runs/hyperrule.py; its settings are never chosen on
+the test images, which are scored five times on the way for the curve only.
 Published: BiT-M R152x4 (ImageNet-21k) 98.91 % on CIFAR-10, 92.17 on CIFAR-100, 94.47 on
 Pets and 99.30 on Flowers; BiT-L (JFT-300M) 99.37, 93.51, 96.62 and 99.63
 (arXiv:1912.11370, table 1). Ours: not yet run.
 Hardware: any; hours not yet measured.
 """
 
-from big_vision_lite.data.sources import Tfds
-
 from big_vision_lite.config import Init, TrainConfig
-from big_vision_lite.data.new_folder import open_folder
+from big_vision_lite.data.sources import Tfds
+from big_vision_lite.data.sources.folder import open_folder
 from big_vision_lite.evaluators.classification import Classification
-from big_vision_lite.hyperrule import HEAD, HyperRule, parse_size, read_run
-from big_vision_lite.recipe_args import parse_arg
+from big_vision_lite.recipes.arguments import parse_arg
+from big_vision_lite.runs.hyperrule import (
+    HEAD,
+    HyperRule,
+    parse_size,
+    read_run,
+)
 from big_vision_lite.types import Evaluator
 
 

@@ -22,6 +22,7 @@ Published: none, every folder is another. Ours: not yet run.
 Hardware: from scratch at 64 px a CPU will do; hours not yet measured.
 """
 
+from big_vision_lite.config import Init, TrainConfig
 from big_vision_lite.data.ops import (
     CentralCrop,
     Decode,
@@ -29,20 +30,23 @@ from big_vision_lite.data.ops import (
     FlipLeftRight,
     ResizeSmall,
 )
-from big_vision_lite.data.sources import ImageFolder
-
-from big_vision_lite.config import Init, TrainConfig
-from big_vision_lite.data.device_ops import Mixup
-from big_vision_lite.data.new_folder import open_folder
+from big_vision_lite.data.ops.device import Mixup
 from big_vision_lite.data.pipeline import Stream
+from big_vision_lite.data.sources import ImageFolder
+from big_vision_lite.data.sources.folder import open_folder
 from big_vision_lite.evaluators.classification import Classification
-from big_vision_lite.hyperrule import HEAD, HyperRule, parse_size, read_run
 from big_vision_lite.models.bit import BiT
-from big_vision_lite.models.heads import Classifier
+from big_vision_lite.models.blocks.heads import Classifier
 from big_vision_lite.objectives.classification import SoftmaxClassification
-from big_vision_lite.optimizers import AdamW
-from big_vision_lite.recipe_args import parse_arg
+from big_vision_lite.recipes.arguments import parse_arg
+from big_vision_lite.runs.hyperrule import (
+    HEAD,
+    HyperRule,
+    parse_size,
+    read_run,
+)
 from big_vision_lite.schedules import WarmupCosine
+from big_vision_lite.training.optimizers import AdamW
 from big_vision_lite.types import Evaluator
 
 # The largest size at which the small network sees the whole of an object.

@@ -25,25 +25,24 @@ split. Other fonts give other numbers.
 Hardware: 2 CPU cores, 3 minutes (ResNet) or 15 CPU-minutes (ViT).
 """
 
-from big_vision_lite.data.ops import Decode, RandomAffine, Resize
-from big_vision_lite.data.sources import Digits, Tfds
-
 from big_vision_lite.config import Checkpoints, TrainConfig
-from big_vision_lite.data.crops import Resampling
-from big_vision_lite.data.new_colour import RandomLowResolution
+from big_vision_lite.data.ops import Decode, RandomAffine, Resize
+from big_vision_lite.data.ops.colour import RandomLowResolution
+from big_vision_lite.data.ops.resampling import Resampling
 from big_vision_lite.data.pipeline import Stream
+from big_vision_lite.data.sources import Digits, Tfds
 from big_vision_lite.evaluators.classification import Classification
 from big_vision_lite.evaluators.fewshot import FewShot, FewShotSet
 from big_vision_lite.evaluators.finetune import FineTune
-from big_vision_lite.hyperrule import HyperRule
 from big_vision_lite.models.bit import BiT, Stem
-from big_vision_lite.models.heads import Classifier
-from big_vision_lite.models.pooling import Pooling
+from big_vision_lite.models.blocks.heads import Classifier
+from big_vision_lite.models.blocks.pooling import Pooling
 from big_vision_lite.models.vit import ViT
 from big_vision_lite.objectives.classification import SoftmaxClassification
-from big_vision_lite.optimizers import AdamW
-from big_vision_lite.recipe_args import parse_arg
+from big_vision_lite.recipes.arguments import parse_arg
+from big_vision_lite.runs.hyperrule import HyperRule
 from big_vision_lite.schedules import WarmupCosine
+from big_vision_lite.training.optimizers import AdamW
 from big_vision_lite.types import Evaluator
 
 

@@ -12,6 +12,7 @@ Published: 76.5 / 78.5 / 80.0 % top-1 after 90 / 150 / 300 epochs at global batc
 Hardware: eight GPUs or a TPU slice; hours not yet measured.
 """
 
+from big_vision_lite.config import Checkpoints, TrainConfig
 from big_vision_lite.data.ops import (
     CentralCrop,
     Decode,
@@ -19,21 +20,19 @@ from big_vision_lite.data.ops import (
     FlipLeftRight,
     ResizeSmall,
 )
-from big_vision_lite.data.sources import Tfds
-
-from big_vision_lite.config import Checkpoints, TrainConfig
-from big_vision_lite.data.augment import RandAugment
-from big_vision_lite.data.device_ops import Mixup
+from big_vision_lite.data.ops.device import Mixup
+from big_vision_lite.data.ops.randaugment import RandAugment
 from big_vision_lite.data.pipeline import Stream
+from big_vision_lite.data.sources import Tfds
 from big_vision_lite.evaluators.classification import Classification
 from big_vision_lite.evaluators.fewshot import FewShot, natural_sets
-from big_vision_lite.models.heads import Classifier
-from big_vision_lite.models.layers import Dtype
+from big_vision_lite.models.blocks.heads import Classifier
+from big_vision_lite.models.blocks.layers import Dtype
 from big_vision_lite.models.vit import ViT
 from big_vision_lite.objectives.classification import SoftmaxClassification
-from big_vision_lite.optimizers import AdamW, MomentumDtype
-from big_vision_lite.recipe_args import parse_arg
+from big_vision_lite.recipes.arguments import parse_arg
 from big_vision_lite.schedules import WarmupCosine
+from big_vision_lite.training.optimizers import AdamW, MomentumDtype
 
 
 def get_config(arg: str = "") -> TrainConfig:

@@ -10,13 +10,13 @@ import numpy as np
 from etils import epath
 from jax.sharding import AxisType
 
-from big_vision_lite import layout
-from big_vision_lite import step as step_lib
 from big_vision_lite.data import pipeline
-from big_vision_lite.data.in_memory import InMemory
-from big_vision_lite.evaluation import Context
+from big_vision_lite.data.sources.arrays import InMemory
 from big_vision_lite.objectives.classification import SoftmaxClassification
-from big_vision_lite.state import TrainState
+from big_vision_lite.runs.evaluations import Context
+from big_vision_lite.runtime import layout
+from big_vision_lite.training import step as step_lib
+from big_vision_lite.training.state import TrainState
 
 
 class Pixels(nn.Module):

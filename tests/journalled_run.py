@@ -16,7 +16,7 @@ import sys
 import jax
 import numpy as np
 
-from big_vision_lite import processes
+from big_vision_lite.runtime import processes
 from big_vision_lite.runtime.cpu import SteadyStep
 
 compiled_step = SteadyStep.__call__

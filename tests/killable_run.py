@@ -19,7 +19,9 @@ import threading
 import jax
 import numpy as np
 
-from big_vision_lite import checkpoint, command_line, evaluation, train
+from big_vision_lite import train
+from big_vision_lite.recipes import command_line
+from big_vision_lite.runs import checkpoint, evaluations
 from big_vision_lite.runtime.cpu import SteadyStep
 
 RECIPE = str(pathlib.Path(__file__).parent / "recipes" / "digits_tiny.py")
@@ -75,14 +77,14 @@ def arm(moment: str, journal: pathlib.Path) -> None:
 
         checkpoint.integrity.write_manifest = not_quite
     if what == "evaluate":
-        run_due = evaluation.Evaluations.run_due
+        run_due = evaluations.Evaluations.run_due
 
         def between(self, now, state):
             if now == at:
                 kill_when_saved(now)
             run_due(self, now, state)
 
-        evaluation.Evaluations.run_due = between
+        evaluations.Evaluations.run_due = between
 
 
 def kill_when_saved(now: int) -> None:

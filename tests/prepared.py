@@ -7,7 +7,7 @@ import cv2
 import numpy as np
 from array_record.python.array_record_module import ArrayRecordWriter
 
-from big_vision_lite.data.tf_example import encode_example
+from big_vision_lite.data.sources.tfds.example import encode_example
 
 FEATURES = "tensorflow_datasets.core.features"
 

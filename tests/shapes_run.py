@@ -10,19 +10,20 @@ import cv2
 import flax.linen as nn
 import jax.numpy as jnp
 import numpy as np
-from big_vision_lite.data.ops import Decode, FlipLeftRight, Resize
-from big_vision_lite.data.sources import ImageFolder
 from etils import epath
 
-from big_vision_lite import saved_run, train
+from big_vision_lite import train
 from big_vision_lite.config import Checkpoints, TrainConfig
+from big_vision_lite.data.ops import Decode, FlipLeftRight, Resize
 from big_vision_lite.data.pipeline import Stream
+from big_vision_lite.data.sources import ImageFolder
 from big_vision_lite.evaluators.classification import Classification
 from big_vision_lite.evaluators.fewshot import FewShot, FewShotSet
-from big_vision_lite.models.heads import Classifier
+from big_vision_lite.models.blocks.heads import Classifier
 from big_vision_lite.objectives.classification import SoftmaxClassification
-from big_vision_lite.optimizers import AdamW
+from big_vision_lite.runs import load as saved_run
 from big_vision_lite.schedules import WarmupCosine
+from big_vision_lite.training.optimizers import AdamW
 
 # What --allow_module needs to be told.
 MODULE = "shapes_run"

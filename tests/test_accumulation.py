@@ -10,15 +10,17 @@ import pytest
 from test_step import assert_same_step, collectives, computation
 from tiny_runs import Net, gradients, rows, start, tiny_vit, tpus
 
-from big_vision_lite import accumulation, layout, sharding, trees
-from big_vision_lite import state as state_lib
-from big_vision_lite.models.heads import Classifier
-from big_vision_lite.models.layers import Dtype
+from big_vision_lite import trees
+from big_vision_lite.models.blocks.heads import Classifier
+from big_vision_lite.models.blocks.layers import Dtype
 from big_vision_lite.models.vit import ViT
 from big_vision_lite.objectives.classification import SoftmaxClassification
-from big_vision_lite.optimizers import AdamW
+from big_vision_lite.runtime import layout, sharding
 from big_vision_lite.schedules import Constant
-from big_vision_lite.step import make_train_step
+from big_vision_lite.training import accumulation
+from big_vision_lite.training import state as state_lib
+from big_vision_lite.training.optimizers import AdamW
+from big_vision_lite.training.step import make_train_step
 
 SLOW = pytest.mark.slow
 PLACES = {

@@ -7,25 +7,36 @@ import numpy as np
 import pytest
 from etils import epath
 
-from big_vision_lite import adapt, integrity, resample, saved_run, trees
-from big_vision_lite.checkpoint import Checkpointer
+from big_vision_lite import trees
 from big_vision_lite.config import Checkpoints, Init, PositionResize
 from big_vision_lite.conversion.input_range import (
     SYMMETRIC,
     InputRange,
     fold_input_range,
 )
-from big_vision_lite.integrity import DamagedCheckpoint
-from big_vision_lite.models import patches, towers
+from big_vision_lite.models import vit_variants
 from big_vision_lite.models.bit import BiT
 from big_vision_lite.models.bit_v1 import BiTV1, Trunk
-from big_vision_lite.models.heads import Classifier
+from big_vision_lite.models.blocks import patches
+from big_vision_lite.models.blocks.heads import Classifier
+from big_vision_lite.models.blocks.patches import Positions
 from big_vision_lite.models.mixer import MlpMixer
-from big_vision_lite.models.patches import Positions
 from big_vision_lite.models.resnet import ResNet
-from big_vision_lite.models.towers import hybrid
 from big_vision_lite.models.vit import ViT
-from big_vision_lite.state import TrainState
+from big_vision_lite.models.vit_variants import hybrid
+from big_vision_lite.runs import (
+    init as adapt,
+)
+from big_vision_lite.runs import (
+    integrity,
+    resample,
+)
+from big_vision_lite.runs import (
+    load as saved_run,
+)
+from big_vision_lite.runs.checkpoint import Checkpointer
+from big_vision_lite.runs.integrity import DamagedCheckpoint
+from big_vision_lite.training.state import TrainState
 
 RNG = np.random.default_rng(0)
 
@@ -624,7 +635,7 @@ def test_a_range_for_other_channels_than_the_kernel_is_refused_in_words():
 
 
 def test_what_a_flexivit_stores_and_was_resized_is_no_difference():
-    theirs = towers.flexivit("Ti/16", width=16, num_heads=2, mlp_dim=8, depth=1)
+    theirs = vit_variants.flexivit("Ti/16", width=16, num_heads=2, mlp_dim=8, depth=1)
     ours = theirs.clone(kernel_patch_size=None, position_grid=())
     images = jnp.asarray(noise(3, size=64))
     variables, fresh = (random_variables(model, images) for model in (theirs, ours))

@@ -3,90 +3,44 @@
 import ast
 import pathlib
 
-import pytest
-
 ROOT = pathlib.Path(__file__).parents[1]
 PACKAGE = ROOT / "big_vision_lite"
 FILES = sorted(PACKAGE.rglob("*.py"))
 
-# Lowest row first: a module may import from lower rows, or from its own group. The
-# groups of one row never import each other.
-ROWS = (
-    ({"wording"},),
-    ({"types"}, {"trees"}, {"files"}, {"cores"}, {"runtime", "flops"}),
-    ({"layout"}, {"processes"}),
-    (
-        {"schedules", "optimizers"},
-        {"sharding"},
-        {"models"},
-        {"data"},
-        {"metrics"},
-        {"console", "progress", "clocks", "profiler"},
-        {"serialize"},
-        {"stop"},
-        {"log_lines"},
-    ),
-    ({"objectives"}, {"state"}, {"conversion"}),
-    (
-        {"bound_model", "step", "accumulation"},
-        {
-            "integrity",
-            "step_folder",
-            "checkpoint",
-            "adapt",
-            "resample",
-            "loaded_weights",
-        },
-    ),
-    ({"evaluators"},),
-    (
-        {"config", "recipe_args", "mistakes", "command_line", "devices"},
-        {"__init__"},
-    ),
-    (
-        {
-            "environment",
-            "run_folder",
-            "program",
-            "estimate",
-            "compile_process",
-            "fitting",
-            "evaluation",
-            "diagnose",
-            "monitor",
-            "dry_run",
-            "saved_run",
-            "imported",
-            "start",
-            "hyperrule",
-        },
-    ),
-    ({"plan"}, {"train"}, {"evaluate"}, {"predict", "predictions"}),
-)
-# finetune trains; train imports no evaluator, so there is no circle.
-EXCEPTIONS = {
-    ("evaluators/finetune", name) for name in ("train", "config", "hyperrule")
-}
+# Rooms and root files: each imports only what stands in lines above its own.
+ARROWS = """
+types messages
+trees schedules
+runtime
+objectives recipes console models data
+config
+conversion training
+runs
+plan
+train
+evaluators
+evaluate predict
+"""
+LINES = [line.split() for line in ARROWS.strip().splitlines()]
+PLACE = {name: place for place, names in enumerate(LINES) for name in names}
+# A file is a noun, whole. In these rooms a short one is, too.
+LONGEST, SHORTEST = 400, 60
+SHORT = ("objectives", "evaluators", "models", "conversion/families", "data/sources")
 # In data/ only these may import jax: ops run in worker threads and processes.
-JAX_IN_DATA = {"pipeline", "device_ops", "stream"}
-# diagnose looks into every module of a model for the first bad tensor.
-LINEN = {"models", "bound_model", "step", "state", "config", "diagnose"}
+JAX_IN_DATA = {"data/pipeline", "data/ops/device"}
+# What looks into the modules of a model: for its parameters, or its first bad tensor.
+LINEN = {"models", "training", "config", "runs/health"}
+# What a backend's file may do: kernels have gradients of their own, the CPU's file
+# talks to malloc and to XLA:CPU.
+TRICKS = ("custom_vjp", "optimization_barrier", "mallopt", "xla_cpu")
 
 
 def module_of(path: pathlib.Path) -> str:
     return str(path.relative_to(PACKAGE).with_suffix(""))
 
 
-def top(module: str) -> str:
+def room(module: str) -> str:
     return module.split("/")[0]
-
-
-def place(module: str) -> tuple[int, int]:
-    for row, groups in enumerate(ROWS):
-        for index, group in enumerate(groups):
-            if top(module) in group:
-                return row, index
-    raise AssertionError(f"{module} has no place in ROWS: give it one")
 
 
 def imports(path: pathlib.Path) -> set[str]:
@@ -103,6 +57,7 @@ def imports(path: pathlib.Path) -> set[str]:
 
 
 def own_imports(path: pathlib.Path) -> set[str]:
+    """Lists the modules of the package that a file imports, as module_of does."""
     found = set()
     for name in imports(path):
         if not name.startswith("big_vision_lite."):
@@ -117,66 +72,90 @@ def own_imports(path: pathlib.Path) -> set[str]:
     return found
 
 
-@pytest.mark.parametrize("path", FILES, ids=module_of)
-def test_imports_follow_the_arrows(path):
-    module = module_of(path)
-    row, group = place(module)
-    for other in sorted(own_imports(path)):
-        if (module, other) in EXCEPTIONS or top(other) == top(module):
+def test_imports_follow_the_arrows():
+    wrong = [
+        f"{module_of(path)} -> {other}"
+        for path in FILES
+        if module_of(path) != "__init__"
+        for other in sorted(own_imports(path))
+        if room(other) != room(module_of(path))
+        and PLACE[room(other)] >= PLACE[room(module_of(path))]
+    ]
+    assert not wrong, wrong
+
+
+def test_the_line_names_all_rooms_and_root_files():
+    there = {room(module_of(path)) for path in FILES} - {"__init__"}
+    assert there == set(PLACE)
+    assert len(list(PACKAGE.glob("*.py"))) <= 1 + 9
+
+
+def test_evaluators_do_not_train_but_one():
+    training = {
+        module_of(path)
+        for path in FILES
+        if room(module_of(path)) == "evaluators" and "train" in own_imports(path)
+    }
+    assert training <= {"evaluators/finetune"}
+
+
+def test_a_file_is_a_noun_whole():
+    importers: dict[str, set[str]] = {}
+    for path in FILES:
+        for other in own_imports(path):
+            importers.setdefault(other, set()).add(module_of(path))
+    fragments = {}
+    for path in FILES:
+        module, count = module_of(path), len(path.read_text().splitlines())
+        assert count <= LONGEST, f"{module} has {count} lines; split it by nouns"
+        names = {"utils", "misc", "base", "registry", "helpers", "common"}
+        assert path.stem not in names and not {"trainers", "projects"} & set(path.parts)
+        if path.stem == "__init__" or module.startswith(SHORT):
             continue
-        other_row, other_group = place(other)
-        same_group = (row, group) == (other_row, other_group)
-        assert other_row < row or same_group, f"{module} may not import {other}"
+        if count < SHORTEST and len(importers.get(module, set())) == 1:
+            fragments[module] = importers[module]
+    assert not fragments, f"merge these into their importers: {fragments}"
 
 
-@pytest.mark.parametrize("path", FILES, ids=module_of)
-def test_files_are_short_and_named_by_a_noun(path):
-    lines = len(path.read_text().splitlines())
-    assert lines <= 400, f"{module_of(path)} has {lines} lines; split it by nouns"
-    assert path.stem not in {"utils", "misc", "base", "registry", "helpers", "common"}
-    assert not {"trainers", "projects"} & set(path.parts)
+def test_only_the_pipeline_of_data_imports_jax():
+    using = {
+        module_of(path)
+        for path in (PACKAGE / "data").rglob("*.py")
+        if "jax" in {name.split(".")[0] for name in imports(path)}
+    }
+    assert using <= JAX_IN_DATA
 
 
-@pytest.mark.parametrize("path", sorted((PACKAGE / "data").glob("*.py")), ids=module_of)
-def test_only_the_pipeline_of_data_imports_jax(path):
-    if path.stem not in JAX_IN_DATA:
+def test_only_models_and_what_trains_them_know_linen():
+    for path in FILES:
+        module = module_of(path)
+        if not {module, room(module)} & LINEN:
+            assert not any(name.startswith("flax") for name in imports(path)), module
+
+
+def test_no_file_imports_tensorflow_torch_or_pandas():
+    for path in FILES:
         roots = {name.split(".")[0] for name in imports(path)}
-        assert "jax" not in roots
+        # Only torch opens its own archives, and only when one is given.
+        allowed = {"torch"} if module_of(path) == "conversion/files" else set()
+        foreign = {"tensorflow", "torch", "timm", "pandas", "pickle"} - allowed
+        assert not roots & foreign, module_of(path)
 
 
-@pytest.mark.parametrize("path", FILES, ids=module_of)
-def test_only_models_and_the_step_know_linen(path):
-    if top(module_of(path)) not in LINEN:
-        assert not any(name.startswith("flax") for name in imports(path))
+def test_every_file_says_what_it_is():
+    for path in FILES:
+        assert ast.get_docstring(ast.parse(path.read_text())), module_of(path)
 
 
-@pytest.mark.parametrize("path", FILES, ids=module_of)
-def test_no_file_imports_tensorflow_torch_or_pandas(path):
-    roots = {name.split(".")[0] for name in imports(path)}
-    # Only torch opens its own archives, and only when one is given.
-    allowed = {"torch"} if module_of(path) == "conversion/weights" else set()
-    assert not roots & {"tensorflow", "torch", "timm", "pandas", "pickle"} - allowed
+def test_every_folder_is_a_package():
+    # A wheel would leave it out otherwise.
+    for folder in {path.parent for path in FILES}:
+        assert (folder / "__init__.py").exists(), folder
 
 
-@pytest.mark.parametrize("path", FILES, ids=module_of)
-def test_every_file_says_what_it_is(path):
-    assert ast.get_docstring(ast.parse(path.read_text())), module_of(path)
-
-
-def test_the_table_names_only_files_that_exist():
-    named = {name for groups in ROWS for group in groups for name in group}
-    there = {top(module_of(path)) for path in FILES}
-    assert named - there <= {"conversion", "files"}
-
-
-# What a backend's file may do: kernels have gradients of their own, the CPU's file
-# talks to malloc and to XLA:CPU.
-TRICKS = ("custom_vjp", "optimization_barrier", "mallopt", "xla_cpu")
-
-
-@pytest.mark.parametrize("path", FILES, ids=module_of)
-def test_tricks_for_a_backend_stay_in_its_file(path):
-    if module_of(path) == "runtime/cpu" or "kernels" in path.parts:
-        return
-    text = path.read_text()
-    assert not [trick for trick in TRICKS if trick in text]
+def test_tricks_for_a_backend_stay_in_its_file():
+    for path in FILES:
+        if module_of(path) == "runtime/cpu" or "kernels" in path.parts:
+            continue
+        text = path.read_text()
+        assert not [trick for trick in TRICKS if trick in text], module_of(path)

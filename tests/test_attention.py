@@ -3,12 +3,12 @@
 import jax.numpy as jnp
 import pytest
 
-from big_vision_lite.models import attention
-from big_vision_lite.models.attention import Attention, Shapes
-from big_vision_lite.models.heads import Classifier
-from big_vision_lite.models.layers import Dtype
-from big_vision_lite.models.towers import hybrid
+from big_vision_lite.models.blocks import attention
+from big_vision_lite.models.blocks.attention import Attention, Shapes
+from big_vision_lite.models.blocks.heads import Classifier
+from big_vision_lite.models.blocks.layers import Dtype
 from big_vision_lite.models.vit import ViT
+from big_vision_lite.models.vit_variants import hybrid
 
 PLAIN = dict(dtype="bfloat16", queries=196, memory=196, num_heads=6, head_dim=64)
 

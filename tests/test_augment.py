@@ -5,8 +5,8 @@ import math
 import numpy as np
 import pytest
 
-from big_vision_lite.data import augment
-from big_vision_lite.data.augment import OPS, RandAugment
+from big_vision_lite.data.ops import randaugment
+from big_vision_lite.data.ops.randaugment import OPS, RandAugment
 
 # 8 rows, 9 columns: dark, bright and colourful pixels, no two rows alike.
 IMAGE = np.random.default_rng(7).integers(0, 256, (8, 9, 3), dtype=np.uint8)
@@ -19,7 +19,7 @@ def rng(seed=0):
 
 def run(op, image, magnitude, generator=None):
     before = image.copy()
-    out = getattr(augment, op)(image, magnitude, generator or rng())
+    out = getattr(randaugment, op)(image, magnitude, generator or rng())
     np.testing.assert_array_equal(image, before)
     assert out.shape == image.shape and out.dtype == np.uint8
     return out

@@ -23,9 +23,10 @@ from etils import epath
 from prepared import prepare
 from test_ops import png
 
-from big_vision_lite import command_line, train
-from big_vision_lite.metrics import read_history
-from big_vision_lite.run_folder import RunFolder
+from big_vision_lite import train
+from big_vision_lite.recipes import command_line
+from big_vision_lite.runs.folder import RunFolder
+from big_vision_lite.runs.records import read_history
 
 ROOT = pathlib.Path(__file__).parents[1]
 

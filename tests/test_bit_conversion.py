@@ -13,19 +13,24 @@ from foreign_models import randomise, relative_difference
 
 from big_vision_lite import trees
 from big_vision_lite.conversion import (
-    bit_huggingface,
-    bit_npz,
-    bit_timm,
+    engine,
     export,
     foreign,
     formats,
-    mapping,
-    weights,
 )
+from big_vision_lite.conversion import (
+    files as weights,
+)
+from big_vision_lite.conversion.families import bit_huggingface, bit_npz, bit_timm
 from big_vision_lite.conversion.formats import Library, Weights
-from big_vision_lite.models.bit import BiT, Block, PoolPadding, Stem
+from big_vision_lite.models.bit import (
+    BiT,
+    Block,
+    PoolPadding,
+    Stem,
+)
 from big_vision_lite.models.bit_v1 import BiTV1, Standardisation, Trunk
-from big_vision_lite.models.heads import Classifier
+from big_vision_lite.models.blocks.heads import Classifier
 
 torch = pytest.importorskip("torch")
 torch_libraries.import_torchvision()
@@ -181,7 +186,7 @@ def test_ours_to_timm_and_back_is_bit_for_bit(case):
     form, found, _ = read(weights_of(theirs, config))
     model, channels = found.model, found.channels
     variables = random_variables(model, EVEN, channels, seed=3)
-    arrays = mapping.write(form.entries(model, EVEN), variables)
+    arrays = engine.write(form.entries(model, EVEN), variables)
     load_strictly(theirs, arrays)
     image = pixels(EVEN, channels)
     ours = our_outputs(model, variables, image)
@@ -214,7 +219,7 @@ def test_timm_builds_by_name_what_is_described(case):
     described = json.loads(json.dumps(described))
     theirs = timm.create_model(described["architecture"], **described["model_args"])
     variables = random_variables(model, EVEN)
-    load_strictly(theirs, mapping.write(form.entries(model, EVEN), variables))
+    load_strictly(theirs, engine.write(form.entries(model, EVEN), variables))
     image = pixels(EVEN)
     ours = our_outputs(model, variables, image)
     assert worst(ours, their_outputs(theirs, image)) < BOUND
@@ -258,7 +263,7 @@ def test_ours_to_huggingface_and_back_is_bit_for_bit(case, tmp_path):
     config = transformers.BitConfig.from_pretrained(tmp_path)
     theirs = getattr(transformers, described["architectures"][0])(config)
     variables = random_variables(model, EVEN)
-    load_strictly(theirs, mapping.write(form.entries(model, EVEN), variables))
+    load_strictly(theirs, engine.write(form.entries(model, EVEN), variables))
     image = pixels((128, 128) if "five" in case else EVEN)
     ours = our_outputs(model, variables, image)
     assert worst(ours, their_outputs(theirs, image)) < BOUND
@@ -419,7 +424,7 @@ def test_big_visions_bit_gives_the_numbers_of_its_definition(tmp_path, size, squ
 def test_ours_to_archives_and_back_is_bit_for_bit(tmp_path, model, names):
     form = export.find(model, Library.NPZ)
     variables = random_variables(model, EVEN)
-    written = mapping.write(form.entries(model, EVEN), variables)
+    written = engine.write(form.entries(model, EVEN), variables)
     wanted = {name: array.shape for name, array in names().items()}
     assert {name: array.shape for name, array in written.items()} == wanted
     _, found, back = read(weights.read(saved(tmp_path, written)))

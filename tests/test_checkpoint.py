@@ -13,21 +13,22 @@ import optax
 import pytest
 from etils import epath
 
-from big_vision_lite import (
-    checkpoint,
-    files,
-    integrity,
-    saved_run,
-    sharding,
-    step_folder,
-    trees,
-)
-from big_vision_lite import state as state_lib
-from big_vision_lite.checkpoint import Checkpointer
+from big_vision_lite import trees
 from big_vision_lite.config import Checkpoints
-from big_vision_lite.integrity import DamagedCheckpoint
-from big_vision_lite.sharding import Mesh, ShardingRule
-from big_vision_lite.state import TrainState
+from big_vision_lite.runs import (
+    checkpoint,
+    integrity,
+    step_folder,
+)
+from big_vision_lite.runs import (
+    load as saved_run,
+)
+from big_vision_lite.runs.checkpoint import Checkpointer
+from big_vision_lite.runs.integrity import DamagedCheckpoint
+from big_vision_lite.runtime import files, sharding
+from big_vision_lite.runtime.sharding import Mesh, ShardingRule
+from big_vision_lite.training import state as state_lib
+from big_vision_lite.training.state import TrainState
 
 FSDP = (ShardingRule(pattern=".*"),)
 ALL = Checkpoints(keep_latest=100)

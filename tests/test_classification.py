@@ -7,8 +7,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from big_vision_lite.data.ops import Decode
-from big_vision_lite.data.sources import Digits, InMemory
 from evaluation_context import (
     Damaged,
     Network,
@@ -19,13 +17,15 @@ from evaluation_context import (
     score_images,
 )
 
-from big_vision_lite import step as step_lib
-from big_vision_lite.evaluation import class_table
+from big_vision_lite.data.ops import Decode
+from big_vision_lite.data.sources import Digits, InMemory
 from big_vision_lite.evaluators.classification import Classification, MatchClasses
 from big_vision_lite.objectives.classification import (
     SigmoidClassification,
     SoftmaxClassification,
 )
+from big_vision_lite.runs.evaluations import class_table
+from big_vision_lite.training import step as step_lib
 
 NAMES = tuple("abcdefg")
 

@@ -7,7 +7,9 @@ import sys
 
 import pytest
 
-from big_vision_lite import command_line, devices, evaluate, train
+from big_vision_lite import evaluate, train
+from big_vision_lite.recipes import command_line
+from big_vision_lite.runtime import startup
 
 ROOT = pathlib.Path(__file__).parents[1]
 QUICKSTART = f"{ROOT}/configs/quickstart.py"
@@ -133,8 +135,8 @@ def test_train_writes_its_trace_into_its_folder_and_evaluate_does_not(tmp_path):
 
 
 def test_a_warning_of_the_program_is_one_plain_line(capsys):
-    devices.quiet()
-    devices.quiet()  # twice is not two lines
+    startup.quiet()
+    startup.quiet()  # twice is not two lines
     logging.getLogger("big_vision_lite.data.x").warning("val has %d classes", 3)
     logging.getLogger("somebody_else").error("chatter")
     shown = capsys.readouterr()

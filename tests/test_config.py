@@ -16,30 +16,37 @@ import jax
 import pytest
 
 import big_vision_lite
-from big_vision_lite import command_line, mistakes, serialize, train
-from big_vision_lite.config import Checkpoints, Init, PositionResize, TrainConfig
-from big_vision_lite.data import augment, device_ops, ops, sources
-from big_vision_lite.data import new_colour as colour
-from big_vision_lite.data.in_memory import NoImages
+from big_vision_lite import train
+from big_vision_lite.config import (
+    Checkpoints,
+    Init,
+    PositionResize,
+    TrainConfig,
+)
+from big_vision_lite.data import ops, sources
+from big_vision_lite.data.ops import colour, randaugment
+from big_vision_lite.data.ops import device as device_ops
 from big_vision_lite.data.pipeline import Stream
-from big_vision_lite.devices import Platform
+from big_vision_lite.data.sources.arrays import NoImages
 from big_vision_lite.evaluators.classification import Classification
 from big_vision_lite.evaluators.fewshot import FewShot, FewShotSet
 from big_vision_lite.evaluators.finetune import FineTune
-from big_vision_lite.hyperrule import HyperRule, Repeated
 from big_vision_lite.models.bit import BiT
 from big_vision_lite.models.bit_v1 import BiTV1, Trunk
-from big_vision_lite.models.heads import Classifier
-from big_vision_lite.models.layers import Remat
+from big_vision_lite.models.blocks.heads import Classifier
+from big_vision_lite.models.blocks.layers import Remat
+from big_vision_lite.models.blocks.patches import Positions
 from big_vision_lite.models.mixer import MlpMixer
-from big_vision_lite.models.patches import Positions
 from big_vision_lite.models.resnet import ResNet
 from big_vision_lite.models.vit import ViT
 from big_vision_lite.objectives.classification import (
     SigmoidClassification,
     SoftmaxClassification,
 )
-from big_vision_lite.optimizers import SGD, Adafactor, AdamW, Rule
+from big_vision_lite.recipes import command_line, mistakes, serialize
+from big_vision_lite.runs.hyperrule import HyperRule, Repeated
+from big_vision_lite.runtime.sharding import Layout, Mesh, ShardingRule
+from big_vision_lite.runtime.startup import Platform
 from big_vision_lite.schedules import (
     Constant,
     StepDrops,
@@ -47,7 +54,12 @@ from big_vision_lite.schedules import (
     WarmupLinear,
     WarmupRsqrt,
 )
-from big_vision_lite.sharding import Layout, Mesh, ShardingRule
+from big_vision_lite.training.optimizers import (
+    SGD,
+    Adafactor,
+    AdamW,
+    Rule,
+)
 
 DIGITS = sources.Digits
 TINY = pathlib.Path(__file__).parent / "recipes" / "digits_tiny.py"
@@ -83,7 +95,7 @@ def everything() -> list[TrainConfig]:
         ops.ToRgb(),
         ops.Invert(),
         ops.Keep(),
-        augment.RandAugment(),
+        randaugment.RandAugment(),
     )
     vit = ViT.of(
         "Ti/4",
@@ -321,16 +333,16 @@ def write(folder, text) -> pathlib.Path:
 
 BODY = """
 from big_vision_lite.config import TrainConfig
-from big_vision_lite.adapt import Init, PositionResize
+from big_vision_lite.runs.init import Init, PositionResize
 from big_vision_lite.data.ops import Decode, Resize
 from big_vision_lite.data.pipeline import Stream
 from big_vision_lite.data.sources import Digits
-from big_vision_lite.data.device_ops import Mixup
+from big_vision_lite.data.ops.device import Mixup
 from big_vision_lite.evaluators.classification import Classification
-from big_vision_lite.models.heads import Classifier
+from big_vision_lite.models.blocks.heads import Classifier
 from big_vision_lite.models.vit import ViT
 from big_vision_lite.objectives.classification import SoftmaxClassification
-from big_vision_lite.optimizers import AdamW, Rule
+from big_vision_lite.training.optimizers import AdamW, Rule
 from big_vision_lite.schedules import WarmupCosine
 
 
@@ -642,8 +654,8 @@ def test_json_from_a_stranger_imports_nothing(path):
     [
         ("big_vision_lite.nowhere.X", "there is no class"),
         ("big_vision_lite.trees.flatten", "is no component"),
-        ("big_vision_lite.serialize.json", "is no component"),
-        ("big_vision_lite.sharding.Mesh", "is not an Objective"),
+        ("big_vision_lite.recipes.serialize.json", "is no component"),
+        ("big_vision_lite.runtime.sharding.Mesh", "is not an Objective"),
     ],
 )
 def test_json_with_a_class_that_does_not_fit_is_refused(path, message):

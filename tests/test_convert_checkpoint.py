@@ -15,10 +15,13 @@ import safetensors.numpy
 import torch_libraries
 from etils import epath
 
-from big_vision_lite import command_line, predict, saved_run, step_folder, train, trees
+from big_vision_lite import predict, train, trees
 from big_vision_lite.conversion import export, foreign
 from big_vision_lite.conversion.formats import Library
-from big_vision_lite.data.image_files import ImageFiles
+from big_vision_lite.data.sources.files import ImageFiles
+from big_vision_lite.recipes import command_line
+from big_vision_lite.runs import load as saved_run
+from big_vision_lite.runs import step_folder
 
 torch_libraries.import_torchvision()
 ROOT = pathlib.Path(__file__).parents[1]
@@ -159,6 +162,7 @@ def test_the_other_library_gives_every_digit_the_same_class(library, run, tmp_pa
 def digits(folder):
     """Writes the test digits as PNG; returns the folder and the images."""
     import cv2
+
     from big_vision_lite.data.sources import Digits
 
     folder.mkdir()
@@ -300,8 +304,8 @@ def test_damaged_weights_are_refused_with_their_names(case, line, run, tmp_path)
 
 def step_folder_as(run, out):
     """Exports a run to timm's names without timm."""
-    from big_vision_lite import run_folder
     from big_vision_lite.conversion.preprocessing import Preprocessing
+    from big_vision_lite.runs import folder as run_folder
 
     config = run_folder.read_config(step_folder.find(str(run)))
     road = Preprocessing(

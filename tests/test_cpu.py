@@ -13,8 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from big_vision_lite import sharding
-from big_vision_lite.runtime import cpu
+from big_vision_lite.runtime import cpu, sharding
 from big_vision_lite.runtime.cpu import SteadyStep
 
 # A process of its own: malloc's settings are the process's, and pytest's has 8 devices.

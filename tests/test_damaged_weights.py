@@ -7,15 +7,15 @@ import re
 import numpy as np
 import pytest
 
-from big_vision_lite.conversion import foreign, formats, mapping
+from big_vision_lite.conversion import engine, foreign, formats
 from big_vision_lite.conversion.formats import Weights
 from big_vision_lite.models.bit import BiT, PoolPadding
 from big_vision_lite.models.bit_v1 import BiTV1, Standardisation, Trunk
-from big_vision_lite.models.heads import Classifier
+from big_vision_lite.models.blocks.heads import Classifier
+from big_vision_lite.models.blocks.mlp import Activation
+from big_vision_lite.models.blocks.patches import Positions
+from big_vision_lite.models.blocks.pooling import FinalNorm, Pooling
 from big_vision_lite.models.mixer import MlpMixer
-from big_vision_lite.models.mlp import Activation
-from big_vision_lite.models.patches import Positions
-from big_vision_lite.models.pooling import FinalNorm, Pooling
 from big_vision_lite.models.resnet import ResNet
 from big_vision_lite.models.vit import ViT
 
@@ -118,7 +118,7 @@ def written(name):
         name: rng.uniform(0.5, 1, shape).astype(np.float32)
         for name, shape in formats.shapes(model, SIZE, 3).items()
     }
-    arrays = mapping.write(form.entries(model, SIZE), ours)
+    arrays = engine.write(form.entries(model, SIZE), ours)
     constants = getattr(form, "constants", lambda _: {})(model)
     config = form.describe(model, SIZE) if config is None else config
     return Weights(arrays=arrays | constants, path=PATH, config=config)

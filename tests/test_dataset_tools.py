@@ -13,10 +13,10 @@ from pathlib import Path
 import cv2
 import numpy as np
 import pytest
-from big_vision_lite.data.sources import ImageFolder, Tfds
 from prepared import labels_of
 
-from big_vision_lite.data.decode import decode
+from big_vision_lite.data.ops.decode import decode
+from big_vision_lite.data.sources import ImageFolder, Tfds
 
 with warnings.catch_warnings():
     warnings.simplefilter("ignore")

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from big_vision_lite.data.new_colour import RandomLowResolution
+from big_vision_lite.data.ops.colour import RandomLowResolution
 
 
 def worse(image: np.ndarray, side_min: int, seed: int = 0) -> np.ndarray:

@@ -9,8 +9,13 @@ import pytest
 import scipy.stats
 from jax.sharding import AxisType
 
-from big_vision_lite.data.device_ops import CutMix, Mixup, Partner, symmetric_beta
-from big_vision_lite.layout import batch_sharding
+from big_vision_lite.data.ops.device import (
+    CutMix,
+    Mixup,
+    Partner,
+    symmetric_beta,
+)
+from big_vision_lite.runtime.layout import batch_sharding
 
 CLASSES = 5
 

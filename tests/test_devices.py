@@ -11,17 +11,19 @@ import jax
 import pytest
 from etils import epath
 
-from big_vision_lite import (
-    command_line,
-    devices,
-    evaluate,
-    integrity,
-    predict,
-    processes,
-    run_folder,
-    saved_run,
+from big_vision_lite import evaluate, predict
+from big_vision_lite.recipes import command_line
+from big_vision_lite.runs import (
+    folder as run_folder,
 )
-from big_vision_lite.devices import Platform
+from big_vision_lite.runs import (
+    integrity,
+)
+from big_vision_lite.runs import (
+    load as saved_run,
+)
+from big_vision_lite.runtime import processes, startup
+from big_vision_lite.runtime.startup import Platform
 
 DRIVER = (
     "NVRM version: NVIDIA UNIX x86_64 Kernel Module  580.65.06  Sun Jul 27 2025\n"
@@ -54,7 +56,7 @@ def joined(monkeypatch, updates) -> list[dict]:
     """Collects the calls of jax.distributed.initialize instead of making them."""
     calls = []
     monkeypatch.setattr(jax.distributed, "initialize", lambda **kw: calls.append(kw))
-    monkeypatch.setattr(devices, "_on_tpu_vm", lambda: False)
+    monkeypatch.setattr(startup, "_on_tpu_vm", lambda: False)
     return calls
 
 
@@ -70,7 +72,7 @@ def fake_gpu(tmp_path: pathlib.Path) -> pathlib.Path:
 
 def test_an_idle_gpu_is_refused_with_the_install_command(tmp_path):
     with pytest.raises(ValueError) as error:
-        devices.check_not_idle("--config.platform", fake_gpu(tmp_path))
+        startup.check_not_idle("--config.platform", fake_gpu(tmp_path))
     message = str(error.value)
     assert "driver 580.65.06" in message
     assert f"JAX {jax.__version__} was installed for CPU only" in message
@@ -79,21 +81,21 @@ def test_an_idle_gpu_is_refused_with_the_install_command(tmp_path):
 
 
 def test_a_machine_without_a_gpu_trains_on_its_cpu(tmp_path):
-    devices.check_not_idle("--config.platform", tmp_path)
+    startup.check_not_idle("--config.platform", tmp_path)
 
 
 def test_a_gpu_that_jax_uses_is_fine(tmp_path, monkeypatch):
     monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
-    devices.check_not_idle("--config.platform", fake_gpu(tmp_path))
+    startup.check_not_idle("--config.platform", fake_gpu(tmp_path))
 
 
 @pytest.mark.parametrize("by", ["recipe", "environment", "nobody"])
 def test_a_cpu_chosen_on_purpose_is_not_questioned(joined, monkeypatch, by):
     asked = []
-    monkeypatch.setattr(devices, "check_not_idle", lambda _: asked.append(True))
+    monkeypatch.setattr(startup, "check_not_idle", lambda _: asked.append(True))
     if by == "environment":
         monkeypatch.setenv("JAX_PLATFORMS", "cpu")
-    devices.set_up(Platform.CPU if by == "recipe" else None)
+    startup.set_up(Platform.CPU if by == "recipe" else None)
     assert asked == ([True] if by == "nobody" else [])
 
 
@@ -101,7 +103,7 @@ def test_a_cpu_chosen_on_purpose_is_not_questioned(joined, monkeypatch, by):
     ("platform", "name"), [("cpu", "cpu"), ("gpu", "cuda"), ("tpu", "tpu")]
 )
 def test_the_platform_of_the_recipe_is_asked_of_jax(joined, updates, platform, name):
-    devices.set_up(Platform(platform))
+    startup.set_up(Platform(platform))
     assert updates["jax_platforms"] == name
 
 
@@ -127,7 +129,7 @@ def test_a_platform_that_is_not_there_is_one_message(platform):
 
 def test_deterministic_adds_to_the_flags_of_xla(joined, monkeypatch):
     monkeypatch.setenv("XLA_FLAGS", "--xla_of_the_user=1")
-    devices.set_up(Platform.CPU, deterministic=True)
+    startup.set_up(Platform.CPU, deterministic=True)
     assert os.environ["XLA_FLAGS"].split() == [
         "--xla_of_the_user=1",
         "--xla_gpu_deterministic_ops=true",
@@ -140,8 +142,8 @@ def use(tmp_path, joined, monkeypatch, capsys):
 
     The command line runs up to the loading of the step; what it printed is returned.
     """
-    fake = functools.partial(devices.check_not_idle, proc=fake_gpu(tmp_path))
-    monkeypatch.setattr(devices, "check_not_idle", fake)
+    fake = functools.partial(startup.check_not_idle, proc=fake_gpu(tmp_path))
+    monkeypatch.setattr(startup, "check_not_idle", fake)
 
     def load(*_, **__):
         raise ValueError("all set up")
@@ -204,7 +206,7 @@ def test_the_platform_of_the_environment_comes_before_the_runs(
 
 def test_compiled_programs_are_kept_in_the_home_folder(updates, monkeypatch):
     monkeypatch.delenv("JAX_COMPILATION_CACHE_DIR", raising=False)
-    devices.cache_compiled()
+    startup.cache_compiled()
     home = pathlib.Path.home()
     assert updates["jax_compilation_cache_dir"] == str(
         home / ".cache" / "big_vision_lite" / "compiled"
@@ -213,11 +215,11 @@ def test_compiled_programs_are_kept_in_the_home_folder(updates, monkeypatch):
 
 def test_the_environment_chooses_another_cache_or_none(updates, monkeypatch, tmp_path):
     monkeypatch.setenv("JAX_COMPILATION_CACHE_DIR", str(tmp_path / "a b"))
-    devices.cache_compiled()
+    startup.cache_compiled()
     assert updates["jax_compilation_cache_dir"] == str(tmp_path / "a b")
     updates.clear()
     monkeypatch.setenv("JAX_COMPILATION_CACHE_DIR", "")
-    devices.cache_compiled()
+    startup.cache_compiled()
     assert not updates
 
 
@@ -225,7 +227,7 @@ def test_the_environment_chooses_another_cache_or_none(updates, monkeypatch, tmp
 
 
 def test_one_process_joins_nobody(joined):
-    devices.join(None, None, None)
+    startup.join(None, None, None)
     assert joined == []
 
 
@@ -240,27 +242,27 @@ def test_one_process_joins_nobody(joined):
 )
 def test_the_three_flags_go_together(joined, flags):
     with pytest.raises(ValueError, match="go together, for example --coordinator="):
-        devices.join(*flags)
+        startup.join(*flags)
     assert joined == []
 
 
 @pytest.mark.parametrize("flags", [("host", 2, 0), ("host:1", 2, 2), ("host:1", 2, -1)])
 def test_flags_that_contradict_each_other_are_refused(joined, flags):
     with pytest.raises(ValueError, match="processes count from 0"):
-        devices.join(*flags)
+        startup.join(*flags)
     assert joined == []
 
 
 def test_flags_are_followed_whatever_a_launcher_left_behind(joined, monkeypatch):
     monkeypatch.setenv("SLURM_NTASKS", "8")
     monkeypatch.setenv("SLURM_PROCID", "3")
-    devices.join("host:1234", 4, 1)
+    startup.join("host:1234", 4, 1)
     (call,) = joined
     assert call["coordinator_address"] == "host:1234"
     assert (call["num_processes"], call["process_id"]) == (4, 1)
     assert call["cluster_detection_method"] == "deactivate"
     # Ours speaks before the one that ends the process in a stack trace.
-    assert call["initialization_timeout"] > devices.JOIN_SECONDS
+    assert call["initialization_timeout"] > startup.JOIN_SECONDS
     assert call["heartbeat_timeout_seconds"] <= 60
     assert int(os.environ["PJRT_NPROC"]) >= 8
 
@@ -289,7 +291,7 @@ def test_slurm_tasks_join_and_use_the_gpus_that_are_theirs(
         SLURM_STEP_NODELIST="node[1-4]",
         CUDA_VISIBLE_DEVICES=visible,
     )
-    devices.join(None, None, None)
+    startup.join(None, None, None)
     assert len(joined) == 1
     assert "coordinator_address" not in joined[0]
     assert ("jax_cuda_visible_devices" in updates) == all_gpus
@@ -298,7 +300,7 @@ def test_slurm_tasks_join_and_use_the_gpus_that_are_theirs(
 def test_slurm_without_srun_is_told_to_use_it(joined, monkeypatch):
     slurm(monkeypatch, SLURM_NTASKS="4", SLURM_PROCID="0")
     with pytest.raises(ValueError, match="not started by srun.*SLURM_NTASKS=1"):
-        devices.join(None, None, None)
+        startup.join(None, None, None)
     assert joined == []
 
 
@@ -309,18 +311,18 @@ def test_one_slurm_task_or_an_interactive_shell_trains_alone(
     slurm(monkeypatch, **tasks)
     if not tasks:
         slurm(monkeypatch, SLURM_NTASKS="4")
-    devices.join(None, None, None)
+    startup.join(None, None, None)
     assert joined == []
 
 
 def test_a_tpu_vm_joins_its_slice_unless_another_platform_is_chosen(
     joined, monkeypatch
 ):
-    monkeypatch.setattr(devices, "_on_tpu_vm", lambda: True)
-    devices.join(None, None, None, Platform.CPU)
+    monkeypatch.setattr(startup, "_on_tpu_vm", lambda: True)
+    startup.join(None, None, None, Platform.CPU)
     assert joined == []
-    devices.join(None, None, None, None)
-    devices.join(None, None, None, Platform.TPU)
+    startup.join(None, None, None, None)
+    startup.join(None, None, None, Platform.TPU)
     assert len(joined) == 2
 
 
@@ -330,16 +332,16 @@ def test_a_tpu_vm_has_chips_and_their_library(tmp_path, monkeypatch, chip):
 
     installed = {"libtpu": object()}
     monkeypatch.setattr(importlib.util, "find_spec", installed.get)
-    assert not devices._on_tpu_vm(tmp_path)
+    assert not startup._on_tpu_vm(tmp_path)
     path = tmp_path / chip
     path.parent.mkdir(exist_ok=True)
     path.touch()
-    assert devices._on_tpu_vm(tmp_path)
+    assert startup._on_tpu_vm(tmp_path)
     monkeypatch.setenv("JAX_PLATFORMS", "cpu")
-    assert not devices._on_tpu_vm(tmp_path)
+    assert not startup._on_tpu_vm(tmp_path)
     monkeypatch.delenv("JAX_PLATFORMS")
     installed.clear()
-    assert not devices._on_tpu_vm(tmp_path)
+    assert not startup._on_tpu_vm(tmp_path)
 
 
 def test_a_failed_join_says_who_where_and_what_to_type(monkeypatch, updates):
@@ -348,7 +350,7 @@ def test_a_failed_join_says_who_where_and_what_to_type(monkeypatch, updates):
 
     monkeypatch.setattr(jax.distributed, "initialize", initialize)
     with pytest.raises(ValueError, match="process 0 of 2 at host:1.*RPC server.*--coo"):
-        devices.join("host:1", 2, 0)
+        startup.join("host:1", 2, 0)
 
 
 def test_a_process_that_waits_alone_says_so_and_gives_up():

@@ -11,18 +11,21 @@ import jax
 import pytest
 import shapes_run
 import show_model
-from big_vision_lite.data.sources import ImageFolder
 from etils import epath
 from tiny_runs import tiny_vit, written_weights
 
-from big_vision_lite import command_line, devices, evaluate, saved_run
+from big_vision_lite import evaluate
+from big_vision_lite.console.progress import Progress
 from big_vision_lite.conversion.formats import Library
+from big_vision_lite.data.sources import ImageFolder
 from big_vision_lite.evaluators.classification import Classification
-from big_vision_lite.metrics import read_history
-from big_vision_lite.models.heads import Classifier
-from big_vision_lite.models.patches import Positions
-from big_vision_lite.models.pooling import Pooling
-from big_vision_lite.progress import Progress
+from big_vision_lite.models.blocks.heads import Classifier
+from big_vision_lite.models.blocks.patches import Positions
+from big_vision_lite.models.blocks.pooling import Pooling
+from big_vision_lite.recipes import command_line
+from big_vision_lite.runs import load as saved_run
+from big_vision_lite.runs.records import read_history
+from big_vision_lite.runtime import startup
 
 RECIPE = """
 from big_vision_lite.data.ops import Decode
@@ -162,7 +165,7 @@ def test_the_file_keeps_the_scores_of_evaluators_that_ran_before(run):
     evaluate.record(loaded, {"fewshot/x": 0.25}, epath.Path(path), None, {})
     known = json.loads(path.read_text())
     assert known["scores"] == {"val/accuracy": 0.5, "fewshot/x": 0.25}
-    assert known["versions"] == devices.versions() and known["step"] == 10
+    assert known["versions"] == startup.versions() and known["step"] == 10
 
 
 def test_scores_of_other_arguments_and_other_weights_have_files_of_their_own(

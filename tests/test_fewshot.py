@@ -8,8 +8,6 @@ import jax.numpy as jnp
 import jaxtyping
 import numpy as np
 import pytest
-from big_vision_lite.data.ops import CentralCrop, Decode, Resize, ResizeSmall
-from big_vision_lite.data.sources import Digits, InMemory
 from evaluation_context import (
     Damaged,
     Network,
@@ -19,7 +17,14 @@ from evaluation_context import (
     make_state,
 )
 
-from big_vision_lite import console
+from big_vision_lite.console import tables
+from big_vision_lite.data.ops import (
+    CentralCrop,
+    Decode,
+    Resize,
+    ResizeSmall,
+)
+from big_vision_lite.data.sources import Digits, InMemory
 from big_vision_lite.evaluators import features, fewshot, ridge
 from big_vision_lite.evaluators.fewshot import FewShot, FewShotSet
 from big_vision_lite.evaluators.ridge import Ridge, shuffled_classes
@@ -403,10 +408,10 @@ def test_unreadable_images_are_counted_said_once_and_as_if_not_there(tmp_path):
 
 def test_the_count_of_unreadable_images_is_a_line_only_where_there_are_some():
     scores = {"digits/5_shot/accuracy": 0.5, "digits/unreadable": 0.0}
-    assert list(console.format_scores(scores)) == ["digits/5_shot/accuracy"]
+    assert list(tables.format_scores(scores)) == ["digits/5_shot/accuracy"]
     scores["digits/unreadable"] = 6.0
-    assert console.format_scores(scores)["digits/unreadable"] == "6"
-    (table,) = console.score_tables(scores)
+    assert tables.format_scores(scores)["digits/unreadable"] == "6"
+    (table,) = tables.score_tables(scores)
     assert table.row_count == 1
 
 

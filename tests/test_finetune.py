@@ -16,38 +16,39 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import shapes_run
-from big_vision_lite.data.ops import Decode, Resize
-from big_vision_lite.data.sources import Digits, ImageFolder
 from etils import epath
 from tiny_runs import tiny_vit, written_weights
 
-from big_vision_lite import (
-    adapt,
-    command_line,
-    evaluate,
-    hyperrule,
-    program,
-    saved_run,
-    serialize,
-    step_folder,
-    train,
-    trees,
-)
-from big_vision_lite import state as state_lib
-from big_vision_lite.adapt import HEADS
+from big_vision_lite import evaluate, train, trees
 from big_vision_lite.config import Init
 from big_vision_lite.conversion.formats import Library
 from big_vision_lite.data import pipeline
-from big_vision_lite.data.new_folder import open_folder
+from big_vision_lite.data.ops import Decode, Resize
+from big_vision_lite.data.sources import Digits, ImageFolder
+from big_vision_lite.data.sources.folder import open_folder
 from big_vision_lite.evaluators import finetune
 from big_vision_lite.evaluators.finetune import FineTune
-from big_vision_lite.hyperrule import HyperRule, Repeated
-from big_vision_lite.metrics import read_history
-from big_vision_lite.models.heads import Classifier
-from big_vision_lite.models.patches import Positions
-from big_vision_lite.models.pooling import Pooling
-from big_vision_lite.processes import Stopped, StopSignal
-from big_vision_lite.recipe_args import parse_arg
+from big_vision_lite.models.blocks.heads import Classifier
+from big_vision_lite.models.blocks.patches import Positions
+from big_vision_lite.models.blocks.pooling import Pooling
+from big_vision_lite.recipes import command_line, serialize
+from big_vision_lite.recipes.arguments import parse_arg
+from big_vision_lite.runs import (
+    hyperrule,
+    step_folder,
+)
+from big_vision_lite.runs import (
+    init as adapt,
+)
+from big_vision_lite.runs import (
+    load as saved_run,
+)
+from big_vision_lite.runs.hyperrule import HyperRule, Repeated
+from big_vision_lite.runs.init import HEADS
+from big_vision_lite.runs.records import read_history
+from big_vision_lite.runtime.processes import Stopped, StopSignal
+from big_vision_lite.training import program
+from big_vision_lite.training import state as state_lib
 
 ROOT = pathlib.Path(__file__).parents[1]
 CLOCK = ("images_per_second", "data_wait", "eta_seconds", "mfu")
@@ -354,7 +355,7 @@ import pathlib, sys
 import shapes_run
 from big_vision_lite.evaluators.finetune import FineTune
 from big_vision_lite.data.sources import ImageFolder
-from big_vision_lite.hyperrule import HyperRule
+from big_vision_lite.runs.hyperrule import HyperRule
 
 images, new, workdir = map(pathlib.Path, sys.argv[1:])
 config = shapes_run.recipe(images)

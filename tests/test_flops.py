@@ -3,16 +3,17 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from big_vision_lite import flops, program, sharding
 from big_vision_lite.config import TrainConfig
-from big_vision_lite.data.in_memory import InMemory
 from big_vision_lite.data.pipeline import Stream
+from big_vision_lite.data.sources.arrays import InMemory
 from big_vision_lite.models.bit import BiT
-from big_vision_lite.models.heads import Classifier
+from big_vision_lite.models.blocks.heads import Classifier
 from big_vision_lite.models.vit import ViT
 from big_vision_lite.objectives.classification import SoftmaxClassification
-from big_vision_lite.optimizers import AdamW
+from big_vision_lite.runtime import flops, sharding
 from big_vision_lite.schedules import Constant
+from big_vision_lite.training import program
+from big_vision_lite.training.optimizers import AdamW
 
 
 def forward_flops(model, image):

@@ -5,7 +5,8 @@ import pathlib
 import pytest
 import shapes_run
 
-from big_vision_lite import command_line, train
+from big_vision_lite import train
+from big_vision_lite.recipes import command_line
 
 ROOT = pathlib.Path(__file__).parents[1]
 

@@ -7,11 +7,11 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from big_vision_lite.data.sources import Tfds
 from prepared import labels_of
 from tiny_fonts import polygons, write_font
 
-from big_vision_lite.data.decode import decode
+from big_vision_lite.data.ops.decode import decode
+from big_vision_lite.data.sources import Tfds
 
 TOOLS = Path(__file__).parent.parent / "tools"
 

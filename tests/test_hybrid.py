@@ -12,22 +12,23 @@ from foreign_models import randomise, relative_difference
 
 from big_vision_lite import trees
 from big_vision_lite.conversion import (
+    engine,
     export,
     foreign,
     formats,
-    hybrid_npz,
-    hybrid_timm,
-    mapping,
-    weights,
 )
+from big_vision_lite.conversion import (
+    files as weights,
+)
+from big_vision_lite.conversion.families import hybrid_npz, hybrid_timm
 from big_vision_lite.conversion.formats import Library, Weights
-from big_vision_lite.models import towers
+from big_vision_lite.models import vit_variants
 from big_vision_lite.models.bit_v1 import Standardisation, Trunk
-from big_vision_lite.models.heads import Classifier
-from big_vision_lite.models.patches import Positions
-from big_vision_lite.models.pooling import Pooling
-from big_vision_lite.models.towers import hybrid
+from big_vision_lite.models.blocks.heads import Classifier
+from big_vision_lite.models.blocks.patches import Positions
+from big_vision_lite.models.blocks.pooling import Pooling
 from big_vision_lite.models.vit import ViT
+from big_vision_lite.models.vit_variants import hybrid
 
 torch = pytest.importorskip("torch")
 torch_libraries.import_torchvision()
@@ -169,7 +170,7 @@ def test_ours_to_timm_and_back_is_bit_for_bit(pooling):
     config = config_of(**arguments)
     form, found, _ = read(weights_of(theirs, config))
     variables = random_variables(found.model, EVEN, seed=3)
-    load_strictly(theirs, mapping.write(form.entries(found.model, EVEN), variables))
+    load_strictly(theirs, engine.write(form.entries(found.model, EVEN), variables))
     image = pixels(EVEN)
     ours = our_outputs(found.model, variables, image)
     assert worst(ours, their_outputs(theirs, image)) < BOUND
@@ -195,7 +196,7 @@ def test_timm_builds_by_name_what_is_described(size, image_size):
     described = json.loads(json.dumps(form.describe(model, image_size)))
     theirs = timm.create_model(described["architecture"], **described["model_args"])
     variables = random_variables(model, image_size)
-    written = mapping.write(form.entries(model, image_size), variables)
+    written = engine.write(form.entries(model, image_size), variables)
     load_strictly(theirs, written)
     image = pixels(image_size)
     ours = our_outputs(model, variables, image)
@@ -385,7 +386,7 @@ def test_ours_to_archives_and_back_is_bit_for_bit(tmp_path):
     form = export.find(model, Library.NPZ)
     assert form == NPZ
     variables = random_variables(model, EVEN)
-    written = mapping.write(form.entries(model, EVEN), variables)
+    written = engine.write(form.entries(model, EVEN), variables)
     wanted = {name: array.shape for name, array in archive().items()}
     assert {name: array.shape for name, array in written.items()} == wanted
     _, found, back = read(weights.read(saved(tmp_path, written)))
@@ -450,7 +451,7 @@ NAMES = {
 }
 
 
-@pytest.mark.parametrize("size", towers.SIZES)
+@pytest.mark.parametrize("size", vit_variants.SIZES)
 def test_published_sizes_have_as_many_parameters_as_timms(size):
     model = hybrid(size, head=Classifier(num_classes=1000))
     shapes = formats.shapes(model, (224, 224), 3)

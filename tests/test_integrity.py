@@ -7,9 +7,10 @@ import pytest
 from etils import epath
 from jax.sharding import NamedSharding, PartitionSpec
 
-from big_vision_lite import integrity, sharding
-from big_vision_lite.integrity import DamagedCheckpoint
-from big_vision_lite.sharding import Mesh
+from big_vision_lite.runs import integrity
+from big_vision_lite.runs.integrity import DamagedCheckpoint
+from big_vision_lite.runtime import sharding
+from big_vision_lite.runtime.sharding import Mesh
 
 DTYPES = [jnp.float32, jnp.bfloat16, jnp.int32, jnp.uint8, jnp.bool_, jnp.float16]
 checksum = jax.jit(integrity.leaf_checksum)

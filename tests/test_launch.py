@@ -10,7 +10,8 @@ import sys
 import pytest
 from prepared import prepare
 
-from big_vision_lite import command_line, train
+from big_vision_lite import train
+from big_vision_lite.recipes import command_line
 
 ROOT = pathlib.Path(__file__).parents[1]
 SCRIPT = ROOT / "tools" / "launch_tpu_vm.sh"

@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from big_vision_lite.progress import Progress
+from big_vision_lite.console.progress import Progress
 
 ROOT = pathlib.Path(__file__).parents[1]
 # A step that takes seconds is in flight when the body of the loop raises.
@@ -17,7 +17,7 @@ BODY = """
 import sys
 import jax, jax.numpy as jnp
 from big_vision_lite import command_line
-from big_vision_lite.progress import Progress
+from big_vision_lite.console.progress import Progress
 
 @jax.jit
 def slow(x):

@@ -15,8 +15,9 @@ import pytest
 from etils import epath
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from big_vision_lite import files, metrics
-from big_vision_lite.metrics import Writer, read_history
+from big_vision_lite.runs import records
+from big_vision_lite.runs.records import Writer, read_history
+from big_vision_lite.runtime import files
 
 
 @pytest.fixture
@@ -56,7 +57,7 @@ def test_scalar_arrays_are_recorded_as_numbers(workdir):
 
 def test_a_line_cut_anywhere_by_a_kill_is_dropped_and_rewritten_on_resume(workdir):
     run(workdir, range(1, 8))
-    path = workdir / metrics.FILE_NAME
+    path = workdir / records.FILE_NAME
     whole = path.read_bytes()
     straight = read_history(workdir)
     last_line = whole.splitlines(keepends=True)[-1]
@@ -72,15 +73,15 @@ def test_a_line_cut_anywhere_by_a_kill_is_dropped_and_rewritten_on_resume(workdi
 def test_a_run_killed_at_any_record_and_resumed_equals_a_straight_one(workdir):
     straight = workdir / "straight"
     run(straight, range(1, 10))
-    lines = (straight / metrics.FILE_NAME).read_bytes().splitlines(keepends=True)
+    lines = (straight / records.FILE_NAME).read_bytes().splitlines(keepends=True)
     for kept in range(len(lines) + 1):
         killed = workdir / f"killed_{kept}"
         run(killed, range(1, 10))
-        (killed / metrics.FILE_NAME).write_bytes(b"".join(lines[:kept]) + b'{"st')
+        (killed / records.FILE_NAME).write_bytes(b"".join(lines[:kept]) + b'{"st')
         restored = max((json.loads(x)["step"] for x in lines[:kept]), default=0)
         restored = restored // 4 * 4  # a checkpoint every 4 steps
         run(killed, range(restored + 1, 10), restored=restored)
-        assert (killed / metrics.FILE_NAME).read_bytes() == b"".join(lines)
+        assert (killed / records.FILE_NAME).read_bytes() == b"".join(lines)
         assert points(killed, "train/loss") == points(straight, "train/loss")
         assert points(killed, "test/accuracy") == points(straight, "test/accuracy")
 
@@ -90,7 +91,7 @@ def test_kill_9_between_two_lines_loses_no_finished_record(workdir):
         """
         import os, signal, sys
         from etils import epath
-        from big_vision_lite.metrics import Writer
+        from big_vision_lite.runs.records import Writer
         writer = Writer(epath.Path(sys.argv[1])).__enter__()
         writer.resume_at(0)
         for step in range(1, 50):
@@ -140,7 +141,7 @@ def test_a_number_that_is_not_finite_is_refused_before_anything_is_written(
 
 def test_writing_without_resuming_does_not_continue_a_cut_line(workdir):
     run(workdir, range(1, 3))
-    with (workdir / metrics.FILE_NAME).open("ab") as file:
+    with (workdir / records.FILE_NAME).open("ab") as file:
         file.write(b'{"step": 3, "train/lo')
     with Writer(workdir) as writer:
         writer.write(5, {"test/loss": 0.5})
@@ -150,7 +151,7 @@ def test_writing_without_resuming_does_not_continue_a_cut_line(workdir):
 @pytest.mark.parametrize("line", [b"hello", b"3", b'{"loss": 1}', b'{"step": "a"}'])
 def test_a_damaged_line_in_the_middle_is_named(workdir, line):
     run(workdir, range(1, 3))
-    path = workdir / metrics.FILE_NAME
+    path = workdir / records.FILE_NAME
     path.write_bytes(line + b"\n" + path.read_bytes())
     with pytest.raises(ValueError, match=r"metrics\.jsonl, line 1, is not a record"):
         read_history(workdir)
@@ -196,7 +197,7 @@ def test_a_full_disk_is_said_with_the_file_and_loses_nothing_earlier(full, workd
 
 
 def test_other_processes_write_nothing(workdir, monkeypatch):
-    monkeypatch.setattr(metrics.jax, "process_index", lambda: 1)
+    monkeypatch.setattr(records.jax, "process_index", lambda: 1)
     run(workdir, range(1, 4))
     assert not workdir.exists()
 
@@ -213,7 +214,7 @@ def test_a_folder_that_cannot_append_holds_the_same_records(workdir, monkeypatch
 
 def test_wandb_that_was_asked_for_and_is_not_there_stops_the_run(workdir, monkeypatch):
     monkeypatch.setenv("WANDB_PROJECT", "birds")
-    monkeypatch.setattr(metrics.importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setattr(records.importlib.util, "find_spec", lambda name: None)
     with pytest.raises(ValueError, match="WANDB_PROJECT=birds.*pip install wandb"):
         Writer(workdir).__enter__()
 
@@ -279,7 +280,7 @@ def test_no_tensorflow_is_imported_even_where_it_is_installed(tmp_path):
         """
         import sys
         from etils import epath
-        from big_vision_lite.metrics import Writer
+        from big_vision_lite.runs.records import Writer
         with Writer(epath.Path(sys.argv[1])) as writer:
             writer.resume_at(0)
             writer.write(1, {"train/loss": 0.5})

@@ -10,14 +10,15 @@ import pytest
 import torch_libraries
 from foreign_models import randomise, relative_difference
 
-from big_vision_lite import flops, trees
-from big_vision_lite.conversion import foreign, formats, mapping
+from big_vision_lite import trees
+from big_vision_lite.conversion import engine, foreign, formats
+from big_vision_lite.conversion.families.mixer_npz import NpzMixer
+from big_vision_lite.conversion.families.mixer_timm import NAMES, TimmMixer
 from big_vision_lite.conversion.formats import Architecture, Weights
-from big_vision_lite.conversion.mixer_npz import NpzMixer
-from big_vision_lite.conversion.mixer_timm import NAMES, TimmMixer
-from big_vision_lite.models.heads import Classifier
+from big_vision_lite.models.blocks.heads import Classifier
+from big_vision_lite.models.blocks.mlp import Activation
 from big_vision_lite.models.mixer import PUBLISHED, MlpMixer
-from big_vision_lite.models.mlp import Activation
+from big_vision_lite.runtime import flops
 
 torch = pytest.importorskip("torch")
 torch_libraries.import_torchvision()
@@ -112,7 +113,7 @@ def test_weights_of_timm_give_their_logits_here(case, tanh):
 def test_our_weights_give_our_logits_in_timm_and_come_back_bit_for_bit(case):
     architecture, variables = imported(case)
     model, form = architecture.model, TimmMixer()
-    arrays = mapping.write(form.entries(model, image_size(case)), variables)
+    arrays = engine.write(form.entries(model, image_size(case)), variables)
     module = timm.models.mlp_mixer.MlpMixer(**(TINY | SIZES[case]))
     state = {name: torch.from_numpy(array) for name, array in arrays.items()}
     module.load_state_dict(state, strict=True)
@@ -174,7 +175,7 @@ def test_an_archive_gives_the_logits_of_the_timm_model_with_the_same_weights(
     difference = differences(ours(found.model, found.variables, images(case)), expected)
     print(f"{case}: {difference}")
     assert max(difference.values()) <= BOUND
-    back = mapping.write(
+    back = engine.write(
         NpzMixer().entries(found.model, found.image_size), found.variables
     )
     assert back.keys() == written.keys()
@@ -240,7 +241,7 @@ def test_a_published_size_is_described_so_that_timm_builds_it():
         module = timm.create_model(described["architecture"], **described["model_args"])
     shapes = {name: tuple(v.shape) for name, v in module.state_dict().items()}
     ours = {n: np.zeros(s) for n, s in formats.shapes(model, (64, 96), 3).items()}
-    arrays = mapping.write(TimmMixer().entries(model, (64, 96)), ours)
+    arrays = engine.write(TimmMixer().entries(model, (64, 96)), ours)
     assert {name: array.shape for name, array in arrays.items()} == shapes
 
 

@@ -6,8 +6,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from big_vision_lite import layout, trees
-from big_vision_lite.models.attention import Attention, attend
+from big_vision_lite import trees
 from big_vision_lite.models.bit import (
     BiT,
     Block,
@@ -18,13 +17,15 @@ from big_vision_lite.models.bit import (
     standardise,
 )
 from big_vision_lite.models.bit_v1 import BiTV1, Trunk
-from big_vision_lite.models.heads import Classifier
-from big_vision_lite.models.layers import Dtype, Remat, scale_pixels
+from big_vision_lite.models.blocks.attention import Attention, attend
+from big_vision_lite.models.blocks.heads import Classifier
+from big_vision_lite.models.blocks.layers import Dtype, Remat, scale_pixels
+from big_vision_lite.models.blocks.patches import Positions, patchify, sincos
+from big_vision_lite.models.blocks.pooling import Pooling
 from big_vision_lite.models.mixer import MlpMixer
-from big_vision_lite.models.patches import Positions, patchify, sincos
-from big_vision_lite.models.pooling import Pooling
 from big_vision_lite.models.resnet import ResNet
 from big_vision_lite.models.vit import ViT
+from big_vision_lite.runtime import layout
 
 CLASSES = 5
 # Most of the time of these tests is compilation; what they compute is tiny.

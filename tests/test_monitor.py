@@ -6,21 +6,25 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from big_vision_lite.data.ops import Decode
-from big_vision_lite.data.sources import Digits
 from etils import epath
 from orbax.checkpoint import v1 as ocp
 from tiny_runs import Net, rows, start, tiny_vit
 
-from big_vision_lite import command_line, health, program, sharding, train, trees
-from big_vision_lite import state as state_lib
+from big_vision_lite import train, trees
 from big_vision_lite.config import Checkpoints, TrainConfig
+from big_vision_lite.data.ops import Decode
 from big_vision_lite.data.pipeline import Stream
-from big_vision_lite.health import Monitor
-from big_vision_lite.models.layers import Dtype, Remat
+from big_vision_lite.data.sources import Digits
+from big_vision_lite.models.blocks.layers import Dtype, Remat
 from big_vision_lite.objectives.classification import SoftmaxClassification
-from big_vision_lite.optimizers import SGD
+from big_vision_lite.recipes import command_line
+from big_vision_lite.runs import health
+from big_vision_lite.runs.health import Monitor
+from big_vision_lite.runtime import sharding
 from big_vision_lite.schedules import Constant
+from big_vision_lite.training import program
+from big_vision_lite.training import state as state_lib
+from big_vision_lite.training.optimizers import SGD
 
 
 def recipe(**overrides) -> TrainConfig:

@@ -9,10 +9,10 @@ import pytest
 from tiny_runs import gradients, rows, start
 
 from big_vision_lite import trees
-from big_vision_lite.models.batch_norm import BatchNorm, Statistics
 from big_vision_lite.models.bit import Stem
-from big_vision_lite.models.heads import Classifier
-from big_vision_lite.models.layers import Dtype, GroupNorm, LayerNorm
+from big_vision_lite.models.blocks.batch_norm import BatchNorm, Statistics
+from big_vision_lite.models.blocks.heads import Classifier
+from big_vision_lite.models.blocks.layers import Dtype, GroupNorm, LayerNorm
 from big_vision_lite.models.resnet import ResNet
 
 CHANNELS = 6

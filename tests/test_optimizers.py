@@ -7,9 +7,16 @@ import numpy as np
 import optax
 import pytest
 
-from big_vision_lite import optimizers, trees, types
-from big_vision_lite.optimizers import SGD, Adafactor, AdamW, MomentumDtype, Rule
+from big_vision_lite import trees, types
 from big_vision_lite.schedules import Constant, WarmupCosine
+from big_vision_lite.training import optimizers
+from big_vision_lite.training.optimizers import (
+    SGD,
+    Adafactor,
+    AdamW,
+    MomentumDtype,
+    Rule,
+)
 
 NUM_STEPS = 5
 SCHEDULE = WarmupCosine(peak=1e-2, warmup_steps=2)

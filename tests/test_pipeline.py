@@ -15,19 +15,12 @@ import cv2
 import jax
 import numpy as np
 import pytest
-from big_vision_lite.data.ops import (
-    CentralCrop,
-    Decode,
-    DecodeInceptionCrop,
-    FlipLeftRight,
-)
 from etils import epath
 from jax.sharding import AxisType
 from sklearn.datasets import load_digits
 
-from big_vision_lite import layout, sharding
 from big_vision_lite.data import pipeline, workers
-from big_vision_lite.data.batch_maker import (
+from big_vision_lite.data.batches import (
     EvaluationBatches,
     ExampleGenerator,
     Order,
@@ -35,8 +28,14 @@ from big_vision_lite.data.batch_maker import (
     replacement,
 )
 from big_vision_lite.data.host_batch import HostBatch, Report
+from big_vision_lite.data.ops import (
+    CentralCrop,
+    Decode,
+    DecodeInceptionCrop,
+    FlipLeftRight,
+)
 from big_vision_lite.data.unreadable import Unreadable, UnreadableImages
-from big_vision_lite.runtime import cpu
+from big_vision_lite.runtime import cpu, layout, sharding
 
 # Jax keeps threads of its own; ours are named.
 OURS = "data"

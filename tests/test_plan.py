@@ -13,17 +13,17 @@ import numpy as np
 import pytest
 import shapes_run
 
-from big_vision_lite import (
-    command_line,
+from big_vision_lite import plan
+from big_vision_lite.console import bar_chart
+from big_vision_lite.data import pipeline, sources, unopened
+from big_vision_lite.recipes import command_line
+from big_vision_lite.runtime import plugins, sharding, targets
+from big_vision_lite.training import (
     compile_process,
     estimate,
     fitting,
-    plan,
     program,
-    sharding,
 )
-from big_vision_lite.data import pipeline, sources, unopened
-from big_vision_lite.runtime import bar_chart, plugins, targets
 
 ROOT = pathlib.Path(__file__).parents[1]
 needs_compilers = pytest.mark.skipif(
@@ -132,7 +132,7 @@ from big_vision_lite.data.ops import Decode
 from big_vision_lite.data.pipeline import Stream
 from big_vision_lite.data.sources import Digits
 from big_vision_lite.objectives.classification import SoftmaxClassification
-from big_vision_lite.optimizers import AdamW
+from big_vision_lite.training.optimizers import AdamW
 from big_vision_lite.schedules import Constant
 
 def get_config(arg=""):

@@ -16,12 +16,15 @@ import numpy as np
 import pytest
 import shapes_run
 
-from big_vision_lite import command_line, predict, saved_run, step_folder, trees
-from big_vision_lite.data.image_files import ImageFiles
+from big_vision_lite import predict, trees
+from big_vision_lite.data.sources.files import ImageFiles
 from big_vision_lite.objectives.classification import (
     SigmoidClassification,
     SoftmaxClassification,
 )
+from big_vision_lite.recipes import command_line
+from big_vision_lite.runs import load as saved_run
+from big_vision_lite.runs import step_folder
 
 
 @pytest.fixture(scope="module")

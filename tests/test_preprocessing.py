@@ -11,17 +11,22 @@ import simplejpeg
 import torch_libraries
 from sklearn.datasets import load_sample_images
 
-from big_vision_lite.conversion import foreign, preprocessing, preprocessing_export
+from big_vision_lite.conversion import (
+    foreign,
+    preprocessing,
+    preprocessing_export,
+)
 from big_vision_lite.conversion.formats import Weights
 from big_vision_lite.conversion.input_range import (
     SYMMETRIC,
     InputRange,
     fold_input_range,
 )
-from big_vision_lite.data import crops, ops
-from big_vision_lite.data.crops import Resampling, Rounding
-from big_vision_lite.data.decode import decode
-from big_vision_lite.models.patches import PatchEmbedding
+from big_vision_lite.data import ops
+from big_vision_lite.data.ops import resampling as crops
+from big_vision_lite.data.ops.decode import decode
+from big_vision_lite.data.ops.resampling import Resampling, Rounding
+from big_vision_lite.models.blocks.patches import PatchEmbedding
 
 Image = pytest.importorskip("PIL.Image")
 torch = pytest.importorskip("torch")

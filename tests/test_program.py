@@ -3,18 +3,21 @@
 import jax
 import numpy as np
 import pytest
-from big_vision_lite.data.ops import Decode
-from big_vision_lite.data.sources import Digits
 from tiny_runs import rows, tiny_vit
 
-from big_vision_lite import command_line, program, sharding, train
+from big_vision_lite import train
 from big_vision_lite.config import TrainConfig
-from big_vision_lite.data.device_ops import Mixup
+from big_vision_lite.data.ops import Decode
+from big_vision_lite.data.ops.device import Mixup
 from big_vision_lite.data.pipeline import Stream
-from big_vision_lite.models.heads import Classifier
+from big_vision_lite.data.sources import Digits
+from big_vision_lite.models.blocks.heads import Classifier
 from big_vision_lite.objectives.classification import SigmoidClassification
-from big_vision_lite.optimizers import AdamW
+from big_vision_lite.recipes import command_line
+from big_vision_lite.runtime import sharding
 from big_vision_lite.schedules import Constant
+from big_vision_lite.training import program
+from big_vision_lite.training.optimizers import AdamW
 
 HEAD = "--config.model.head.num_classes=10"
 MIXUP = "'--config.data.device_ops[0].num_classes=10'"

@@ -9,13 +9,13 @@ import jax.numpy as jnp
 import pytest
 from rich.console import Console
 
-from big_vision_lite import progress as progress_lib
-from big_vision_lite.console import (
+from big_vision_lite.console import progress as progress_lib
+from big_vision_lite.console.progress import Progress
+from big_vision_lite.console.tables import (
     format_line,
     format_scores,
     input_bound_message,
 )
-from big_vision_lite.progress import Progress
 from big_vision_lite.runtime.targets import peak_flops
 
 RECORD = {

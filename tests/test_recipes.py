@@ -19,10 +19,12 @@ import pytest
 from etils import epath
 from prepared import prepare
 
-from big_vision_lite import command_line, mistakes, serialize, train
-from big_vision_lite.data import prepared_set, sources
+from big_vision_lite import train
+from big_vision_lite.data import sources
+from big_vision_lite.data.sources.tfds import prepared_set
 from big_vision_lite.evaluators.classification import Classification
-from big_vision_lite.metrics import read_history
+from big_vision_lite.recipes import command_line, mistakes, serialize
+from big_vision_lite.runs.records import read_history
 
 ROOT = pathlib.Path(__file__).parents[1]
 GOLDEN = pathlib.Path(__file__).parent / "golden"

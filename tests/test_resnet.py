@@ -7,24 +7,24 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from big_vision_lite.data.ops import Decode
-from big_vision_lite.data.sources import Digits
 from etils import epath
 from tiny_runs import gradients, rows, start
 
 from big_vision_lite import train, trees
-from big_vision_lite.bound_model import BoundModel
 from big_vision_lite.config import Checkpoints, TrainConfig
+from big_vision_lite.data.ops import Decode
 from big_vision_lite.data.pipeline import Stream
-from big_vision_lite.models.batch_norm import BatchNorm, Statistics
+from big_vision_lite.data.sources import Digits
 from big_vision_lite.models.bit import Block, Stem
-from big_vision_lite.models.heads import Classifier
-from big_vision_lite.models.layers import Dtype, Remat
+from big_vision_lite.models.blocks.batch_norm import BatchNorm, Statistics
+from big_vision_lite.models.blocks.heads import Classifier
+from big_vision_lite.models.blocks.layers import Dtype, Remat
 from big_vision_lite.models.resnet import SIZES, ResNet
 from big_vision_lite.objectives.classification import SoftmaxClassification
-from big_vision_lite.optimizers import AdamW
 from big_vision_lite.schedules import Constant
-from big_vision_lite.step import make_eval_step
+from big_vision_lite.training.forward import BoundModel
+from big_vision_lite.training.optimizers import AdamW
+from big_vision_lite.training.step import make_eval_step
 
 # Most of the time of these tests is compilation; what they compute is tiny.
 jit = functools.partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})

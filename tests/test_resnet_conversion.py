@@ -9,21 +9,21 @@ import pytest
 import torch_libraries
 from foreign_models import randomise, relative_difference
 
-from big_vision_lite import flops, trees
-from big_vision_lite import state as state_lib
+from big_vision_lite import trees
 from big_vision_lite.conversion import (
+    engine,
     export,
     foreign,
     formats,
-    mapping,
     preprocessing,
-    resnet_huggingface,
-    resnet_torch,
 )
+from big_vision_lite.conversion.families import resnet_huggingface, resnet_torch
 from big_vision_lite.conversion.formats import Library, Weights
 from big_vision_lite.models.bit import Block, Stem
-from big_vision_lite.models.heads import Classifier
+from big_vision_lite.models.blocks.heads import Classifier
 from big_vision_lite.models.resnet import SIZES, ResNet
+from big_vision_lite.runtime import flops
+from big_vision_lite.training import state as state_lib
 
 torch = pytest.importorskip("torch")
 torch_libraries.import_torchvision()
@@ -191,7 +191,7 @@ def test_our_weights_give_our_numbers_there_and_come_back_bit_for_bit(case):
     # Others than came in: nothing can be left over from there.
     rng = np.random.default_rng(3)
     ours = {name: _like(name, x, rng) for name, x in variables.items()}
-    arrays = mapping.write(form.entries(model, EVEN), ours) | form.constants(model)
+    arrays = engine.write(form.entries(model, EVEN), ours) | form.constants(model)
     theirs = MODELS[case]()
     state = {name: torch.from_numpy(array) for name, array in arrays.items()}
     theirs.load_state_dict(state, strict=True)
@@ -359,7 +359,7 @@ def test_a_batch_in_training_gives_their_logits_and_running_statistics():
     assert difference <= BOUND
     expected = {name: x.numpy() for name, x in theirs.named_buffers() if "run" in name}
     moved = {**variables, **trees.flatten(changed)}
-    found = mapping.write(TIMM.entries(model, EVEN), moved)
+    found = engine.write(TIMM.entries(model, EVEN), moved)
     worst_of_all = max(
         relative_difference(found[name], x) for name, x in expected.items()
     )

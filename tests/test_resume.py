@@ -14,7 +14,7 @@ import time
 import pytest
 from etils import epath
 
-from big_vision_lite import step_folder
+from big_vision_lite.runs import step_folder
 
 SCRIPT = pathlib.Path(__file__).parent / "killable_run.py"
 NUM_STEPS = 16

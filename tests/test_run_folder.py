@@ -8,23 +8,25 @@ import sys
 
 import jax
 import pytest
-from big_vision_lite.data.ops import Decode
-from big_vision_lite.data.sources import Digits
 from etils import epath
 
-from big_vision_lite import devices, run_folder, serialize
 from big_vision_lite.config import Checkpoints, TrainConfig
+from big_vision_lite.data.ops import Decode
 from big_vision_lite.data.pipeline import Stream
-from big_vision_lite.devices import Platform
+from big_vision_lite.data.sources import Digits
 from big_vision_lite.evaluators.classification import Classification
-from big_vision_lite.integrity import DamagedCheckpoint
-from big_vision_lite.models.heads import Classifier
+from big_vision_lite.models.blocks.heads import Classifier
 from big_vision_lite.models.vit import ViT
 from big_vision_lite.objectives.classification import SoftmaxClassification
-from big_vision_lite.optimizers import AdamW
-from big_vision_lite.run_folder import RunFolder
+from big_vision_lite.recipes import serialize
+from big_vision_lite.runs import folder as run_folder
+from big_vision_lite.runs.folder import RunFolder
+from big_vision_lite.runs.integrity import DamagedCheckpoint
+from big_vision_lite.runtime import startup
+from big_vision_lite.runtime.sharding import Mesh
+from big_vision_lite.runtime.startup import Platform
 from big_vision_lite.schedules import WarmupCosine
-from big_vision_lite.sharding import Mesh
+from big_vision_lite.training.optimizers import AdamW
 
 ROOT = pathlib.Path(__file__).parents[1]
 
@@ -94,17 +96,17 @@ def test_without_git_or_outside_its_repository_no_commit_is_claimed(
     tmp_path, monkeypatch
 ):
     if (ROOT / ".git").exists():
-        assert len(devices.versions()["commit"]) == 40
+        assert len(startup.versions()["commit"]) == 40
     with monkeypatch.context() as patch:
         patch.setenv("PATH", str(tmp_path))
-        found = devices.versions()
+        found = startup.versions()
     assert "commit" not in found and found["jax"] == jax.__version__
     # A copy inside a repository of somebody else.
     subprocess.run(["git", "init", "-q", tmp_path], check=True)
-    (tmp_path / "vendor" / "big_vision_lite").mkdir(parents=True)
-    copied = tmp_path / "vendor" / "big_vision_lite" / "environment.py"
-    monkeypatch.setattr(devices, "__file__", str(copied))
-    assert devices.versions() == found
+    copied = tmp_path / "vendor" / "big_vision_lite" / "runtime" / "startup.py"
+    copied.parent.mkdir(parents=True)
+    monkeypatch.setattr(startup, "__file__", str(copied))
+    assert startup.versions() == found
 
 
 def test_a_second_run_in_the_folder_is_refused_while_the_first_lasts(tmp_path):

@@ -16,13 +16,28 @@ import cv2
 import numpy as np
 import pytest
 from array_record.python import array_record_module
-from big_vision_lite.data.sources import Digits, ImageFolder, InMemory, Tfds
 from prepared import labels_of
 
-from big_vision_lite.data import image_folder, prepared_set, records, tfds_folder
-from big_vision_lite.data.image_folder import hold_out
-from big_vision_lite.data.prepared_set import load
-from big_vision_lite.data.tf_example import encode_example, parse_example
+from big_vision_lite.data.sources import (
+    Digits,
+    ImageFolder,
+    InMemory,
+    Tfds,
+    listing,
+)
+from big_vision_lite.data.sources.listing import hold_out
+from big_vision_lite.data.sources.tfds import (
+    folder as tfds_folder,
+)
+from big_vision_lite.data.sources.tfds import (
+    prepared_set,
+    records,
+)
+from big_vision_lite.data.sources.tfds.example import (
+    encode_example,
+    parse_example,
+)
+from big_vision_lite.data.sources.tfds.prepared_set import load
 
 with warnings.catch_warnings():
     warnings.simplefilter("ignore")
@@ -583,7 +598,7 @@ def test_hashed_splits_do_not_depend_on_order_or_place(
         def __exit__(self, *_):
             return None
 
-    monkeypatch.setattr(image_folder.os, "scandir", Backwards)
+    monkeypatch.setattr(listing.os, "scandir", Backwards)
     assert held(plain) == first
 
 

@@ -11,12 +11,12 @@ import pytest
 import tiny_runs
 from tiny_runs import FSDP, Net, gradients, rows, start, tiny_vit
 
-from big_vision_lite import state as state_lib
 from big_vision_lite import trees
-from big_vision_lite.bound_model import BoundModel
-from big_vision_lite.models.layers import Remat
+from big_vision_lite.models.blocks.layers import Remat
 from big_vision_lite.objectives.classification import SoftmaxClassification
-from big_vision_lite.step import make_eval_step, make_train_step
+from big_vision_lite.training import state as state_lib
+from big_vision_lite.training.forward import BoundModel
+from big_vision_lite.training.step import make_eval_step, make_train_step
 
 MESHES = {
     "one": dict(devices=1),

@@ -4,8 +4,8 @@ import threading
 
 import pytest
 
-from big_vision_lite import command_line
-from big_vision_lite.processes import Stopped, StopSignal
+from big_vision_lite.recipes import command_line
+from big_vision_lite.runtime.processes import Stopped, StopSignal
 
 
 def handlers():
@@ -57,9 +57,11 @@ def test_several_processes_ask_each_other_every_few_seconds(monkeypatch, capfd):
         return [values, answers[len(asked) - 1]]
 
     monkeypatch.setattr("jax.process_count", lambda: 2)
-    monkeypatch.setattr("big_vision_lite.processes.gather", gather)
+    monkeypatch.setattr("big_vision_lite.runtime.processes.gather", gather)
     with StopSignal() as stop:
-        monkeypatch.setattr("big_vision_lite.processes.time.monotonic", lambda: now[0])
+        monkeypatch.setattr(
+            "big_vision_lite.runtime.processes.time.monotonic", lambda: now[0]
+        )
         stop._asked = (0, 0.0)
         stopped_at = []
         for step in range(1, 20):

@@ -10,10 +10,10 @@ import pytest
 from jax.sharding import AxisType, Mesh, PartitionSpec
 from tiny_runs import rows, start, tiny_vit
 
-from big_vision_lite import flops
-from big_vision_lite.models.attention import Attention, attend
+from big_vision_lite.models.blocks.attention import Attention, attend
+from big_vision_lite.models.blocks.layers import Dtype, Remat
 from big_vision_lite.models.kernels import tpu_attention
-from big_vision_lite.models.layers import Dtype, Remat
+from big_vision_lite.runtime import flops
 
 NAMES = ("y", "q", "k", "v", "q_bias", "k_bias", "v_bias")
 

@@ -9,22 +9,24 @@ from typing import ClassVar
 
 import jax
 import pytest
-from big_vision_lite.data.ops import Decode
-from big_vision_lite.data.sources import Digits, ImageFolder
 from etils import epath
 from tiny_runs import Net
 
-from big_vision_lite import command_line, dry_run, step_folder, train
+from big_vision_lite import train
 from big_vision_lite.config import Checkpoints, TrainConfig
+from big_vision_lite.data.ops import Decode
 from big_vision_lite.data.pipeline import Stream
+from big_vision_lite.data.sources import Digits, ImageFolder
 from big_vision_lite.evaluators.classification import Classification
 from big_vision_lite.evaluators.fewshot import FewShot, FewShotSet
-from big_vision_lite.metrics import read_history
 from big_vision_lite.objectives.classification import SoftmaxClassification
-from big_vision_lite.optimizers import AdamW
-from big_vision_lite.processes import Stopped, StopSignal
+from big_vision_lite.recipes import command_line
+from big_vision_lite.runs import dry_run, step_folder
+from big_vision_lite.runs.records import read_history
 from big_vision_lite.runtime.cpu import SteadyStep
+from big_vision_lite.runtime.processes import Stopped, StopSignal
 from big_vision_lite.schedules import Constant
+from big_vision_lite.training.optimizers import AdamW
 
 CLOCK = ("images_per_second", "data_wait", "eta_seconds")
 

@@ -12,20 +12,24 @@ from foreign_models import randomise, relative_difference
 
 from big_vision_lite import trees
 from big_vision_lite.conversion import (
+    engine,
     export,
     foreign,
     formats,
-    mapping,
+)
+from big_vision_lite.conversion import (
+    files as weights,
+)
+from big_vision_lite.conversion.families import (
     vit_huggingface,
     vit_huggingface_dinov2,
     vit_huggingface_siglip,
-    weights,
 )
 from big_vision_lite.conversion.formats import Library
-from big_vision_lite.models.heads import Classifier
-from big_vision_lite.models.mlp import Activation
-from big_vision_lite.models.patches import Positions
-from big_vision_lite.models.pooling import FinalNorm, Pooling
+from big_vision_lite.models.blocks.heads import Classifier
+from big_vision_lite.models.blocks.mlp import Activation
+from big_vision_lite.models.blocks.patches import Positions
+from big_vision_lite.models.blocks.pooling import FinalNorm, Pooling
 from big_vision_lite.models.vit import ViT
 
 torch = pytest.importorskip("torch")
@@ -174,7 +178,7 @@ def differences(model, path):
 def put(model, variables, image_size, folder):
     """Writes our model as theirs, as export does; returns the class of theirs."""
     form = export.find(model, Library.HUGGINGFACE)
-    arrays = mapping.write(form.entries(model, image_size), variables)
+    arrays = engine.write(form.entries(model, image_size), variables)
     if hasattr(form, "constants"):
         arrays |= form.constants(model)
     config = form.describe(model, image_size)
@@ -275,7 +279,7 @@ def test_ours_give_the_same_numbers_there_and_come_back(tmp_path, name):
     if model.positions == Positions.LEARNED:
         assert architecture.model == model
     else:  # fixed positions come back as the table that they are
-        back = mapping.read(
+        back = engine.read(
             form.entries(model, size),
             weights.read(str(tmp_path / "saved")).arrays,
             formats.shapes(model, size, 3),

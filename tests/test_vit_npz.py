@@ -12,11 +12,19 @@ import torch_libraries
 from foreign_models import relative_difference
 
 from big_vision_lite import trees
-from big_vision_lite.conversion import foreign, formats, mapping, vit_npz, weights
-from big_vision_lite.models.heads import Classifier
-from big_vision_lite.models.mlp import Activation
-from big_vision_lite.models.patches import Positions
-from big_vision_lite.models.pooling import FinalNorm, Pooling
+from big_vision_lite.conversion import (
+    engine,
+    foreign,
+    formats,
+)
+from big_vision_lite.conversion import (
+    files as weights,
+)
+from big_vision_lite.conversion.families import vit_npz
+from big_vision_lite.models.blocks.heads import Classifier
+from big_vision_lite.models.blocks.mlp import Activation
+from big_vision_lite.models.blocks.patches import Positions
+from big_vision_lite.models.blocks.pooling import FinalNorm, Pooling
 from big_vision_lite.models.vit import ViT
 
 torch_libraries.import_torchvision()
@@ -526,7 +534,7 @@ def test_there_and_back_gives_the_same_bits(folder, form, pooling, hidden_dim):
         name: np.float32(rng.normal(size=shape))
         for name, shape in formats.shapes(model, size, 3).items()
     }
-    written = mapping.write(form.entries(model, size), before)
+    written = engine.write(form.entries(model, size), before)
     path = save(folder, written, size)
     assert foreign.recognise(weights.read(path)) == form
     loaded, after = load(path, size)
@@ -540,7 +548,7 @@ def test_fixed_positions_need_no_array(positions):
     model = ours(Pooling.AVERAGE, positions)
     shapes = formats.shapes(model, (16, 24), 3)
     variables = {name: np.ones(shape, np.float32) for name, shape in shapes.items()}
-    written = mapping.write(BIG_VISION.entries(model, (16, 24)), variables)
+    written = engine.write(BIG_VISION.entries(model, (16, 24)), variables)
     assert ("pos_embedding" in written) == (positions == Positions.LEARNED)
 
 

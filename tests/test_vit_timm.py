@@ -12,15 +12,18 @@ import pytest
 import torch_libraries
 from foreign_models import randomise, relative_difference
 
-from big_vision_lite import saved_run, trees
-from big_vision_lite.conversion import foreign, formats, mapping, vit_timm
+from big_vision_lite import trees
+from big_vision_lite.conversion import engine, foreign, formats
+from big_vision_lite.conversion.families import vit_timm
 from big_vision_lite.conversion.formats import Weights
-from big_vision_lite.models import patches, towers
-from big_vision_lite.models.heads import Classifier
-from big_vision_lite.models.mlp import Activation
-from big_vision_lite.models.patches import Positions, sincos
-from big_vision_lite.models.pooling import FinalNorm, Pooling
+from big_vision_lite.models import vit_variants
+from big_vision_lite.models.blocks import patches
+from big_vision_lite.models.blocks.heads import Classifier
+from big_vision_lite.models.blocks.mlp import Activation
+from big_vision_lite.models.blocks.patches import Positions, sincos
+from big_vision_lite.models.blocks.pooling import FinalNorm, Pooling
 from big_vision_lite.models.vit import ViT
+from big_vision_lite.runs import load as saved_run
 
 torch = pytest.importorskip("torch")
 torch_libraries.import_torchvision()
@@ -164,7 +167,7 @@ def test_our_weights_give_our_logits_in_timm_and_come_back_the_same(case):
     model, size = architecture.model, image_size(case)
     form = vit_timm.FORMATS[0]
     described = json.loads(json.dumps(form.describe(model, size)))
-    arrays = mapping.write(form.entries(model, size), variables)
+    arrays = engine.write(form.entries(model, size), variables)
     theirs = timm.create_model(described["architecture"], **described["model_args"])
     state = {name: torch.from_numpy(array) for name, array in arrays.items()}
     theirs.load_state_dict(state, strict=True)
@@ -321,7 +324,7 @@ def random_variables(model, size, channels=3, seed=0):
 def to_timm(model, variables, size):
     form = vit_timm.FORMATS[0]
     described = form.describe(model, size)
-    arrays = mapping.write(form.entries(model, size), variables)
+    arrays = engine.write(form.entries(model, size), variables)
     theirs = timm.create_model(described["architecture"], **described["model_args"])
     state = {name: torch.from_numpy(array) for name, array in arrays.items()}
     theirs.load_state_dict(state, strict=True)
@@ -516,14 +519,14 @@ def test_published_sizes_have_heads_gelu_and_parameters_of_timm(name):
 
 
 TOWERS = {
-    "deit_tiny_patch16_224": towers.deit("Ti/16"),
-    "deit_tiny_distilled_patch16_224": towers.deit("Ti/16", distilled=True),
-    "deit3_medium_patch16_224": towers.deit3("M/16"),
-    "vit_small_patch14_dinov2": towers.dinov2("S/14"),
-    "vit_base_patch14_reg4_dinov2": towers.dinov2("B/14", registers=4),
-    "vit_giant_patch14_dinov2": towers.dinov2("g/14"),
+    "deit_tiny_patch16_224": vit_variants.deit("Ti/16"),
+    "deit_tiny_distilled_patch16_224": vit_variants.deit("Ti/16", distilled=True),
+    "deit3_medium_patch16_224": vit_variants.deit3("M/16"),
+    "vit_small_patch14_dinov2": vit_variants.dinov2("S/14"),
+    "vit_base_patch14_reg4_dinov2": vit_variants.dinov2("B/14", registers=4),
+    "vit_giant_patch14_dinov2": vit_variants.dinov2("g/14"),
     # One of those that timm calculates with the GELU they were trained with.
-    "vit_so400m_patch16_siglip_256": towers.siglip("So400m/16"),
+    "vit_so400m_patch16_siglip_256": vit_variants.siglip("So400m/16"),
 }
 
 

@@ -7,7 +7,7 @@ from foreign_models import randomise
 
 from big_vision_lite.conversion import foreign, formats
 from big_vision_lite.conversion.formats import Weights
-from big_vision_lite.models.mlp import Activation
+from big_vision_lite.models.blocks.mlp import Activation
 
 torch = pytest.importorskip("torch")
 torch_libraries.import_torchvision()

@@ -10,18 +10,18 @@ from foreign_models import randomise, relative_difference
 
 from big_vision_lite import trees
 from big_vision_lite.conversion import (
+    engine,
     export,
     foreign,
     formats,
-    mapping,
     preprocessing,
-    vit_torchvision,
 )
+from big_vision_lite.conversion.families import vit_torchvision
 from big_vision_lite.conversion.formats import Library, Weights
 from big_vision_lite.conversion.preprocessing import from_torchvision
-from big_vision_lite.models.heads import Classifier
-from big_vision_lite.models.mlp import Activation
-from big_vision_lite.models.pooling import Pooling
+from big_vision_lite.models.blocks.heads import Classifier
+from big_vision_lite.models.blocks.mlp import Activation
+from big_vision_lite.models.blocks.pooling import Pooling
 from big_vision_lite.models.vit import ViT
 
 torch = pytest.importorskip("torch")
@@ -150,7 +150,7 @@ def test_published_sizes_have_the_shapes_and_the_names_of_theirs(size):
     assert found.model.num_heads == theirs.encoder.layers[0].num_heads
     ours = formats.shapes(found.model, found.image_size, 3)
     variables = {n: np.broadcast_to(np.float32(0), s) for n, s in ours.items()}
-    written = mapping.write(form.entries(found.model, found.image_size), variables)
+    written = engine.write(form.entries(found.model, found.image_size), variables)
     assert {n: x.shape for n, x in written.items()} == shapes
     # Ours has no position of the class token.
     assert sum(np.prod(s) for s in ours.values()) + found.model.width == sum(

@@ -9,13 +9,14 @@ import pytest
 from flax import linen as nn
 
 from big_vision_lite import trees
-from big_vision_lite.models import patches, towers
-from big_vision_lite.models.attention import MultiHeadAttention
-from big_vision_lite.models.heads import Classifier
-from big_vision_lite.models.layers import Dtype, LayerNorm
-from big_vision_lite.models.mlp import Activation, Mlp
-from big_vision_lite.models.patches import PatchEmbedding, Positions
-from big_vision_lite.models.pooling import FinalNorm, Pooling
+from big_vision_lite.models import vit_variants
+from big_vision_lite.models.blocks import patches
+from big_vision_lite.models.blocks.attention import MultiHeadAttention
+from big_vision_lite.models.blocks.heads import Classifier
+from big_vision_lite.models.blocks.layers import Dtype, LayerNorm
+from big_vision_lite.models.blocks.mlp import Activation, Mlp
+from big_vision_lite.models.blocks.patches import PatchEmbedding, Positions
+from big_vision_lite.models.blocks.pooling import FinalNorm, Pooling
 from big_vision_lite.models.vit import ViT
 
 CLASSES = 5
@@ -309,7 +310,7 @@ def test_a_kernel_resized_at_use_equals_the_one_resized_before(patch):
 def test_a_flexivit_has_the_same_parameters_for_every_patch_and_image_size():
     shapes = []
     for patch, side in ((8, 240), (16, 240), (30, 240), (48, 192)):
-        model = towers.flexivit(f"Ti/{patch}", depth=1)
+        model = vit_variants.flexivit(f"Ti/{patch}", depth=1)
         image = jax.ShapeDtypeStruct((1, side, side, 3), jnp.uint8)
         found = jax.eval_shape(model.init, jax.random.key(0), image)["params"]
         shapes.append({n: leaf.shape for n, leaf in trees.flatten(found).items()})
@@ -328,21 +329,34 @@ def test_positions_on_their_own_grid_are_not_touched():
 @pytest.mark.parametrize(
     ("model", "side", "count"),
     [
-        (towers.dinov2("S/14"), 518, 22_056_192 - 384),
-        (towers.dinov2("B/14", registers=4), 518, 86_582_016),
-        (towers.siglip("B/16"), 224, 92_884_224),
-        (towers.siglip("So400m/14"), 224, 427_680_704),
-        (towers.deit("S/16", head=Classifier(num_classes=1000)), 224, 22_050_664 - 384),
+        (vit_variants.dinov2("S/14"), 518, 22_056_192 - 384),
+        (vit_variants.dinov2("B/14", registers=4), 518, 86_582_016),
+        (vit_variants.siglip("B/16"), 224, 92_884_224),
+        (vit_variants.siglip("So400m/14"), 224, 427_680_704),
         (
-            towers.deit("B/16", distilled=True, head=Classifier(num_classes=1000)),
+            vit_variants.deit("S/16", head=Classifier(num_classes=1000)),
+            224,
+            22_050_664 - 384,
+        ),
+        (
+            vit_variants.deit(
+                "B/16", distilled=True, head=Classifier(num_classes=1000)
+            ),
             *(224, 87_338_192 - 2 * 768),
         ),
-        (towers.deit3("M/16", head=Classifier(num_classes=1000)), 224, 38_849_512),
-        pytest.param(
-            towers.dinov2("g/14"), 518, 1_136_479_232 - 1536, marks=pytest.mark.slow
+        (
+            vit_variants.deit3("M/16", head=Classifier(num_classes=1000)),
+            224,
+            38_849_512,
         ),
         pytest.param(
-            towers.deit3("H/14", head=Classifier(num_classes=1000)),
+            vit_variants.dinov2("g/14"),
+            518,
+            1_136_479_232 - 1536,
+            marks=pytest.mark.slow,
+        ),
+        pytest.param(
+            vit_variants.deit3("H/14", head=Classifier(num_classes=1000)),
             *(224, 632_126_440),
             marks=pytest.mark.slow,
         ),

@@ -14,7 +14,8 @@ import numpy as np
 import pytest
 import safetensors.numpy
 
-from big_vision_lite.conversion import foreign, weights
+from big_vision_lite.conversion import files as weights
+from big_vision_lite.conversion import foreign
 
 RNG = np.random.default_rng(0)
 ARRAYS = {

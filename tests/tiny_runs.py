@@ -14,24 +14,25 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from big_vision_lite.data.ops import Decode, Resize
 from jax.experimental import topologies
 
-from big_vision_lite import layout, sharding, trees
-from big_vision_lite import state as state_lib
+from big_vision_lite import trees
 from big_vision_lite.conversion import export
 from big_vision_lite.conversion.formats import Library
 from big_vision_lite.conversion.preprocessing import Preprocessing
-from big_vision_lite.models.heads import Classifier
+from big_vision_lite.data.ops import Decode, Resize
+from big_vision_lite.models.blocks.heads import Classifier
 from big_vision_lite.models.vit import ViT
 from big_vision_lite.objectives.classification import SoftmaxClassification
-from big_vision_lite.sharding import (
+from big_vision_lite.runtime import layout, sharding
+from big_vision_lite.runtime.sharding import (
     TENSOR_PARALLEL_VIT,
     Layout,
     Mesh,
     ShardingRule,
 )
-from big_vision_lite.step import make_train_step
+from big_vision_lite.training import state as state_lib
+from big_vision_lite.training.step import make_train_step
 
 FSDP = (ShardingRule(pattern=".*"),)
 RULES = {

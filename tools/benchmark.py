@@ -232,14 +232,12 @@ class Windows:
 def recipe_rows(argv: Sequence[str], steps: int, rounds: int, starts: int) -> list[Row]:
     """Measures the recipe that `argv` names, with its overrides."""
     # Not at the top: --synthetic does without what they import.
-    from big_vision_lite import (
-        checkpoint,
-        command_line,
-        devices,
-        flops,
-        program,
-        train,
-    )
+    from big_vision_lite import train
+    from big_vision_lite.recipes import command_line
+    from big_vision_lite.runs import checkpoint
+    from big_vision_lite.runtime import flops
+    from big_vision_lite.runtime import startup as devices
+    from big_vision_lite.training import program
 
     command = command_line.parse(["benchmark", *argv], lambda values: None)
     if command.config is None:
@@ -434,12 +432,12 @@ def build_bare(
     clip_norm: float | None = 1.0,
 ) -> Bare:
     """Compiles the real train step of a model, and makes its state and a batch."""
-    from big_vision_lite import flops, layout, sharding
-    from big_vision_lite import state as state_lib
     from big_vision_lite.objectives.classification import SoftmaxClassification
-    from big_vision_lite.optimizers import AdamW
+    from big_vision_lite.runtime import flops, layout, sharding
     from big_vision_lite.schedules import WarmupCosine
-    from big_vision_lite.step import make_train_step
+    from big_vision_lite.training import state as state_lib
+    from big_vision_lite.training.optimizers import AdamW
+    from big_vision_lite.training.step import make_train_step
 
     mesh = sharding.make_mesh(sharding.Mesh())
     layout.check_batch_size(batch_size, mesh)

@@ -19,11 +19,12 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from big_vision_lite.data.sources import Tfds, folder_splits
 
-from big_vision_lite.data import image_folder, prepared_set, tfds_folder
-from big_vision_lite.data.decode import UndecodableImage, decode
-from big_vision_lite.wording import some
+from big_vision_lite.data.ops.decode import UndecodableImage, decode
+from big_vision_lite.data.sources import Tfds, folder_splits, listing
+from big_vision_lite.data.sources.tfds import folder as tfds_folder
+from big_vision_lite.data.sources.tfds import prepared_set
+from big_vision_lite.messages import some
 
 # Edges of the short side, in pixels, between the rows of the size table.
 SIZE_EDGES = (8, 16, 32, 64, 128, 256, 512, 1024, 2048)
@@ -125,10 +126,10 @@ def empty_folders(folder: str) -> list[Path]:
     root = Path(folder).expanduser()
     return [
         path
-        for parent in list(image_folder.find_splits(root).values()) or [root]
+        for parent in list(listing.find_splits(root).values()) or [root]
         for path in sorted(parent.iterdir())
         if path.is_dir() and not path.name.startswith((".", "__MACOSX"))
-        if path.name not in image_folder.class_folders(parent)
+        if path.name not in listing.class_folders(parent)
     ]
 
 

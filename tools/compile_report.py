@@ -21,10 +21,11 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from big_vision_lite import command_line, plan
-from big_vision_lite.compile_process import CompileProcess
-from big_vision_lite.estimate import Estimate
+from big_vision_lite import plan
+from big_vision_lite.recipes import command_line
 from big_vision_lite.runtime import targets
+from big_vision_lite.training.compile_process import CompileProcess
+from big_vision_lite.training.estimate import Estimate
 
 ROOT = pathlib.Path(__file__).parents[1]
 GOLDEN = ROOT / "tests" / "golden" / "compiled.json"

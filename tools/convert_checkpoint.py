@@ -26,22 +26,18 @@ from etils import epath
 sys.path.insert(0, str(pathlib.Path(__file__).parents[1]))
 sys.path.insert(0, str(pathlib.Path(__file__).parent))
 
-from big_vision_lite import (
-    command_line,
-    devices,
-    files,
-    hyperrule,
-    saved_run,
-    serialize,
-    trees,
-)
-from big_vision_lite import state as state_lib  # noqa: E402
-from big_vision_lite.checkpoint import Checkpointer
+from big_vision_lite import trees
 from big_vision_lite.config import Checkpoints
-from big_vision_lite.conversion import export, foreign  # noqa: E402
-from big_vision_lite.conversion.formats import Library  # noqa: E402
-from big_vision_lite.conversion.preprocessing import Preprocessing  # noqa: E402
-from big_vision_lite.saved_run import SavedRun  # noqa: E402
+from big_vision_lite.conversion import export, foreign
+from big_vision_lite.conversion.formats import Library
+from big_vision_lite.conversion.preprocessing import Preprocessing
+from big_vision_lite.recipes import command_line, serialize
+from big_vision_lite.runs import hyperrule
+from big_vision_lite.runs import load as saved_run
+from big_vision_lite.runs.checkpoint import Checkpointer
+from big_vision_lite.runs.load import SavedRun
+from big_vision_lite.runtime import files, startup
+from big_vision_lite.training import state as state_lib
 
 ORBAX = "orbax"
 # What has to be installed to compare.
@@ -149,15 +145,15 @@ def to_run(run: SavedRun, out: pathlib.Path) -> None:
         raise ValueError(f"{out} is not empty; name a new folder with --out.")
     text = serialize.to_json(
         run.config,
-        versions=devices.versions(),
-        machine=devices.machine(),
+        versions=startup.versions(),
+        machine=startup.machine(),
     )
     metadata = {
         "num_steps": int(run.manifest["num_steps"]),
         "class_names": list(run.class_names),
         "source": run.config.data.source.fingerprint,
         "origin": run.manifest.get("origin"),
-        "versions": devices.versions(),
+        "versions": startup.versions(),
     }
     policy = Checkpoints()
     with Checkpointer(

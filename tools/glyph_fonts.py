@@ -15,7 +15,7 @@ from typing import Any
 import cv2
 import numpy as np
 
-from big_vision_lite.data.in_memory import content_hash
+from big_vision_lite.data.sources.arrays import content_hash
 
 ALPHABET = string.digits + string.ascii_uppercase + string.ascii_lowercase
 SUFFIXES = (".ttf", ".otf")

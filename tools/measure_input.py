@@ -22,15 +22,16 @@ from collections.abc import Sequence
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 
 import jax
-from big_vision_lite.data.ops import DecodeInceptionCrop, FlipLeftRight
-from big_vision_lite.data.sources import ImageFolder, Tfds
 from rich.console import Console
 from rich.table import Table
 
-from big_vision_lite import command_line, sharding
 from big_vision_lite.data import pipeline
+from big_vision_lite.data.ops import DecodeInceptionCrop, FlipLeftRight
 from big_vision_lite.data.pipeline import Stream
+from big_vision_lite.data.sources import ImageFolder, Tfds
 from big_vision_lite.data.workers import resolve_threads
+from big_vision_lite.recipes import command_line
+from big_vision_lite.runtime import sharding
 
 
 @dataclasses.dataclass(kw_only=True)

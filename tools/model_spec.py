@@ -75,6 +75,6 @@ def _fields(kind: Any) -> dict[str, Any]:
 
 
 def _head(num_classes: int | None) -> Any:
-    from big_vision_lite.models.heads import Classifier
+    from big_vision_lite.models.blocks.heads import Classifier
 
     return None if num_classes is None else Classifier(num_classes=num_classes)

@@ -20,9 +20,9 @@ import numpy as np
 import simplejpeg
 import torch_libraries
 
+from big_vision_lite.conversion.engine import Entry
 from big_vision_lite.conversion.export import SAFETENSORS, Exported
 from big_vision_lite.conversion.formats import Library
-from big_vision_lite.conversion.mapping import Entry
 from big_vision_lite.conversion.preprocessing import Preprocessing
 
 # Largest |difference| over largest |value|, float32 on a CPU.

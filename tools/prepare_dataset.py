@@ -30,16 +30,19 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from big_vision_lite.data.sources import ImageFolder, folder_splits
 
-from big_vision_lite.data import tfds_folder
-from big_vision_lite.data.decode import UndecodableImage, decode
-from big_vision_lite.data.image_folder import stable_order
-from big_vision_lite.data.in_memory import content_hash
-from big_vision_lite.data.prepared_set import FILE_TEMPLATE, shard_file
-from big_vision_lite.data.records import ArrayRecordFile
-from big_vision_lite.data.tf_example import encode_example
-from big_vision_lite.wording import some
+from big_vision_lite.data.ops.decode import UndecodableImage, decode
+from big_vision_lite.data.sources import ImageFolder, folder_splits
+from big_vision_lite.data.sources.arrays import content_hash
+from big_vision_lite.data.sources.listing import stable_order
+from big_vision_lite.data.sources.tfds import folder as tfds_folder
+from big_vision_lite.data.sources.tfds.example import encode_example
+from big_vision_lite.data.sources.tfds.prepared_set import (
+    FILE_TEMPLATE,
+    shard_file,
+)
+from big_vision_lite.data.sources.tfds.records import ArrayRecordFile
+from big_vision_lite.messages import some
 
 FEATURES = "tensorflow_datasets.core.features"
 # Read and decoded side by side; bounds memory, too.

@@ -31,7 +31,8 @@ import jax.numpy as jnp
 import model_spec
 import numpy as np
 
-from big_vision_lite import flops, trees
+from big_vision_lite import trees
+from big_vision_lite.runtime import flops
 
 CLASSES = 1000
 # Published sizes with their image size; heads of 1,000 classes.
@@ -187,8 +188,9 @@ def of_path(
     """
     from etils import epath
 
-    from big_vision_lite import run_folder
-    from big_vision_lite.conversion import foreign, weights
+    from big_vision_lite.conversion import files as weights
+    from big_vision_lite.conversion import foreign
+    from big_vision_lite.runs import folder as run_folder
 
     if weights.is_foreign(path):
         found = foreign.load(path)
@@ -265,7 +267,7 @@ def main(argv: Sequence[str]) -> None:
         return
     if options.model is None:
         parser.error(f"which model? NAME:SIZE like {model_spec.EXAMPLE}, or a run")
-    from big_vision_lite.conversion import weights
+    from big_vision_lite.conversion import files as weights
 
     if weights.is_foreign(options.model) or pathlib.Path(options.model).exists():
         model, image = of_path(options.model, options.allow_module)

@@ -10,11 +10,16 @@ from typing import Any
 import numpy as np
 import safetensors.numpy
 
-from big_vision_lite import serialize
-from big_vision_lite.conversion import foreign, formats, mapping, preprocessing_export
+from big_vision_lite.conversion import (
+    engine,
+    foreign,
+    formats,
+    preprocessing_export,
+)
 from big_vision_lite.conversion.formats import Format, Library
 from big_vision_lite.conversion.preprocessing import Preprocessing
 from big_vision_lite.conversion.preprocessing_export import Written
+from big_vision_lite.recipes import serialize
 
 WEIGHTS = {Library.NPZ: "model.npz"}
 SAFETENSORS = "model.safetensors"
@@ -64,7 +69,7 @@ def export(
     form = find(model, library)
     described = _of_channels(library, form.describe(model, road.image_size), channels)
     entries = form.entries(model, road.image_size)
-    arrays = mapping.write(entries, variables)
+    arrays = engine.write(entries, variables)
     constants = getattr(form, "constants", None)
     if constants is not None:
         arrays |= constants(model)

@@ -6,10 +6,12 @@ from typing import Any
 
 import numpy as np
 
-from big_vision_lite import __version__, serialize
-from big_vision_lite.conversion import formats, preprocessing, weights
+from big_vision_lite import __version__
+from big_vision_lite.conversion import files as weights
+from big_vision_lite.conversion import formats, preprocessing
 from big_vision_lite.conversion.formats import Format, Weights
 from big_vision_lite.conversion.preprocessing import Preprocessing
+from big_vision_lite.recipes import serialize
 from big_vision_lite.types import Op
 
 # Where config.json of our exports holds the preprocessing.

@@ -13,8 +13,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from big_vision_lite import conversion, trees
-from big_vision_lite.conversion import mapping
-from big_vision_lite.conversion.mapping import Entry
+from big_vision_lite.conversion import engine
+from big_vision_lite.conversion.engine import Entry
 from big_vision_lite.types import STATISTICS as STATISTICS
 from big_vision_lite.types import Model
 
@@ -58,7 +58,7 @@ class Weights:
         if array is not None:
             line = f"  - {name} {trees.describe(array)}  must have {axes} axes"
             line += "" if array.size else " and cannot be empty"
-        raise ValueError(mapping.report(self.path, [line]))
+        raise ValueError(engine.report(self.path, [line]))
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -151,7 +151,7 @@ def load(
     model = architecture.model
     # Optional: in some formats the same array has names that differ from file to file.
     tidied = getattr(form, "tidied", None)
-    return mapping.read(
+    return engine.read(
         form.entries(model, image_size),
         (weights if tidied is None else tidied(weights)).arrays,
         shapes(model, image_size, architecture.channels),

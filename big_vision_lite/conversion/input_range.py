@@ -4,7 +4,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from big_vision_lite.models import patches
+from big_vision_lite.models.blocks import patches
 
 
 class InputRange(NamedTuple):

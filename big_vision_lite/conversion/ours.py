@@ -4,10 +4,10 @@ import json
 from collections.abc import Sequence
 from typing import Any
 
-from big_vision_lite import serialize
-from big_vision_lite.conversion import formats, mapping
+from big_vision_lite.conversion import engine, formats
+from big_vision_lite.conversion.engine import Entry
 from big_vision_lite.conversion.formats import Architecture, Library, Weights
-from big_vision_lite.conversion.mapping import Entry
+from big_vision_lite.recipes import serialize
 
 
 class Ours:
@@ -35,7 +35,7 @@ class Ours:
     def entries(self, model: Any, image_size: tuple[int, int]) -> Sequence[Entry]:
         channels = len(model.mean) if len(model.mean) > 1 else 3
         names = formats.shapes(model, image_size, channels)
-        return [mapping.same(name, name) for name in names]
+        return [engine.same(name, name) for name in names]
 
     def describe(self, model: Any, image_size: tuple[int, int]) -> dict[str, Any]:
         return json.loads(serialize.to_json(model))

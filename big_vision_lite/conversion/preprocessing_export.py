@@ -11,9 +11,15 @@ from big_vision_lite.conversion.preprocessing import (
     Preprocessing,
     Size,
 )
-from big_vision_lite.data import new_geometry as geometry
-from big_vision_lite.data.crops import Resampling, Rounding
-from big_vision_lite.data.ops import CentralCrop, Decode, Resize, ResizeSmall, ToGray
+from big_vision_lite.data.ops import (
+    CentralCrop,
+    Decode,
+    Resize,
+    ResizeSmall,
+    ToGray,
+    geometry,
+)
+from big_vision_lite.data.ops.resampling import Resampling, Rounding
 from big_vision_lite.types import Op
 
 # The nearest of theirs, all of which antialias.

@@ -10,8 +10,10 @@ from typing import Any
 import cv2
 import numpy as np
 
-from big_vision_lite.data import prepared_set, sources
+from big_vision_lite.data import sources
 from big_vision_lite.data.host_batch import HostBatch
+from big_vision_lite.data.sources import arrays
+from big_vision_lite.data.sources.tfds import prepared_set
 from big_vision_lite.types import Op
 
 # Images of the splits of sets that recipes name most, by their TFDS catalogue.
@@ -34,7 +36,7 @@ PHOTO = (375, 500)
 def count(source: Any) -> int | None:
     """Returns how many examples a source of a known set has, without opening it."""
     if isinstance(source, sources.Digits):
-        rows = sources.DIGITS_SPLITS[source.split]
+        rows = arrays.DIGITS_SPLITS[source.split]
         return rows.stop - rows.start
     known = getattr(source, "dataset", "").partition(":")[0]
     if not isinstance(source, sources.Tfds) or known not in EXAMPLES:

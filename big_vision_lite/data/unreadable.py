@@ -5,7 +5,7 @@ from collections.abc import Iterable
 
 from etils import epath
 
-from big_vision_lite import files
+from big_vision_lite.runtime import files
 
 # Above this share of distinct files a run stops: the set is broken, not a file.
 LARGEST_SHARE = 0.001

@@ -13,7 +13,7 @@ import grain
 import numpy as np
 from absl import flags
 
-from big_vision_lite.data.batch_maker import BatchMaker
+from big_vision_lite.data.batches import BatchMaker
 from big_vision_lite.data.host_batch import HostBatch, Report
 from big_vision_lite.runtime import cpu
 

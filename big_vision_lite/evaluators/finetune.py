@@ -11,22 +11,22 @@ import jax.numpy as jnp
 import numpy as np
 from etils import epath
 
-from big_vision_lite import (
-    files,
-    integrity,
-    metrics,
-    processes,
-    serialize,
-    step_folder,
-    train,
-)
-from big_vision_lite import state as state_lib
+from big_vision_lite import train
 from big_vision_lite.config import Init, TrainConfig
-from big_vision_lite.evaluation import Context, class_table
 from big_vision_lite.evaluators.classification import Classification
-from big_vision_lite.hyperrule import HEAD, HyperRule
-from big_vision_lite.state import TrainState
-from big_vision_lite.types import Array, Evaluator, Runner, Source
+from big_vision_lite.recipes import serialize
+from big_vision_lite.runs import integrity, records, step_folder
+from big_vision_lite.runs.evaluations import Context, class_table
+from big_vision_lite.runs.hyperrule import HEAD, HyperRule
+from big_vision_lite.runtime import files, processes
+from big_vision_lite.training import state as state_lib
+from big_vision_lite.training.state import TrainState
+from big_vision_lite.types import (
+    Array,
+    Evaluator,
+    Runner,
+    Source,
+)
 
 FOLDER = "finetune"
 TEST = "test"
@@ -166,7 +166,7 @@ def digest(params: dict[str, Array]) -> str:
 
 def _accuracy(folder: epath.Path, num_steps: int) -> float | None:
     """Returns the test accuracy of a training that has finished, else None."""
-    for record in metrics.read_history(folder):
+    for record in records.read_history(folder):
         if record["step"] == num_steps and f"{TEST}/accuracy" in record:
             return record[f"{TEST}/accuracy"]
     return None

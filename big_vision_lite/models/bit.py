@@ -7,9 +7,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Num
 
-from big_vision_lite import layout
-from big_vision_lite.models.heads import Classifier
-from big_vision_lite.models.layers import (
+from big_vision_lite.models.blocks.heads import Classifier
+from big_vision_lite.models.blocks.layers import (
     Dtype,
     GroupNorm,
     Remat,
@@ -19,6 +18,7 @@ from big_vision_lite.models.layers import (
     rematerialised,
     scale_pixels,
 )
+from big_vision_lite.runtime import layout
 from big_vision_lite.types import Batch
 
 # Units a stage, arXiv:1603.05027; 26 is the hybrid's of arXiv:2106.10270.

@@ -12,10 +12,9 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Num
 
-from big_vision_lite import layout
 from big_vision_lite.models.bit import DEPTHS
-from big_vision_lite.models.heads import Classifier
-from big_vision_lite.models.layers import (
+from big_vision_lite.models.blocks.heads import Classifier
+from big_vision_lite.models.blocks.layers import (
     Dtype,
     GroupNorm,
     Remat,
@@ -25,6 +24,7 @@ from big_vision_lite.models.layers import (
     rematerialised,
     scale_pixels,
 )
+from big_vision_lite.runtime import layout
 from big_vision_lite.types import Batch
 
 

@@ -4,9 +4,8 @@ import flax.linen as nn
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Num
 
-from big_vision_lite import layout
-from big_vision_lite.models.heads import Classifier
-from big_vision_lite.models.layers import (
+from big_vision_lite.models.blocks.heads import Classifier
+from big_vision_lite.models.blocks.layers import (
     Dtype,
     Remat,
     check_choices,
@@ -16,8 +15,9 @@ from big_vision_lite.models.layers import (
     rematerialised,
     scale_pixels,
 )
-from big_vision_lite.models.mlp import Activation, Mlp
-from big_vision_lite.models.patches import PatchEmbedding
+from big_vision_lite.models.blocks.mlp import Activation, Mlp
+from big_vision_lite.models.blocks.patches import PatchEmbedding
+from big_vision_lite.runtime import layout
 from big_vision_lite.types import Batch
 
 # Width, depth, width of the MLPs over patches and over channels: Table 1.

@@ -10,11 +10,10 @@ import flax.linen as nn
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Num
 
-from big_vision_lite import layout
-from big_vision_lite.models.batch_norm import BatchNorm, Statistics
 from big_vision_lite.models.bit import Block, Stem
-from big_vision_lite.models.heads import Classifier
-from big_vision_lite.models.layers import (
+from big_vision_lite.models.blocks.batch_norm import BatchNorm, Statistics
+from big_vision_lite.models.blocks.heads import Classifier
+from big_vision_lite.models.blocks.layers import (
     Dtype,
     Remat,
     check_choices,
@@ -23,6 +22,7 @@ from big_vision_lite.models.layers import (
     rematerialised,
     scale_pixels,
 )
+from big_vision_lite.runtime import layout
 from big_vision_lite.types import Batch
 
 # Units a stage: arXiv:1512.03385, Table 1. Those of bottlenecks serve all families.

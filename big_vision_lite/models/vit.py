@@ -4,12 +4,11 @@ import flax.linen as nn
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Num
 
-from big_vision_lite import layout
-from big_vision_lite.models import patches
-from big_vision_lite.models.attention import Attention
-from big_vision_lite.models.encoder import Encoder
-from big_vision_lite.models.heads import Classifier
-from big_vision_lite.models.layers import (
+from big_vision_lite.models.blocks import patches
+from big_vision_lite.models.blocks.attention import Attention
+from big_vision_lite.models.blocks.encoder import Encoder
+from big_vision_lite.models.blocks.heads import Classifier
+from big_vision_lite.models.blocks.layers import (
     Dtype,
     Remat,
     check_choices,
@@ -18,14 +17,19 @@ from big_vision_lite.models.layers import (
     layer_norm,
     scale_pixels,
 )
-from big_vision_lite.models.mlp import Activation
-from big_vision_lite.models.patches import PatchEmbedding, Positions, sincos
-from big_vision_lite.models.pooling import (
+from big_vision_lite.models.blocks.mlp import Activation
+from big_vision_lite.models.blocks.patches import (
+    PatchEmbedding,
+    Positions,
+    sincos,
+)
+from big_vision_lite.models.blocks.pooling import (
     WITH_CLASS_TOKEN,
     AttentionPooling,
     FinalNorm,
     Pooling,
 )
+from big_vision_lite.runtime import layout
 from big_vision_lite.types import Batch, Stem
 
 # Width, depth, MLP width, heads: arXiv:2106.04560 Table 2 and arXiv:2106.10270 Table 1;

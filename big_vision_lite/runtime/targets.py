@@ -14,8 +14,8 @@ from typing import Any
 
 import jax
 
+from big_vision_lite.messages import did_you_mean
 from big_vision_lite.runtime import plugins
-from big_vision_lite.wording import did_you_mean
 
 # The name of the machine at hand.
 HERE = "here"

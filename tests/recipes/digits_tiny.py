@@ -1,18 +1,17 @@
 """Sixteen steps of a tiny ViT with what has state: dropout, mixup, EMA, few-shot."""
 
-from big_vision_lite.data.ops import Decode, RandomAffine, Resize
-from big_vision_lite.data.sources import Digits
-
 from big_vision_lite.config import Checkpoints, TrainConfig
-from big_vision_lite.data.device_ops import Mixup
+from big_vision_lite.data.ops import Decode, RandomAffine, Resize
+from big_vision_lite.data.ops.device import Mixup
 from big_vision_lite.data.pipeline import Stream
+from big_vision_lite.data.sources import Digits
 from big_vision_lite.evaluators.classification import Classification
 from big_vision_lite.evaluators.fewshot import FewShot, FewShotSet
-from big_vision_lite.models.heads import Classifier
+from big_vision_lite.models.blocks.heads import Classifier
 from big_vision_lite.models.vit import ViT
 from big_vision_lite.objectives.classification import SoftmaxClassification
-from big_vision_lite.optimizers import AdamW
 from big_vision_lite.schedules import WarmupCosine
+from big_vision_lite.training.optimizers import AdamW
 
 
 def get_config(arg: str = "") -> TrainConfig:

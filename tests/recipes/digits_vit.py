@@ -1,19 +1,18 @@
 """A tiny ViT that timm and Hugging Face have, too: class token, learned positions."""
 
-from big_vision_lite.data.ops import Decode, Resize
-from big_vision_lite.data.sources import Digits
-
 from big_vision_lite.config import Checkpoints, TrainConfig
-from big_vision_lite.data.crops import Resampling
+from big_vision_lite.data.ops import Decode, Resize
+from big_vision_lite.data.ops.resampling import Resampling
 from big_vision_lite.data.pipeline import Stream
+from big_vision_lite.data.sources import Digits
 from big_vision_lite.evaluators.classification import Classification
-from big_vision_lite.models.heads import Classifier
-from big_vision_lite.models.patches import Positions
-from big_vision_lite.models.pooling import Pooling
+from big_vision_lite.models.blocks.heads import Classifier
+from big_vision_lite.models.blocks.patches import Positions
+from big_vision_lite.models.blocks.pooling import Pooling
 from big_vision_lite.models.vit import ViT
 from big_vision_lite.objectives.classification import SoftmaxClassification
-from big_vision_lite.optimizers import AdamW
 from big_vision_lite.schedules import WarmupCosine
+from big_vision_lite.training.optimizers import AdamW
 
 
 def get_config(arg: str = "") -> TrainConfig:

@@ -4,26 +4,25 @@ A plain model on plain data: no mixup, no hidden layer in the head; softmax
 cross-entropy, AdamW.
 """
 
+from big_vision_lite.config import TrainConfig
 from big_vision_lite.data.ops import (
     CentralCrop,
     Decode,
     DecodeInceptionCrop,
     ResizeSmall,
 )
-from big_vision_lite.data.sources import Tfds
-
-from big_vision_lite.config import TrainConfig
 from big_vision_lite.data.pipeline import Stream
+from big_vision_lite.data.sources import Tfds
 from big_vision_lite.models.bit_v1 import BiTV1
-from big_vision_lite.models.heads import Classifier
-from big_vision_lite.models.layers import Dtype
+from big_vision_lite.models.blocks.heads import Classifier
+from big_vision_lite.models.blocks.layers import Dtype
 from big_vision_lite.models.resnet import ResNet
 from big_vision_lite.models.vit import ViT
 from big_vision_lite.objectives.classification import SoftmaxClassification
-from big_vision_lite.optimizers import AdamW
-from big_vision_lite.recipe_args import parse_arg
+from big_vision_lite.recipes.arguments import parse_arg
+from big_vision_lite.runtime.sharding import Mesh
 from big_vision_lite.schedules import WarmupCosine
-from big_vision_lite.sharding import Mesh
+from big_vision_lite.training.optimizers import AdamW
 
 
 def get_config(arg: str = "") -> TrainConfig:

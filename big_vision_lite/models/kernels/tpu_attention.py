@@ -26,7 +26,7 @@ from jax.experimental.pallas import tpu as pltpu
 from jax.sharding import PartitionSpec
 from jaxtyping import Array, Float
 
-from big_vision_lite import layout
+from big_vision_lite.runtime import layout
 
 LANES = 128
 # Queries that are worked on at once: [M, N] weights of 256 x 256 take 256 KB.

@@ -1,0 +1,325 @@
+"""What a run shows while it lasts: speed, waiting for data, MFU, time left, scores."""
+
+import contextlib
+import contextvars
+import queue
+import threading
+import time
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from typing import Any
+
+import jax
+from rich.console import Console, Group
+from rich.live import Live
+from rich.text import Text
+
+from big_vision_lite.console import tables
+from big_vision_lite.runtime import cpu
+from big_vision_lite.runtime.targets import peak_flops
+
+STEPS_IN_FLIGHT = 2
+# How long closing waits for the steps in flight; the thread's end is awaited at exit.
+CLOSE_SECONDS = 30
+
+
+class Clock:
+    """Steps, seconds waited for data and seconds paused since it was made."""
+
+    def __init__(self) -> None:
+        self.began = time.perf_counter()
+        self.steps = 0
+        self.waited = 0.0
+        self.paused = 0.0
+
+    def seconds(self) -> float:
+        return time.perf_counter() - self.began
+
+    def active_seconds(self) -> float:
+        return max(self.seconds() - self.paused, 1e-9)
+
+    def wait(self) -> float:
+        return min(1.0, self.waited / self.active_seconds())
+
+
+class DeviceClock:
+    """Notes, in a thread of its own, when the device had finished each step.
+
+    Close it on every way out: the thread waits inside of JAX, and the interpreter
+    aborts if it ends around a thread that does. So it is no daemon, either.
+    """
+
+    def __init__(self) -> None:
+        self._slots = threading.Semaphore(STEPS_IN_FLIGHT)
+        self._outputs: queue.SimpleQueue[Any] = queue.SimpleQueue()
+        self._thread: threading.Thread | None = None
+        self._dispatched = 0
+        self._finished = 0
+        self._finished_at = 0.0
+
+    def dispatched(self, outputs: Any) -> None:
+        if self._thread is None:
+            self._thread = threading.Thread(
+                target=self._wait, name="device-clock", daemon=False
+            )
+            self._thread.start()
+        self._dispatched += 1
+        self._outputs.put(outputs)
+        self._slots.acquire()
+
+    def idle_since(self, otherwise: float) -> float:
+        """Returns since when the device has had no work; now, if it has some."""
+        if self._thread is None:
+            return otherwise
+        if self._finished < self._dispatched:
+            return time.perf_counter()
+        return self._finished_at
+
+    def close(self) -> None:
+        """Ends the thread as soon as the steps in flight are computed."""
+        thread, self._thread = self._thread, None
+        if thread is not None:
+            self._outputs.put(None)
+            thread.join(CLOSE_SECONDS)
+
+    def _wait(self) -> None:
+        while (outputs := self._outputs.get()) is not None:
+            # An error of the device is raised where the loop reads the value.
+            with contextlib.suppress(Exception):
+                jax.block_until_ready(outputs)
+            self._finished_at = time.perf_counter()
+            self._finished += 1
+            self._slots.release()
+
+
+REDRAW_SECONDS = 0.5
+ADVISE_AFTER_STEPS = 100
+INNER = "  "  # before the line of a run inside a run
+
+# A terminal has one live line: a run inside a run (fine-tuning as an evaluator) shows
+# itself through the outer one.
+_outer: contextvars.ContextVar["Progress | None"] = contextvars.ContextVar(
+    "outer_progress", default=None
+)
+
+
+class Progress:
+    """Counts and times the steps of a run and shows them: a live line, or log lines.
+
+    Used as a context, in which it draws the live line of a terminal; a run inside that
+    context shows itself below that line. Only process 0 shows anything.
+    """
+
+    def __init__(
+        self,
+        num_steps: int,
+        batch_size: int,
+        *,
+        quiet: bool = False,
+        console: Console | None = None,
+    ):
+        self._num_steps = num_steps
+        self._batch_size = batch_size
+        self._flops_per_step: float | int | None = None
+        self._outer = _outer.get()
+        self._console = console or (self._outer._console if self._outer else Console())
+        self._quiet = quiet or jax.process_index() > 0
+        self._live: Live | None = None
+        self._step = 0
+        self._shown: Mapping[str, float | int] = {}
+        self._inner: str | None = None
+        self._drawn = 0.0
+        self._device = DeviceClock()
+        self._clock: Clock | None = None  # from the second step on
+        self._since_log: Clock | None = None
+        self._since_advice: Clock | None = None
+        self._advise_after = ADVISE_AFTER_STEPS
+
+    def __enter__(self) -> "Progress":
+        self._token = _outer.set(self)
+        if self._outer is None and not self._quiet and self._console.is_terminal:
+            # No refreshing thread: it would take its share of the host's time.
+            self._live = Live(console=self._console, auto_refresh=False, transient=True)
+            self._live.start()
+            self._draw()
+        return self
+
+    def __exit__(self, *_: Any) -> None:
+        _outer.reset(self._token)
+        # An error in the loop's body leaves `watch` suspended in the traceback.
+        self._device.close()
+        if self._live is not None:
+            self._live.stop()
+            self._live = None
+        if self._outer is not None:
+            self._outer._show_inner(None)
+
+    def begin(self, start: int, flops_per_step: float | int | None = None) -> None:
+        """Says how many steps are done already, and what a step costs.
+
+        `flops_per_step` are the model's for the whole batch, on all devices together.
+        """
+        self._step = start
+        self._flops_per_step = flops_per_step
+        self._draw()
+
+    def watch(self, batches: Iterable[Any], until: int) -> Iterator[tuple[int, Any]]:
+        """Yields (step, batch) up to step `until`, timing how long each batch took."""
+        source = iter(batches)
+        try:
+            while self._step < until:
+                asked = time.perf_counter()
+                try:
+                    batch = next(source)
+                except StopIteration:
+                    return
+                came = time.perf_counter()
+                idle = came - max(asked, self._device.idle_since(asked))
+                for clock in self._clocks():
+                    clock.waited += max(0.0, idle)
+                    clock.steps += 1
+                self._step += 1
+                if came - self._drawn > REDRAW_SECONDS:
+                    self._draw()
+                yield self._step, batch
+                if self._clock is None:  # the first step holds the compilation
+                    self._clock, self._since_log = Clock(), Clock()
+                    self._since_advice = Clock()
+        finally:
+            self._device.close()
+
+    def pace(self, outputs: Any) -> None:
+        """Holds the host back until all but the last steps' `outputs` are computed.
+
+        Otherwise it runs ahead: batches pile up on the device, and waiting for data
+        while the device still computes looks like waiting in vain.
+        """
+        self._device.dispatched(outputs)
+
+    @contextlib.contextmanager
+    def paused(self) -> Iterator[None]:
+        """Keeps an evaluation or a save out of images_per_second, data_wait and mfu."""
+        began = time.perf_counter()
+        try:
+            yield
+        finally:
+            seconds = time.perf_counter() - began
+            for clock in self._clocks():
+                clock.paused += seconds
+
+    def rates(self, step: int) -> dict[str, float]:
+        """Returns the speed since the last call; nothing while only compiling.
+
+        images_per_second; data_wait, the share of time in which the device had nothing
+        to do but wait for a batch; mfu, model FLOPs over the devices' data-sheet
+        bfloat16 peak, if that is known; eta_seconds, pauses included.
+        """
+        clock, whole = self._since_log, self._clock
+        if clock is None or whole is None or not clock.steps:
+            return {}
+        self._since_log = Clock()
+        seconds = clock.active_seconds()
+        rates = {
+            "images_per_second": clock.steps * self._batch_size / seconds,
+            "data_wait": clock.wait(),
+        }
+        peak = peak_flops(jax.devices()[0].device_kind)
+        if peak is not None and self._flops_per_step is not None:
+            flops = clock.steps * self._flops_per_step / seconds
+            rates["mfu"] = flops / (peak * jax.device_count())
+        left = max(0, self._num_steps - step)
+        rates["eta_seconds"] = left * whole.seconds() / whole.steps
+        return rates
+
+    def show(
+        self, step: int, metrics: Mapping[str, float | int], batches: Any = None
+    ) -> None:
+        """Shows one log record: in the live line, or as a line of its own.
+
+        With `batches` (their `threads` and `stages()`) it says what to do when the
+        device mostly waits for them.
+        """
+        self._shown = dict(metrics)
+        if self._quiet:
+            return
+        if self._outer is not None:
+            columns = self._console.width - len(INNER)
+            line = tables.format_line(step, self._num_steps, metrics, columns)
+            self._outer._show_inner(line)
+        elif self._live is not None:
+            self._draw()
+        else:
+            self._print(tables.format_line(step, self._num_steps, metrics))
+        if batches is not None:
+            self._advise(batches)
+
+    def scores(self, step: int, scores: Mapping[str, float | int]) -> None:
+        """Shows what an evaluator found: a line a group of scores, without controls."""
+        lines: dict[str, list[str]] = {}
+        for name, text in tables.format_scores(scores).items():
+            group, _, leaf = name.rpartition("/")
+            if not leaf.startswith(("control_", "l2_chosen", "examples")):
+                lines.setdefault(group, []).append(f"{leaf} {text}")
+        for group, parts in lines.items():
+            self.message(f"step {step}  {group}  {'  '.join(parts)}")
+
+    def message(self, text: str) -> None:
+        """Prints lines that stay, above the live line."""
+        if self._quiet or not text:
+            return
+        if self._outer is not None:
+            self._outer.message("\n".join(f"  {line}" for line in text.splitlines()))
+        else:
+            self._print(text)
+
+    def summary(
+        self, scores: Mapping[str, float | int], next_commands: Sequence[str]
+    ) -> None:
+        """Prints the table of all scores and what to type next."""
+        if self._quiet or self._outer is not None:
+            return
+        for table in tables.score_tables(scores):
+            self._console.print(table)
+        if next_commands:
+            self._print("Next:\n" + "\n".join(f"  {line}" for line in next_commands))
+
+    def _advise(self, batches: Any) -> None:
+        clock = self._since_advice
+        if clock is None or clock.steps < self._advise_after:
+            return
+        self._since_advice = Clock()
+        advice = tables.input_bound_message(
+            clock.wait(),
+            clock.steps,
+            batches.stages(),
+            batches.threads,
+            cpu.available(),
+        )
+        if advice is not None:
+            self._advise_after *= 10  # said once, it is known
+            self.message(advice)
+
+    def _clocks(self) -> list[Clock]:
+        clocks = (self._clock, self._since_log, self._since_advice)
+        return [clock for clock in clocks if clock is not None]
+
+    def _draw(self) -> None:
+        if self._live is None:
+            return
+        self._drawn = time.perf_counter()
+        columns = self._console.width
+        lines = [tables.format_line(self._step, self._num_steps, self._shown, columns)]
+        if self._inner is not None:
+            lines.append(f"{INNER}{self._inner}")
+        drawn = [Text(line, no_wrap=True, overflow="ellipsis") for line in lines]
+        self._live.update(Group(*drawn), refresh=True)
+
+    def _show_inner(self, line: str | None) -> None:
+        if self._outer is not None:
+            self._outer._show_inner(line)
+            return
+        self._inner = line
+        self._draw()
+
+    def _print(self, text: str) -> None:
+        # Text, not markup: brackets in file names and recipes are just brackets.
+        self._console.print(Text(text), soft_wrap=True)

@@ -1,0 +1,1 @@
+"""One file a family and library: names and layouts of their arrays."""

@@ -1,0 +1,308 @@
+"""Reads the arrays of weight files from elsewhere; what a file is, its bytes tell.
+
+Nothing in a file is ever executed: safetensors and numpy arrays hold none that could
+be, and torch's archives are opened by torch itself, tensors and the arguments of
+training scripts (argparse.Namespace, attributes without code) only.
+"""
+
+import argparse
+import json
+import logging
+import os
+import pathlib
+import re
+import zipfile
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import ml_dtypes
+import numpy as np
+import safetensors
+import safetensors.numpy
+
+from big_vision_lite.conversion.formats import Weights, all_formats
+
+HUB = "hub:"
+# In the order in which they are looked for.
+FOLDER_FILES = (
+    *("model.safetensors", "model.safetensors.index.json"),
+    *("pytorch_model.bin", "pytorch_model.bin.index.json"),
+    "model.npz",
+)
+# Of large models; an index says which array is in which.
+PARTS = ("model-*.safetensors", "pytorch_model-*.bin")
+READ = "Read are: Orbax run folders, .safetensors, .npz, torch's .pth and .bin"
+
+
+def read(path: str) -> Weights:
+    """Reads a file, a folder with config.json, or `hub:organisation/name`.
+
+    Raises:
+        FileNotFoundError: there is nothing of that name.
+        ValueError: it is no weight file, is damaged, or holds other things than arrays.
+    """
+    given = _download(path) if path.startswith(HUB) else pathlib.Path(path).expanduser()
+    if given.is_dir():
+        given = _file_in(given, path)
+    if not given.exists():
+        raise FileNotFoundError(f"{path} does not exist. {READ}.")
+    config, preprocessor = (_json(given.parent / name) for name in _SIDE_FILES)
+    arrays = arrays_of(given)
+    return Weights(arrays=arrays, path=path, config=config, preprocessor=preprocessor)
+
+
+def is_foreign(path: str) -> bool:
+    """Says whether a path names weights of another library, not a run of ours."""
+    if path.startswith(HUB):
+        return True
+    given = pathlib.Path(path).expanduser()
+    if given.is_dir():
+        return any((given / name).exists() for name in FOLDER_FILES)
+    return given.is_file()
+
+
+def arrays_of(path: pathlib.Path) -> dict[str, np.ndarray]:
+    """Returns {name: array} of one file, floats as float32, wrappers taken off.
+
+    Raises:
+        ValueError: see `read`.
+    """
+    stored = _stored(path)
+    prefix, arrays = unwrapped(stored, str(path))
+    if left := beside(stored, prefix):
+        average = ", the average" if prefix.startswith(AVERAGES) else ""
+        line = f"{path}: took {prefix[:-1]}{average}; left: {', '.join(left)}."
+        raw = [name for name in WRAPPERS if average and name in left]
+        if raw and zipfile.is_zipfile(path) and path.suffix != ".npz":
+            line += f" For {raw[0]}: {_take_out(path, raw[0], 'True')}"
+        logging.getLogger(__name__).warning(line)
+    return arrays
+
+
+_SIDE_FILES = ("config.json", "preprocessor_config.json")
+_AGAIN = "Fetch or copy it again."
+
+
+def _stored(path: pathlib.Path) -> dict[str, np.ndarray]:
+    with path.open("rb") as file:
+        head = file.read(64)
+    if not head:
+        raise ValueError(f"{path} is empty. Fetch it again.")
+    if zipfile.is_zipfile(path):
+        with zipfile.ZipFile(path) as archive:
+            is_torch = any(name.endswith("data.pkl") for name in archive.namelist())
+        found = _torch(path) if is_torch else _npz(path)
+    elif head[:4] == b"PK\x03\x04":
+        raise ValueError(f"{path} is a truncated archive (.npz or .pth). {_AGAIN}")
+    elif head[:2] in (b"\x80\x02", b"\x80\x03", b"\x80\x04", b"\x80\x05"):
+        found = _torch(path)
+    elif head[8:9] == b"{":
+        found = _safetensors(path)
+    elif head.lstrip()[:1] == b"{":
+        found = _parts(path)
+    else:
+        raise ValueError(_unknown(path, head))
+    return {name: _floats(array) for name, array in found.items()}
+
+
+def _file_in(folder: pathlib.Path, path: str) -> pathlib.Path:
+    for name in FOLDER_FILES:
+        if (folder / name).exists():
+            return folder / name
+    seen = ", ".join(sorted(p.name for p in folder.iterdir())[:5]) or "nothing"
+    raise FileNotFoundError(
+        f"{path} holds no weights ({', '.join(FOLDER_FILES)}), but {seen}. {READ}."
+    )
+
+
+def _download(path: str) -> pathlib.Path:
+    try:
+        import huggingface_hub  # pyright: ignore[reportMissingImports]
+    except ImportError:
+        raise ValueError(
+            f"{path}: downloading needs the hub's client; pip install -e '.[hub]', or "
+            "give a folder that has been downloaded."
+        ) from None
+    try:
+        wanted = [*FOLDER_FILES, *PARTS, *_SIDE_FILES]
+        name = path.removeprefix(HUB)
+        return pathlib.Path(
+            huggingface_hub.snapshot_download(name, allow_patterns=wanted)
+        )
+    except Exception as error:  # the client raises a dozen kinds
+        reason = str(error).strip().splitlines()[0] if str(error) else repr(error)
+        raise ValueError(
+            f"{path} could not be downloaded: {reason} Write hub:organisation/name, "
+            "and see whether this machine reaches the network."
+        ) from error
+
+
+def _json(path: pathlib.Path) -> Mapping[str, Any]:
+    if not path.exists():
+        return {}
+    try:
+        found = json.loads(path.read_text())
+    except ValueError as error:
+        raise ValueError(f"{path} is no JSON: {error}. {_AGAIN}") from error
+    return found if isinstance(found, dict) else {}
+
+
+def _parts(index: pathlib.Path) -> dict[str, np.ndarray]:
+    """Reads all files that an index names; they lie beside it."""
+    names = _json(index).get("weight_map")
+    if not isinstance(names, dict) or not names:
+        raise ValueError(f"{index} is JSON, but no index of weight files. {READ}.")
+    found: dict[str, np.ndarray] = {}
+    for name in sorted(set(map(str, names.values()))):
+        part = index.parent / name
+        if part.name != name or not part.is_file():
+            raise ValueError(f"{index} names {name}, which is not beside it. {_AGAIN}")
+        found |= _stored(part)
+    if missing := sorted(names.keys() - found.keys()):
+        raise ValueError(
+            f"{index} names {', '.join(missing[:3])}, which no file holds. {_AGAIN}"
+        )
+    return found
+
+
+def _safetensors(path: pathlib.Path) -> dict[str, np.ndarray]:
+    try:
+        return safetensors.numpy.load_file(path)
+    except (safetensors.SafetensorError, ValueError, KeyError) as error:
+        raise ValueError(
+            f"{path} is a damaged safetensors file: {error}. {_AGAIN}"
+        ) from error
+
+
+def _npz(path: pathlib.Path) -> dict[str, np.ndarray]:
+    try:
+        with np.load(path, allow_pickle=False) as archive:
+            found = {name: archive[name] for name in archive.files}
+    except (ValueError, OSError, EOFError, zipfile.BadZipFile) as error:
+        if "allow_pickle" in str(error):
+            raise ValueError(
+                f"{path} holds pickled Python objects, which could run anything; they "
+                "are never loaded. Save plain arrays: numpy.savez(FILE, **arrays)."
+            ) from error
+        raise ValueError(f"{path} is a damaged archive: {error}. {_AGAIN}") from error
+    others = [n for n, array in found.items() if not isinstance(array, np.ndarray)]
+    if others or not found:
+        raise ValueError(
+            f"{path} is a zip file of {', '.join(others[:3]) or 'nothing'}, not of "
+            f"arrays. {READ}."
+        )
+    return found
+
+
+def _torch(path: pathlib.Path) -> dict[str, np.ndarray]:
+    try:
+        import torch  # pyright: ignore[reportMissingImports]
+    except ImportError:
+        raise ValueError(
+            f"{path} is a torch archive, which only torch opens: pip install -e "
+            "'.[torch]', or save it as safetensors."
+        ) from None
+    try:
+        # Training scripts keep their arguments: attributes, and no code to be run.
+        with torch.serialization.safe_globals([argparse.Namespace]):
+            found = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # torch raises a dozen kinds
+        raise ValueError(_why_not_torch(path, error)) from error
+    arrays: dict[str, np.ndarray] = {}
+    _collect(found, "", arrays, torch.Tensor)
+    if not arrays:
+        raise ValueError(
+            f"{path} holds a {type(found).__name__} without tensors, no state dict."
+        )
+    return arrays
+
+
+def _why_not_torch(path: pathlib.Path, error: Exception) -> str:
+    text = re.sub(r"\x1b\[[0-9;]*m", "", str(error)).strip() or repr(error)
+    if others := re.search(r"GLOBAL (\S+)", text):
+        return (
+            f"{path} holds more than tensors: {others[1]}. Only tensors are read, as "
+            "loading other objects can run code. To take the weights out, which runs "
+            "code from the file, so only for files from people you trust: "
+            f"{_take_out(path, 'model', 'False')} (elsewhere ['state_dict'], or "
+            ".state_dict() of a whole model)."
+        )
+    reasons = re.findall(r"WeightsUnpickler error:\s*(.+)", text) or text.splitlines()
+    reason = reasons[0].strip().rstrip(".")
+    return f"{path} is no torch file of tensors alone: {reason}. {_AGAIN}"
+
+
+def _take_out(path: pathlib.Path, key: str, weights_only: str) -> str:
+    return (
+        'python -c "import argparse, torch; torch.serialization.add_safe_globals('
+        f"[argparse.Namespace]); torch.save(torch.load('{path}', weights_only="
+        f"{weights_only})['{key}'], 'only_{key}.pth')\""
+    )
+
+
+def _collect(node: Any, name: str, arrays: dict[str, np.ndarray], tensor: type) -> None:
+    """Gathers the tensors of nested dicts; epochs, arguments and such are left out."""
+    if isinstance(node, tensor):
+        whole: Any = node
+        arrays[name] = whole.detach().float().numpy()
+    elif isinstance(node, Mapping):
+        for key, value in node.items():
+            _collect(value, f"{name}.{key}" if name else str(key), arrays, tensor)
+
+
+def _floats(array: np.ndarray) -> np.ndarray:
+    # numpy's archives keep bfloat16 as two bytes without a meaning.
+    if array.dtype == np.dtype("V2"):
+        array = array.view(ml_dtypes.bfloat16)
+    if array.dtype.kind in "fV" or array.dtype == ml_dtypes.bfloat16:
+        return np.asarray(array, np.float32)
+    return array
+
+
+def _unknown(path: pathlib.Path, head: bytes) -> str:
+    # A MessagePack map and its first key: what flax.serialization writes.
+    if head[0] in (*range(0x80, 0x90), 0xDE, 0xDF) and head[1] in range(0xA0, 0xC0):
+        return (
+            f"{path.name} is a Flax msgpack training checkpoint: this format is not "
+            f"read. {READ}."
+        )
+    return f"{path} is no weight file: it begins with {head[:8]!r}. {READ}."
+
+
+# What training scripts wrap parameters in; averages first, as timm's loader does.
+AVERAGES = ("state_dict_ema", "model_ema")
+WRAPPERS = (
+    *(*AVERAGES, "state_dict", "model", "module", "_orig_mod"),
+    *("params", "opt/target", "opt.target"),
+)
+# How names began before wrappers were taken off, and the arrays without them.
+Inside = tuple[str, dict[str, np.ndarray]]
+
+
+def unwrapped(arrays: dict[str, np.ndarray], path: str, taken: str = "") -> Inside:
+    """Returns what was taken off the front of the names, and the arrays of the model.
+
+    What lies beside the model is dropped. `path` names the file in messages.
+    """
+    if _of_a_model(arrays, path):
+        return taken, arrays
+    found: list[Inside] = []
+    for prefix in (wrapper + end for wrapper in WRAPPERS for end in "/."):
+        names = [name for name in arrays if name.startswith(prefix)]
+        inside = {name.removeprefix(prefix): arrays[name] for name in names}
+        found += [unwrapped(inside, path, taken + prefix)] if inside else []
+    known = [inner for inner in found if _of_a_model(inner[1], path)]
+    return [*known, *found, (taken, arrays)][0]
+
+
+def beside(names: Iterable[str], prefix: str) -> list[str]:
+    """Returns what lies beside the prefix, each branch by one name."""
+    shared = {name: len(os.path.commonprefix([name, prefix])) for name in names}
+    others = {name: count for name, count in shared.items() if count < len(prefix)}
+    tops = [name[:n] + re.split("[./]", name[n:])[0] for name, n in others.items()]
+    return list(dict.fromkeys(tops))
+
+
+def _of_a_model(arrays: dict[str, np.ndarray], path: str) -> bool:
+    found = Weights(arrays=arrays, path=path)
+    return any(form.recognises(found) for form in all_formats())

@@ -1,0 +1,75 @@
+"""Ops that change colours and sharpness, and one that drops keys."""
+
+import dataclasses
+
+import numpy as np
+
+from big_vision_lite.data.ops import resampling
+from big_vision_lite.data.ops.decode import Example, decode, image_of
+from big_vision_lite.data.ops.resampling import Resampling
+
+
+@dataclasses.dataclass(kw_only=True)
+class ToGray:
+    """Turns RGB into one channel, 0.299 R + 0.587 G + 0.114 B; gray stays."""
+
+    def __call__(self, example: Example, rng: np.random.Generator) -> Example:
+        return example | {"image": decode(image_of(example, self), channels=1)}
+
+
+@dataclasses.dataclass(kw_only=True)
+class ToRgb:
+    """Repeats the one channel of a gray image three times; RGB stays."""
+
+    def __call__(self, example: Example, rng: np.random.Generator) -> Example:
+        return example | {"image": decode(image_of(example, self), channels=3)}
+
+
+@dataclasses.dataclass(kw_only=True)
+class Invert:
+    """Turns dark on light into light on dark: 255 - image."""
+
+    def __call__(self, example: Example, rng: np.random.Generator) -> Example:
+        return example | {"image": np.bitwise_not(image_of(example, self))}
+
+
+@dataclasses.dataclass(kw_only=True)
+class Keep:
+    """Drops every key but these; raises ValueError if one of them is missing."""
+
+    keys: tuple[str, ...] = ("image", "label")
+
+    def __call__(self, example: Example, rng: np.random.Generator) -> Example:
+        if missing := set(self.keys) - set(example):
+            raise ValueError(f"Keep: no {sorted(missing)} among {sorted(example)}.")
+        return {key: example[key] for key in self.keys}
+
+
+@dataclasses.dataclass(kw_only=True)
+class RandomLowResolution:
+    """Shrinks the image to a random shorter side in pixels and back, as a poor scan.
+
+    The side is uniform in `side_min` .. the image's own, which leaves it as it is.
+    Averaged over areas on the way down, bilinear on the way up.
+    """
+
+    side_min: int
+
+    def __post_init__(self):
+        if self.side_min < 1:
+            raise ValueError(
+                f"RandomLowResolution side_min={self.side_min} is no size; use 1 or "
+                "more pixels, for example 8."
+            )
+
+    def __call__(self, example: Example, rng: np.random.Generator) -> Example:
+        image = image_of(example, self)
+        height, width = image.shape[:2]
+        shorter = min(height, width)
+        side = int(rng.integers(min(self.side_min, shorter), shorter + 1))
+        low_height, low_width = (
+            max(1, round(n * side / shorter)) for n in (height, width)
+        )
+        small = resampling.resize(image, low_height, low_width, Resampling.AREA)
+        image = resampling.resize(small, height, width, Resampling.BILINEAR)
+        return {**example, "image": image}

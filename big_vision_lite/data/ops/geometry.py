@@ -1,0 +1,264 @@
+"""Ops that crop, resize and move an image; numpy only, on the host."""
+
+import dataclasses
+from typing import Any
+
+import cv2
+import numpy as np
+
+from big_vision_lite.data.ops import resampling as crops
+from big_vision_lite.data.ops.decode import (
+    Example,
+    check_channels,
+    decode,
+    image_of,
+)
+from big_vision_lite.data.ops.resampling import Resampling, Rounding
+
+
+@dataclasses.dataclass(kw_only=True)
+class InceptionCrop:
+    """Crops as TensorFlow's distorted bounding box does, resizes to size x width.
+
+    The height, not the area, of the crop is uniform (`crops.inception_box`): at equal
+    areas it zooms in more than RandomResizedCrop. This is the crop of big_vision, BiT
+    and vision_transformer.
+    """
+
+    size: int
+    width: int | None = None
+    area_min: float = 0.05
+    area_max: float = 1.0
+    resampling: Resampling = Resampling.BILINEAR
+
+    def __post_init__(self):
+        check_size(self)
+        check_area(self)
+
+    def __call__(self, example: Example, rng: np.random.Generator) -> Example:
+        image = image_of(example, self)
+        box = crops.inception_box(image.shape, self.area_min, self.area_max, rng)
+        return _resized(self, example, crops.crop(image, box))
+
+
+@dataclasses.dataclass(kw_only=True)
+class DecodeInceptionCrop(InceptionCrop):
+    """Decode and InceptionCrop in one step, pixel for pixel the same as the two."""
+
+    channels: int = 3
+
+    def __post_init__(self):
+        super().__post_init__()
+        check_channels(self)
+
+    def __call__(self, example: Example, rng: np.random.Generator) -> Example:
+        image = decode(example["image"], self.channels)
+        return super().__call__(example | {"image": image}, rng)
+
+
+@dataclasses.dataclass(kw_only=True)
+class RandomResizedCrop:
+    """Crops as torchvision's op of this name does, resizes to size x width.
+
+    The area is uniform, the aspect log-uniform (`crops.random_resized_box`). There the
+    default antialiases: Resampling.ANTIALIAS comes near to it.
+    """
+
+    size: int
+    width: int | None = None
+    area_min: float = 0.08
+    area_max: float = 1.0
+    resampling: Resampling = Resampling.BILINEAR
+
+    def __post_init__(self):
+        check_size(self)
+        check_area(self)
+
+    def __call__(self, example: Example, rng: np.random.Generator) -> Example:
+        image = image_of(example, self)
+        area = self.area_min, self.area_max
+        box = crops.random_resized_box(image.shape, *area, rng)
+        return _resized(self, example, crops.crop(image, box))
+
+
+@dataclasses.dataclass(kw_only=True)
+class Resize:
+    """Resizes to exactly size x width; the aspect of the image is not kept."""
+
+    size: int
+    width: int | None = None
+    resampling: Resampling = Resampling.BILINEAR
+
+    def __post_init__(self):
+        check_size(self)
+
+    def __call__(self, example: Example, rng: np.random.Generator) -> Example:
+        return _resized(self, example, image_of(example, self))
+
+
+@dataclasses.dataclass(kw_only=True)
+class ResizeSmall:
+    """Resizes so that the short side has `size` pixels.
+
+    With `width` to the smallest image that covers size x width instead. The other side
+    is rounded to the nearest pixel; `rounding` DOWN is torchvision's Resize(size).
+    """
+
+    size: int
+    resampling: Resampling = Resampling.AREA
+    width: int | None = None
+    rounding: Rounding = Rounding.NEAREST
+
+    def __post_init__(self):
+        check_size(self)
+
+    def __call__(self, example: Example, rng: np.random.Generator) -> Example:
+        image = image_of(example, self)
+        if self.width is None:
+            height, width = crops.short_side_size(image.shape, self.size, self.rounding)
+        else:
+            height, width = crops.covering_size(image.shape, self.size, self.width)
+        resized = crops.resize(image, height, width, self.resampling)
+        return example | {"image": resized}
+
+
+@dataclasses.dataclass(kw_only=True)
+class CentralCrop:
+    """Cuts size x width at offsets (side - size) / 2; refuses smaller images.
+
+    Half a pixel is rounded DOWN (TensorFlow, Hugging Face) or to the NEAREST, even one
+    (torchvision, timm).
+    """
+
+    size: int
+    width: int | None = None
+    rounding: Rounding = Rounding.DOWN
+
+    def __post_init__(self):
+        check_size(self)
+
+    def __call__(self, example: Example, rng: np.random.Generator) -> Example:
+        image = image_of(example, self)
+        height, width = target(self)
+        check_fits(self, image)
+        box = crops.centre_box(image.shape, height, width, self.rounding)
+        return example | {"image": crops.crop(image, box)}
+
+
+@dataclasses.dataclass(kw_only=True)
+class RandomCrop:
+    """Cuts size x width anywhere, after `padding` pixels of zeros on every side."""
+
+    size: int
+    width: int | None = None
+    padding: int = 0
+
+    def __post_init__(self):
+        check_size(self)
+        if self.padding < 0:
+            raise ValueError(f"RandomCrop.padding={self.padding}: use 0 or more.")
+
+    def __call__(self, example: Example, rng: np.random.Generator) -> Example:
+        image = image_of(example, self)
+        if self.padding:
+            around = (self.padding, self.padding), (self.padding, self.padding), (0, 0)
+            image = np.pad(image, around)
+        height, width = target(self)
+        check_fits(self, image)
+        box = crops.random_box(image.shape, height, width, rng)
+        return example | {"image": crops.crop(image, box)}
+
+
+@dataclasses.dataclass(kw_only=True)
+class FlipLeftRight:
+    """Mirrors every second image, by chance."""
+
+    def __call__(self, example: Example, rng: np.random.Generator) -> Example:
+        image = image_of(example, self)
+        if rng.random() < 0.5:
+            return dict(example)
+        return example | {"image": crops.with_channels(cv2.flip(image, 1))}
+
+
+@dataclasses.dataclass(kw_only=True)
+class RandomAffine:
+    """Rotates, scales, shears and shifts a small image by a little.
+
+    Angle and shear are uniform in +-degrees and +-shear_degrees, the scale uniform in
+    [scale_min, scale_max], the shift uniform in +-translate times each side. Bilinear,
+    in steps of 1/32 pixel or finer; what comes from outside the image is `fill`.
+    """
+
+    degrees: float = 10.0
+    translate: float = 0.1
+    scale_min: float = 0.9
+    scale_max: float = 1.1
+    shear_degrees: float = 0.0
+    fill: int = 0
+
+    def __post_init__(self):
+        if not 0 < self.scale_min <= self.scale_max:
+            got = f"{self.scale_min}..{self.scale_max}"
+            raise ValueError(
+                f"RandomAffine scale {got}: use 0 < scale_min <= scale_max."
+            )
+        for name in ("degrees", "translate", "shear_degrees"):
+            if not 0 <= getattr(self, name) < (90 if name == "shear_degrees" else 1e6):
+                raise ValueError(
+                    f"RandomAffine.{name}={getattr(self, name)}: the end of a range "
+                    "around 0, use 0 or more, and less than 90 to shear."
+                )
+        if not 0 <= self.fill <= 255:
+            raise ValueError(f"RandomAffine.fill={self.fill}: use 0 to 255.")
+
+    def __call__(self, example: Example, rng: np.random.Generator) -> Example:
+        image = image_of(example, self)
+        height, width = image.shape[:2]
+        draws = 2 * rng.random(5) - 1
+        middle = (self.scale_max + self.scale_min) / 2
+        moved = crops.affine(
+            image,
+            degrees=self.degrees * draws[0],
+            scale=middle + (self.scale_max - self.scale_min) / 2 * draws[1],
+            shear_degrees=self.shear_degrees * draws[2],
+            right_px=self.translate * width * draws[3],
+            down_px=self.translate * height * draws[4],
+            fill=self.fill,
+        )
+        return example | {"image": moved}
+
+
+def _resized(op, example: Example, image: np.ndarray) -> Example:
+    return example | {"image": crops.resize(image, *target(op), op.resampling)}
+
+
+def target(op: Any) -> tuple[int, int]:
+    """Returns the height and width that an op's `size` and `width` mean."""
+    return op.size, op.size if op.width is None else op.width
+
+
+def check_size(op: Any) -> None:
+    """Raises ValueError for a side below 1 px."""
+    for name in ("size", "width"):
+        side = getattr(op, name, None)
+        if side is not None and side < 1:
+            raise ValueError(f"{type(op).__name__}.{name}={side}: use 1 or more px.")
+
+
+def check_area(op: Any) -> None:
+    """Raises ValueError unless 0 < area_min <= area_max <= 1."""
+    if not 0 < op.area_min <= op.area_max <= 1:
+        raise ValueError(
+            f"{type(op).__name__} area {op.area_min}..{op.area_max}: fractions of the "
+            "image, use 0 < area_min <= area_max <= 1."
+        )
+
+
+def check_fits(op: Any, image: np.ndarray) -> None:
+    """Raises ValueError for an image that is smaller than what is cut out of it."""
+    height, width = target(op)
+    if image.shape[0] < height or image.shape[1] < width:
+        raise ValueError(
+            f"{type(op).__name__} to {height} x {width} got an image of "
+            f"{image.shape[0]} x {image.shape[1]}: put ResizeSmall or Resize before it."
+        )

@@ -1,0 +1,103 @@
+"""Images without labels: all below a folder, or one file."""
+
+import os
+import pathlib
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, SupportsIndex
+
+import numpy as np
+
+from big_vision_lite.data.ops import UndecodableImage
+from big_vision_lite.data.sources.listing import SUFFIXES, Skipped, check_folder
+
+Example = dict[str, Any]
+
+
+class ImageFiles:
+    """The images of a folder and all below it, or one image, as a source.
+
+    `files` are paths relative to `root`, sorted. An example is {"image": the file's
+    bytes, "index": its place among them}; `skipped` counts what else is there, by kind.
+    Raises FileNotFoundError for a wrong path, ValueError for a folder without images.
+    """
+
+    class_names: tuple[str, ...] = ()
+    fingerprint: str = ""
+
+    def __init__(self, path: str):
+        given = pathlib.Path(path).expanduser()
+        self.skipped = Skipped()
+        if given.is_file():
+            self.root, self._paths = given.parent, [given.name]
+        else:
+            check_folder(given)
+            self.root, self._paths = given, sorted(_image_paths(given, self.skipped))
+        if not self._paths:
+            there = sorted(p.name for p in given.iterdir())[:5]
+            raise ValueError(
+                f"{given} holds no images ({', '.join(SUFFIXES)}); it holds "
+                f"{', '.join(there) or 'nothing'}."
+            )
+        # File names are bytes, not always UTF-8.
+        self.files = tuple(
+            os.fsencode(name).decode("utf-8", "replace") for name in self._paths
+        )
+
+    def __len__(self) -> int:
+        return len(self._paths)
+
+    def __getitem__(self, index: SupportsIndex) -> Example:
+        path = self.root / self._paths[index]
+        return {"image": path.read_bytes(), "index": index.__index__()}
+
+    def name(self, index: SupportsIndex) -> str:
+        """Returns the path, for messages."""
+        return os.fsencode(self.root / self._paths[index]).decode("utf-8", "replace")
+
+
+class Guarded:
+    """Ops as one that notes what they refuse in `errors`, {index: reason}.
+
+    A file that does not fit them is then one that cannot be read, not the end.
+    """
+
+    def __init__(self, ops: Sequence[Callable[..., Example]]):
+        self.errors: dict[int, str] = {}
+        self._ops = tuple(ops)
+        self._lock = threading.Lock()
+
+    def __call__(self, example: Example, rng: np.random.Generator) -> Example:
+        index = example["index"]
+        try:
+            for op in self._ops:
+                example = op(example, rng)
+        except ValueError as error:
+            with self._lock:
+                self.errors[index] = str(error)
+            raise UndecodableImage(str(error)) from error
+        return example
+
+
+def _image_paths(root: pathlib.Path, skipped: Skipped) -> Iterator[str]:
+    """Yields paths relative to `root`; links are followed, loops of them are not."""
+    seen: set[str] = set()
+    for folder, folders, files in os.walk(root, followlinks=True):
+        real = os.path.realpath(folder)
+        if real in seen:
+            folders.clear()
+            continue
+        seen.add(real)
+        folders[:] = sorted(name for name in folders if not _is_hidden(name))
+        for name in files:
+            if _is_hidden(name):
+                continue
+            if name.lower().endswith(SUFFIXES):
+                yield os.path.relpath(os.path.join(folder, name), root)
+            else:
+                kind = os.path.splitext(name)[1].lower() or "files without a suffix"
+                skipped.counts[kind] += 1
+
+
+def _is_hidden(name: str) -> bool:
+    return name.startswith(".") or name == "__MACOSX"

@@ -1,0 +1,1 @@
+"""Prepared TFDS sets, ArrayRecord or TFRecord, without TensorFlow."""

@@ -1,0 +1,115 @@
+"""features.json of a prepared TFDS set: is this an image, what are its classes."""
+
+import dataclasses
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from big_vision_lite.messages import did_you_mean, some
+
+# One feature as features.json describes it.
+Node = Mapping[str, Any]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class LabelFeature:
+    """Names of the classes, and whether an example has a list of them."""
+
+    class_names: tuple[str, ...]
+    multiple: bool
+
+
+def children(node: Node) -> Mapping[str, Node]:
+    """Returns the features of a FeaturesDict by name; empty for another feature."""
+    content = _content(node, "featuresDict", "FeaturesDict")
+    if content is None:
+        return {}
+    plain = "type" in node and not node.get("proto_cls")
+    return content if plain else content.get("features", {})
+
+
+def check_image(features: Mapping[str, Node], key: str, where: Path) -> None:
+    """Raises ValueError unless `key` is an image stored as an encoded file."""
+    node = features.get(key)
+    content = None if node is None else _content(node, "image", "Image")
+    if content is None:
+        images = [
+            k for k, v in features.items() if _content(v, "image", "Image") is not None
+        ]
+        what = "is not an image feature" if node is not None else "does not exist"
+        raise ValueError(
+            f"image_key={key!r} {what} in {where}; images there: {some(images)}."
+            f"{did_you_mean(key, images)}"
+        )
+    dtype = str(content.get("dtype", "uint8"))
+    if "int" not in dtype:
+        raise ValueError(
+            f"image_key={key!r} in {where} holds {dtype} pixels; read are images "
+            "stored as encoded files of 8 or 16 bit."
+        )
+
+
+def label_feature(features: Mapping[str, Node], key: str, where: Path) -> LabelFeature:
+    """Returns the classes of `key`, a class or a list of classes; else ValueError."""
+    node, multiple = _walk(features, key)
+    content = None if node is None else _content(node, "classLabel", "ClassLabel")
+    if content is None:
+        labels = [k for k in _paths(features) if _is_label(features, k)]
+        what = "does not exist" if node is None else "is not a class label"
+        raise ValueError(
+            f"label_key={key!r} {what} in {where}; class labels there: {some(labels)}."
+            f"{did_you_mean(key, labels)}"
+        )
+    count = int(content.get("numClasses") or content.get("num_classes") or 0)
+    names = tuple(str(number) for number in range(count))
+    # TFDS writes the names beside, one a line, when the classes have names.
+    path = where / f"{key.replace('/', '-')}.labels.txt"
+    if path.is_file():
+        lines = path.read_text(encoding="utf-8").split("\n")
+        names = tuple(line.strip() for line in lines if line.strip())
+    if count and len(names) != count:
+        raise ValueError(
+            f"{path} names {len(names)} classes, features.json counts {count}; "
+            "copy or prepare the set again."
+        )
+    return LabelFeature(class_names=names, multiple=multiple)
+
+
+def _walk(features: Mapping[str, Node], key: str) -> tuple[Node | None, bool]:
+    """Follows `objects/label`; returns the feature and whether it is in a list."""
+    node, multiple, rest = None, False, key.split("/")
+    while rest:
+        node = features.get(rest.pop(0))
+        if node is None:
+            return None, False
+        sequence = _content(node, "sequence", "Sequence")
+        if sequence is not None:
+            node, multiple = sequence["feature"], True
+        features = children(node)
+    return node, multiple
+
+
+def _paths(features: Mapping[str, Node], prefix: str = "") -> list[str]:
+    """Names every feature, nested ones as `objects/label`."""
+    paths = []
+    for name, node in features.items():
+        sequence = _content(node, "sequence", "Sequence")
+        inner = children(node if sequence is None else sequence["feature"])
+        paths += _paths(inner, f"{prefix}{name}/") if inner else [prefix + name]
+    return paths
+
+
+def _is_label(features: Mapping[str, Node], key: str) -> bool:
+    node, _ = _walk(features, key)
+    return node is not None and _content(node, "classLabel", "ClassLabel") is not None
+
+
+def _content(node: Node, field: str, class_name: str) -> Mapping[str, Any] | None:
+    """Returns what describes a `class_name`, in today's or the older form."""
+    if field in node:
+        return node[field]
+    if str(node.get("type", "")).rpartition(".")[2] != class_name:
+        return None
+    content = node.get("content", {})
+    return json.loads(content) if isinstance(content, str) else content

@@ -1,0 +1,124 @@
+"""Sets that TensorFlow Datasets prepared, read without TensorFlow."""
+
+import dataclasses
+import functools
+from typing import Any, SupportsIndex
+
+import numpy as np
+
+from big_vision_lite.data.sources.arrays import Example, content_hash, fields_of
+from big_vision_lite.data.sources.tfds import (
+    features as tfds_features,
+)
+from big_vision_lite.data.sources.tfds import (
+    folder as tfds_folder,
+)
+from big_vision_lite.data.sources.tfds import (
+    prepared_set,
+)
+from big_vision_lite.data.sources.tfds.example import parse_example
+
+
+@dataclasses.dataclass(kw_only=True)
+class Tfds:
+    """A prepared TFDS set, ArrayRecord or TFRecord, read without TensorFlow.
+
+    `dataset` is TFDS's name, with `/config` and `:version` if wanted; `split` any of
+    TFDS's (`train[:99%]+test`); the set lies in `data_dir`, else in $TFDS_DATA_DIR,
+    else in ~/tensorflow_datasets. Images stay encoded. A label that is a list of
+    classes becomes a float32 multi-hot [C]. Raises FileNotFoundError when the set is
+    not prepared, ValueError for an unknown split or feature or a damaged file.
+    """
+
+    dataset: str
+    split: str = "train"
+    data_dir: str | None = None
+    image_key: str = "image"
+    label_key: str = "label"
+
+    @functools.cached_property
+    def _set(self) -> prepared_set.PreparedSet:
+        folder = tfds_folder.find(self.dataset, self.data_dir)
+        return prepared_set.load(folder)
+
+    @functools.cached_property
+    def _label(self) -> tfds_features.LabelFeature:
+        opened = self._set
+        tfds_features.check_image(opened.features, self.image_key, opened.folder)
+        return tfds_features.label_feature(
+            opened.features, self.label_key, opened.folder
+        )
+
+    @functools.cached_property
+    def _records(self) -> prepared_set.Records:
+        return self._set.records(self._set.ranges(self.split))
+
+    @property
+    def class_names(self) -> tuple[str, ...]:
+        return self._label.class_names
+
+    @functools.cached_property
+    def fingerprint(self) -> str:
+        """A hash of name, version, classes, ranges and record counts, not of images."""
+        opened = self._set
+        ranges = opened.ranges(self.split)
+        counts = [
+            [
+                opened.splits[r.split].num_bytes,
+                [n for _, n in opened.splits[r.split].shards],
+            ]
+            for r in ranges
+        ]
+        name = self.dataset.partition(":")[0]
+        keys = (self.image_key, self.label_key)
+        return content_hash(
+            map(repr, (name, opened.version, keys, self.class_names, ranges, counts))
+        )
+
+    def __len__(self) -> int:
+        return len(self._records)
+
+    def __getitem__(self, index: SupportsIndex) -> Example:
+        """Returns {"image": encoded bytes, "label": int or float32 [C]}."""
+        index = range(len(self))[index]
+        keys = (self.image_key, self.label_key)
+        features = parse_example(self._records[index], keys)
+        images = features.get(self.image_key, [])
+        if len(images) != 1 or not isinstance(images[0], bytes):
+            raise ValueError(
+                f"{self.name(index)} has no encoded image under {self.image_key!r}."
+            )
+        return {"image": images[0], "label": self._target(features, index)}
+
+    def name(self, index: SupportsIndex) -> str:
+        """Says set, file and record of example `index`, and its file name if stored."""
+        index = range(len(self))[index]
+        file, record = self._records.locate(index)
+        place = f"{self.dataset}: record {record} of {file.path.name}"
+        if "file_name" not in self._set.features:
+            return place
+        try:
+            stored = parse_example(file.read(record), ("file_name",))["file_name"][0]
+        except (OSError, ValueError, LookupError):
+            # A name is asked for when a record cannot be read: that error comes first.
+            return place
+        return f"{place} ({stored.decode('utf-8', 'replace')})"
+
+    def _target(self, features: dict[str, Any], index: int) -> int | np.ndarray:
+        labels = features.get(self.label_key, [])
+        count = len(self.class_names)
+        wrong = [label for label in labels if not 0 <= label < count]
+        if wrong or (len(labels) != 1 and not self._label.multiple):
+            raise ValueError(
+                f"{self.name(index)} has {self.label_key}={wrong or labels}; expected "
+                f"{'classes' if self._label.multiple else 'one class'} of 0 to "
+                f"{count - 1}. A hidden label is often -1: such a split cannot be used."
+            )
+        if not self._label.multiple:
+            return labels[0]
+        target = np.zeros(count, np.float32)
+        target[labels] = 1
+        return target
+
+    def __getstate__(self) -> dict[str, Any]:
+        return fields_of(self)

@@ -1,0 +1,1 @@
+"""How a recipe is read, overridden by flags, checked for mistakes and recorded."""

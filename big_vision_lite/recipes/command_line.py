@@ -1,0 +1,298 @@
+"""What a user types and what he sees when it is wrong."""
+
+import contextlib
+import dataclasses
+import datetime
+import enum
+import importlib
+import os
+import pathlib
+import re
+import sys
+import tempfile
+import traceback
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from absl import flags
+from ml_collections.config_flags import config_flags, config_path
+
+from big_vision_lite.messages import did_you_mean
+from big_vision_lite.recipes import mistakes, serialize
+from big_vision_lite.runtime import files, startup
+from big_vision_lite.runtime.processes import Stopped
+
+# What a user can mend: shown as one message, the trace goes to a file.
+USER_ERRORS = (ValueError, OSError, FloatingPointError, ImportError, flags.Error)
+
+
+@dataclasses.dataclass(kw_only=True)
+class Command:
+    """A parsed command line: the rebuilt configuration (or None) and other flags."""
+
+    config: Any
+    recipe: str | None
+    flags: flags.FlagValues
+
+
+def parse(
+    argv: Sequence[str],
+    define: Callable[[flags.FlagValues], None],
+    *,
+    about: str = "",
+    recorded: Callable[[str, Sequence[str]], Any] | None = None,
+) -> Command:
+    """Reads `--config FILE[:arg] --config.a.b=value` and what `define` adds.
+
+    The configuration is rebuilt once through its constructors, so that what runs is
+    exactly what config.json says. `about` is shown above the flags by --help. Without
+    --config, `recorded(workdir, allowed_modules)` may give what --workdir recorded.
+
+    Raises:
+        ValueError: an unknown name (with the closest one), or a value that is refused.
+        SystemExit: --help was asked for, and is printed.
+    """
+    # ml_collections runs every recipe in one module, in which names of the last stay.
+    sys.modules.pop(serialize.RECIPE, None)
+    values = flags.FlagValues()
+    define(values)
+    flags.DEFINE_multi_string(
+        "allow_module",
+        [],
+        "A module of your own whose components a recipe may use.",
+        flag_values=values,
+    )
+    if any(word in ("--help", "-help", "-h") for word in argv[1:]):
+        print(_help(about, values))
+        raise SystemExit(0)
+    argv, cleared = _take_none(argv)
+    recipe = _recipe(argv)
+    modules = _flag_values(argv, "allow_module")
+    for module in modules:
+        _import(module)
+    workdir = _flag_values(argv, "workdir")
+    known = None
+    if recorded is not None and recipe is None and workdir:
+        known = recorded(workdir[-1], modules)
+    try:
+        if recipe is not None:
+            argv = _build_missing(argv, recipe)
+            known, argv = _load(recipe, modules), _without(argv, "config")
+        if known is not None:
+            config_flags.DEFINE_config_dataclass(
+                "config", known, flag_values=values, sys_argv=list(argv)
+            )
+        else:
+            config_flags.DEFINE_config_file(
+                "config", help_string="Recipe.", flag_values=values, sys_argv=list(argv)
+            )
+        rest = values(list(argv))
+    except Exception as error:
+        recorded_only = known if recipe is None else None
+        message = mistakes.explain(error, recipe, argv, values, recorded_only)
+        raise ValueError(message) from error
+    if len(rest) > 1:
+        raise ValueError(
+            f'What is "{rest[1]}"? Flags go as --name=value; overrides as '
+            "--config.optimizer.weight_decay=0.1."
+        )
+    config = values["config"].value
+    if config is None:
+        return Command(config=None, recipe=None, flags=values)
+    for path in cleared:
+        _clear(config, path, recipe)
+    return Command(
+        config=serialize.rebuild(config, modules),
+        recipe=recipe,
+        flags=values,
+    )
+
+
+def run(
+    main: Callable[[Sequence[str]], None],
+    argv: Sequence[str],
+    *,
+    trace_flag: str | None = None,
+) -> int:
+    """Calls `main(argv)` and returns the exit code; a user's mistake is one message.
+
+    Its trace goes into the folder given by `trace_flag`, which must be one that this
+    program writes, else into a temporary file.
+    """
+    startup.quiet()
+    try:
+        main(argv)
+        return 0
+    except Stopped as stopped:
+        print(stopped)
+        return stopped.exit_code
+    except KeyboardInterrupt:
+        print("\nInterrupted.", file=sys.stderr)
+        return 130
+    except USER_ERRORS as error:
+        where = _write_trace(argv, trace_flag)
+        print(f"\nerror: {error}\n(the trace is in {where})", file=sys.stderr)
+        return 1
+
+
+def _take_none(argv: Sequence[str]) -> tuple[list[str], list[str]]:
+    """Splits off `--config.a.b=none`: ml_collections would parse "none" as a number.
+
+    Of several values for one name the last one counts, as for all flags.
+    """
+    kept: list[str] = []
+    cleared: dict[str, None] = {}
+    words = list(argv)
+    while words:
+        word = words.pop(0)
+        name, given, value = word.partition("=")
+        found = re.fullmatch(r"--?config\.(.+)", name)
+        if found and not given and words and words[0].lower() == "none":
+            value = words.pop(0)
+        if found and value.lower() == "none":
+            cleared[found.group(1)] = None
+            continue
+        if found:
+            cleared.pop(found.group(1), None)
+        kept.append(word)
+    return kept, list(cleared)
+
+
+def _build_missing(argv: Sequence[str], recipe: str | None) -> list[str]:
+    """Adds `--config.init=build` to `--config.init.path=RUN` where init is none."""
+    parts = [re.match(r"--?config\.(\w+)\.", word) for word in argv]
+    if recipe is None or not any(parts):
+        return list(argv)
+    config = mistakes.load(recipe)
+    whole: list[str] = []
+    for word, part in zip(argv, parts, strict=True):
+        name = part.group(1) if part else ""
+        built = f"--config.{name}=build"
+        # Before the first part, which it would overwrite.
+        if getattr(config, name, False) is None and built not in whole:
+            whole.append(built)
+        whole.append(word)
+    return whole
+
+
+def _clear(config: Any, path: str, recipe: str | None) -> None:
+    try:
+        declared = config_path.get_type(path, config, normalize=False)
+    except (KeyError, IndexError, AttributeError) as error:
+        raise ValueError(
+            mistakes.unknown_key(recipe, [f"--config.{path}=none"], error)
+        ) from (error)
+    kind, optional = serialize.without_none(declared)
+    if optional:
+        config_path.set_value(path, config, None)
+    elif (
+        isinstance(kind, type)
+        and issubclass(kind, enum.StrEnum)
+        and "none" in (list(kind))
+    ):
+        config_path.set_value(path, config, kind("none"))
+    else:
+        raise ValueError(
+            f"--config.{path}=none: {path} is a {getattr(kind, '__name__', kind)} and "
+            "may not be none."
+        )
+
+
+def _recipe(argv: Sequence[str]) -> str | None:
+    given = _flag_values(argv, "config")
+    if not given:
+        return None
+    path = pathlib.Path(given[-1].split(":", 1)[0])
+    if not path.is_file():
+        folder = path.parent if path.parent.is_dir() else pathlib.Path("configs")
+        recipes = sorted(str(p) for p in folder.glob("*.py"))
+        raise FileNotFoundError(
+            f'There is no recipe "{path}".{did_you_mean(str(path), recipes)} '
+            f"Recipes there: {', '.join(recipes) or 'none'}."
+        )
+    if path.suffix != ".py":
+        raise ValueError(
+            f"{path} is no recipe: that is a Python file, NAME.py, with a function "
+            "get_config(arg). For example: --config configs/quickstart.py"
+        )
+    return given[-1]
+
+
+def _load(recipe: str, modules: Sequence[str]) -> Any:
+    """Returns what a recipe gives, no part of it twice.
+
+    A recipe may use one object in two places, which an override must tell apart.
+    """
+    config = mistakes.load(recipe)
+    # ml_collections takes an OSError of the recipe for a recipe that is not there, and
+    # keeps it until somebody uses the configuration.
+    if hasattr(type(config), "_ReportError") and (hidden := vars(config).get("_error")):
+        raise hidden
+    return serialize.rebuild(config, modules)
+
+
+def _without(argv: Sequence[str], name: str) -> list[str]:
+    """Leaves `--name=value` and `--name value` out."""
+    kept: list[str] = []
+    words = iter(argv)
+    for word in words:
+        if word in (f"--{name}", f"-{name}"):
+            next(words, None)
+        elif not re.match(rf"--?{name}=", word):
+            kept.append(word)
+    return kept
+
+
+def _flag_values(argv: Sequence[str], name: str) -> list[str]:
+    found = []
+    for index, word in enumerate(argv):
+        if word in (f"--{name}", f"-{name}") and index + 1 < len(argv):
+            found.append(argv[index + 1])
+        elif match := re.fullmatch(rf"--?{name}=(.*)", word):
+            found.append(match.group(1))
+    return found
+
+
+def _import(module: str) -> None:
+    try:
+        importlib.import_module(module)
+    except ModuleNotFoundError as error:
+        if error.name is None or not f"{module}.".startswith(f"{error.name}."):
+            raise  # something that the module itself imports
+        raise ValueError(
+            f'--allow_module={module}: there is no module "{error.name}". It was '
+            f"looked for in {pathlib.Path.cwd()}, PYTHONPATH and what is installed in "
+            f"{sys.prefix}: write it as in Python's import, and put its folder into "
+            "PYTHONPATH or install it."
+        ) from error
+
+
+def _help(about: str, values: flags.FlagValues) -> str:
+    known = {name: values[name] for name in values if values[name].help}
+    lines = [about.strip(), "", "Flags:"]
+    if "workdir" in known:
+        lines += [
+            f"  {'--config':16}FILE.py or FILE.py:name=value,...: a recipe.",
+            f"  {'--config.A.B=x':16}Overrides what the recipe sets.",
+        ]
+    for name, flag in sorted(known.items()):
+        lines.append(f"  {f'--{name}':16}{flag.help}")
+    return "\n".join(lines)
+
+
+def _write_trace(argv: Sequence[str], flag: str | None) -> str:
+    """Appends the trace to error.txt of the flag's folder, or to a temporary file."""
+    text = f"{datetime.datetime.now().isoformat()} {' '.join(argv)}\n"
+    text += traceback.format_exc() + "\n"
+    given = _flag_values(argv, flag) if flag else []
+    with contextlib.suppress(OSError):
+        if given and (folder := files.absolute(given[-1])).is_dir():
+            with open(os.fspath(folder / "error.txt"), "a") as file:
+                file.write(text)
+            return file.name
+    with contextlib.suppress(OSError):
+        descriptor, path = tempfile.mkstemp("_error.txt", "big_vision_lite_")
+        with open(descriptor, "w") as file:
+            file.write(text)
+        return path
+    return "nowhere: no folder could be written"

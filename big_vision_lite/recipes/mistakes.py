@@ -1,0 +1,259 @@
+"""What to say when a recipe or an override is wrong: where, and what was meant."""
+
+import dataclasses
+import difflib
+import enum
+import pathlib
+import re
+import traceback
+import types
+import typing
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+from absl import flags
+from ml_collections.config_flags import config_flags, config_path
+
+from big_vision_lite.messages import did_you_mean
+from big_vision_lite.recipes import serialize
+
+
+def explain(
+    error: Exception,
+    recipe: str | None,
+    argv: Sequence[str],
+    values: flags.FlagValues,
+    recorded: Any = None,
+) -> str:
+    """Turns what parsing raised into one message.
+
+    `recorded` is the configuration that was overridden where there is no recipe.
+    """
+    mistake = _mistake_in_recipe(error, recipe)
+    if mistake is not None:
+        return mistake
+    if isinstance(error, flags.UnrecognizedFlagError):
+        return _unknown_flag(error.flagname, values)
+    if isinstance(error, KeyError | IndexError | AttributeError | TypeError):
+        return unknown_key(recipe, argv, error, recorded)
+    return _wrong_value(recipe, argv, recorded) or str(error)
+
+
+def _wrong_value(recipe: str | None, argv: Sequence[str], recorded: Any) -> str | None:
+    """Says what an override may hold: for the first one that does not hold it."""
+    config = recorded if recipe is None else load(recipe)
+    leaves = {} if config is None else {p: (v, t) for p, v, t in list_leaves(config)}
+    for word in argv:
+        found = re.fullmatch(r"--?config\.([^=]+)=(.*)", word)
+        if found is None:
+            continue
+        path, text = found.groups()
+        if path in leaves and (part := _part_of(leaves[path][1])) and text != "build":
+            return (
+                f"--config.{path}={text}: {path} is a component, none in the recipe; "
+                f"give what it holds: --config.{path}.{part}={text}"
+            )
+        if path in leaves and not _fits(text, leaves[path][1]):
+            value, declared = leaves[path]
+            return (
+                f"--config.{path}={text} is not {_words(declared)}. The recipe has "
+                f"--config.{path}={_shown(value)}"
+            )
+        inside = [leaf for leaf in leaves if leaf.startswith((f"{path}.", f"{path}["))]
+        if inside and text != "build":
+            return (
+                f"--config.{path} is a component: choose it in the recipe, and "
+                f"override what it holds, for example --config.{inside[0]}="
+                f"{_shown(leaves[inside[0]][0])}"
+            )
+    return None
+
+
+def _part_of(declared: Any) -> str | None:
+    """Returns the first field of a component's class, or None for what is a value."""
+    kind, _ = serialize.without_none(declared)
+    if isinstance(kind, type) and dataclasses.is_dataclass(kind):
+        return next(iter(serialize.field_types(kind)), None)
+    return None
+
+
+def _fits(text: str, declared: Any) -> bool:
+    kind, _ = serialize.without_none(declared)
+    if isinstance(kind, type) and issubclass(kind, enum.StrEnum):
+        return text.lower() in [name.lower() for name in kind]
+    if kind is bool:
+        return text.lower() in ("true", "false", "t", "f", "1", "0")
+    try:
+        kind(text)
+    except ValueError:
+        return False
+    except TypeError:  # tuples: ml_collections knows their items
+        return True
+    return True
+
+
+def _words(declared: Any) -> str:
+    kind, optional = serialize.without_none(declared)
+    if isinstance(kind, type) and issubclass(kind, enum.StrEnum):
+        words = f"one of {', '.join(kind)}"
+    else:
+        name = getattr(kind, "__name__", str(kind))
+        words = f"{'an' if name[0] in 'aeiou' else 'a'} {name}"
+    return f"{words} or none" if optional else words
+
+
+def _shown(value: Any) -> str:
+    return "none" if value is None else str(value)
+
+
+def _mistake_in_recipe(error: BaseException | None, recipe: str | None) -> str | None:
+    """Says which line of the recipe raised, or returns None if none did."""
+    if recipe is None:
+        return None
+    file = recipe.split(":", 1)[0]
+    while error is not None:
+        if isinstance(error, SyntaxError):  # of the recipe, or of what it imports
+            return f"{error.filename}:{error.lineno}: {error.msg}"
+        if isinstance(error, AttributeError) and "'get_config'" in str(error):
+            return (
+                f"{file} has no function get_config(arg), which returns the "
+                "configuration: it is no recipe. See configs/quickstart.py"
+            )
+        frames = list(traceback.walk_tb(error.__traceback__))
+        inside = [(f, line) for f, line in frames if f.f_code.co_filename == file]
+        if inside:
+            frame, line = inside[-1]
+            return f"{file}:{line}: {error}{_meant_field(error, frame.f_globals)}"
+        error = error.__cause__ or error.__context__
+    return None
+
+
+def _meant_field(error: BaseException, names: dict[str, Any]) -> str:
+    """Suggests a field for "Stream.__init__() got an unexpected keyword argument"."""
+    found = re.match(r"(\w+)\.__init__\(\) got an unexpected .*'(\w+)'", str(error))
+    if found is None:
+        return ""
+    kinds = [v for v in names.values() if isinstance(v, type)]
+    kinds += [
+        kind
+        for module in names.values()
+        if isinstance(module, types.ModuleType)
+        for kind in vars(module).values()
+        if isinstance(kind, type)
+    ]
+    for kind in kinds:
+        if kind.__name__ == found.group(1) and dataclasses.is_dataclass(kind):
+            known = [field.name for field in serialize.fields(kind)]
+            meant = did_you_mean(found.group(2), known)
+            return f".{meant} Fields: {', '.join(known)}."
+    return ""
+
+
+def _unknown_flag(name: str, values: flags.FlagValues) -> str:
+    if name.startswith("config."):
+        return (
+            f"--{name} needs a recipe before it: --config configs/NAME.py --{name}=..."
+        )
+    known = [n for n in values if values[n].help]
+    close = difflib.get_close_matches(name, known, n=1)
+    meant = f" Did you mean --{close[0]}?" if close else ""
+    return (
+        f"There is no flag --{name}.{meant} Flags: "
+        f"{', '.join(f'--{n}' for n in sorted(known))}; overrides of the recipe go as "
+        "--config.optimizer.weight_decay=0.1."
+    )
+
+
+def unknown_key(
+    recipe: str | None, argv: Sequence[str], error: Exception, recorded: Any = None
+) -> str:
+    """Says which override failed, what was meant and where the recipe sets it."""
+    config = recorded if recipe is None else load(recipe)
+    if config is None:
+        return str(error)
+    known = []
+    for leaf, value, declared in list_leaves(config):
+        kind, _ = serialize.without_none(declared)
+        if value is None and dataclasses.is_dataclass(kind):
+            known += [f"{leaf}.{name}" for name in serialize.field_types(kind)]
+        known.append(leaf)
+    for word in argv:
+        found = re.match(r"--?(?:no)?config\.([^=]+)", word)
+        if found is None or found.group(1) in known:
+            continue
+        path = found.group(1)
+        try:
+            config_path.get_value(path, config)
+        except (KeyError, IndexError, AttributeError, TypeError):
+            if isinstance(error, IndexError) and (counted := _too_far(path, known)):
+                return counted
+            meant = _closest(path, known)
+            where = _line_of(recipe, meant) if meant and recipe else ""
+            hint = f" Did you mean {meant}{where}?" if meant else ""
+            names = ", ".join(f.name for f in serialize.fields(config))
+            return (
+                f'No config key "{path}".{hint} Overrides go as '
+                f"--config.{meant or 'optimizer.weight_decay'}=VALUE. At the top: "
+                f"{names}."
+            )
+    return f"{type(error).__name__}: {error}"
+
+
+def _too_far(path: str, known: Sequence[str]) -> str | None:
+    """Says how many parts there are, where an index is beyond the last."""
+    for found in re.finditer(r"\[(\d+)\]", path):
+        whole = path[: found.start()]
+        given = [re.match(rf"{re.escape(whole)}\[(\d+)\]", name) for name in known]
+        count = 1 + max((int(match.group(1)) for match in given if match), default=-1)
+        if int(found.group(1)) >= count > 0:
+            return (
+                f'No config key "{path}": {whole} has {count}, counted from 0: '
+                f"{whole}[0] to {whole}[{count - 1}]."
+            )
+    return None
+
+
+def _closest(path: str, known: Sequence[str]) -> str | None:
+    close = difflib.get_close_matches(path, known, n=1, cutoff=0.6)
+    if close:
+        return close[0]
+    last = re.split(r"[.\[]", path)[-1]
+    ends = {re.split(r"[.\[]", leaf)[-1]: leaf for leaf in reversed(known)}
+    close = difflib.get_close_matches(last, list(ends), n=1, cutoff=0.6)
+    return ends[close[0]] if close else None
+
+
+def _line_of(recipe: str, path: str) -> str:
+    file = recipe.split(":", 1)[0]
+    name = re.split(r"[.\[]", path)[-1]
+    for number, line in enumerate(pathlib.Path(file).read_text().splitlines(), 1):
+        if re.search(rf"\b{re.escape(name)}\s*=", line):
+            return f" ({file}:{number})"
+    return ""
+
+
+def load(recipe: str) -> Any:
+    """Returns what a recipe FILE[:arg] gives, without overrides."""
+    return config_flags.ConfigFileFlagParser(name="config").parse(recipe)
+
+
+def list_leaves(config: Any, prefix: str = "") -> Iterator[tuple[str, Any, Any]]:
+    """Yields (path, value, declared type) of everything a flag can override."""
+    for field in serialize.fields(config):
+        value = getattr(config, field.name)
+        declared = serialize.field_types(type(config))[field.name]
+        yield from _leaves(value, declared, f"{prefix}{field.name}")
+
+
+def _leaves(value: Any, declared: Any, path: str) -> Iterator[tuple[str, Any, Any]]:
+    kind, _ = serialize.without_none(declared)
+    if dataclasses.is_dataclass(value):
+        yield from list_leaves(value, f"{path}.")
+    elif isinstance(value, dict):
+        for key, inner in value.items():
+            yield from _leaves(inner, typing.get_args(kind)[1], f"{path}.{key}")
+    elif isinstance(value, tuple) and any(map(dataclasses.is_dataclass, value)):
+        for index, inner in enumerate(value):
+            yield from _leaves(inner, typing.get_args(kind)[0], f"{path}[{index}]")
+    else:
+        yield path, value, declared

@@ -1,0 +1,1 @@
+"""A run on disk and over time: folder, checkpoints, records, health, evaluations."""

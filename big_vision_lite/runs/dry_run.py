@@ -1,0 +1,128 @@
+"""What a recipe would do, without doing it: `train --dry_run`."""
+
+from typing import Any
+
+import cv2
+import jax
+import numpy as np
+from etils import epath
+
+from big_vision_lite import trees
+from big_vision_lite.config import TrainConfig
+from big_vision_lite.data import pipeline
+from big_vision_lite.runtime import files, layout, sharding, targets
+from big_vision_lite.training import estimate, program
+from big_vision_lite.training import state as state_lib
+from big_vision_lite.training.estimate import Estimate
+from big_vision_lite.training.state import TrainState
+
+GIGA = 1e9
+GRID = 8
+
+
+def dry_run(config: TrainConfig, workdir: epath.Path) -> str:
+    """Returns a report of shapes, sizes, lengths and memory of the run.
+
+    Compiles the train step but runs nothing on the device. Writes the first batch as
+    `workdir/first_batch.png`.
+
+    Raises:
+        OSError: `workdir` cannot be written; said before anything is computed.
+    """
+    files.make_folder(workdir)
+    mesh = sharding.make_mesh(config.mesh)
+    layout.check_batch_size(config.data.batch_size, mesh, config.micro_batches)
+    examples = len(config.data.source)
+    with (
+        jax.set_mesh(mesh),
+        pipeline.open_batches(config.data, config.seed, mesh) as batches,
+    ):
+        built = program.build(config, mesh, batches.spec())
+        found = estimate.of_program(built, mesh, targets.here())
+        batch = next(iter(batches.starting_at(1)))
+        picture = workdir / "first_batch.png"
+        write_grid(batch["image"], picture)
+    per_epoch = examples / config.data.batch_size
+    note = config.length_note()
+    lines = [
+        *_parameter_lines(built.abstract),
+        "",
+        *_batch_lines(built.spec),
+        f"classes      {len(config.data.source.class_names)}",
+        f"examples     {examples:,} in {config.data.source.fingerprint}",
+        f"steps        {built.num_steps:,} of {config.data.batch_size} "
+        f"({per_epoch:.1f} an epoch, {built.num_steps / per_epoch:.2f} epochs)",
+        *([f"length       {note}"] if note else []),
+        f"model FLOPs  {built.flops_per_step / GIGA:.3g} G a step (3 times forward)",
+        f"mesh         {dict(mesh.shape)} of {jax.devices()[0].device_kind}",
+        f"memory       {_memory(found)} a device",
+        *_times(found, built.num_steps),
+        f"first batch  {picture}",
+    ]
+    return "\n".join(lines)
+
+
+def write_grid(images: Any, path: epath.Path, side: int = GRID) -> None:
+    """Writes the first `side` * `side` images [B, H, W, C] of 0..255 as one PNG."""
+    shown = np.asarray(images[: side * side])
+    shown = np.clip(np.round(shown), 0, 255).astype(np.uint8)
+    count, height, width, channels = shown.shape
+    columns = min(side, count)
+    rows = -(-count // columns)
+    sheet = np.zeros((rows * (height + 2), columns * (width + 2), channels), np.uint8)
+    for index, image in enumerate(shown):
+        row, column = divmod(index, columns)
+        top, left = row * (height + 2), column * (width + 2)
+        sheet[top : top + height, left : left + width] = image
+    if channels == 3:
+        sheet = sheet[..., ::-1]
+    encoded, data = cv2.imencode(".png", sheet)
+    assert encoded, f"PNG of {sheet.shape}"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_bytes(data.tobytes())
+
+
+def _parameter_lines(abstract: TrainState) -> list[str]:
+    params = trees.flatten(state_lib.merge(abstract.params, abstract.frozen))
+    trained = set(trees.names(abstract.params))
+    width = max(map(len, params))
+    lines = [
+        f"{name:{width}}  {trees.describe(leaf)}"
+        + ("" if name in trained else "  frozen")
+        for name, leaf in params.items()
+    ]
+    total = sum(leaf.size for leaf in params.values())
+    kept = sum(params[name].size for name in trained)
+    return [*lines, f"parameters   {total:,} ({kept:,} trained)"]
+
+
+def _batch_lines(spec: Any) -> list[str]:
+    return [
+        f"batch        {name} {trees.describe(leaf)}" for name, leaf in spec.items()
+    ]
+
+
+def _memory(found: Estimate) -> str:
+    """Says what the compiled step needs at its peak."""
+    later = ("activations and gradients", "program")
+    state = sum(size for kind, size in found.memory.items() if kind not in later)
+    rest = found.memory.get("activations and gradients", 0)
+    said = (
+        f"{found.memory_needed / GIGA:.2f} GB (state and batch {state / GIGA:.2f}, "
+        f"activations and gradients {rest / GIGA:.2f})"
+    )
+    if found.memory_there is None:
+        return said
+    verdict = "which fits" if found.fits else "WHICH DOES NOT FIT"
+    return f"{said} of {found.memory_there / GIGA:.2f}, {verdict},"
+
+
+def _times(found: Estimate, num_steps: int) -> list[str]:
+    """Says how fast a step may be, of devices whose rates are known."""
+    if found.step_seconds is None:
+        return []
+    return [
+        f"estimated    {1e3 * found.step_seconds:.1f} ms a step, "
+        f"{found.images_per_second:,.0f} images/s, {found.mfu:.1%} MFU, "
+        f"{num_steps * found.step_seconds / 3600:.1f} h; not run"
+    ]

@@ -1,0 +1,285 @@
+"""What evaluators are given, and when they run."""
+
+import dataclasses
+import functools
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
+
+import jax
+import numpy as np
+from etils import epath
+from jax.experimental import multihost_utils
+from jaxtyping import Bool, Int32
+
+from big_vision_lite.config import TrainConfig
+from big_vision_lite.data import pipeline
+from big_vision_lite.data.pipeline import EvaluationSet
+from big_vision_lite.messages import some
+from big_vision_lite.runs.records import Writer
+from big_vision_lite.runtime import layout
+from big_vision_lite.training import step as step_lib
+from big_vision_lite.training.state import TrainState
+from big_vision_lite.types import (
+    Array,
+    Batch,
+    Forward,
+    Model,
+    Objective,
+    Op,
+    Runner,
+    Source,
+)
+
+# function(forward, batch) -> {name: array with the rows of the batch}.
+RowFunction = Callable[[Forward, Batch], dict[str, Array]]
+# step(state, batch): the same, jitted, with the state's parameters.
+EvalStep = Callable[[Any, Batch], dict[str, Array]]
+Rows = dict[str, np.ndarray]
+
+
+@dataclasses.dataclass(kw_only=True)
+class Context:
+    """Handed to `evaluator.prepare`; everything an evaluator needs beside its fields.
+
+    `preprocess` is the recipe's road from a file to the model, `class_names` are the
+    model's, empty when nobody knows them. `make_eval_step` jits a function of
+    (forward, batch) with the state's parameters, the averaged ones when there are any.
+    `eval_batches(source, ops, batch_size)` gives global batches with "valid", every
+    example once, in order. `abstract_state` has the shapes of the states to come,
+    `untrained_state()` is the run's state before step 1.
+    `log` tells the user something. Steps run under `jax.set_mesh(mesh)`.
+    """
+
+    name: str
+    model: Model
+    mesh: jax.sharding.Mesh
+    preprocess: tuple[Op, ...]
+    class_names: tuple[str, ...]
+    workdir: epath.Path
+    seed: int
+    objective: Objective
+    make_eval_step: Callable[[RowFunction], EvalStep]
+    eval_batches: Callable[[Source, Sequence[Op], int], EvaluationSet]
+    abstract_state: Any
+    untrained_state: Callable[[], Any]
+    log: Callable[[str], None]
+
+    def check_set(
+        self,
+        source: Source,
+        batch_size: int,
+        *,
+        what: str = "its set",
+        option: str = "batch_size",
+    ) -> None:
+        """Refuses, before any step, a set that could not be evaluated after many.
+
+        `what` is how messages call the set, `option` the evaluator's field that holds
+        the batch size.
+
+        Raises:
+            ValueError: the set is empty, or the batch does not divide over the devices.
+        """
+        if not len(source):
+            raise ValueError(
+                f"{self.name}: {what} has no images; give a split that has some."
+            )
+        option = f"--config.evaluators.{self.name}.{option}"
+        layout.check_batch_size(batch_size, self.mesh, option=option)
+
+    def check_step(
+        self, step: EvalStep, source: Source, ops: Sequence[Op], batch_size: int
+    ) -> Mapping[str, Any]:
+        """Traces `step` on the shapes of the first image; returns those of its rows.
+
+        What does not fit would else end a run at its first evaluation, after hours.
+
+        Raises:
+            ValueError: the images have no label, the model lacks an output or takes no
+                image of that size.
+        """
+        spec = self.eval_batches(source, ops, batch_size).spec()
+        if "label" not in spec:
+            raise ValueError(
+                f"{self.name}: {source.name(0)} has no label, only "
+                f"{some(sorted(spec.keys() - {'valid'}))}; give a labelled set."
+            )
+        return jax.eval_shape(step, self.abstract_state, spec)
+
+    def gather_rows(self, rows: Mapping[str, Array], valid: Bool[Array, " B"]) -> Rows:
+        """Brings the valid rows to every host, in the order of the source."""
+        tree = {"rows": dict(rows), "valid": valid}
+        host = multihost_utils.process_allgather(tree, tiled=True)
+        return {name: value[host["valid"]] for name, value in host["rows"].items()}
+
+    def rows(
+        self,
+        step: EvalStep,
+        state: Any,
+        source: Source,
+        ops: Sequence[Op],
+        batch_size: int,
+    ) -> Iterator[Rows]:
+        """Runs `step` over a whole source; yields its valid rows batch by batch."""
+        waiting = None
+        for batch in self.eval_batches(source, ops, batch_size):
+            outputs = step(state, batch), batch["valid"]
+            # The device works on this batch while the rows of the last one travel.
+            if waiting is not None:
+                yield self.gather_rows(*waiting)
+            waiting = outputs
+        if waiting is not None:
+            yield self.gather_rows(*waiting)
+
+    def agreed(self, flag: bool) -> bool:
+        """Returns process 0's `flag` on every process."""
+        return bool(multihost_utils.broadcast_one_to_all(np.asarray(flag)))
+
+
+@dataclasses.dataclass(kw_only=True)
+class ClassTable:
+    """`indices[c]` is the model's label of the source's class c."""
+
+    indices: Int32[np.ndarray, " classes"]
+    message: str | None
+
+    @property
+    def is_identity(self) -> bool:
+        """Whether both sides count their classes alike."""
+        return np.array_equal(self.indices, np.arange(len(self.indices)))
+
+
+def class_table(
+    theirs: Sequence[str],
+    ours: Sequence[str],
+    *,
+    name: str,
+    ours_is: str,
+    in_order: str | None = None,
+) -> ClassTable:
+    """Maps the classes of source `name` to those of `ours_is` by their names.
+
+    Labels by number alone would be wrong without an error wherever a class is missing
+    or the order differs. `in_order` is the option that takes them as they are counted.
+
+    Raises:
+        ValueError: the source has a class that `ours` lacks, or names are ambiguous.
+    """
+    if tuple(theirs) == tuple(ours):
+        return ClassTable(indices=np.arange(len(ours), dtype=np.int32), message=None)
+    hint = ""
+    if in_order is not None:
+        hint = f" Where only the names differ and not the order: {in_order}"
+    for whose, names in ((name, theirs), (ours_is, ours)):
+        twice = sorted({n for n in names if list(names).count(n) > 1})
+        if twice:
+            raise ValueError(
+                f"{whose} has classes of the same name ({some(twice)}), so that "
+                f"those of {name} cannot be told apart; give every class its own name."
+                + hint
+            )
+    number = {class_name: index for index, class_name in enumerate(ours)}
+    unknown = [n for n in theirs if n not in number]
+    if unknown:
+        raise ValueError(
+            f"{name} has {len(unknown)} classes unknown to {ours_is}: "
+            f"{some(unknown)}. It knows {len(ours)}: {some(ours)}. Rename the "
+            f"classes, or take them out of {name}." + hint
+        )
+    missing = [n for n in ours if n not in set(theirs)]
+    message = None
+    if missing:
+        message = (
+            f"{name} has {len(theirs)} of the {len(ours)} {ours_is} classes (missing: "
+            f"{some(missing)}) - indices follow {ours_is}."
+        )
+    indices = np.array([number[n] for n in theirs], np.int32)
+    return ClassTable(indices=indices, message=message)
+
+
+class Evaluations:
+    """The evaluators of a run, prepared before its first step.
+
+    What a wrong path, an empty set or another set of classes would end after hours is
+    refused at the start; preparing opens the sets and reads none whole.
+
+    `before()` is called before each of them, `show(step, scores)` after.
+
+    A score is named `<evaluator>/<score>`, `<evaluator>_ema/...` when the averaged
+    parameters were evaluated.
+    """
+
+    def __init__(
+        self,
+        config: TrainConfig,
+        make_context: Callable[[str], Context],
+        writer: Writer,
+        num_steps: int,
+        *,
+        before: Callable[[], None],
+        show: Callable[[int, Mapping[str, float]], None],
+    ):
+        self._evaluators = {n: e for n, e in config.evaluators.items() if e.every_steps}
+        self._runners: dict[str, Runner] = {
+            name: evaluator.prepare(make_context(name))
+            for name, evaluator in self._evaluators.items()
+        }
+        self._writer = writer
+        self._num_steps = num_steps
+        self._before = before
+        self._show = show
+        self._suffix = "" if config.ema is None else "_ema"
+
+    def due(self, step: int) -> list[str]:
+        """Returns the evaluators that run after `step`: after the last one all do."""
+        last = step == self._num_steps
+        return [
+            name
+            for name, evaluator in self._evaluators.items()
+            if step > 0 and (last or step % evaluator.every_steps == 0)
+        ]
+
+    def run_due(self, step: int, state: TrainState) -> None:
+        """Runs what is due at `step` and not on record, and records the scores."""
+        for name in self.due(step):
+            prefix = f"{name}{self._suffix}"
+            if not self._writer.recorded(step, prefix):
+                self._before()
+                scores = self._runners[name](state)
+                named = {f"{prefix}/{k}": v for k, v in scores.items()}
+                self._writer.write(step, named)
+                self._show(step, named)
+
+
+def make_context(
+    name: str,
+    *,
+    config: TrainConfig,
+    mesh: jax.sharding.Mesh,
+    workdir: epath.Path,
+    abstract_state: TrainState,
+    untrained_state: Callable[[], TrainState],
+    log: Callable[[str], None],
+) -> Context:
+    """Builds what one evaluator may know of the run."""
+
+    def eval_batches(source: Any, ops: Any, batch_size: int) -> EvaluationSet:
+        return pipeline.eval_batches(
+            source, tuple(ops), batch_size, mesh, threads=config.data.threads
+        )
+
+    return Context(
+        name=name,
+        model=config.model,
+        mesh=mesh,
+        preprocess=config.preprocess,
+        class_names=tuple(config.data.source.class_names),
+        workdir=workdir,
+        seed=config.seed,
+        objective=config.objective,
+        make_eval_step=functools.partial(step_lib.make_eval_step, config.model),
+        eval_batches=eval_batches,
+        abstract_state=abstract_state,
+        untrained_state=untrained_state,
+        log=log,
+    )

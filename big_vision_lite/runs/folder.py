@@ -1,0 +1,260 @@
+"""The folder of one run: locked while it trains, and tied to one configuration."""
+
+import dataclasses
+import fcntl
+import hashlib
+import json
+import os
+import platform
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+from etils import epath
+
+from big_vision_lite.config import TrainConfig
+from big_vision_lite.recipes import serialize
+from big_vision_lite.runs import integrity, step_folder
+from big_vision_lite.runtime import files, processes, startup
+
+# What may change between the start of a run and its resumption: nothing here changes
+# which examples are seen or how parameters move.
+FREE = (
+    "log_every_steps",
+    "checkpoints",
+    "evaluators",
+    "platform",
+    "mesh",
+    "sharding",
+    "profile_steps",
+    "data.threads",
+    "data.processes",
+    "data.source.data_dir",
+    "data.source.path",
+)
+LENGTH = ("num_steps", "num_epochs")
+
+
+class RunFolder:
+    """Opens `workdir` for training: makes it, locks it, compares its configuration.
+
+    Use as a context. A killed process leaves no lock behind: the operating system
+    drops it. A run that is refused before it can `begin` leaves no config.json in a new
+    folder, which the recipe that it is corrected to may use.
+
+    Raises:
+        OSError: the folder cannot be written; nothing was trained.
+        ValueError: another process trains here, or the folder belongs to another
+            configuration.
+    """
+
+    def __init__(
+        self,
+        workdir: epath.Path,
+        config: TrainConfig,
+        *,
+        log: Callable[[str], None] = print,
+    ):
+        self.path = workdir
+        self._config = config
+        self._log = log
+        self._lock: Any = None
+        self._is_new = False
+
+    def __enter__(self) -> "RunFolder":
+        try:
+            processes.on_first(self._open)
+            self._check_shared()
+        except BaseException as error:
+            self.__exit__(type(error))  # a refused run holds no lock
+            raise
+        return self
+
+    def __exit__(self, error: type[BaseException] | None, *unused: Any) -> None:
+        if error is not None and self._is_new:
+            (self.path / step_folder.CONFIG).unlink(missing_ok=True)
+        if self._lock is not None:
+            self._lock.close()
+
+    def begin(self) -> None:
+        """Keeps config.json for good: all is prepared, steps follow."""
+        self._is_new = False
+
+    def config_text(self) -> str:
+        """Returns what config.json holds: the configuration, versions, machine."""
+        return serialize.to_json(
+            self._config, versions=startup.versions(), machine=startup.machine()
+        )
+
+    def _check_shared(self) -> None:
+        seen = processes.gather((self.path / step_folder.CONFIG).exists())
+        if not all(sees for (sees,) in seen):
+            blind = ", ".join(str(i) for i, (sees,) in enumerate(seen) if not sees)
+            raise OSError(
+                f"{self.path}: process 0 has made it, but it is not there for process "
+                f"{blind}. All processes need the same folder: a network disk that all "
+                "hosts mount, or --workdir=gs://BUCKET/FOLDER."
+            )
+
+    def _open(self) -> None:
+        text = self.config_text()
+        try:
+            self.path.mkdir(parents=True, exist_ok=True)
+            self._acquire()
+            known = self.path / step_folder.CONFIG
+            self._is_new = not known.exists()
+            if not self._is_new:
+                self._compare()
+            files.replace(known, text)
+        except OSError as error:
+            raise OSError(
+                f"Cannot write {self.path}: {error.strerror or error}. Checked at the "
+                "start, nothing was trained. Use another --workdir or free the disk."
+            ) from error
+
+    def _acquire(self) -> None:
+        # Cloud paths have no locks; there the launcher must see to it.
+        if "://" in str(self.path):
+            return
+        file = open(self.path / "lock", "a+")  # noqa: SIM115 (held until __exit__)
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            file.seek(0)
+            holder = file.read().strip() or "another process"
+            file.close()
+            raise ValueError(
+                f"{self.path} is in use by {holder}. Wait for it, end it, or use "
+                "another --workdir."
+            ) from None
+        file.truncate(0)
+        file.write(f"process {os.getpid()} on {platform.node()}")
+        file.flush()
+        self._lock = file
+
+    def _compare(self) -> None:
+        old = read_config_document(self.path)
+        new = json.loads(self.config_text())
+        changed = differences(old["config"], new["config"])
+        steps = step_folder.complete_steps(self.path / step_folder.FOLDER)
+        binding = [line for line in changed if not _is_free(line[0])]
+        if steps and binding and all(line[0] in LENGTH for line in binding):
+            raise ValueError(self._length_message(old, binding, steps[-1]))
+        if steps and binding:
+            shown = "; ".join(f"{key} {a} -> {b}" for key, a, b in binding[:6])
+            raise ValueError(
+                f"{self.path} belongs to another configuration (sha "
+                f"{_sha(old['config'])}), you pass (sha {_sha(new['config'])}): "
+                f"{shown}. Use a new --workdir, or --config.init.path={self.path} with "
+                "a new --workdir to start from its weights. "
+                f"{serialize.newer_version(old['version'])}".rstrip()
+            )
+        if steps:
+            self._say_what_moved(old, new)
+
+    def _say_what_moved(self, old: Mapping[str, Any], new: Mapping[str, Any]) -> None:
+        """Says what of the machine and of the versions is not what it was."""
+        meshes = [
+            {name: document["config"].get(name) for name in ("mesh", "sharding")}
+            for document in (old, new)
+        ]
+        kinds = {
+            "on another machine": [old.get("machine"), new["machine"]],
+            "on another mesh": meshes,
+            "with other versions": [_deciding(old), _deciding(new)],
+        }
+        for what, (then, now) in kinds.items():
+            if not then:
+                continue  # written by hand, or by a program of one's own
+            moved = differences(then, now)
+            if moved:
+                shown = "; ".join(f"{name} {a} -> {b}" for name, a, b in moved)
+                shown = shown.replace('"', "")
+                self._log(
+                    f"resuming {what} ({shown}): the same batches, but the last bits "
+                    "of the results may differ"
+                )
+
+    def _length_message(
+        self, old: Mapping[str, Any], binding: Sequence[Any], step: int
+    ) -> str:
+        shown = "; ".join(f"{key} {a} -> {b}" for key, a, b in binding)
+        # Only the length differs, so all else of the old run is in the new one.
+        then = {name: old["config"].get(name) for name in LENGTH}
+        before = dataclasses.replace(self._config, **then)
+        examples = len(self._config.data.source)
+        was, would_be = (
+            float(c.optimizer.schedule.build(c.resolve_steps(examples))(step))
+            for c in (before, self._config)
+        )
+        return (
+            f"{self.path} was started with another length: {shown}. Learning rate now "
+            f"{was:.1e} -> would be {would_be:.1e}. Choose the old length, or start a "
+            f"new run with a new --workdir and --config.init.path={self.path}"
+        )
+
+
+def read_config_document(folder: epath.Path) -> dict[str, Any]:
+    """Reads config.json of a run folder or step folder as plain JSON.
+
+    Raises:
+        FileNotFoundError: there is none.
+        DamagedCheckpoint: it is no configuration.
+    """
+    path = folder / step_folder.CONFIG
+    if not path.exists():
+        raise FileNotFoundError(
+            f"{path} is missing: {folder} is no run folder and no step folder."
+        )
+    try:
+        document = json.loads(path.read_text())
+        document["version"], document["config"]
+    except (ValueError, KeyError, TypeError) as error:
+        raise integrity.DamagedCheckpoint(f"{path} is damaged: {error}.") from error
+    return document
+
+
+def read_config(folder: epath.Path, allowed_modules: Sequence[str] = ()) -> TrainConfig:
+    """Builds the configuration that a run folder or step folder carries."""
+    document = read_config_document(folder)
+    return serialize.from_json(json.dumps(document), allowed_modules)
+
+
+def differences(old: Any, new: Any, path: str = "") -> list[tuple[str, Any, Any]]:
+    """Lists (path, old, new) of all leaves in which two JSON trees differ."""
+    if isinstance(old, dict) and isinstance(new, dict):
+        found = []
+        for key in [*old, *(k for k in new if k not in old)]:
+            inner = f"{path}.{key}" if path else key
+            found += differences(old.get(key), new.get(key), inner)
+        return found
+    if isinstance(old, list) and isinstance(new, list) and len(old) == len(new):
+        pairs = zip(old, new, strict=True)
+        return [
+            line
+            for i, (a, b) in enumerate(pairs)
+            for line in differences(a, b, f"{path}[{i}]")
+        ]
+    if old == new:
+        return []
+    return [(path, _short(old), _short(new))]
+
+
+def _deciding(document: Mapping[str, Any]) -> dict[str, str]:
+    """Returns the versions that decide results: not the commit, of which most don't."""
+    found = {"big_vision_lite": document["version"], **document.get("versions", {})}
+    return {name: version for name, version in found.items() if name != "commit"}
+
+
+def _is_free(path: str) -> bool:
+    return any(path == f or path.startswith((f"{f}.", f"{f}[")) for f in FREE)
+
+
+def _short(value: Any) -> str:
+    if isinstance(value, dict) and serialize.CLASS in value:
+        return value[serialize.CLASS].rpartition(".")[2]
+    text = json.dumps(value)
+    return text if len(text) < 60 else text[:57] + "..."
+
+
+def _sha(config: Any) -> str:
+    return hashlib.sha256(json.dumps(config).encode()).hexdigest()[:8]

@@ -1,0 +1,307 @@
+"""BiT-HyperRule: one way to fine-tune on any set, by its size and its images.
+
+After arXiv:1912.11370, section 3.3, and the code published with it.
+"""
+
+import dataclasses
+import math
+from typing import Any, SupportsIndex
+
+import numpy as np
+
+from big_vision_lite import schedules
+from big_vision_lite.config import Checkpoints, Init, TrainConfig
+from big_vision_lite.conversion import files as weights
+from big_vision_lite.conversion import foreign
+from big_vision_lite.data.ops import (
+    Decode,
+    FlipLeftRight,
+    RandomCrop,
+    Resize,
+    UndecodableImage,
+)
+from big_vision_lite.data.ops.decode import decode
+from big_vision_lite.data.ops.device import Mixup, Partner
+from big_vision_lite.data.pipeline import Stream
+from big_vision_lite.models.blocks.heads import Classifier
+from big_vision_lite.objectives.classification import SoftmaxClassification
+from big_vision_lite.recipes import serialize
+from big_vision_lite.runs import (
+    folder as run_folder,
+)
+from big_vision_lite.runs import (
+    load as saved_run,
+)
+from big_vision_lite.runs import (
+    step_folder,
+)
+from big_vision_lite.runtime.sharding import Mesh
+from big_vision_lite.training.optimizers import SGD
+from big_vision_lite.types import (
+    Evaluator,
+    Example,
+    Op,
+    Source,
+)
+
+# Images of fewer pixels than this are small: resized to 160, cropped to 128.
+SMALL_AREA_PX = 96 * 96
+SMALL_CROP_PX, LARGE_CROP_PX = 128, 480
+# Crop to resize, as published; 384 of 448 is the paper's for all but R152x4.
+RESIZE_PX = {128: 160, 384: 448, 480: 512}
+# From this many images on, mixup.
+MIXUP_FROM_EXAMPLES, MIXUP_ALPHA = 20_000, 0.1
+# So many images, spread over the set, tell how large the images of a set are.
+AREA_SAMPLE = 64
+# A distilled model has two.
+HEAD = "(distillation_)?head/.*"
+
+
+@dataclasses.dataclass(kw_only=True)
+class HyperRule:
+    """Fine-tunes with SGD 0.9, no decay, no clipping, a zero head; all else by rule.
+
+    By the training images: below 96 x 96 px (median area) they are resized to 160 and
+    cropped to 128 px, else 512 and 480; `size` is another crop (then resized to 5/4
+    below 128 px, else 7/6). Square, so the aspect is not kept; the evaluation resizes
+    straight to the crop. By their number: 500 steps below 20,000, 10,000 below
+    500,000, else 20,000; mixup of 0.1 from 20,000 on. `num_steps` is another length,
+    the warm-up and drops at the same fractions of it. The learning rate `peak` is not
+    scaled by the batch; the published pair for a small machine is 0.001 at 128.
+    `flip=False` where left and right mean something (letters, digits). `ops` and
+    `preprocess`, both together, replace the road from files to the model.
+    """
+
+    size: int | None = None
+    num_steps: int | None = None
+    peak: float = 0.003
+    batch_size: int = 512
+    flip: bool = True
+    ops: tuple[Op, ...] | None = None
+    preprocess: tuple[Op, ...] | None = None
+
+    def __post_init__(self) -> None:
+        if self.num_steps is not None and self.num_steps < 5:
+            raise ValueError(
+                f"HyperRule: num_steps={self.num_steps} has no room for a warm-up and "
+                "three drops; use 5 or more, or none for the rule's."
+            )
+        if self.batch_size < 1 or (self.size is not None and self.size < 1):
+            raise ValueError(
+                f"HyperRule: batch_size={self.batch_size} and size={self.size} px must "
+                "be at least 1; size=none follows the rule."
+            )
+        if (self.ops is None) != (self.preprocess is None):
+            raise ValueError(
+                "HyperRule: ops and preprocess go together, so that training and "
+                "evaluation see images of one size; give both or neither."
+            )
+        if self.ops is not None and (self.size is not None or not self.flip):
+            raise ValueError(
+                "HyperRule: size and flip do nothing when ops are given; write them "
+                "into the ops, and use size=none, flip=true."
+            )
+
+    def config(
+        self,
+        model: Any,
+        train: Source,
+        evaluators: dict[str, Evaluator],
+        pretrained_preprocess: tuple[Op, ...],
+        *,
+        init: Init | None,
+        seed: int = 0,
+        fsdp: int = 1,
+    ) -> TrainConfig:
+        """Returns the whole training of `model`, with a new head for `train`'s classes.
+
+        The number of channels is what `pretrained_preprocess` makes of the first image.
+
+        Raises:
+            ValueError: no image can be read, or the model has no field for a head.
+        """
+        num_classes, examples = len(train.class_names), len(train)
+        ops, preprocess = self._roads(train, pretrained_preprocess)
+        num_steps, schedule = self.schedule(examples)
+        device_ops = ()
+        if examples >= MIXUP_FROM_EXAMPLES:
+            mixup = Mixup(
+                num_classes=num_classes,
+                alpha=MIXUP_ALPHA,
+                partner=Partner.REVERSE,
+                fold_lambda=False,
+            )
+            device_ops = (mixup,)
+        source = train
+        if examples < self.batch_size:
+            source = Repeated(
+                source=train, times=math.ceil(self.batch_size / max(1, examples))
+            )
+        return TrainConfig(
+            seed=seed,
+            num_steps=num_steps,
+            model=with_head(model, num_classes),
+            objective=SoftmaxClassification(),
+            data=Stream(
+                source=source,
+                ops=ops,
+                device_ops=device_ops,
+                batch_size=self.batch_size,
+            ),
+            preprocess=preprocess,
+            optimizer=SGD(
+                schedule=schedule, momentum=0.9, weight_decay=0.0, clip_norm=None
+            ),
+            evaluators=evaluators,
+            init=init,
+            mesh=Mesh(fsdp=fsdp),
+            checkpoints=Checkpoints(every_steps=min(1000, math.ceil(num_steps / 5))),
+        )
+
+    def schedule(self, num_examples: int) -> tuple[int, schedules.StepDrops]:
+        """Returns the number of steps and the learning rate for a set of this size."""
+        steps = schedules.bit_hyperrule_steps(num_examples)
+        if self.num_steps is None:
+            return steps[-1], schedules.bit_hyperrule(num_examples, self.peak)
+        warmup, *drops = (round(s * self.num_steps / steps[-1]) for s in steps[:-1])
+        return self.num_steps, schedules.StepDrops(
+            peak=self.peak, warmup_steps=warmup, drop_steps=tuple(drops)
+        )
+
+    def _roads(
+        self, train: Source, pretrained: tuple[Op, ...]
+    ) -> tuple[tuple[Op, ...], tuple[Op, ...]]:
+        if self.ops is not None and self.preprocess is not None:
+            return self.ops, self.preprocess
+        channels = input_shape(train, pretrained)[-1]
+        crop = self.size or crop_by_area(train)
+        flip = (FlipLeftRight(),) if self.flip else ()
+        ops = (
+            Decode(channels=channels),
+            Resize(size=resize_of(crop)),
+            RandomCrop(size=crop),
+            *flip,
+        )
+        return ops, (Decode(channels=channels), Resize(size=crop))
+
+
+@dataclasses.dataclass(kw_only=True)
+class Repeated:
+    """Every example of `source`, `times` times an epoch: for sets below one batch."""
+
+    source: Source
+    times: int
+
+    @property
+    def class_names(self) -> tuple[str, ...]:
+        return self.source.class_names
+
+    @property
+    def fingerprint(self) -> str:
+        return f"{self.source.fingerprint}x{self.times}"
+
+    def __len__(self) -> int:
+        return len(self.source) * self.times
+
+    def __getitem__(self, index: SupportsIndex) -> Example:
+        return self.source[range(len(self))[index] % len(self.source)]
+
+    def name(self, index: SupportsIndex) -> str:
+        """Says where the example comes from."""
+        return self.source.name(range(len(self))[index] % len(self.source))
+
+
+def with_head(model: Any, num_classes: int) -> Any:
+    """Returns `model` with a new linear head and no dropout, as BiT fine-tunes.
+
+    Raises:
+        ValueError: the model has no field `head`.
+    """
+    fields = {f.name: getattr(model, f.name) for f in serialize.fields(model)}
+    if "head" not in fields:
+        raise ValueError(
+            f"{type(model).__name__} has no field head, so that it cannot be given one "
+            f"for {num_classes} classes; fine-tune a model that has one."
+        )
+    off = {name: 0.0 for name in ("dropout", "stochastic_depth") if name in fields}
+    return type(model)(**fields | off | {"head": Classifier(num_classes=num_classes)})
+
+
+def input_shape(source: Source, preprocess: tuple[Op, ...]) -> tuple[int, ...]:
+    """Returns the shape [H, W, C] that `preprocess` gives the first readable image."""
+    reason = "there is none"
+    for index in range(min(len(source), AREA_SAMPLE)):
+        example = source[index]
+        try:
+            for op in preprocess:
+                example = op(example, np.random.default_rng(0))
+        except UndecodableImage as error:
+            reason = f"{source.name(index)}: {error}"
+            continue
+        return tuple(example["image"].shape)
+    raise ValueError(
+        f"Not one of the first {AREA_SAMPLE} images can be read ({reason}); look at "
+        "them with tools/check_dataset.py."
+    )
+
+
+def crop_by_area(source: Source) -> int:
+    """Returns the rule's crop in px, by the median area of images spread over a set."""
+    chosen = np.linspace(0, len(source) - 1, min(len(source), AREA_SAMPLE), dtype=int)
+    areas = []
+    for index in chosen.tolist():
+        try:
+            height, width, _ = decode(source[index]["image"]).shape
+        except UndecodableImage:
+            continue
+        areas.append(height * width)
+    if not areas:
+        raise ValueError(
+            f"Not one of {len(chosen)} images, the first {source.name(0)}, can be "
+            "read; look at them with tools/check_dataset.py."
+        )
+    small = np.median(areas) < SMALL_AREA_PX
+    return SMALL_CROP_PX if small else LARGE_CROP_PX
+
+
+def read_run(path: str, allow_module: str = "") -> TrainConfig:
+    """Returns the configuration of a run, checkpoints or step folder, or of weights.
+
+    Raises:
+        FileNotFoundError: there is neither.
+        ValueError: the weights are damaged or in no known format.
+    """
+    if weights.is_foreign(path):
+        return saved_run.recipe(foreign.load(path))
+    # The folder is found again, and named, when the training starts.
+    folder = step_folder.find(path, log=lambda _: None)
+    return run_folder.read_config(folder, [allow_module] if allow_module else [])
+
+
+def parse_size(word: str, train: Source, pretrained: TrainConfig) -> int | None:
+    """Returns the crop in px that a word means, None for the rule's.
+
+    "rule", "keep" (what the run was trained at), or a number.
+
+    Raises:
+        ValueError: another word, or "keep" where that was no square.
+    """
+    if word == "rule":
+        return None
+    if word != "keep":
+        if word.isdecimal() and int(word):
+            return int(word)
+        raise ValueError(f'size="{word}": use rule, keep, or a number of pixels.')
+    height, width, _ = input_shape(train, pretrained.preprocess)
+    if height != width:
+        raise ValueError(
+            f"size=keep: the run was trained at {height} x {width} px, and the rule is "
+            f"for squares; use size={min(height, width)}."
+        )
+    return height
+
+
+def resize_of(crop_px: int) -> int:
+    """Returns the size before a random crop: the published one, or of that ratio."""
+    ratio = 5 / 4 if crop_px < SMALL_CROP_PX else 7 / 6
+    return RESIZE_PX.get(crop_px, round(crop_px * ratio))

@@ -1,0 +1,261 @@
+"""The state before step 1: fresh, or from other weights, which are fitted to it."""
+
+import dataclasses
+import functools
+import re
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import jax.numpy as jnp
+import numpy as np
+
+from big_vision_lite import trees
+from big_vision_lite.config import Init, PositionResize, TrainConfig
+from big_vision_lite.conversion.input_range import (
+    SYMMETRIC,
+    InputRange,
+    fold_input_range,
+)
+from big_vision_lite.recipes import serialize
+from big_vision_lite.runs import resample
+from big_vision_lite.runs.load import Loaded, open_weights
+from big_vision_lite.training import state as state_lib
+from big_vision_lite.training.state import TrainState
+from big_vision_lite.types import Array
+
+
+def first_state(
+    config: TrainConfig,
+    fresh: TrainState,
+    first_params: Mapping[str, Any] | None,
+    log: Callable[[str], None],
+    *,
+    note_origin: Callable[[Any], None],
+) -> TrainState:
+    """Returns the state before step 1: fresh, or with parameters from elsewhere."""
+    if config.init is None and first_params is None:
+        return fresh
+    init = config.init or Init(path="memory")
+    ours = state_lib.variables(fresh)
+    same_classes = True
+    loaded = first_params
+    if loaded is None:
+        opened = open_weights(init.path, log)
+        opened = scaled_like(opened, config.model, ours, log)
+        note_origin(opened.origin)
+        loaded = opened.variables
+        same_classes = opened.class_names == tuple(config.data.source.class_names)
+        for line in model_differences(config.model, opened.model):
+            log(f"init: {line}")
+    adapted = adapt(loaded, ours, init, same_classes=same_classes, log=log)
+    return state_lib.with_variables(fresh, adapted)
+
+
+def scaled_like(
+    loaded: Loaded,
+    model: Any,
+    fresh: Mapping[str, Any],
+    log: Callable[[str], None] = print,
+) -> Loaded:
+    """Returns weights that expect pixels scaled with the mean and std of `model`.
+
+    Patch embeddings see no padding, so the change is exact there, also to the number of
+    channels of the `fresh` variables of `model`; other stems keep their weights, and
+    `model_differences`, or a line here, says what to set.
+    """
+    theirs = loaded.model
+    name = resample.image_kernel(loaded.variables)
+    # Modules of the user's own need not have a range.
+    ranged = hasattr(theirs, "mean") and hasattr(model, "mean")
+    if not ranged or name is None or name not in fresh:
+        return loaded
+    before = InputRange(theirs.mean, theirs.std)
+    after = InputRange(model.mean, model.std)
+    if before == after:
+        return loaded
+    kernel, channels = np.asarray(loaded.variables[name]), fresh[name].shape[2]
+    ours = theirs.clone(mean=model.mean, std=model.std)
+    if not name.endswith(resample.PATCHES):
+        if channels == kernel.shape[2] or max(len(values) for values in before) == 1:
+            return loaded
+        log(_not_folded(before, after, kernel.shape[2], channels))
+        return dataclasses.replace(loaded, model=ours)
+    bias_name = name.removesuffix("kernel") + "bias"
+    if bias_name not in loaded.variables:
+        return loaded
+    bias = np.asarray(loaded.variables[bias_name])
+    fold = functools.partial(
+        fold_input_range, patch_size=getattr(model, "patch_size", None)
+    )
+    log(
+        f"init: pixels were scaled with mean {before.mean} and std {before.std}, now "
+        f"with {after.mean} and {after.std}: folded into the patch embedding, exactly."
+    )
+    if channels != kernel.shape[2]:
+        # Channels can take each other's place only where all are in the same units.
+        kernel, bias = fold(kernel, bias, before, SYMMETRIC)
+        log(f"init: {resample.channels_message(name, kernel.shape[2], channels)}")
+        kernel, before = resample.resize_channels(kernel, channels), SYMMETRIC
+    kernel, bias = fold(kernel, bias, before, after)
+    return dataclasses.replace(
+        loaded,
+        variables={**loaded.variables, name: kernel, bias_name: bias},
+        model=ours,
+    )
+
+
+def _not_folded(before: InputRange, after: InputRange, old: int, new: int) -> str:
+    mean, std = (round(sum(values) / len(values), 3) for values in before)
+    return (
+        f"init: the weights were made for mean={before.mean} and std={before.std} of "
+        f"{old} channels, this recipe has mean={after.mean} and std={after.std} for "
+        f"{new}: the features will differ, because the stem pads with zeros, which are "
+        "another gray in each range. The averages are near them: "
+        f"'--config.model.mean=({mean},)' '--config.model.std=({std},)'"
+    )
+
+
+def model_differences(ours: Any, theirs: Any) -> list[str]:
+    """Lists the fields of two models that change what the same weights compute.
+
+    Empty for models of different classes: there the names differ, and are listed.
+    """
+    if type(ours) is not type(theirs):
+        return []
+    lines = []
+    for field in serialize.fields(ours):
+        mine, other = getattr(ours, field.name), getattr(theirs, field.name)
+        if field.name not in _ADAPTED and mine != other:
+            lines.append(
+                f"the weights were made for {field.name}={other}, this recipe has "
+                f"{mine}: the features will differ. To follow the weights: "
+                f"--config.model.{field.name}={other}"
+            )
+    return lines
+
+
+# Fields that may differ: they are adapted, listed otherwise, or change no result.
+_ADAPTED = {
+    *("head", "dtype", "remat", "attention", "dropout", "stochastic_depth"),
+    *("patch_size", "width", "depth", "mlp_dim", "stages"),
+    *("statistics", "statistics_groups"),
+    *("kernel_patch_size", "position_grid"),
+    # Where parameters start that the weights bring.
+    *("layer_scale", "last_scale"),
+}
+
+
+# A distilled model has two.
+HEADS = ("head/", "distillation_head/")
+
+
+def adapt(
+    loaded: Mapping[str, Any],
+    fresh: Mapping[str, Any],
+    init: Init,
+    *,
+    same_classes: bool = True,
+    log: Callable[[str], None] = print,
+) -> dict[str, Array]:
+    """Returns one array for every name in `fresh`, from `loaded` wherever it fits.
+
+    `fresh` are the initialised parameters {name: array}; `same_classes` says whether
+    both sides name the same classes in the same order.
+
+    Raises:
+        ValueError: names or shapes differ after drop, rename and resampling; lists
+            every one of them with "+" and "-".
+    """
+    renamed = _renamed(loaded, init.rename)
+    dropped = _dropped(renamed, fresh, init, same_classes, log)
+    kept = {name: leaf for name, leaf in renamed.items() if name not in dropped}
+    wanted = {name: leaf for name, leaf in fresh.items() if name not in dropped}
+    for name in sorted(wanted.keys() & kept.keys()):
+        if kept[name].shape != wanted[name].shape:
+            fitted = resample.fit(name, kept[name], wanted[name].shape)
+            kept[name] = fitted.values
+            if fitted.message:
+                _say_resized(name, fitted.message, init, log)
+    lines = trees.difference(wanted, kept, "the model", "the checkpoint")
+    if lines:
+        module, _, leaf = lines[0].split()[1].rpartition("/")
+        hint = f"{module}/.*" if module else leaf
+        raise ValueError(
+            f"init.path={init.path} and the model differ:\n"
+            + "\n".join(lines[:30])
+            + ("\n  ..." if len(lines) > 30 else "")
+            + "\nTo start some from scratch: "
+            f"--config.init.drop='{hint}'; to rename: "
+            "--config.init.rename='(\"old=>new\",)'"
+        )
+    for name, leaf in kept.items():
+        if not np.all(np.isfinite(leaf)):
+            raise ValueError(f"init.path={init.path}: {name} holds NaN or infinity.")
+    return {
+        name: jnp.asarray(kept[name], leaf.dtype) if name in kept else leaf
+        for name, leaf in fresh.items()
+    }
+
+
+def _renamed(leaves: Mapping[str, Any], pairs: Sequence[str]) -> dict[str, Any]:
+    before: dict[str, str] = {}
+    for old_name in leaves:
+        name = old_name
+        for pair in pairs:
+            old, new = pair.split("=>", 1)
+            name = re.sub(old, new, name)
+        if name in before:
+            raise ValueError(
+                f"init.rename={tuple(pairs)}: {before[name]} and {old_name} both "
+                f"become {name}; make the patterns narrower."
+            )
+        before[name] = old_name
+    return {name: leaves[old] for name, old in before.items()}
+
+
+def _dropped(
+    loaded: Mapping[str, Any],
+    fresh: Mapping[str, Any],
+    init: Init,
+    same_classes: bool,
+    log: Callable[[str], None],
+) -> set[str]:
+    names = sorted(loaded.keys() | fresh.keys())
+    if init.drop is not None:
+        rules = [(init.drop, True)] if init.drop else []
+        matched = trees.match(rules, names, default=False, what="init.drop")
+        dropped = {name for name, value in matched.items() if value}
+        for name in sorted(dropped):
+            log(f"init: {name} starts from scratch (init.drop)")
+        return dropped
+    head = {name for name in names if name.startswith(HEADS)}
+    fits = all(
+        name in loaded and name in fresh and loaded[name].shape == fresh[name].shape
+        for name in head
+    )
+    if not head or (fits and same_classes):
+        return set()
+    count = {
+        what: leaves["head/kernel"].shape[-1] if "head/kernel" in leaves else "no"
+        for what, leaves in (("loaded", loaded), ("fresh", fresh))
+    }
+    other = " with other names" if count["loaded"] == count["fresh"] else ""
+    log(
+        f"Head has {count['loaded']} classes, data {count['fresh']}{other}: new head "
+        '(zero init). To refuse instead: --config.init.drop=""'
+    )
+    return head
+
+
+def _say_resized(
+    name: str, message: str, init: Init, log: Callable[[str], None]
+) -> None:
+    if not name.endswith(resample.POSITIONS):
+        log(f"init: {message}")
+    elif init.position_resize == PositionResize.ERROR:
+        raise ValueError(
+            f"{message} Refused by --config.init.position_resize=error; allow it with "
+            "--config.init.position_resize=bilinear."
+        )
+    else:
+        log(f"{message} --config.init.position_resize=error to forbid.")

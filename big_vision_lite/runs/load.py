@@ -1,0 +1,313 @@
+"""Opens what was trained: a run, a step folder, or weights of another library."""
+
+import contextlib
+import dataclasses
+import json
+import os
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import jax
+import numpy as np
+from etils import epath
+
+from big_vision_lite import trees
+from big_vision_lite.config import TrainConfig
+from big_vision_lite.conversion import files as weights
+from big_vision_lite.conversion import foreign
+from big_vision_lite.conversion.foreign import Foreign
+from big_vision_lite.data.pipeline import Stream
+from big_vision_lite.data.sources.arrays import NoImages
+from big_vision_lite.objectives.classification import SoftmaxClassification
+from big_vision_lite.recipes import serialize
+from big_vision_lite.runs import folder as run_folder
+from big_vision_lite.runs import step_folder
+from big_vision_lite.runtime import layout, sharding
+from big_vision_lite.schedules import WarmupCosine
+from big_vision_lite.training import state as state_lib
+from big_vision_lite.training.optimizers import AdamW
+from big_vision_lite.training.state import TrainState
+
+OPTIMIZER = "opt_state/"
+
+
+@dataclasses.dataclass(kw_only=True)
+class SavedRun:
+    """One step of a run, loaded: everything of the state but the optimiser's.
+
+    `folder` is the step folder, or where weights of another library lie, `class_names`
+    are those of the training source, `mesh` spans this machine's devices; call what was
+    built with it under `jax.set_mesh(mesh)`.
+    """
+
+    folder: epath.Path
+    config: TrainConfig
+    manifest: Mapping[str, Any]
+    mesh: jax.sharding.Mesh
+    state: TrainState
+
+    @property
+    def step(self) -> int:
+        """The number of updates behind the state."""
+        return int(self.manifest["step"])
+
+    @property
+    def class_names(self) -> tuple[str, ...]:
+        return tuple(self.manifest["class_names"])
+
+    def place_for_results(self) -> epath.Path:
+        """Returns the run's folder, or what holds copied step folders or weights.
+
+        For weights that were downloaded it is the current folder.
+        """
+        if os.fspath(self.folder).startswith(weights.HUB):
+            return epath.Path(".")
+        above = self.folder.parent
+        if above.name == step_folder.FOLDER:
+            return above.parent
+        return above
+
+    def untrained(self, spec: Mapping[str, Any]) -> TrainState:
+        """Returns the run's state before step 1, on batches of shapes `spec`.
+
+        With the shapes of the training batches it is the same, bit for bit.
+        """
+        config = self.config
+        initialize = state_lib.make_initializer(
+            config.model,
+            dict(spec),
+            config.optimizer.build(self.manifest["num_steps"]),
+            freeze=config.freeze,
+            ema=config.ema is not None,
+        )
+        abstract = state_lib.blueprint(initialize, config.sharding, self.mesh)
+        return state_lib.create(initialize, abstract, config.seed)
+
+
+def locate(
+    path: str | epath.Path, log: Callable[[str], None] = print
+) -> str | epath.Path:
+    """Returns the step folder that a run's path means, or the path of weights as it is.
+
+    Raises:
+        FileNotFoundError: there is neither; says what was looked at.
+    """
+    return path if weights.is_foreign(os.fspath(path)) else step_folder.find(path, log)
+
+
+def recorded_platform(place: str | epath.Path) -> str | None:
+    """Returns the platform that a step's recipe chose, None if none or not readable."""
+    # What of it is damaged is said when the step is loaded and verified.
+    with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
+        document = json.loads((epath.Path(place) / step_folder.CONFIG).read_text())
+        return document["config"]["platform"]
+    return None
+
+
+def load(
+    path: str | epath.Path,
+    *,
+    allowed_modules: Sequence[str] = (),
+    devices: Sequence[Any] | None = None,
+    log: Callable[[str], None] = print,
+) -> SavedRun:
+    """Loads the newest step of a run or checkpoints folder, a step folder, or weights.
+
+    Weights are files and folders of other libraries and `hub:organisation/name`. On
+    `devices`, by default all: in the run's own mesh where that fits, else with the
+    parameters whole on each of them.
+
+    Raises:
+        FileNotFoundError: there is no complete checkpoint; says what was looked at.
+        DamagedCheckpoint: a file or a leaf is not what was saved.
+        ValueError: config.json needs a class that may not be imported.
+    """
+    devices = jax.devices() if devices is None else devices
+    if weights.is_foreign(os.fspath(path)):
+        return _from_weights(os.fspath(path), devices, log)
+    folder = step_folder.find(path, log)
+    manifest = step_folder.verified_manifest(folder)
+    config = run_folder.read_config(folder, allowed_modules)
+    mesh = sharding.make_mesh(fitting(config.mesh, len(devices), log), devices)
+    shapes = trees.unflatten(
+        {
+            name: jax.ShapeDtypeStruct(leaf["shape"], leaf["dtype"])
+            for name, leaf in manifest["leaves"].items()
+            if not name.startswith(OPTIMIZER)
+        }
+    )
+    parameters = state_lib.merge(shapes["params"], shapes.get("frozen", {}))
+    places = sharding.shardings(shapes, config.sharding, mesh, parameters=parameters)
+    wanted = jax.tree.map(
+        lambda leaf, place: jax.ShapeDtypeStruct(
+            leaf.shape, leaf.dtype, sharding=place
+        ),
+        shapes,
+        places,
+    )
+    tree = step_folder.restore_part(folder, trees.flatten(wanted), manifest)
+    return SavedRun(
+        folder=folder,
+        config=config,
+        manifest=manifest,
+        mesh=mesh,
+        state=_state(tree),
+    )
+
+
+def _from_weights(
+    path: str, devices: Sequence[Any], log: Callable[[str], None]
+) -> SavedRun:
+    """Returns weights of another library as a run that has made no step."""
+    found = foreign.load(path)
+    for note in (f"{path}: {found.format}", *found.notes):
+        log(note)
+    mesh = sharding.make_mesh(sharding.Mesh(), devices)
+    whole = layout.replicated(mesh)
+    variables = {n: jax.device_put(x, whole) for n, x in found.variables.items()}
+    params, collections = state_lib.split_variables(variables)
+    step = jax.device_put(np.zeros((), np.int32), whole)
+    tree = {"step": step, "params": params, "collections": collections}
+    return SavedRun(
+        folder=epath.Path(path),
+        config=recipe(found),
+        manifest={
+            "step": 0,
+            "num_steps": 1,
+            "class_names": list(found.class_names),
+            "origin": found.origin,
+        },
+        mesh=mesh,
+        state=_state(tree),
+    )
+
+
+def _state(tree: Mapping[str, Any]) -> TrainState:
+    # flax.struct makes the constructor, which type checkers do not see.
+    make: Any = TrainState
+    return make(
+        step=tree["step"],
+        params=tree["params"],
+        frozen=tree.get("frozen", {}),
+        collections=tree.get("collections", {}),
+        opt_state=(),
+        ema=tree.get("ema"),
+    )
+
+
+def fitting(
+    mesh: sharding.Mesh, num_devices: int, log: Callable[[str], None]
+) -> sharding.Mesh:
+    """Returns `mesh` if it fits; else one with all on "data", and says so."""
+    if mesh.shape(num_devices) is not None:
+        return mesh
+    log(
+        f"The run's mesh (data={mesh.data}, fsdp={mesh.fsdp}, tensor={mesh.tensor}) "
+        f"does not fit {num_devices} devices: data={num_devices}, fsdp=1 instead."
+    )
+    return sharding.Mesh()
+
+
+def recipe(found: Foreign) -> TrainConfig:
+    """Returns a configuration with the model and its preprocessing, and no images.
+
+    It can be evaluated, predicted with and started from, not trained.
+    """
+    return TrainConfig(
+        num_steps=1,
+        model=found.model,
+        objective=SoftmaxClassification(),
+        data=Stream(
+            source=NoImages(classes=found.class_names, origin=found.path),
+            ops=found.preprocess,
+            batch_size=1,
+        ),
+        preprocess=found.preprocess,
+        optimizer=AdamW(schedule=WarmupCosine(peak=1e-3, warmup_steps=0)),
+    )
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Loaded:
+    """Weights to start from: {name: array}, batch statistics as "batch_stats/...".
+
+    `class_names` are empty when nobody knows them; `model` is what the weights belong
+    to, None where it needs a module that may not be imported here; `origin` goes into
+    manifests.
+    """
+
+    variables: Mapping[str, Any]
+    class_names: tuple[str, ...] = ()
+    model: Any = None
+    origin: Mapping[str, Any] | None = None
+
+
+def open_weights(path: str, log: Callable[[str], None] = print) -> Loaded:
+    """Reads a run, a step folder, or weights of another library (see `foreign`).
+
+    Raises:
+        FileNotFoundError: there is neither; says what was looked at.
+        ValueError: the weights are damaged or in no known format.
+    """
+    if weights.is_foreign(path):
+        found = foreign.load(path)
+        for note in (f"{path}: {found.format}", *found.notes):
+            log(f"init: {note}")
+        return Loaded(
+            variables=found.variables,
+            class_names=found.class_names,
+            model=found.model,
+            origin=found.origin,
+        )
+    folder = step_folder.find(path, log)
+    variables, manifest = load_variables(folder)
+    return Loaded(
+        variables=variables,
+        class_names=tuple(manifest["class_names"]),
+        model=_model_of(folder),
+        origin={
+            "path": path,
+            "format": "big_vision_lite",
+            "licence": None,
+            "origin": manifest.get("origin"),
+        },
+    )
+
+
+def load_variables(folder: Any) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
+    """Loads a step folder's parameters and batch statistics, and its manifest.
+
+    Names are those of the model, statistics "batch_stats/...". The averaged parameters
+    are taken when the run kept an average.
+
+    Raises:
+        DamagedCheckpoint: a file or a leaf is not what was saved.
+    """
+    manifest = step_folder.verified_manifest(folder)
+    leaves = manifest["leaves"]
+    averaged = any(name.startswith("ema/") for name in leaves)
+    parts = ("ema/" if averaged else "params/", "frozen/", "collections/batch_stats/")
+    # Under a mesh of several devices jit takes no array that lives on one of them.
+    mesh = jax.sharding.get_mesh()
+    device = (
+        jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
+        if mesh.empty
+        else layout.replicated(mesh)
+    )
+    named = {
+        name: jax.ShapeDtypeStruct(leaf["shape"], leaf["dtype"], sharding=device)
+        for name, leaf in leaves.items()
+        if name.startswith(parts)
+    }
+    loaded = trees.flatten(step_folder.restore_part(folder, named, manifest))
+    return {n.split("/", 1)[1]: np.asarray(x) for n, x in loaded.items()}, manifest
+
+
+def _model_of(folder: Any) -> Any:
+    document = json.loads((folder / step_folder.CONFIG).read_text())
+    text = json.dumps({**document, "config": document["config"]["model"]})
+    try:
+        return serialize.from_json(text)
+    except ValueError:
+        # A class of the user's own, or of a newer version: the names decide alone.
+        return None

@@ -1,0 +1,116 @@
+"""Parameters made to fit another grid, patch size or number of channels."""
+
+import dataclasses
+from collections.abc import Iterable
+from typing import Any
+
+import jax.numpy as jnp
+import numpy as np
+
+from big_vision_lite.models.blocks import patches
+
+POSITIONS = "position_embedding"
+PATCHES = "patch_embedding/kernel"
+# Convolutions that see the image itself; hybrids have patches, too, behind their root.
+STEMS = ("conv_root/kernel", "stem/kernel", PATCHES)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Fitted:
+    """The new values, and what was done; no message means that nothing could be."""
+
+    values: Any
+    message: str | None = None
+
+
+def fit(name: str, values: Any, shape: tuple[int, ...]) -> Fitted:
+    """Returns `values` in another shape where that has a meaning, else as they are.
+
+    Learned positions [rows, columns, D] go to another grid, kernels on the image
+    [h, w, C, D] to another number of channels and, of patches, to another patch size.
+    """
+    same_rank = len(values.shape) == len(shape) and values.shape[-1] == shape[-1]
+    if not same_rank:
+        return Fitted(values=values)
+    if name.endswith(POSITIONS):
+        return _fit_positions(values, shape)
+    if image_kernel([name]) is None:
+        return Fitted(values=values)
+    messages = []
+    if values.shape[2] != shape[2]:
+        messages.append(channels_message(name, values.shape[2], shape[2]))
+        values = resize_channels(values, shape[2])
+    if name.endswith(PATCHES) and values.shape != shape:
+        old, new = values.shape[0], shape[0]
+        exact = "" if new >= old else " Shrinking is not exact."
+        messages.append(
+            f"{name} for patches of {old} px, the model has {new}: resized so that "
+            f"resized patches give the same tokens (arXiv:2212.08013).{exact}"
+        )
+        values = patches.resize_kernel(np.asarray(values), new)
+    return Fitted(values=values, message=" ".join(messages) or None)
+
+
+def _fit_positions(values: Any, shape: tuple[int, ...]) -> Fitted:
+    old, new = values.shape, (shape[0], shape[1])
+    return Fitted(
+        values=np.asarray(patches.resample_positions(jnp.asarray(values), new)),
+        message=f"Checkpoint grid {old[0]}x{old[1]}, model grid {new[0]}x{new[1]}: "
+        "resizing position embedding (bilinear).",
+    )
+
+
+def image_kernel(names: Iterable[str]) -> str | None:
+    """Returns the name of the convolution that sees the image itself, None if none."""
+    names = sorted(names)
+    for stem in STEMS:
+        for name in names:
+            if name == stem or name.endswith(f"/{stem}"):
+                return name
+    return None
+
+
+def resize_channels(kernel: Any, channels: int) -> np.ndarray:
+    """Makes a kernel [h, w, C, D] take images of another number of channels.
+
+    To fewer, weights are summed in turn, channel c to channel c % channels: an image
+    gives what it gave with its channels repeated in turn to C, a gray one what it gave
+    as C equal channels. To more it is the way back: weights are repeated in turn, each
+    divided by how often, and an image whose channels so repeat gives what it gave.
+
+    timm cuts or repeats and scales everything by C / channels, but sums to one: the
+    same for one channel and for multiples of C, else gray images give something else.
+    """
+    kernel = np.asarray(kernel, np.float32)
+    old = kernel.shape[2]
+    if channels <= old:
+        summed = [kernel[:, :, c::channels].sum(axis=2) for c in range(channels)]
+        return np.stack(summed, axis=2)
+    source = np.arange(channels) % old
+    # Channels that are repeated more often than others weigh less.
+    counts = np.bincount(source)
+    return kernel[:, :, source] / counts[source].astype(np.float32)[:, None]
+
+
+def channels_message(name: str, old: int, new: int) -> str:
+    """Says what `resize_channels` does with the kernel `name`."""
+    if new == 1:
+        done = "weights summed, so that gray images give what they gave"
+    elif new < old:
+        done = (
+            f"weights summed in turn, channel c to c % {new}, so that images give what "
+            f"they gave with their channels repeated to {old}"
+        )
+    else:
+        done = (
+            "weights repeated in turn and divided by how often, so that images whose "
+            "channels so repeat give what they gave"
+        )
+    message = f"{name} for {old} channels, images have {new}: {done}."
+    if name.endswith(PATCHES):
+        return message
+    # The stem of a ResNet, which does not, has the name of a BiT's.
+    return message + (
+        " A BiT standardises its weights at use: there only gray images do, up to one "
+        "factor for each channel of the output."
+    )

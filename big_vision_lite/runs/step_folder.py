@@ -1,0 +1,164 @@
+"""One saved step as a folder: found, verified, and its leaves loaded.
+
+`<run>/checkpoints/<step>/` holds the leaves, `config.json` and the manifest; a copy of
+it elsewhere is as good.
+"""
+
+import contextlib
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
+
+from etils import epath
+from orbax.checkpoint import v1 as ocp
+
+from big_vision_lite import trees
+from big_vision_lite.runs import integrity
+from big_vision_lite.runtime import files
+
+FOLDER = "checkpoints"
+TRASH = "trash"
+CONFIG = "config.json"
+
+
+def complete_steps(folder: epath.Path) -> list[int]:
+    """Lists the steps below `folder` that have a manifest, in increasing order."""
+    if not folder.exists():
+        return []
+    return sorted(
+        int(path.name)
+        for path in folder.iterdir()
+        if path.name.isdigit() and (path / integrity.MANIFEST).exists()
+    )
+
+
+def verified_manifest(folder: epath.Path) -> dict[str, Any]:
+    """Reads a step's manifest and compares every file with it.
+
+    Raises:
+        DamagedCheckpoint: names the file, and the newest step that is intact.
+    """
+    with _offering(folder):
+        return _verify(folder)
+
+
+def restore(folder: epath.Path, abstract: Any, manifest: Mapping[str, Any]) -> Any:
+    """Loads a step's leaves in the shardings of `abstract` and checks every one.
+
+    Raises:
+        DamagedCheckpoint: a leaf's checksum differs; it is named, and the newest step
+            that is intact.
+    """
+    with _offering(folder):
+        state = _load(folder, abstract)
+        damaged = integrity.damaged_leaves(manifest["leaves"], state)
+        if damaged:
+            raise integrity.DamagedCheckpoint(
+                f"{folder}: {', '.join(damaged[:5])} differ from what was saved."
+            )
+    return state
+
+
+def find(path: str | epath.Path, log: Callable[[str], None] = print) -> epath.Path:
+    """Finds a step folder from a run folder, its checkpoints folder or a step folder.
+
+    Raises:
+        FileNotFoundError: there is none; says what was looked at.
+    """
+    given = files.absolute(path)
+    what = "it is a file" if given.exists() else "it does not exist"
+    if given.is_dir():
+        if (given / integrity.MANIFEST).exists():
+            return given
+        incomplete = _incomplete(given)
+        for folder in (given / FOLDER, given):
+            steps = complete_steps(folder)
+            if steps:
+                newest = f"using step {steps[-1]}, the newest of {len(steps)} complete"
+                log(f"{path}: {newest}{incomplete and f'; {incomplete}'}")
+                return folder / str(steps[-1])
+        seen = sorted(inside.name for inside in given.iterdir())[:5]
+        what = incomplete or f"it holds {', '.join(seen) or 'nothing'}"
+    raise FileNotFoundError(
+        f"No complete checkpoint in {path}: {what}. Give a run folder, its "
+        f"{FOLDER}/ folder, or one step folder with its {integrity.MANIFEST}."
+    )
+
+
+def _incomplete(given: epath.Path) -> str:
+    """Names the steps that have no manifest in, below or at a folder; "" if none."""
+    inside = [
+        path
+        for folder in (given / FOLDER, given)
+        if folder.is_dir()
+        for path in folder.iterdir()
+    ]
+    names = [
+        path.name
+        for path in (*inside, given)
+        if path.name.isdigit() and path.is_dir()
+        if not (path / integrity.MANIFEST).exists()
+    ]
+    if not names:
+        return ""
+    which = f"step{'s' * (len(names) > 1)} {', '.join(sorted(names, key=int))}"
+    return (
+        f"{which} {'are' if len(names) > 1 else 'is'} incomplete (no "
+        f"{integrity.MANIFEST}: the save was cut short, or the file was lost)"
+    )
+
+
+def restore_part(
+    folder: epath.Path, wanted: Mapping[str, Any], manifest: Mapping[str, Any]
+) -> dict[str, Any]:
+    """Loads the leaves of `wanted` {name: shape with sharding} as nested dicts."""
+    context = ocp.Context()
+    context.pytree.loading.partial_load = True
+    with context:
+        return restore(folder, trees.unflatten(wanted), manifest)
+
+
+def _load(folder: epath.Path, abstract: Any) -> Any:
+    try:
+        return ocp.load(folder, abstract)
+    except (RuntimeError, MemoryError):
+        raise  # the device's or the host's trouble, not the file's
+    except Exception as error:  # Orbax raises Exception itself where data is no data
+        cause = str(error.__cause__ or error).strip().splitlines()[0][:200]
+        raise integrity.DamagedCheckpoint(
+            f"{folder} cannot be read: {cause}"
+        ) from error
+
+
+@contextlib.contextmanager
+def _offering(folder: epath.Path) -> Iterator[None]:
+    """Adds to what is said of a damaged step which one to take instead."""
+    try:
+        yield
+    except integrity.DamagedCheckpoint as error:
+        message = f"{error}\n{_offer(folder)}"
+        raise integrity.DamagedCheckpoint(message) from error
+
+
+def _offer(damaged: epath.Path) -> str:
+    beside = damaged.parent
+    older = complete_steps(beside) if damaged.name.isdigit() else []
+    for step in reversed([step for step in older if step < int(damaged.name)]):
+        try:
+            _verify(beside / str(step))
+        except integrity.DamagedCheckpoint:
+            continue
+        trash = beside.parent / TRASH
+        return (
+            f"Step {step} is intact. To continue from it: mkdir -p '{trash}' "
+            f"&& mv '{damaged}' '{trash}'/ and run the same command again."
+        )
+    return (
+        "No other complete step is there. Restore the folder from a copy, or start "
+        "again with a new --workdir."
+    )
+
+
+def _verify(folder: epath.Path) -> dict[str, Any]:
+    manifest = integrity.read_manifest(folder)
+    integrity.verify_files(folder, manifest)
+    return manifest

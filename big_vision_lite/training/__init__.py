@@ -1,0 +1,1 @@
+"""What learns: state, forward pass, step, program, optimizers, costs."""

@@ -1,0 +1,271 @@
+"""Gradients of a batch computed in parts; what is split over "fsdp" stays split."""
+
+import functools
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.extend import core
+from jax.sharding import PartitionSpec
+
+from big_vision_lite.runtime import layout
+from big_vision_lite.training.state import TrainState
+from big_vision_lite.types import Array, Batch
+
+# Moves or relabels values without changing them, so that a cast may come before it.
+MOVES = {"reshape", "transpose", "squeeze", "slice", "concatenate", "copy"}
+# What backward makes again instead of keeping it: whole parameters, and what a layer
+# joins or folds them into before its product.
+REMADE = {"all_gather", "broadcast_in_dim", "concatenate", "reshape"}
+
+
+def accumulate_gradients(
+    loss_of: Callable[..., Any],
+    mesh: jax.sharding.Mesh,
+    abstract: TrainState,
+    places: Any,
+    micro_batches: int,
+) -> Callable[..., Any]:
+    """Returns gradients of the whole batch computed in `micro_batches` parts.
+
+    Every device walks through its own rows, part i taking rows i, i + m, i + 2m...,
+    so that no image moves and the parts are the same on any number of devices. A
+    parameter that is split over "fsdp" is gathered for the layer in work, in the dtype
+    that the layer computes in, and again in backward; its gradient is reduce-scattered
+    in every part and carried split. What remains, and all gradients of whole
+    parameters, is summed over devices once, after the last part.
+
+    `loss_of(params, frozen, collections, ema, batch, rng)` returns the mean and (sums,
+    weight, collections); `places` are the shardings that the gradients shall have.
+    """
+    held = (abstract.params, abstract.frozen, abstract.ema)
+    split = jax.tree.map(lambda leaf: layout.split_axis(leaf.sharding), held)
+    wanted = jax.tree.map(layout.split_axis, places)
+    any_split = max(jax.tree.leaves(split)) >= 0
+
+    def local(
+        params: Any, frozen: Any, collections: Any, ema: Any, batch: Batch, rng: Array
+    ) -> Any:
+        key = jax.random.fold_in(rng, jax.lax.axis_index(layout.BATCH_AXES))
+        parts = jax.tree.map(lambda x: _strided(x, micro_batches), dict(batch))
+        first = jax.tree.map(lambda x: x[0], parts)
+        held = (params, frozen, ema)
+        if any_split:
+            held = _cast(held, loss_of, abstract, (collections, first, key))
+        one = functools.partial(_part, loss_of, split if any_split else None, key)
+
+        def body(carry: Any, inputs: Any) -> Any:
+            totals, collections = carry
+            # Gathered in every part: what is the same in all of them the compiler
+            # would take out of the loop, and hold whole.
+            now = _after(totals[2], held, split) if any_split else held
+            *new, collections = one(now, collections, *inputs)
+            return (jax.tree.map(jnp.add, totals, new), collections), None
+
+        indices = jnp.arange(micro_batches)
+        *totals, _ = jax.eval_shape(one, held, collections, indices[0], first)
+        start = jax.tree.map(_zeros, totals)
+        start[0] = jax.tree.map(layout.pin_like, start[0], places)
+        (totals, collections), _ = jax.lax.scan(
+            body, (start, collections), (indices, parts)
+        )
+        gradients, sums, weight = totals
+        sums, weight = jax.lax.psum((sums, weight), layout.BATCH_AXES)
+        gradients = _reduce(gradients, split[0], wanted, mesh)
+        gradients = jax.tree.map(lambda g: g / weight, gradients)
+        return gradients, sums, weight, collections
+
+    rows, whole = PartitionSpec(layout.BATCH_AXES), PartitionSpec()
+    params, frozen, ema = jax.tree.map(_manual_spec, split)
+    # An axis of one device is no work for the compiler; cuDNN's attention cannot be
+    # where some axes are left to it.
+    alone = mesh.shape[layout.TENSOR_AXIS] == 1
+    return jax.shard_map(
+        local,
+        mesh=mesh,
+        in_specs=(params, frozen, whole, ema, rows, whole),
+        out_specs=(jax.tree.map(_manual_spec, wanted), whole, whole, whole),
+        axis_names=set(layout.AXES if alone else layout.BATCH_AXES),
+        check_vma=False,
+    )
+
+
+def _part(
+    loss_of: Callable[..., Any],
+    split: Any | None,
+    key: Array,
+    held: Any,
+    collections: Any,
+    index: Array,
+    part: Batch,
+) -> Any:
+    """Returns (sum of gradients, sums, weight, collections) of one part.
+
+    `held` are (params, frozen, ema), `split` their split axes, None where none is.
+    """
+    key = jax.random.fold_in(key, index)
+    num_rows = len(jax.tree.leaves(part)[0])
+
+    def loss(held: Any) -> Any:
+        params, frozen, ema = jax.tree.map(_gather, held, split) if split else held
+        mean, (sums, weight, new) = loss_of(params, frozen, collections, ema, part, key)
+        # Parts and devices whose rows are padding count for less.
+        return mean * jnp.maximum(weight, 1) / num_rows, (sums, weight, new)
+
+    gradients, kept = _gradient(loss, held, split)
+    # Multiplied here, not after the last part: XLA:TPU would take the reduce-scatter of
+    # a plain sum out of the loop, and carry whole gradients in float32.
+    gradients = jax.tree.map(lambda g: g.astype(jnp.float32) * num_rows, gradients)
+    return gradients, *kept
+
+
+def _cast(
+    held: Any, loss_of: Callable[..., Any], abstract: TrainState, inputs: Any
+) -> Any:
+    """Casts (params, frozen, ema) to what `loss_of` computes in, before any gather."""
+    whole = (abstract.params, abstract.frozen, abstract.ema)
+    shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), whole)
+    collections, part, key = inputs
+
+    def function(held: Any) -> Any:
+        params, frozen, ema = held
+        return loss_of(params, frozen, collections, ema, part, key)
+
+    dtypes = used_dtypes(function, shapes)
+    return jax.tree.map(lambda x, dtype: x.astype(dtype), held, dtypes)
+
+
+def used_dtypes(function: Callable[[Any], Any], shapes: Any) -> Any:
+    """Returns for every leaf of `shapes` the dtype in which `function` uses it.
+
+    That is the dtype of the cast before any other use, or its own. A cast changes
+    every value by itself, so it may as well come before a gather.
+    """
+    closed = jax.make_jaxpr(function)(shapes)
+    leaves, tree = jax.tree.flatten(shapes)
+    found = []
+    for leaf, variable in zip(leaves, closed.jaxpr.invars, strict=True):
+        used = set(_uses(closed.jaxpr, variable))
+        found.append(used.pop() if len(used) == 1 else leaf.dtype)
+    return jax.tree.unflatten(tree, found)
+
+
+def _uses(jaxpr: core.Jaxpr, variable: Any) -> Iterable[Any]:
+    """Lists the dtypes of the casts that `variable` goes into, or its own."""
+    if any(variable is out for out in jaxpr.outvars):
+        yield variable.aval.dtype
+    for equation in jaxpr.eqns:
+        for position, read in enumerate(equation.invars):
+            if read is not variable:
+                continue
+            inner = _inner(equation)
+            if equation.primitive.name == "convert_element_type":
+                yield equation.params["new_dtype"]
+            elif equation.primitive.name in MOVES:
+                yield from _uses(jaxpr, equation.outvars[0])
+            elif inner is not None:
+                yield from _uses(inner, inner.invars[position])
+            else:
+                yield variable.aval.dtype
+
+
+def _inner(equation: Any) -> core.Jaxpr | None:
+    """Returns the program that an equation runs once on its own inputs, if any."""
+    for name in ("jaxpr", "call_jaxpr", "fun_jaxpr"):
+        inner = equation.params.get(name)
+        inner = getattr(inner, "jaxpr", inner)
+        if inner is not None and len(inner.invars) == len(equation.invars):
+            return inner
+    return None
+
+
+def _gradient(loss: Callable[..., Any], held: Any, split: Any | None) -> Any:
+    """Returns (gradients of held[0], what `loss` returns besides its value).
+
+    With `split`, the split axes, backward gathers the whole parameters again, and
+    those of forward are let go.
+    """
+    params, *rest = held
+
+    def of_params(params: Any) -> Any:
+        return loss((params, *rest))
+
+    if split is None:
+        return jax.grad(of_params, has_aux=True)(params)
+    remade = jax.checkpoint(
+        of_params,
+        policy=lambda primitive, *_, **__: primitive.name not in REMADE,
+        # Its barrier would write to memory all that forward leaves to backward.
+        prevent_cse=False,
+    )
+    total, backward, kept = jax.vjp(remade, params, has_aux=True)
+    # Of equal values the compiler would gather one, and hold it whole from forward to
+    # backward.
+    again = jax.tree.leaves(_after(total, held, split))
+    new = dict(zip(map(id, jax.tree.leaves(held)), again, strict=True))
+    backward = jax.tree.map(lambda x: new.get(id(x), x), backward)
+    return backward(jnp.ones_like(total))[0], kept
+
+
+def _after(number: Array, held: Any, split: Any) -> Any:
+    """Returns `held` in values that the compiler cannot have before `number`."""
+
+    def one(x: Array, axis: int) -> Array:
+        return x if axis < 0 else x + (0 * number).astype(x.dtype)
+
+    return jax.tree.map(one, held, split)
+
+
+def _gather(leaf: Array, axis: int) -> Array:
+    if axis < 0:
+        return leaf
+    shape = leaf.shape
+    if axis == 0 and shape[0] % 8 == 0:
+        # As a matrix: XLA:TPU would lay out [W, H, D] with W last, and cannot always
+        # reduce-scatter that in bfloat16. Rows come in tiles of 8.
+        leaf = leaf.reshape(shape[0], -1)
+    whole = jax.lax.all_gather(leaf, layout.FSDP_AXIS, axis=axis, tiled=True)
+    return whole.reshape(*whole.shape[:1], *shape[1:]) if axis == 0 else whole
+
+
+def _reduce(gradients: Any, split: Any, wanted: Any, mesh: jax.sharding.Mesh) -> Any:
+    """Sums gradients over the devices that have not summed them, each kind at once."""
+    leaves, tree = jax.tree.flatten(gradients)
+    axes = list(zip(jax.tree.leaves(split), jax.tree.leaves(wanted), strict=True))
+    for index, (have, want) in enumerate(axes):
+        if have < 0 <= want:
+            leaves[index] = jax.lax.psum_scatter(
+                leaves[index],
+                layout.FSDP_AXIS,
+                scatter_dimension=want,
+                tiled=True,
+            )
+    whole = [i for i, (_, want) in enumerate(axes) if want < 0]
+    parts = [i for i, (_, want) in enumerate(axes) if want >= 0]
+    for indices, over in ((whole, layout.BATCH_AXES), (parts, ("data",))):
+        if not indices or all(mesh.shape[axis] == 1 for axis in over):
+            continue
+        summed = jax.lax.psum([leaves[i] for i in indices], over)
+        for index, leaf in zip(indices, summed, strict=True):
+            leaves[index] = leaf
+    return jax.tree.unflatten(tree, leaves)
+
+
+def _strided(x: Array, parts: int) -> Array:
+    """Returns [parts, rows of a part, ...]: part i has rows i, i + parts, ..."""
+    x = x.reshape(x.shape[0] // parts, parts, *x.shape[1:])
+    return jnp.swapaxes(x, 0, 1)
+
+
+def _zeros(shape: Any) -> Array:
+    # Sums of many small numbers: float32, whatever dtype a part has.
+    return jnp.zeros(shape.shape, jnp.promote_types(shape.dtype, jnp.float32))
+
+
+def _manual_spec(axis: int) -> PartitionSpec:
+    return (
+        PartitionSpec(*(None,) * axis, layout.FSDP_AXIS)
+        if axis >= 0
+        else (PartitionSpec())
+    )

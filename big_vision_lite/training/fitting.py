@@ -1,0 +1,244 @@
+"""The smallest change with which a recipe fits a machine, found by compiling.
+
+A model whose blocks repeat is compiled at two small depths: its memory grows by the
+same bytes with every block. Of what is proposed the compiler has placed all arrays.
+"""
+
+import dataclasses
+import itertools
+import time
+from collections.abc import Callable, Iterator
+from typing import Any
+
+from ml_collections.config_flags import config_path
+
+from big_vision_lite.config import TrainConfig
+from big_vision_lite.recipes import mistakes, serialize
+from big_vision_lite.training.estimate import Estimate
+
+# Depths at which a model is compiled to tell what a block takes. The first block may be
+# special, and the last.
+DEPTHS = (1, 2)
+# State and gradients that leave less than this to activations are not tried.
+MOST_STATE = 0.8
+# Of the memory, for what lines through two points cannot know.
+MARGIN = 0.95
+SECONDS = 240.0
+# Numbers of micro-batches that are tried for one way to place and compute.
+TRIES = 4
+
+
+# Returns the memory of a recipe on a target; see `CompileProcess.memory`.
+Ask = Callable[[TrainConfig, str], Estimate]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Change:
+    """Overrides of a recipe as (path, value), and a target that may have more chips."""
+
+    values: tuple[tuple[str, Any], ...]
+    target: str
+
+    def flags(self, asked_for: str) -> list[str]:
+        """Returns what to type for it."""
+        words = [f"--config.{path}={value}" for path, value in self.values]
+        return words + ([f"--on={self.target}"] if self.target != asked_for else [])
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Fit:
+    """A change with which the recipe fits, as flags, and what was compiled to know."""
+
+    flags: list[str]
+    estimate: Estimate
+
+
+def changed(config: TrainConfig, values: dict[str, Any], modules: Any) -> TrainConfig:
+    """Returns a copy of a recipe with other values at some paths, checked anew."""
+    copy = serialize.rebuild(config, modules)
+    for path, value in values.items():
+        config_path.set_value(path, copy, value)
+    return serialize.rebuild(copy, modules)
+
+
+def search(
+    config: TrainConfig,
+    refused: Estimate,
+    targets: list[str],
+    ask: Ask,
+    say: Callable[[str], None],
+    modules: Any = (),
+    patience: float = SECONDS,
+) -> Fit | None:
+    """Looks for the smallest change with which a recipe fits; None if none was found.
+
+    `refused` is what the first of `targets` was asked and refused; the others have more
+    of the same chips. Fewer changes come first, and cheaper ones: more micro-batches,
+    parameters split over devices, blocks computed twice, more chips.
+    """
+    end = time.monotonic() + patience
+    attempt = _Search(config, ask, say, modules, end)
+    for target, (remat, fsdp) in itertools.product(
+        targets, itertools.product(_remats(config), (False, True))
+    ):
+        if time.monotonic() > end:
+            say("the search has used up its time")
+            return None
+        found = attempt.try_variant(refused, target, remat, fsdp)
+        if found is not None:
+            return found
+    return None
+
+
+class _Search:
+    """One search: what it compiles with, and until when."""
+
+    def __init__(
+        self,
+        config: TrainConfig,
+        ask: Ask,
+        say: Callable[[str], None],
+        modules: Any,
+        end: float,
+    ):
+        self._config = config
+        self._ask = ask
+        self._say = say
+        self._modules = modules
+        self._end = end
+        self._depth = depth_path(config)
+
+    def try_variant(
+        self, refused: Estimate, target: str, remat: str | None, fsdp: bool
+    ) -> Fit | None:
+        """Returns the fewest micro-batches with which one variant fits, if any."""
+        devices = _devices(refused, target)
+        values: dict[str, Any] = {}
+        if remat is not None:
+            values[remat_path(self._config)] = remat
+        if fsdp:
+            if refused.mesh["fsdp"] >= devices or not self._config.sharding:
+                return None
+            values |= {"mesh.fsdp": devices, "mesh.data": -1}
+        there = refused.memory_there
+        assert there is not None
+        if self._state(refused, devices if fsdp else 1) > MOST_STATE * there:
+            return None
+        rows = self._config.data.batch_size // devices
+        parts = [m for m in _powers(rows) if m > self._config.micro_batches]
+        if not parts:
+            return None
+        for micro_batches in self._promising(values, target, rows, parts, there):
+            chosen = values | {"micro_batches": micro_batches}
+            words = Change(values=tuple(chosen.items()), target=target)
+            self._say(f"compiling {' '.join(words.flags(refused.target))} whole")
+            full = self._ask(changed(self._config, chosen, self._modules), target)
+            if full.fits:
+                return Fit(flags=words.flags(refused.target), estimate=full)
+        return None
+
+    def _promising(
+        self,
+        values: dict[str, Any],
+        target: str,
+        rows: int,
+        parts: list[int],
+        there: float,
+    ) -> Iterator[int]:
+        """Yields numbers of micro-batches that may fit, the fewest first."""
+        if self._depth is None:
+            # Nothing repeats: each is compiled whole.
+            yield from parts
+            return
+        tried = parts[0]
+        for _ in range(TRIES):
+            needed, kept = self._whole(values, target, tried)
+            if needed <= MARGIN * there:
+                yield tried
+            # Beside what does not depend on them, memory goes with the rows of a part.
+            room = max(MARGIN * there - kept, 1.0)
+            larger = [m for m in parts if m > tried]
+            enough = [m for m in larger if (needed - kept) * tried / m <= room]
+            if not larger:
+                return
+            tried = enough[0] if enough else larger[-1]
+
+    def _whole(
+        self, values: dict[str, Any], target: str, micro_batches: int
+    ) -> tuple[float, float]:
+        """Extrapolates to the whole depth: all memory, and what the state takes."""
+        assert self._depth is not None
+        depth = int(config_path.get_value(self._depth, self._config))
+        all_, kept = zip(
+            *(self._needed(values, target, d, micro_batches) for d in DEPTHS),
+            strict=True,
+        )
+        grown = (depth - DEPTHS[0]) / (DEPTHS[1] - DEPTHS[0])
+        needed, state = (
+            first + grown * max(0, second - first) for first, second in (all_, kept)
+        )
+        self._say(f"  so at depth {depth}: {needed / 1e9:.1f} GB")
+        return needed, state
+
+    def _needed(
+        self, values: dict[str, Any], target: str, depth: int, micro_batches: int
+    ) -> tuple[int, int]:
+        """Returns the bytes at one depth, and those of parameters and optimizer."""
+        assert self._depth is not None
+        chosen = values | {self._depth: depth, "micro_batches": micro_batches}
+        words = " ".join(f"{p.split('.')[-1]}={v}" for p, v in chosen.items())
+        found = self._ask(changed(self._config, chosen, self._modules), target)
+        self._say(f"{target} {words}: {found.memory_needed / 1e9:.2f} GB")
+        kept = found.memory["parameters"] + found.memory["optimizer"]
+        return found.memory_needed, kept
+
+    def _state(self, refused: Estimate, split: int) -> float:
+        """Bounds from below what state and gradients take, split over devices."""
+        already = refused.mesh["fsdp"]
+        sizes = (refused.memory["parameters"], refused.memory["optimizer"])
+        gradients = 4 * refused.trained / already
+        return (sum(sizes) + gradients) * already / max(split, already)
+
+
+def depth_path(config: TrainConfig) -> str | None:
+    """Returns where a model says how many equal blocks it has, None if nowhere."""
+    leaves = mistakes.list_leaves(config.model, "model.")
+    found = [
+        path
+        for path, value, _ in leaves
+        if path.endswith(".depth") and value.__class__ is int
+    ]
+    return found[0] if len(found) == 1 else None
+
+
+def remat_path(config: TrainConfig) -> str:
+    """Returns where a model says what it computes twice, '' if nowhere."""
+    leaves = mistakes.list_leaves(config.model, "model.")
+    return next((path for path, _, _ in leaves if path.endswith(".remat")), "")
+
+
+def _remats(config: TrainConfig) -> list[str | None]:
+    path = remat_path(config)
+    if not path or config_path.get_value(path, config) == "full":
+        return [None]
+    return [None, "full"]
+
+
+def _devices(refused: Estimate, target: str) -> int:
+    """Returns the devices of a target; the same chips as those of `refused`."""
+    count = 1
+    for size in refused.mesh.values():
+        count *= size
+    return round(count * _chips(target) / _chips(refused.target))
+
+
+def _chips(target: str) -> int:
+    product = 1
+    for side in target.partition(":")[2].split("x"):
+        product *= int(side)
+    return product
+
+
+def _powers(rows: int) -> list[int]:
+    """Lists the powers of two that divide `rows`."""
+    return [1 << n for n in range(rows.bit_length()) if rows % (1 << n) == 0]

@@ -20,8 +20,8 @@ import pytest
 import shapes_run
 import simplejpeg
 from etils import epath
+from png_files import png
 from prepared import prepare
-from test_ops import png
 
 from big_vision_lite import train
 from big_vision_lite.recipes import command_line

@@ -4,6 +4,7 @@ import dataclasses
 import functools
 import os
 import pathlib
+import re
 import zlib
 from collections.abc import Sequence
 from typing import Any
@@ -232,3 +233,44 @@ def filled(abstract: Any) -> Any:
         values,
         abstract,
     )
+
+
+def assert_same_step(found: dict, expected: dict) -> None:
+    for name, gradient in expected["gradients"].items():
+        scale = np.abs(gradient).max()
+        if name.endswith("key/bias"):
+            # Softmax does not see what all its logits share: zero but for rounding.
+            assert scale < 1e-7 and np.abs(found["gradients"][name]).max() < 1e-7
+            continue
+        assert scale > 1e-5, f"{name} has no gradient, so nothing is compared"
+        error = np.abs(found["gradients"][name] - gradient).max() / scale
+        assert error < 1e-5, (name, error)
+    losses = [m["loss"] for m in found["metrics"]]
+    wanted = [m["loss"] for m in expected["metrics"]]
+    np.testing.assert_allclose(losses[0], wanted[0], rtol=1e-5)
+    np.testing.assert_allclose(losses, wanted, atol=1e-4)
+    assert wanted[0] != wanted[1]
+    for now, then in zip(found["metrics"], expected["metrics"], strict=True):
+        np.testing.assert_allclose(now["gradient_norm"], then["gradient_norm"], 1e-4)
+
+
+COLLECTIVES = "all-reduce|all-gather|all-to-all|collective-permute|reduce-scatter"
+
+
+def collectives(text: str) -> list[tuple[str, list[list[int]]]]:
+    """Lists (kind, dimensions of every result) of the collectives in a program."""
+    found = []
+    for line in text.splitlines():
+        kind = re.search(rf"= (.*?) ({COLLECTIVES})(-start)?\(", line)
+        if kind:
+            shapes = re.findall(r"\w+\[([\d,]*)\]", kind.group(1))
+            sizes = [[int(n) for n in shape.split(",") if n] for shape in shapes]
+            found.append((kind.group(2), sizes))
+    return found
+
+
+def computation(text: str, name: str) -> str:
+    """Returns a computation's text and that of all it calls."""
+    own = re.search(rf"^%?{re.escape(name)} .*?^}}", text, re.M | re.S).group(0)
+    called = re.findall(r"(?:calls|to_apply|body|condition)=%?([\w.\-]+)", own)
+    return own + "".join(computation(text, other) for other in set(called))

@@ -9,7 +9,17 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import tiny_runs
-from tiny_runs import FSDP, Net, gradients, rows, start, tiny_vit
+from tiny_runs import (
+    FSDP,
+    Net,
+    assert_same_step,
+    collectives,
+    computation,
+    gradients,
+    rows,
+    start,
+    tiny_vit,
+)
 
 from big_vision_lite import trees
 from big_vision_lite.models.blocks.layers import Remat
@@ -35,25 +45,6 @@ def five_steps(vit: bool, mesh: str, micro_batches: int = 1) -> dict:
     found = {"gradients": gradients(run.state)}
     rest = run.advance(*(rows(seed=seed) for seed in (2, 3, 4, 5)))
     return found | {"metrics": first + rest}
-
-
-def assert_same_step(found: dict, expected: dict) -> None:
-    for name, gradient in expected["gradients"].items():
-        scale = np.abs(gradient).max()
-        if name.endswith("key/bias"):
-            # Softmax does not see what all its logits share: zero but for rounding.
-            assert scale < 1e-7 and np.abs(found["gradients"][name]).max() < 1e-7
-            continue
-        assert scale > 1e-5, f"{name} has no gradient, so nothing is compared"
-        error = np.abs(found["gradients"][name] - gradient).max() / scale
-        assert error < 1e-5, (name, error)
-    losses = [m["loss"] for m in found["metrics"]]
-    wanted = [m["loss"] for m in expected["metrics"]]
-    np.testing.assert_allclose(losses[0], wanted[0], rtol=1e-5)
-    np.testing.assert_allclose(losses, wanted, atol=1e-4)
-    assert wanted[0] != wanted[1]
-    for now, then in zip(found["metrics"], expected["metrics"], strict=True):
-        np.testing.assert_allclose(now["gradient_norm"], then["gradient_norm"], 1e-4)
 
 
 def case(vit, mesh, micro_batches=1, slow=False):
@@ -113,9 +104,6 @@ def test_gradients_are_those_of_the_plain_mean_loss():
     np.testing.assert_allclose(metrics["gradient_norm"], norm, rtol=1e-5)
 
 
-COLLECTIVES = "all-reduce|all-gather|all-to-all|collective-permute|reduce-scatter"
-
-
 @functools.cache
 def compiled_text(fsdp: int, micro_batches: int) -> str:
     # 48 rows are 6 a device, numbers that no parameter has as a dimension.
@@ -123,25 +111,6 @@ def compiled_text(fsdp: int, micro_batches: int) -> str:
     assert not {6, 48} & {n for x in jax.tree.leaves(run.abstract) for n in x.shape}
     with jax.set_mesh(run.mesh):
         return run.step.lower(run.abstract, run.put(rows(48))).compile().as_text()
-
-
-def collectives(text: str) -> list[tuple[str, list[list[int]]]]:
-    """Lists (kind, dimensions of every result) of the collectives in a program."""
-    found = []
-    for line in text.splitlines():
-        kind = re.search(rf"= (.*?) ({COLLECTIVES})(-start)?\(", line)
-        if kind:
-            shapes = re.findall(r"\w+\[([\d,]*)\]", kind.group(1))
-            sizes = [[int(n) for n in shape.split(",") if n] for shape in shapes]
-            found.append((kind.group(2), sizes))
-    return found
-
-
-def computation(text: str, name: str) -> str:
-    """Returns a computation's text and that of all it calls."""
-    own = re.search(rf"^%?{re.escape(name)} .*?^}}", text, re.M | re.S).group(0)
-    called = re.findall(r"(?:calls|to_apply|body|condition)=%?([\w.\-]+)", own)
-    return own + "".join(computation(text, other) for other in set(called))
 
 
 def test_gradients_are_reduced_once_however_many_micro_batches():

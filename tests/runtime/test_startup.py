@@ -404,7 +404,7 @@ def test_a_lost_process_is_said_in_words(monkeypatch):
 
 
 def test_a_folder_that_not_all_processes_see_is_refused(tmp_path, monkeypatch):
-    recipe = pathlib.Path(__file__).parent / "recipes" / "digits_spread.py"
+    recipe = pathlib.Path(__file__).parents[1] / "recipes" / "digits_spread.py"
     config = runpy.run_path(str(recipe))["get_config"]()
     monkeypatch.setattr(processes, "gather", lambda seen: [(seen,), (1.0,), (0.0,)])
     with (

@@ -11,7 +11,7 @@ from big_vision_lite import evaluate, train
 from big_vision_lite.recipes import command_line
 from big_vision_lite.runtime import startup
 
-ROOT = pathlib.Path(__file__).parents[1]
+ROOT = pathlib.Path(__file__).parents[2]
 QUICKSTART = f"{ROOT}/configs/quickstart.py"
 
 

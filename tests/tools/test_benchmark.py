@@ -1,15 +1,13 @@
 """The benchmark's tables: every row is there, and what can be counted is right."""
 
 import importlib.util
-import json
-import os
 import pathlib
-import subprocess
 import sys
 
 import pytest
+from benchmark_tool import benchmark, tables
 
-ROOT = pathlib.Path(__file__).parents[1]
+ROOT = pathlib.Path(__file__).parents[2]
 RECIPE = ROOT / "tests" / "recipes" / "digits_spread.py"
 OF_A_STEP = (
     "parameters",
@@ -80,34 +78,6 @@ runpy.run_path(sys.argv[0], run_name="__main__")
 new = {{name.split(".")[0] for name in set(sys.modules) - before}}
 print("new:", *sorted(new - set(sys.stdlib_module_names)))
 """
-
-
-def benchmark(
-    *arguments: object, before: tuple[object, ...] = ()
-) -> subprocess.CompletedProcess:
-    command = [sys.executable, *before, ROOT / "tools" / "benchmark.py", *arguments]
-    environment = dict(
-        os.environ,
-        JAX_NUM_CPU_DEVICES="1",
-        XLA_FLAGS="--xla_backend_optimization_level=0",
-    )
-    return subprocess.run(
-        [str(word) for word in command],
-        capture_output=True,
-        text=True,
-        timeout=500,
-        check=False,
-        env=environment,
-    )
-
-
-def tables(path: pathlib.Path) -> dict[str, dict[str, list[float]]]:
-    """Returns {title: {row: values}}."""
-    content = json.loads(path.read_text())["tables"]
-    return {
-        title: {row["name"]: row["values"] for row in rows}
-        for title, rows in content.items()
-    }
 
 
 def vit(width: int, mlp: int, tokens: int, pixels: int, classes: int, depth: int = 1):

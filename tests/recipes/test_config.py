@@ -62,7 +62,7 @@ from big_vision_lite.training.optimizers import (
 )
 
 DIGITS = sources.Digits
-TINY = pathlib.Path(__file__).parent / "recipes" / "digits_tiny.py"
+TINY = pathlib.Path(__file__).parents[1] / "recipes" / "digits_tiny.py"
 
 
 def recipe(**overrides) -> TrainConfig:

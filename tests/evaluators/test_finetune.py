@@ -50,7 +50,7 @@ from big_vision_lite.runtime.processes import Stopped, StopSignal
 from big_vision_lite.training import program
 from big_vision_lite.training import state as state_lib
 
-ROOT = pathlib.Path(__file__).parents[1]
+ROOT = pathlib.Path(__file__).parents[2]
 CLOCK = ("images_per_second", "data_wait", "eta_seconds", "mfu")
 
 
@@ -376,7 +376,7 @@ shapes_run.run(workdir, config)
 def test_a_kill_in_the_inner_training_changes_no_score(images, two_shapes, tmp_path):
     def start(name):
         argv = [sys.executable, "-W", "ignore", "-c", SCRIPT, images, two_shapes]
-        env = dict(os.environ, PYTHONPATH=os.path.dirname(__file__))
+        env = dict(os.environ, PYTHONPATH=str(pathlib.Path(__file__).parents[1]))
         return subprocess.Popen([*map(str, argv), str(tmp_path / name)], env=env)
 
     straight, pieces = start("straight"), start("pieces")

@@ -28,7 +28,7 @@ from big_vision_lite.runtime.startup import Platform
 from big_vision_lite.schedules import WarmupCosine
 from big_vision_lite.training.optimizers import AdamW
 
-ROOT = pathlib.Path(__file__).parents[1]
+ROOT = pathlib.Path(__file__).parents[2]
 
 
 def recipe(*, width: int = 16, **overrides) -> TrainConfig:
@@ -122,8 +122,8 @@ def test_a_second_run_in_the_folder_is_refused_while_the_first_lasts(tmp_path):
 HOLDER = """
 import sys, time
 sys.path.insert(0, sys.argv[2])
-import test_run_folder
-with test_run_folder.open_folder(sys.argv[1]):
+import test_folder
+with test_folder.open_folder(sys.argv[1]):
     print("held", flush=True)
     time.sleep(600)
 """
@@ -131,7 +131,13 @@ with test_run_folder.open_folder(sys.argv[1]):
 
 def test_a_killed_run_leaves_no_lock_behind(tmp_path):
     holder = subprocess.Popen(
-        [sys.executable, "-c", HOLDER, tmp_path, os.path.dirname(__file__)],
+        [
+            sys.executable,
+            "-c",
+            HOLDER,
+            tmp_path,
+            pathlib.Path(__file__).parent,
+        ],
         stdout=subprocess.PIPE,
         env=dict(os.environ, JAX_PLATFORMS="cpu"),
         text=True,

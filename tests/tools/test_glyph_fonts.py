@@ -13,7 +13,7 @@ from tiny_fonts import polygons, write_font
 from big_vision_lite.data.ops.decode import decode
 from big_vision_lite.data.sources import Tfds
 
-TOOLS = Path(__file__).parent.parent / "tools"
+TOOLS = Path(__file__).parents[2] / "tools"
 
 
 @pytest.fixture

@@ -8,7 +8,7 @@ import shapes_run
 from big_vision_lite import train
 from big_vision_lite.recipes import command_line
 
-ROOT = pathlib.Path(__file__).parents[1]
+ROOT = pathlib.Path(__file__).parents[2]
 
 
 def parse(recipe: str):

@@ -1,5 +1,7 @@
 """What a recipe becomes before anything is compiled, and what is refused there."""
 
+import pathlib
+
 import jax
 import numpy as np
 import pytest
@@ -74,7 +76,7 @@ def test_a_head_that_fits_or_none_at_all_is_taken():
 
 
 def test_the_command_line_says_it_before_any_step(tmp_path, capsys):
-    recipe = f"--config={__file__.rpartition('/')[0]}/recipes/digits_spread.py"
+    recipe = f"--config={pathlib.Path(__file__).parents[1]}/recipes/digits_spread.py"
     command = ["train", recipe, f"--workdir={tmp_path}"]
     narrow = "--config.model.head.num_classes=9"
     assert command_line.run(train.main, [*command, narrow]) == 1

@@ -4,12 +4,12 @@ import pickle
 import struct
 import subprocess
 import sys
-import zlib
 
 import cv2
 import numpy as np
 import pytest
 import simplejpeg
+from png_files import png
 
 from big_vision_lite.data import ops
 from big_vision_lite.data.ops import resampling as crops
@@ -39,18 +39,6 @@ def encoded(extension, image, *options):
     ok, data = cv2.imencode(extension, image, list(options))
     assert ok
     return data.tobytes()
-
-
-def png(width, height, bits, kind, rows, *extra):
-    """A PNG written by hand, for the kinds that OpenCV does not write."""
-
-    def chunk(name, body):
-        check = zlib.crc32(name + body)
-        return struct.pack(">I", len(body)) + name + body + struct.pack(">I", check)
-
-    header = struct.pack(">IIBBBBB", width, height, bits, kind, 0, 0, 0)
-    chunks = [(b"IHDR", header), *extra, (b"IDAT", zlib.compress(rows)), (b"IEND", b"")]
-    return b"\x89PNG\r\n\x1a\n" + b"".join(chunk(*one) for one in chunks)
 
 
 # Decoding

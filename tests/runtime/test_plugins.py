@@ -1,6 +1,7 @@
 """Compilers of devices that are not there stay out of sight, and out of the output."""
 
 import os
+import pathlib
 import subprocess
 import sys
 
@@ -54,7 +55,7 @@ def output(module: str, installed: bool, *words: str) -> tuple[int, str]:
 @needs_compilers
 @pytest.mark.parametrize("module", ["train", "evaluate", "predict"])
 def test_with_the_compilers_installed_not_one_line_more_is_printed(module, tmp_path):
-    root = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
+    root = str(pathlib.Path(__file__).parents[2])
     words = {
         "train": (
             f"--config={root}/configs/quickstart.py",

@@ -7,8 +7,17 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from test_step import assert_same_step, collectives, computation
-from tiny_runs import Net, gradients, rows, start, tiny_vit, tpus
+from tiny_runs import (
+    Net,
+    assert_same_step,
+    collectives,
+    computation,
+    gradients,
+    rows,
+    start,
+    tiny_vit,
+    tpus,
+)
 
 from big_vision_lite import trees
 from big_vision_lite.models.blocks.heads import Classifier

@@ -103,7 +103,7 @@ def found(unconfigured):
     """Page faults of a call, and bytes resident beyond those before the first one."""
     command = [sys.executable, "-c", PROGRAM]
     environment = {**os.environ, "JAX_NUM_CPU_DEVICES": "1"}
-    root = pathlib.Path(__file__).parents[1]
+    root = pathlib.Path(__file__).parents[2]
     run = subprocess.run(
         command, cwd=root, env=environment, text=True, capture_output=True, check=False
     )
@@ -170,7 +170,7 @@ libc.malloc_stats()
 def test_threads_share_a_pool_a_core_and_two_more(unconfigured):
     run = subprocess.run(
         [sys.executable, "-c", MANY_THREADS],
-        cwd=pathlib.Path(__file__).parents[1],
+        cwd=pathlib.Path(__file__).parents[2],
         text=True,
         capture_output=True,
         check=True,

@@ -11,7 +11,7 @@ import pathlib
 
 import pytest
 
-GOLDEN = pathlib.Path(__file__).parent / "golden" / "compiled.json"
+GOLDEN = pathlib.Path(__file__).parents[1] / "golden" / "compiled.json"
 RECORDED = next(iter(json.loads(GOLDEN.read_text()).values()))
 GB, MB, MEGA = 1e9, 1e6, 1e6
 BIG_VISION = {

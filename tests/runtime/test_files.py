@@ -38,7 +38,7 @@ def test_a_checkpoint_is_looked_for_where_it_was_said(tmp_path, monkeypatch):
 
 def test_nobody_resolves_paths_in_another_way():
     # resolve() makes gs://bucket/x a folder of the working directory.
-    root = pathlib.Path(__file__).parents[1] / "big_vision_lite"
+    root = pathlib.Path(__file__).parents[2] / "big_vision_lite"
     found = [
         path.name
         for path in root.rglob("*.py")

@@ -24,7 +24,7 @@ from big_vision_lite.runs import load as saved_run
 from big_vision_lite.runs import step_folder
 
 torch_libraries.import_torchvision()
-ROOT = pathlib.Path(__file__).parents[1]
+ROOT = pathlib.Path(__file__).parents[2]
 RECIPE = ROOT / "tests" / "recipes" / "digits_vit.py"
 
 

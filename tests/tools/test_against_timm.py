@@ -3,7 +3,7 @@
 import importlib.util
 
 import pytest
-from test_benchmark import benchmark, tables
+from benchmark_tool import benchmark, tables
 
 pytest.importorskip("torch")
 if importlib.util.find_spec("timm") is None:  # importing it needs torchvision, too

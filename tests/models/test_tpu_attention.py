@@ -291,7 +291,11 @@ def test_branches_of_other_platforms_cost_a_cpu_nothing(gpu, remat, options):
             compiled = run.step.lower(run.abstract, run.put(rows())).compile()
         memory = compiled.memory_analysis().temp_size_in_bytes
         found[attention] = (memory, compiled.cost_analysis()["flops"])
-    assert found[Attention.AUTO] == found[Attention.XLA]
+    (memory, counted), (plain_memory, plain) = found.values()
+    assert memory == plain_memory
+    # What is kept for the gradient is decided inside a branch: with remat=dots a few
+    # biases are not added again.
+    assert 0.99 * plain < counted <= plain
 
 
 @pytest.mark.parametrize("remat", [Remat.NONE, Remat.DOTS, Remat.FULL])

@@ -161,7 +161,8 @@ class Dense(nn.Module, kw_only=True):
         kernel = self.param("kernel", nn.initializers.xavier_uniform(), shape)
         start = nn.initializers.normal(self.bias_deviation)
         bias = self.param("bias", start, (self.features,))
-        return add_bias(x.astype(self.dtype) @ kernel.astype(self.dtype), bias)
+        y = product(x.astype(self.dtype), kernel.astype(self.dtype))
+        return add_bias(y, bias)
 
 
 def convolve(
@@ -184,6 +185,18 @@ def convolve(
         dimension_numbers=("NHWC", "HWIO", "NHWC"),
         feature_group_count=groups,
     )
+
+
+def product(
+    x: Float[Array, "*B I"], kernel: Float[Array, "I O"]
+) -> Float[Array, "*B O"]:
+    """Returns x @ kernel as a product of two matrices, whatever the axes of x.
+
+    The kernel's gradient is one, too: of more axes XLA:CPU transposes x, and computes
+    all that led to it again. XLA:TPU makes the same program of both forms.
+    """
+    y = x.reshape(-1, x.shape[-1]) @ kernel
+    return y.reshape(*x.shape[:-1], -1)
 
 
 def add_bias(

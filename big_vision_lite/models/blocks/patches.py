@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Num, Shaped
 
-from big_vision_lite.models.blocks.layers import Dtype, add_bias, scale_pixels
+from big_vision_lite.models.blocks.layers import Dtype, add_bias, product, scale_pixels
 
 
 def grid_size(height: int, width: int, patch_size: int) -> tuple[int, int]:
@@ -72,7 +72,7 @@ class PatchEmbedding(nn.Module, kw_only=True):
         patches = patchify(image, self.patch_size).astype(self.dtype)
         kernel = resize_kernel(kernel, self.patch_size)
         kernel = kernel.reshape(-1, self.width).astype(self.dtype)
-        return add_bias(patches @ kernel, bias)
+        return add_bias(product(patches, kernel), bias)
 
 
 class Positions(enum.StrEnum):

@@ -1,7 +1,10 @@
-"""Eight virtual CPU devices for all tests, and a compile cache of their own."""
+"""Eight virtual CPU devices for all tests, a compile cache of their own, and counts."""
 
+import importlib.util
 import os
 import tempfile
+
+import pytest
 
 # Set, not proposed: with fewer devices half of the tests would prove nothing.
 os.environ["JAX_PLATFORMS"] = "cpu"
@@ -12,8 +15,38 @@ os.environ.setdefault(
 )
 
 
+def pytest_addoption(parser):
+    parser.addoption(
+        "--at_least",
+        type=int,
+        default=0,
+        metavar="N",
+        help="fail where fewer tests passed: what is not collected fails nowhere",
+    )
+
+
 def pytest_configure(config):
     # xdist would begin with the files that have most tests, and end with a few long
     # tests on one worker while the other has nothing left to do.
     if hasattr(config.option, "loadscopereorder"):
         config.option.loadscopereorder = False
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_sessionfinish(session):
+    if hasattr(session.config, "workerinput"):
+        return
+    reporter = session.config.pluginmanager.get_plugin("terminalreporter")
+    passed = len(reporter.stats.get("passed", ()))
+    complaints = []
+    if passed < session.config.getoption("at_least"):
+        wanted = session.config.getoption("at_least")
+        complaints.append(f"{passed} tests passed, --at_least={wanted} were to")
+    if importlib.util.find_spec("torch"):
+        skipped = reporter.stats.get("skipped", ())
+        missed = [r.nodeid for r in skipped if "parity" in r.keywords]
+        if missed:
+            complaints.append(f"torch is there, but these were skipped: {missed}")
+    for complaint in complaints:
+        print(f"\nerror: {complaint}")
+        session.exitstatus = pytest.ExitCode.TESTS_FAILED

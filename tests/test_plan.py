@@ -25,6 +25,8 @@ from big_vision_lite.training import (
     program,
 )
 
+pytestmark = pytest.mark.compilers
+
 ROOT = pathlib.Path(__file__).parents[1]
 needs_compilers = pytest.mark.skipif(
     not plugins.compilers_installed(), reason="needs pip install -e '.[plan]'"

@@ -40,6 +40,8 @@ from timm.layers import GroupNormAct, StdConv2d  # noqa: E402
 from timm.layers.std_conv import StdConv2dSame  # noqa: E402
 from timm.models.resnetv2 import ResNetV2  # noqa: E402
 
+pytestmark = pytest.mark.parity
+
 BOUND = 1e-5  # max |difference| / max |value|, float32 on the CPU
 CLASSES = 7
 # Even at every stride, odd at every stride, and neither square nor of one kind.

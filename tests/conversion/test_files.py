@@ -17,6 +17,8 @@ import safetensors.numpy
 from big_vision_lite.conversion import files as weights
 from big_vision_lite.conversion import foreign
 
+pytestmark = pytest.mark.parity
+
 RNG = np.random.default_rng(0)
 ARRAYS = {
     "a/kernel": RNG.normal(size=(3, 4)).astype(np.float32),

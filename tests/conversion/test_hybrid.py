@@ -38,6 +38,8 @@ from timm.layers.std_conv import StdConv2dSame  # noqa: E402
 from timm.models.resnetv2 import ResNetV2  # noqa: E402
 from timm.models.vision_transformer import VisionTransformer  # noqa: E402
 
+pytestmark = pytest.mark.parity
+
 BOUND = 1e-5  # max |difference| / max |value|, float32 on the CPU
 CLASSES, WIDTH, DEPTH, HEADS = 7, 32, 2, 2
 # The grid has ceil(side / 8) cells a side.

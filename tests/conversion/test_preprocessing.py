@@ -28,6 +28,8 @@ from big_vision_lite.data.ops.decode import decode
 from big_vision_lite.data.ops.resampling import Resampling, Rounding
 from big_vision_lite.models.blocks.patches import PatchEmbedding
 
+pytestmark = pytest.mark.parity
+
 Image = pytest.importorskip("PIL.Image")
 torch = pytest.importorskip("torch")
 torch_libraries.import_torchvision()

@@ -34,6 +34,8 @@ import parity  # noqa: E402
 from torch.utils import flop_counter  # noqa: E402
 from torchvision.models.resnet import BasicBlock, Bottleneck  # noqa: E402
 
+pytestmark = pytest.mark.parity
+
 BOUND = 1e-5  # max |difference| / max |value|, float32 on the CPU
 CLASSES = 7
 # Even at every stride, odd at every stride, and neither square nor of one kind.

@@ -32,6 +32,8 @@ from big_vision_lite.models.blocks.patches import Positions
 from big_vision_lite.models.blocks.pooling import FinalNorm, Pooling
 from big_vision_lite.models.vit import ViT
 
+pytestmark = pytest.mark.parity
+
 torch = pytest.importorskip("torch")
 torch_libraries.import_torchvision()
 transformers = pytest.importorskip("transformers")

@@ -27,6 +27,8 @@ from big_vision_lite.models.blocks.patches import Positions
 from big_vision_lite.models.blocks.pooling import FinalNorm, Pooling
 from big_vision_lite.models.vit import ViT
 
+pytestmark = pytest.mark.parity
+
 torch_libraries.import_torchvision()
 
 WIDTH, DEPTH, HEADS, HIDDEN, CLASSES, REPRESENTATION = 16, 3, 2, 64, 5, 12

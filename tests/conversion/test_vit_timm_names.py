@@ -9,6 +9,8 @@ from big_vision_lite.conversion import foreign, formats
 from big_vision_lite.conversion.formats import Weights
 from big_vision_lite.models.blocks.mlp import Activation
 
+pytestmark = pytest.mark.parity
+
 torch = pytest.importorskip("torch")
 torch_libraries.import_torchvision()
 timm = pytest.importorskip("timm")

@@ -24,6 +24,8 @@ from big_vision_lite.models.blocks.mlp import Activation
 from big_vision_lite.models.blocks.pooling import Pooling
 from big_vision_lite.models.vit import ViT
 
+pytestmark = pytest.mark.parity
+
 torch = pytest.importorskip("torch")
 torch_libraries.import_torchvision()
 models = pytest.importorskip("torchvision.models")

@@ -20,6 +20,8 @@ from big_vision_lite.models.blocks.mlp import Activation
 from big_vision_lite.models.mixer import PUBLISHED, MlpMixer
 from big_vision_lite.runtime import flops
 
+pytestmark = pytest.mark.parity
+
 torch = pytest.importorskip("torch")
 torch_libraries.import_torchvision()
 timm = pytest.importorskip("timm")

@@ -9,6 +9,8 @@ import pytest
 
 from big_vision_lite.runtime import plugins
 
+pytestmark = pytest.mark.compilers
+
 COMPILERS = (*plugins.CUDA_WHEELS, *plugins.CUDA_PLUGINS, "libtpu")
 needs_compilers = pytest.mark.skipif(
     not plugins.compilers_installed(), reason="needs pip install -e '.[plan]'"

@@ -26,6 +26,8 @@ from big_vision_lite.training.optimizers import (
     MomentumDtype,
 )
 
+pytestmark = pytest.mark.compilers
+
 FSDP = (ShardingRule(pattern=".*"),)
 PARAMS = {
     "encoder": {

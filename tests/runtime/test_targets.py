@@ -5,6 +5,8 @@ import pytest
 
 from big_vision_lite.runtime import plugins, targets
 
+pytestmark = pytest.mark.compilers
+
 needs_compilers = pytest.mark.skipif(
     not plugins.compilers_installed(), reason="needs pip install -e '.[plan]'"
 )

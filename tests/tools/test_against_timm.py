@@ -5,6 +5,8 @@ import importlib.util
 import pytest
 from benchmark_tool import benchmark, tables
 
+pytestmark = pytest.mark.parity
+
 pytest.importorskip("torch")
 if importlib.util.find_spec("timm") is None:  # importing it needs torchvision, too
     pytest.skip("timm is not installed", allow_module_level=True)

@@ -23,6 +23,8 @@ from big_vision_lite.recipes import command_line
 from big_vision_lite.runs import load as saved_run
 from big_vision_lite.runs import step_folder
 
+pytestmark = pytest.mark.parity
+
 torch_libraries.import_torchvision()
 ROOT = pathlib.Path(__file__).parents[2]
 RECIPE = ROOT / "tests" / "recipes" / "digits_vit.py"

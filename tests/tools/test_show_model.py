@@ -8,6 +8,8 @@ import shapes_run
 import show_model
 import torch_libraries
 
+pytestmark = pytest.mark.parity
+
 torch = pytest.importorskip("torch")
 torch_libraries.import_torchvision()
 timm = pytest.importorskip("timm")

@@ -31,6 +31,8 @@ from big_vision_lite.training import state as state_lib
 from big_vision_lite.training.optimizers import AdamW
 from big_vision_lite.training.step import make_train_step
 
+pytestmark = pytest.mark.compilers
+
 SLOW = pytest.mark.slow
 PLACES = {
     "one": dict(devices=1),

@@ -16,6 +16,8 @@ from big_vision_lite.runtime import (
     targets,
 )
 
+pytestmark = pytest.mark.compilers
+
 LOOP = """HloModule looped, is_scheduled=true
 
 %body (state: (s32[], f32[8,8])) -> (s32[], f32[8,8]) {

@@ -21,6 +21,7 @@ from prepared import prepare
 
 from big_vision_lite import train
 from big_vision_lite.data import sources
+from big_vision_lite.data.sources import arrays
 from big_vision_lite.data.sources.tfds import prepared_set
 from big_vision_lite.evaluators.classification import Classification
 from big_vision_lite.recipes import command_line, mistakes, serialize
@@ -99,7 +100,7 @@ SIZES = {
 def examples_of(source) -> list[tuple[str, int, int]]:
     """Returns (split, first, end) of every range of examples in a source."""
     if isinstance(source, sources.Digits):
-        rows = sources.DIGITS_SPLITS[source.split]
+        rows = arrays.DIGITS_SPLITS[source.split]
         return [("digits", rows.start, rows.stop)]
     splits = {
         name: prepared_set.Split(name=name, shards=((ROOT, count),), num_bytes=0)

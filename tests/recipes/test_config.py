@@ -177,11 +177,12 @@ def everything() -> list[TrainConfig]:
 
 # Dataclasses that are no part of a recipe, by module.
 NOT_CONFIG = {
-    "command_line", "data.host_batch", "data.image_folder", "data.prepared_set",
-    "data.tfds_features", "data.unreadable", "evaluators.context",
-    "evaluators.features", "models.attention", "models.mlp", "models.patches",
-    "models.pooling", "models.projections", "predictions", "program", "saved_run",
-    "state",
+    "recipes.command_line", "data.host_batch", "data.sources.listing",
+    "data.sources.tfds.prepared_set", "data.sources.tfds.features", "data.unreadable",
+    "runs.evaluations", "evaluators.features", "models.blocks.attention",
+    "models.blocks.mlp", "models.blocks.patches", "models.blocks.pooling",
+    "models.blocks.projections", "predict", "training.program", "runs.load",
+    "training.state",
 }  # fmt: skip
 PARTS = {
     *("StandardisedConv", "Conv", "BatchNorm", "Unit", "Stage", "Bottleneck"),
@@ -333,7 +334,7 @@ def write(folder, text) -> pathlib.Path:
 
 BODY = """
 from big_vision_lite.config import TrainConfig
-from big_vision_lite.runs.init import Init, PositionResize
+from big_vision_lite.config import Init, PositionResize
 from big_vision_lite.data.ops import Decode, Resize
 from big_vision_lite.data.pipeline import Stream
 from big_vision_lite.data.sources import Digits

@@ -8,13 +8,7 @@ from flax import linen as nn
 from big_vision_lite.data.pipeline import Stream
 from big_vision_lite.runtime.sharding import Mesh, ShardingRule
 from big_vision_lite.runtime.startup import Platform
-from big_vision_lite.types import (
-    Evaluator,
-    Model,
-    Objective,
-    Op,
-    Optimizer,
-)
+from big_vision_lite.types import Evaluator, Model, Objective, Op, Optimizer
 
 
 class PositionResize(enum.StrEnum):

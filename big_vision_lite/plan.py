@@ -25,13 +25,7 @@ from big_vision_lite.config import TrainConfig
 from big_vision_lite.console import bar_chart
 from big_vision_lite.data import unopened
 from big_vision_lite.recipes import command_line
-from big_vision_lite.runtime import (
-    cpu,
-    files,
-    plugins,
-    startup,
-    targets,
-)
+from big_vision_lite.runtime import cpu, files, plugins, startup, targets
 from big_vision_lite.runtime.targets import Target
 from big_vision_lite.training import estimate as estimates
 from big_vision_lite.training import fitting

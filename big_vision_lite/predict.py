@@ -36,12 +36,7 @@ from big_vision_lite.runs.load import SavedRun
 from big_vision_lite.runtime import files, startup
 from big_vision_lite.runtime.startup import Platform
 from big_vision_lite.training import step as step_lib
-from big_vision_lite.types import (
-    Array,
-    Batch,
-    Forward,
-    Objective,
-)
+from big_vision_lite.types import Array, Batch, Forward, Objective
 
 SHOWN_ROWS = 5
 

@@ -19,30 +19,13 @@ from big_vision_lite.config import TrainConfig
 from big_vision_lite.console.progress import Progress
 from big_vision_lite.data import pipeline
 from big_vision_lite.recipes import command_line, serialize
-from big_vision_lite.runs import (
-    checkpoint,
-    dry_run,
-    integrity,
-    step_folder,
-)
-from big_vision_lite.runs import (
-    evaluations as evaluation,
-)
-from big_vision_lite.runs import (
-    folder as run_folder,
-)
-from big_vision_lite.runs import (
-    init as adapt,
-)
+from big_vision_lite.runs import checkpoint, dry_run, integrity, step_folder
+from big_vision_lite.runs import evaluations as evaluation
+from big_vision_lite.runs import folder as run_folder
+from big_vision_lite.runs import init as adapt
 from big_vision_lite.runs.health import Monitor, Profiler
 from big_vision_lite.runs.records import Writer
-from big_vision_lite.runtime import (
-    files,
-    layout,
-    processes,
-    sharding,
-    startup,
-)
+from big_vision_lite.runtime import files, layout, processes, sharding, startup
 from big_vision_lite.runtime.processes import Stopped, StopSignal
 from big_vision_lite.training import program
 from big_vision_lite.training import state as state_lib

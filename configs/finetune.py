@@ -29,12 +29,7 @@ from big_vision_lite.data.sources import Tfds
 from big_vision_lite.data.sources.folder import open_folder
 from big_vision_lite.evaluators.classification import Classification
 from big_vision_lite.recipes.arguments import parse_arg
-from big_vision_lite.runs.hyperrule import (
-    HEAD,
-    HyperRule,
-    parse_size,
-    read_run,
-)
+from big_vision_lite.runs.hyperrule import HEAD, HyperRule, parse_size, read_run
 from big_vision_lite.types import Evaluator
 
 

@@ -39,12 +39,7 @@ from big_vision_lite.models.bit import BiT
 from big_vision_lite.models.blocks.heads import Classifier
 from big_vision_lite.objectives.classification import SoftmaxClassification
 from big_vision_lite.recipes.arguments import parse_arg
-from big_vision_lite.runs.hyperrule import (
-    HEAD,
-    HyperRule,
-    parse_size,
-    read_run,
-)
+from big_vision_lite.runs.hyperrule import HEAD, HyperRule, parse_size, read_run
 from big_vision_lite.schedules import WarmupCosine
 from big_vision_lite.training.optimizers import AdamW
 from big_vision_lite.types import Evaluator

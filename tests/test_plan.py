@@ -18,12 +18,7 @@ from big_vision_lite.console import bar_chart
 from big_vision_lite.data import pipeline, sources, unopened
 from big_vision_lite.recipes import command_line
 from big_vision_lite.runtime import plugins, sharding, targets
-from big_vision_lite.training import (
-    compile_process,
-    estimate,
-    fitting,
-    program,
-)
+from big_vision_lite.training import compile_process, estimate, fitting, program
 
 pytestmark = pytest.mark.compilers
 

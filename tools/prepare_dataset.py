@@ -37,10 +37,7 @@ from big_vision_lite.data.sources.arrays import content_hash
 from big_vision_lite.data.sources.listing import stable_order
 from big_vision_lite.data.sources.tfds import folder as tfds_folder
 from big_vision_lite.data.sources.tfds.example import encode_example
-from big_vision_lite.data.sources.tfds.prepared_set import (
-    FILE_TEMPLATE,
-    shard_file,
-)
+from big_vision_lite.data.sources.tfds.prepared_set import FILE_TEMPLATE, shard_file
 from big_vision_lite.data.sources.tfds.records import ArrayRecordFile
 from big_vision_lite.messages import some
 

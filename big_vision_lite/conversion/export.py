@@ -10,12 +10,7 @@ from typing import Any
 import numpy as np
 import safetensors.numpy
 
-from big_vision_lite.conversion import (
-    engine,
-    foreign,
-    formats,
-    preprocessing_export,
-)
+from big_vision_lite.conversion import engine, foreign, formats, preprocessing_export
 from big_vision_lite.conversion.formats import Format, Library
 from big_vision_lite.conversion.preprocessing import Preprocessing
 from big_vision_lite.conversion.preprocessing_export import Written

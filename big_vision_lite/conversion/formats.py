@@ -12,8 +12,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from big_vision_lite import conversion, trees
-from big_vision_lite.conversion import engine
+from big_vision_lite import trees
+from big_vision_lite.conversion import engine, families
 from big_vision_lite.conversion.engine import Entry
 from big_vision_lite.types import STATISTICS as STATISTICS
 from big_vision_lite.types import Model
@@ -113,10 +113,10 @@ class Format(Protocol):
 
 @functools.cache
 def all_formats() -> tuple[Format, ...]:
-    """Returns the FORMATS of every file in this folder, in the order of file names."""
+    """Returns the FORMATS of every file in families/, in the order of file names."""
     found: list[Format] = []
-    for module in sorted(m.name for m in pkgutil.iter_modules(conversion.__path__)):
-        loaded = importlib.import_module(f"{conversion.__name__}.{module}")
+    for module in sorted(m.name for m in pkgutil.iter_modules(families.__path__)):
+        loaded = importlib.import_module(f"{families.__name__}.{module}")
         found += getattr(loaded, "FORMATS", ())
     return tuple(found)
 

@@ -7,12 +7,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 from big_vision_lite.conversion.formats import Weights
-from big_vision_lite.data.ops import (
-    CentralCrop,
-    Decode,
-    Resize,
-    ResizeSmall,
-)
+from big_vision_lite.data.ops import CentralCrop, Decode, Resize, ResizeSmall
 from big_vision_lite.data.ops.resampling import Resampling, Rounding
 from big_vision_lite.types import Op
 

@@ -18,18 +18,9 @@ from etils import epath
 from big_vision_lite.data.batches import EvaluationBatches, TrainingBatches
 from big_vision_lite.data.host_batch import HostBatch, Report
 from big_vision_lite.data.unreadable import UnreadableImages
-from big_vision_lite.data.workers import (
-    ProcessWorkers,
-    ThreadWorkers,
-    resolve_threads,
-)
+from big_vision_lite.data.workers import ProcessWorkers, ThreadWorkers, resolve_threads
 from big_vision_lite.runtime import layout
-from big_vision_lite.types import (
-    Array,
-    DeviceOp,
-    Op,
-    Source,
-)
+from big_vision_lite.types import Array, DeviceOp, Op, Source
 
 # Batches being made or waiting, beside the one in use.
 AHEAD = 3

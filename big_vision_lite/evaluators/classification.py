@@ -15,13 +15,7 @@ from etils import epath
 
 from big_vision_lite.runs.evaluations import ClassTable, Context, class_table
 from big_vision_lite.runtime import files
-from big_vision_lite.types import (
-    Array,
-    Batch,
-    Forward,
-    Runner,
-    Source,
-)
+from big_vision_lite.types import Array, Batch, Forward, Runner, Source
 
 TOP = 5
 COLUMNS = ("step", "class", "count", "correct", "accuracy")

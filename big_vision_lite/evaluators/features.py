@@ -10,14 +10,7 @@ import numpy as np
 from jaxtyping import Float, Int
 
 from big_vision_lite.runs.evaluations import Context, EvalStep, RowFunction
-from big_vision_lite.types import (
-    Array,
-    Batch,
-    Forward,
-    Model,
-    Op,
-    Source,
-)
+from big_vision_lite.types import Array, Batch, Forward, Model, Op, Source
 
 # Raw pixels are shrunk to this side first: more pixels make a worse control and a slow
 # one.

@@ -21,12 +21,7 @@ from big_vision_lite.runs.hyperrule import HEAD, HyperRule
 from big_vision_lite.runtime import files, processes
 from big_vision_lite.training import state as state_lib
 from big_vision_lite.training.state import TrainState
-from big_vision_lite.types import (
-    Array,
-    Evaluator,
-    Runner,
-    Source,
-)
+from big_vision_lite.types import Array, Evaluator, Runner, Source
 
 FOLDER = "finetune"
 TEST = "test"

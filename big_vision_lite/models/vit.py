@@ -18,11 +18,7 @@ from big_vision_lite.models.blocks.layers import (
     scale_pixels,
 )
 from big_vision_lite.models.blocks.mlp import Activation
-from big_vision_lite.models.blocks.patches import (
-    PatchEmbedding,
-    Positions,
-    sincos,
-)
+from big_vision_lite.models.blocks.patches import PatchEmbedding, Positions, sincos
 from big_vision_lite.models.blocks.pooling import (
     WITH_CLASS_TOKEN,
     AttentionPooling,

@@ -26,23 +26,12 @@ from big_vision_lite.data.pipeline import Stream
 from big_vision_lite.models.blocks.heads import Classifier
 from big_vision_lite.objectives.classification import SoftmaxClassification
 from big_vision_lite.recipes import serialize
-from big_vision_lite.runs import (
-    folder as run_folder,
-)
-from big_vision_lite.runs import (
-    load as saved_run,
-)
-from big_vision_lite.runs import (
-    step_folder,
-)
+from big_vision_lite.runs import folder as run_folder
+from big_vision_lite.runs import load as saved_run
+from big_vision_lite.runs import step_folder
 from big_vision_lite.runtime.sharding import Mesh
 from big_vision_lite.training.optimizers import SGD
-from big_vision_lite.types import (
-    Evaluator,
-    Example,
-    Op,
-    Source,
-)
+from big_vision_lite.types import Evaluator, Example, Op, Source
 
 # Images of fewer pixels than this are small: resized to 160, cropped to 128.
 SMALL_AREA_PX = 96 * 96

@@ -10,12 +10,7 @@ from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 from big_vision_lite.runtime import hlo, kernels
-from big_vision_lite.runtime.hlo import (
-    ArrayType,
-    Computation,
-    Module,
-    Operation,
-)
+from big_vision_lite.runtime.hlo import ArrayType, Computation, Module, Operation
 from big_vision_lite.runtime.kernels import Signature, Work
 from big_vision_lite.runtime.targets import Chip
 

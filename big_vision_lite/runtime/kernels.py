@@ -6,12 +6,7 @@ import re
 from typing import Any
 
 from big_vision_lite.runtime import flops
-from big_vision_lite.runtime.hlo import (
-    ArrayType,
-    Computation,
-    Module,
-    Operation,
-)
+from big_vision_lite.runtime.hlo import ArrayType, Computation, Module, Operation
 
 # Custom calls of NVIDIA's libraries: which operand or result (None) of a convolution is
 # its image, its kernel and its output.

@@ -11,12 +11,7 @@ from flax import struct
 
 from big_vision_lite import trees
 from big_vision_lite.runtime import sharding
-from big_vision_lite.types import (
-    STATISTICS,
-    Array,
-    Model,
-    Params,
-)
+from big_vision_lite.types import STATISTICS, Array, Model, Params
 
 
 @struct.dataclass

@@ -14,14 +14,7 @@ from big_vision_lite.training import state as state_lib
 from big_vision_lite.training.accumulation import accumulate_gradients
 from big_vision_lite.training.forward import BoundModel
 from big_vision_lite.training.state import TrainState
-from big_vision_lite.types import (
-    Array,
-    Batch,
-    DeviceOp,
-    Forward,
-    Model,
-    Objective,
-)
+from big_vision_lite.types import Array, Batch, DeviceOp, Forward, Model, Objective
 
 
 def make_train_step(

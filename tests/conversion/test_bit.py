@@ -12,23 +12,11 @@ from big_vision_bit import grid, random_variables, trunk_arrays
 from foreign_models import randomise, relative_difference
 
 from big_vision_lite import trees
-from big_vision_lite.conversion import (
-    engine,
-    export,
-    foreign,
-    formats,
-)
-from big_vision_lite.conversion import (
-    files as weights,
-)
+from big_vision_lite.conversion import engine, export, foreign, formats
+from big_vision_lite.conversion import files as weights
 from big_vision_lite.conversion.families import bit_huggingface, bit_npz, bit_timm
 from big_vision_lite.conversion.formats import Library, Weights
-from big_vision_lite.models.bit import (
-    BiT,
-    Block,
-    PoolPadding,
-    Stem,
-)
+from big_vision_lite.models.bit import BiT, Block, PoolPadding, Stem
 from big_vision_lite.models.bit_v1 import BiTV1, Standardisation, Trunk
 from big_vision_lite.models.blocks.heads import Classifier
 

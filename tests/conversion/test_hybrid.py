@@ -11,15 +11,8 @@ from big_vision_bit import grid, random_variables, trunk_arrays
 from foreign_models import randomise, relative_difference
 
 from big_vision_lite import trees
-from big_vision_lite.conversion import (
-    engine,
-    export,
-    foreign,
-    formats,
-)
-from big_vision_lite.conversion import (
-    files as weights,
-)
+from big_vision_lite.conversion import engine, export, foreign, formats
+from big_vision_lite.conversion import files as weights
 from big_vision_lite.conversion.families import hybrid_npz, hybrid_timm
 from big_vision_lite.conversion.formats import Library, Weights
 from big_vision_lite.models import vit_variants

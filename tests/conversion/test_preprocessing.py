@@ -11,11 +11,7 @@ import simplejpeg
 import torch_libraries
 from sklearn.datasets import load_sample_images
 
-from big_vision_lite.conversion import (
-    foreign,
-    preprocessing,
-    preprocessing_export,
-)
+from big_vision_lite.conversion import foreign, preprocessing, preprocessing_export
 from big_vision_lite.conversion.formats import Weights
 from big_vision_lite.conversion.input_range import (
     SYMMETRIC,

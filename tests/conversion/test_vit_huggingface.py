@@ -11,15 +11,8 @@ import torch_libraries
 from foreign_models import randomise, relative_difference
 
 from big_vision_lite import trees
-from big_vision_lite.conversion import (
-    engine,
-    export,
-    foreign,
-    formats,
-)
-from big_vision_lite.conversion import (
-    files as weights,
-)
+from big_vision_lite.conversion import engine, export, foreign, formats
+from big_vision_lite.conversion import files as weights
 from big_vision_lite.conversion.families import (
     vit_huggingface,
     vit_huggingface_dinov2,

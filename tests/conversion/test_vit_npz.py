@@ -12,14 +12,8 @@ import torch_libraries
 from foreign_models import relative_difference
 
 from big_vision_lite import trees
-from big_vision_lite.conversion import (
-    engine,
-    foreign,
-    formats,
-)
-from big_vision_lite.conversion import (
-    files as weights,
-)
+from big_vision_lite.conversion import engine, foreign, formats
+from big_vision_lite.conversion import files as weights
 from big_vision_lite.conversion.families import vit_npz
 from big_vision_lite.models.blocks.heads import Classifier
 from big_vision_lite.models.blocks.mlp import Activation

@@ -9,13 +9,7 @@ import torch_libraries
 from foreign_models import randomise, relative_difference
 
 from big_vision_lite import trees
-from big_vision_lite.conversion import (
-    engine,
-    export,
-    foreign,
-    formats,
-    preprocessing,
-)
+from big_vision_lite.conversion import engine, export, foreign, formats, preprocessing
 from big_vision_lite.conversion.families import vit_torchvision
 from big_vision_lite.conversion.formats import Library, Weights
 from big_vision_lite.conversion.preprocessing import from_torchvision

@@ -9,12 +9,7 @@ import pytest
 import scipy.stats
 from jax.sharding import AxisType
 
-from big_vision_lite.data.ops.device import (
-    CutMix,
-    Mixup,
-    Partner,
-    symmetric_beta,
-)
+from big_vision_lite.data.ops.device import CutMix, Mixup, Partner, symmetric_beta
 from big_vision_lite.runtime.layout import batch_sharding
 
 CLASSES = 5

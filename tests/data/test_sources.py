@@ -18,25 +18,11 @@ import pytest
 from array_record.python import array_record_module
 from prepared import labels_of
 
-from big_vision_lite.data.sources import (
-    Digits,
-    ImageFolder,
-    InMemory,
-    Tfds,
-    listing,
-)
+from big_vision_lite.data.sources import Digits, ImageFolder, InMemory, Tfds, listing
 from big_vision_lite.data.sources.listing import hold_out
-from big_vision_lite.data.sources.tfds import (
-    folder as tfds_folder,
-)
-from big_vision_lite.data.sources.tfds import (
-    prepared_set,
-    records,
-)
-from big_vision_lite.data.sources.tfds.example import (
-    encode_example,
-    parse_example,
-)
+from big_vision_lite.data.sources.tfds import folder as tfds_folder
+from big_vision_lite.data.sources.tfds import prepared_set, records
+from big_vision_lite.data.sources.tfds.example import encode_example, parse_example
 from big_vision_lite.data.sources.tfds.prepared_set import load
 
 with warnings.catch_warnings():

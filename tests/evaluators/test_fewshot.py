@@ -18,12 +18,7 @@ from evaluation_context import (
 )
 
 from big_vision_lite.console import tables
-from big_vision_lite.data.ops import (
-    CentralCrop,
-    Decode,
-    Resize,
-    ResizeSmall,
-)
+from big_vision_lite.data.ops import CentralCrop, Decode, Resize, ResizeSmall
 from big_vision_lite.data.sources import Digits, InMemory
 from big_vision_lite.evaluators import features, fewshot, ridge
 from big_vision_lite.evaluators.fewshot import FewShot, FewShotSet

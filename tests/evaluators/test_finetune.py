@@ -33,16 +33,9 @@ from big_vision_lite.models.blocks.patches import Positions
 from big_vision_lite.models.blocks.pooling import Pooling
 from big_vision_lite.recipes import command_line, serialize
 from big_vision_lite.recipes.arguments import parse_arg
-from big_vision_lite.runs import (
-    hyperrule,
-    step_folder,
-)
-from big_vision_lite.runs import (
-    init as adapt,
-)
-from big_vision_lite.runs import (
-    load as saved_run,
-)
+from big_vision_lite.runs import hyperrule, step_folder
+from big_vision_lite.runs import init as adapt
+from big_vision_lite.runs import load as saved_run
 from big_vision_lite.runs.hyperrule import HyperRule, Repeated
 from big_vision_lite.runs.init import HEADS
 from big_vision_lite.runs.records import read_history

@@ -17,12 +17,7 @@ import pytest
 
 import big_vision_lite
 from big_vision_lite import train
-from big_vision_lite.config import (
-    Checkpoints,
-    Init,
-    PositionResize,
-    TrainConfig,
-)
+from big_vision_lite.config import Checkpoints, Init, PositionResize, TrainConfig
 from big_vision_lite.data import ops, sources
 from big_vision_lite.data.ops import colour, randaugment
 from big_vision_lite.data.ops import device as device_ops
@@ -54,12 +49,7 @@ from big_vision_lite.schedules import (
     WarmupLinear,
     WarmupRsqrt,
 )
-from big_vision_lite.training.optimizers import (
-    SGD,
-    Adafactor,
-    AdamW,
-    Rule,
-)
+from big_vision_lite.training.optimizers import SGD, Adafactor, AdamW, Rule
 
 DIGITS = sources.Digits
 TINY = pathlib.Path(__file__).parents[1] / "recipes" / "digits_tiny.py"

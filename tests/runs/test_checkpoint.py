@@ -15,14 +15,8 @@ from etils import epath
 
 from big_vision_lite import trees
 from big_vision_lite.config import Checkpoints
-from big_vision_lite.runs import (
-    checkpoint,
-    integrity,
-    step_folder,
-)
-from big_vision_lite.runs import (
-    load as saved_run,
-)
+from big_vision_lite.runs import checkpoint, integrity, step_folder
+from big_vision_lite.runs import load as saved_run
 from big_vision_lite.runs.checkpoint import Checkpointer
 from big_vision_lite.runs.integrity import DamagedCheckpoint
 from big_vision_lite.runtime import files, sharding

@@ -24,16 +24,9 @@ from big_vision_lite.models.mixer import MlpMixer
 from big_vision_lite.models.resnet import ResNet
 from big_vision_lite.models.vit import ViT
 from big_vision_lite.models.vit_variants import hybrid
-from big_vision_lite.runs import (
-    init as adapt,
-)
-from big_vision_lite.runs import (
-    integrity,
-    resample,
-)
-from big_vision_lite.runs import (
-    load as saved_run,
-)
+from big_vision_lite.runs import init as adapt
+from big_vision_lite.runs import integrity, resample
+from big_vision_lite.runs import load as saved_run
 from big_vision_lite.runs.checkpoint import Checkpointer
 from big_vision_lite.runs.integrity import DamagedCheckpoint
 from big_vision_lite.training.state import TrainState

@@ -12,19 +12,9 @@ from tiny_runs import tiny_vit, tpus
 from big_vision_lite import trees
 from big_vision_lite.data import pipeline
 from big_vision_lite.runtime import layout, sharding
-from big_vision_lite.runtime.sharding import (
-    Layout,
-    Mesh,
-    ShardingRule,
-    make_mesh,
-)
+from big_vision_lite.runtime.sharding import Layout, Mesh, ShardingRule, make_mesh
 from big_vision_lite.schedules import Constant
-from big_vision_lite.training.optimizers import (
-    SGD,
-    Adafactor,
-    AdamW,
-    MomentumDtype,
-)
+from big_vision_lite.training.optimizers import SGD, Adafactor, AdamW, MomentumDtype
 
 pytestmark = pytest.mark.compilers
 

@@ -13,15 +13,9 @@ from etils import epath
 
 from big_vision_lite import evaluate, predict
 from big_vision_lite.recipes import command_line
-from big_vision_lite.runs import (
-    folder as run_folder,
-)
-from big_vision_lite.runs import (
-    integrity,
-)
-from big_vision_lite.runs import (
-    load as saved_run,
-)
+from big_vision_lite.runs import folder as run_folder
+from big_vision_lite.runs import integrity
+from big_vision_lite.runs import load as saved_run
 from big_vision_lite.runtime import processes, startup
 from big_vision_lite.runtime.startup import Platform
 

@@ -9,12 +9,7 @@ import jax.numpy as jnp
 import pytest
 from tiny_runs import Net, filled, rows, start
 
-from big_vision_lite.runtime import (
-    compiled,
-    hlo,
-    kernels,
-    targets,
-)
+from big_vision_lite.runtime import compiled, hlo, kernels, targets
 
 pytestmark = pytest.mark.compilers
 

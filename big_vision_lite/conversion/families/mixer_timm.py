@@ -5,13 +5,7 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from big_vision_lite.conversion.engine import (
-    Entry,
-    conv,
-    linear,
-    norm,
-    same,
-)
+from big_vision_lite.conversion.engine import Entry, conv, linear, norm, same
 from big_vision_lite.conversion.formats import Architecture, Library, Weights
 from big_vision_lite.models.blocks.heads import Classifier
 from big_vision_lite.models.blocks.mlp import Activation

@@ -6,12 +6,7 @@ from typing import Any
 
 import numpy as np
 
-from big_vision_lite.conversion.engine import (
-    Entry,
-    conv,
-    dense,
-    same,
-)
+from big_vision_lite.conversion.engine import Entry, conv, dense, same
 from big_vision_lite.conversion.families.resnet_builders import check_exportable
 from big_vision_lite.conversion.families.resnet_torch import (
     COUNTERS,

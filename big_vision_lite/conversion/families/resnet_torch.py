@@ -7,12 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from big_vision_lite.conversion.engine import (
-    Entry,
-    conv,
-    dense,
-    same,
-)
+from big_vision_lite.conversion.engine import Entry, conv, dense, same
 from big_vision_lite.conversion.families import resnet_builders
 from big_vision_lite.conversion.formats import (
     STATISTICS,

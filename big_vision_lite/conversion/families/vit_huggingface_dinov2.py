@@ -6,14 +6,7 @@ from typing import Any
 
 import numpy as np
 
-from big_vision_lite.conversion.engine import (
-    Arrays,
-    Entry,
-    Shape,
-    dense,
-    norm,
-    same,
-)
+from big_vision_lite.conversion.engine import Arrays, Entry, Shape, dense, norm, same
 from big_vision_lite.conversion.families.vit_huggingface_tables import (
     TO_TIMM,
     BlockNames,

@@ -7,12 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from big_vision_lite.conversion.engine import (
-    Arrays,
-    Entry,
-    Shape,
-    same,
-)
+from big_vision_lite.conversion.engine import Arrays, Entry, Shape, same
 from big_vision_lite.conversion.families.vit_tables import (
     check_fields,
     tokens_and_positions,

@@ -30,9 +30,7 @@ from big_vision_lite.conversion.families.vit_timm_config import (
     positions_of,
 )
 from big_vision_lite.conversion.families.vit_timm_names import in_timm_names
-from big_vision_lite.conversion.families.vit_timm_tokens import (
-    tokens_and_positions,
-)
+from big_vision_lite.conversion.families.vit_timm_tokens import tokens_and_positions
 from big_vision_lite.conversion.formats import Architecture, Library, Weights
 from big_vision_lite.models.blocks import patches
 from big_vision_lite.models.blocks.heads import Classifier

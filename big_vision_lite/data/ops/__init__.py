@@ -7,15 +7,11 @@ from big_vision_lite.data.ops.colour import ToRgb as ToRgb
 from big_vision_lite.data.ops.decode import Decode as Decode
 from big_vision_lite.data.ops.decode import UndecodableImage as UndecodableImage
 from big_vision_lite.data.ops.geometry import CentralCrop as CentralCrop
-from big_vision_lite.data.ops.geometry import (
-    DecodeInceptionCrop as DecodeInceptionCrop,
-)
+from big_vision_lite.data.ops.geometry import DecodeInceptionCrop as DecodeInceptionCrop
 from big_vision_lite.data.ops.geometry import FlipLeftRight as FlipLeftRight
 from big_vision_lite.data.ops.geometry import InceptionCrop as InceptionCrop
 from big_vision_lite.data.ops.geometry import RandomAffine as RandomAffine
 from big_vision_lite.data.ops.geometry import RandomCrop as RandomCrop
-from big_vision_lite.data.ops.geometry import (
-    RandomResizedCrop as RandomResizedCrop,
-)
+from big_vision_lite.data.ops.geometry import RandomResizedCrop as RandomResizedCrop
 from big_vision_lite.data.ops.geometry import Resize as Resize
 from big_vision_lite.data.ops.geometry import ResizeSmall as ResizeSmall

@@ -7,12 +7,7 @@ import cv2
 import numpy as np
 
 from big_vision_lite.data.ops import resampling as crops
-from big_vision_lite.data.ops.decode import (
-    Example,
-    check_channels,
-    decode,
-    image_of,
-)
+from big_vision_lite.data.ops.decode import Example, check_channels, decode, image_of
 from big_vision_lite.data.ops.resampling import Resampling, Rounding
 
 

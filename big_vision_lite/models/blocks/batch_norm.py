@@ -8,12 +8,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from big_vision_lite.models.blocks.layers import (
-    Dtype,
-    moments,
-    of_all,
-    shift_of,
-)
+from big_vision_lite.models.blocks.layers import Dtype, moments, of_all, shift_of
 from big_vision_lite.runtime import layout
 
 EPSILON = 1e-5

@@ -7,15 +7,9 @@ from typing import Any, SupportsIndex
 import numpy as np
 
 from big_vision_lite.data.sources.arrays import Example, content_hash, fields_of
-from big_vision_lite.data.sources.tfds import (
-    features as tfds_features,
-)
-from big_vision_lite.data.sources.tfds import (
-    folder as tfds_folder,
-)
-from big_vision_lite.data.sources.tfds import (
-    prepared_set,
-)
+from big_vision_lite.data.sources.tfds import features as tfds_features
+from big_vision_lite.data.sources.tfds import folder as tfds_folder
+from big_vision_lite.data.sources.tfds import prepared_set
 from big_vision_lite.data.sources.tfds.example import parse_example
 
 

@@ -4,7 +4,6 @@ python -m big_vision_lite.train --config configs/quickstart.py --workdir runs/fi
 python -m big_vision_lite.train --workdir runs/first
 """
 
-import contextlib
 import functools
 import shlex
 import sys
@@ -16,19 +15,15 @@ from absl import flags
 from etils import epath
 
 from big_vision_lite.config import TrainConfig
-from big_vision_lite.console.progress import Progress
-from big_vision_lite.data import pipeline
 from big_vision_lite.recipes import command_line, serialize
-from big_vision_lite.runs import checkpoint, dry_run, integrity, step_folder
-from big_vision_lite.runs import evaluations as evaluation
+from big_vision_lite.runs import dry_run, integrity, step_folder
 from big_vision_lite.runs import folder as run_folder
-from big_vision_lite.runs import init as adapt
-from big_vision_lite.runs.health import Monitor, Profiler
-from big_vision_lite.runs.records import Writer
-from big_vision_lite.runtime import files, layout, processes, sharding, startup
-from big_vision_lite.runtime.processes import Stopped, StopSignal
-from big_vision_lite.training import program
-from big_vision_lite.training import state as state_lib
+from big_vision_lite.runs.evaluations import Evaluations
+from big_vision_lite.runs.init import initial_state
+from big_vision_lite.runs.session import Run
+from big_vision_lite.runtime import files, layout, processes, startup
+from big_vision_lite.runtime.sharding import make_mesh
+from big_vision_lite.training.program import build
 from big_vision_lite.training.state import TrainState
 
 
@@ -52,145 +47,41 @@ def train(
         FloatingPointError: the loss is not finite; says where it began.
         Stopped: a signal came; the state is saved.
     """
-    mesh = sharding.make_mesh(config.mesh)
+    mesh = make_mesh(config.mesh)
     layout.check_batch_size(config.data.batch_size, mesh, config.micro_batches)
-    num_steps = config.resolve_steps(len(config.data.source))
     with (
         jax.set_mesh(mesh),
-        StopSignal() as stop,
-        Progress(num_steps, config.data.batch_size, quiet=quiet) as progress,
-        run_folder.RunFolder(workdir, config, log=progress.message) as folder,
-        pipeline.open_batches(
-            config.data, config.seed, mesh, workdir / "bad_files.txt"
-        ) as batches,
-        checkpoint.Checkpointer(
-            workdir,
-            config.checkpoints,
-            config_text=folder.config_text(),
-            metadata=describe(config, num_steps, batches.spec()),
-            log=progress.message,
-        ) as checkpointer,
-        Writer(workdir) as writer,
-        Profiler(config.profile_steps, workdir / "profile") as profiler,
-        contextlib.ExitStack() as later,
+        Run(config, workdir, mesh, command=command, quiet=quiet) as run,
+        build(config, mesh, run.batch_spec(), saving=run.is_saving) as program,
     ):
-        if note := config.length_note():
-            progress.message(note)
-        built = later.enter_context(
-            program.build(config, mesh, batches.spec(), saving=checkpointer.saving)
-        )
-        for note in built.notes:
-            progress.message(note)
-        checkpointer.prepare(built.abstract)
-        evaluations = evaluation.Evaluations(
-            config,
-            functools.partial(
-                evaluation.make_context,
-                config=config,
-                mesh=mesh,
-                workdir=workdir,
-                abstract_state=built.abstract,
-                untrained_state=built.fresh,
-                log=progress.message,
-            ),
-            writer,
-            num_steps,
-            before=built.make_room,
-            show=progress.scores,
-        )
-        state = checkpointer.restore_latest(built.abstract)
+        # Wrong paths and classes are refused here, not after hours.
+        evaluations = Evaluations(run, program)
+        state = run.restore(program)
         if state is None:
-            state = adapt.first_state(
+            state = initial_state(
                 config,
-                built.fresh(),
+                program.fresh(),
                 first_params,
-                progress.message,
-                note_origin=checkpointer.note_origin,
+                log=run.say,
+                note_origin=run.note_origin,
             )
-        # Anything else would compile the step a second time.
-        state_lib.check_same(built.abstract, state)
-        first_step = int(state.step) + 1
-        if first_step > 1:
-            progress.message(f"resuming from step {first_step - 1} of {num_steps}")
-        writer.resume_at(first_step - 1)
-        monitor = Monitor(
-            config, num_steps, workdir, lambda step: next(batches.starting_at(step))
-        )
+        run.begin(program, state)
         # A run killed between a save and its evaluations makes up for them.
-        try:
-            evaluations.run_due(first_step - 1, state)
-        except Stopped:
-            raise Stopped(stop.requested(), first_step - 1, workdir) from None
-        folder.begin()
-        progress.begin(first_step - 1, built.flops_per_step)
-        for step, batch in progress.watch(batches.starting_at(first_step), num_steps):
-            profiler.before(step)
-            state, metrics = built.train_step(state, batch)
-            profiler.after(step, metrics)
-            progress.pace(metrics)
-            monitor.add(step, metrics)
-            last = step == num_steps
-            leaving = stop.agreed(step)
-            logging = last or step % config.log_every_steps == 0
-            saving = last or leaving or checkpointer.due(step)
+        evaluations.run_due(run.done, state)
+        for step, batch in run.steps():
+            state, metrics = program.train_step(state, batch)
+            run.note(step, metrics)
             # The order matters: the record of a step, then its checkpoint, then its
             # evaluations, so that a score can be traced to a file.
-            if logging or saving:
-                record = monitor.look(state)
-            if logging:
-                checkpointer.check()
-                record |= progress.rates(step)
-                writer.write(step, record)
-                progress.show(step, record, batches)
-            with progress.paused():
-                if saving:
-                    checkpointer.save(step, state)
-                try:
-                    if (last or not leaving) and evaluations.due(step):
-                        evaluations.run_due(step, state)
-                except Stopped:
-                    # A training inside an evaluator was told to stop, and saved itself.
-                    # Resumed, this run makes up for the evaluation.
-                    monitor.look(state)
-                    checkpointer.save(step, state)
-                    leaving, last = True, False
-            if leaving and not last:
-                checkpointer.wait()
-                raise Stopped(stop.requested(), step, workdir)
-        if skipped := batches.unreadable.message():
-            progress.message(skipped)
-    progress.summary(writer.latest(), next_commands(workdir, command))
+            if run.logs_at(step):
+                run.log(step, state)
+            if run.saves_at(step):
+                run.save(step, state)
+            if run.stops_at(step):
+                raise run.stopped(step)
+            evaluations.run_due(step, state)
+    run.show_results()
     return state
-
-
-def describe(
-    config: TrainConfig, num_steps: int, spec: Mapping[str, Any]
-) -> dict[str, Any]:
-    """Returns what every manifest says of the run beside its leaves and files."""
-    return {
-        "num_steps": num_steps,
-        "input": {
-            name: {"shape": list(leaf.shape[1:]), "dtype": str(leaf.dtype)}
-            for name, leaf in spec.items()
-        },
-        "class_names": list(config.data.source.class_names),
-        "source": config.data.source.fingerprint,
-        "versions": startup.versions(),
-    }
-
-
-def next_commands(workdir: epath.Path, command: str | None) -> list[str]:
-    """Lists what one may type after a run, with the Python that is running."""
-    package = f"{shlex.quote(sys.orig_argv[0])} -m big_vision_lite"
-    run, tuned = (shlex.quote(f"{workdir}{end}") for end in ("", "_finetuned"))
-    recipe = shlex.quote(f"configs/finetune.py:init={workdir},data=FOLDER")
-    return [
-        f"{package}.predict --workdir {run} --images FOLDER --out preds.csv",
-        f"{package}.evaluate --workdir {run}",
-        f"{package}.train --config {recipe} --workdir {tuned}",
-        *([] if command is None else [f"{command}  # resumes"]),
-        f"tensorboard --logdir {run}",
-    ]
 
 
 def main(argv: Sequence[str]) -> None:

@@ -21,7 +21,7 @@ from big_vision_lite.evaluators.classification import Classification
 from big_vision_lite.evaluators.fewshot import FewShot, FewShotSet
 from big_vision_lite.objectives.classification import SoftmaxClassification
 from big_vision_lite.recipes import command_line
-from big_vision_lite.runs import dry_run, step_folder
+from big_vision_lite.runs import dry_run, session, step_folder
 from big_vision_lite.runs.records import read_history
 from big_vision_lite.runtime.cpu import SteadyStep
 from big_vision_lite.runtime.processes import Stopped, StopSignal
@@ -333,5 +333,5 @@ def test_the_next_commands_can_be_pasted_and_resume_needs_no_recipe(tmp_path, ca
 
 
 def test_a_run_from_a_program_names_no_command_to_resume_it(tmp_path):
-    lines = train.next_commands(epath.Path("/runs/x"), None)
+    lines = session.next_commands(epath.Path("/runs/x"), None)
     assert not any("resumes" in line for line in lines) and len(lines) == 4

@@ -15,9 +15,11 @@ from big_vision_lite.config import TrainConfig
 from big_vision_lite.data import pipeline
 from big_vision_lite.data.pipeline import EvaluationSet
 from big_vision_lite.messages import some
-from big_vision_lite.runs.records import Writer
+from big_vision_lite.runs.session import Run
 from big_vision_lite.runtime import layout
+from big_vision_lite.runtime.processes import Stopped
 from big_vision_lite.training import step as step_lib
+from big_vision_lite.training.program import Program
 from big_vision_lite.training.state import TrainState
 from big_vision_lite.types import (
     Array,
@@ -203,36 +205,34 @@ class Evaluations:
     What a wrong path, an empty set or another set of classes would end after hours is
     refused at the start; preparing opens the sets and reads none whole.
 
-    `before()` is called before each of them, `show(step, scores)` after.
-
     A score is named `<evaluator>/<score>`, `<evaluator>_ema/...` when the averaged
     parameters were evaluated.
     """
 
-    def __init__(
-        self,
-        config: TrainConfig,
-        make_context: Callable[[str], Context],
-        writer: Writer,
-        num_steps: int,
-        *,
-        before: Callable[[], None],
-        show: Callable[[int, Mapping[str, float]], None],
-    ):
-        self._evaluators = {n: e for n, e in config.evaluators.items() if e.every_steps}
+    def __init__(self, run: Run, program: Program):
+        evaluators = run.config.evaluators
+        self._run = run
+        self._program = program
+        self._evaluators = {n: e for n, e in evaluators.items() if e.every_steps}
         self._runners: dict[str, Runner] = {
-            name: evaluator.prepare(make_context(name))
+            name: evaluator.prepare(
+                make_context(
+                    name,
+                    config=run.config,
+                    mesh=run.mesh,
+                    workdir=run.workdir,
+                    abstract_state=program.abstract,
+                    untrained_state=program.fresh,
+                    log=run.say,
+                )
+            )
             for name, evaluator in self._evaluators.items()
         }
-        self._writer = writer
-        self._num_steps = num_steps
-        self._before = before
-        self._show = show
-        self._suffix = "" if config.ema is None else "_ema"
+        self._suffix = "" if run.config.ema is None else "_ema"
 
     def due(self, step: int) -> list[str]:
         """Returns the evaluators that run after `step`: after the last one all do."""
-        last = step == self._num_steps
+        last = step == self._run.num_steps
         return [
             name
             for name, evaluator in self._evaluators.items()
@@ -240,15 +240,32 @@ class Evaluations:
         ]
 
     def run_due(self, step: int, state: TrainState) -> None:
-        """Runs what is due at `step` and not on record, and records the scores."""
-        for name in self.due(step):
-            prefix = f"{name}{self._suffix}"
-            if not self._writer.recorded(step, prefix):
-                self._before()
-                scores = self._runners[name](state)
-                named = {f"{prefix}/{k}": v for k, v in scores.items()}
-                self._writer.write(step, named)
-                self._show(step, named)
+        """Runs what is due at `step` and not on record, and records the scores.
+
+        Raises:
+            Stopped: a training inside an evaluator was told to stop; `state` is saved,
+                and the resumed run makes up for the evaluation.
+        """
+        due = self.due(step)
+        if not due:
+            return
+        try:
+            with self._run.progress.paused():
+                for name in due:
+                    self._evaluate(name, step, state)
+        except Stopped:
+            if step > self._run.done:
+                self._run.save(step, state)
+            raise self._run.stopped(step) from None
+
+    def _evaluate(self, name: str, step: int, state: TrainState) -> None:
+        prefix = f"{name}{self._suffix}"
+        if not self._run.writer.recorded(step, prefix):
+            self._program.make_room()
+            scores = self._runners[name](state)
+            named = {f"{prefix}/{k}": v for k, v in scores.items()}
+            self._run.writer.write(step, named)
+            self._run.progress.scores(step, named)
 
 
 def make_context(

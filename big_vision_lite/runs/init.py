@@ -24,12 +24,12 @@ from big_vision_lite.training.state import TrainState
 from big_vision_lite.types import Array
 
 
-def first_state(
+def initial_state(
     config: TrainConfig,
     fresh: TrainState,
     first_params: Mapping[str, Any] | None,
-    log: Callable[[str], None],
     *,
+    log: Callable[[str], None],
     note_origin: Callable[[Any], None],
 ) -> TrainState:
     """Returns the state before step 1: fresh, or with parameters from elsewhere."""

@@ -244,7 +244,7 @@ def test_everything_but_the_head_starts_from_the_run_and_the_head_from_zero(
             fresh = program.build(config, mesh, batches.spec()).fresh()
             origins = []
             begin = functools.partial(
-                adapt.first_state,
+                adapt.initial_state,
                 config,
                 fresh,
                 log=lambda _: None,

@@ -1,0 +1,227 @@
+"""`Run`: what a training opens, writes and watches, from its first step to its last."""
+
+import contextlib
+import shlex
+import sys
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import jax
+from etils import epath
+
+from big_vision_lite.config import TrainConfig
+from big_vision_lite.console.progress import Progress
+from big_vision_lite.data import pipeline
+from big_vision_lite.runs.checkpoint import Checkpointer
+from big_vision_lite.runs.folder import RunFolder
+from big_vision_lite.runs.health import Monitor, Profiler
+from big_vision_lite.runs.records import Writer
+from big_vision_lite.runtime import startup
+from big_vision_lite.runtime.processes import Stopped, StopSignal
+from big_vision_lite.training import state as state_lib
+from big_vision_lite.training.program import Program
+from big_vision_lite.training.state import TrainState
+
+
+class Run:
+    """One training in `workdir`: its folder, data, checkpoints, records and display.
+
+    Use as a context, under the mesh. `command` resumes the run: it is named in what to
+    type next.
+
+    Raises:
+        ValueError, OSError: a mistake in the recipe, the data or the folder.
+    """
+
+    def __init__(
+        self,
+        config: TrainConfig,
+        workdir: epath.Path,
+        mesh: jax.sharding.Mesh,
+        *,
+        command: str | None = None,
+        quiet: bool = False,
+    ):
+        self.config = config
+        self.workdir = workdir
+        self.mesh = mesh
+        self.num_steps = config.resolve_steps(len(config.data.source))
+        self._command = command
+        self._quiet = quiet
+        self._opened = contextlib.ExitStack()
+        self._leaving = False
+        # The last step behind the state, from `begin` on.
+        self.done = 0
+
+    def __enter__(self) -> "Run":
+        with contextlib.ExitStack() as opened:
+            self._open(opened.enter_context)
+            self._opened = opened.pop_all()
+        return self
+
+    def __exit__(self, kind: Any, error: Any, trace: Any) -> bool | None:
+        if error is None:
+            self.say(self._batches.unreadable.message() or "")
+        return self._opened.__exit__(kind, error, trace)
+
+    def _open(self, enter: Any) -> None:
+        config, workdir = self.config, self.workdir
+        size = config.data.batch_size
+        self._stop: StopSignal = enter(StopSignal())
+        self.progress: Progress = enter(
+            Progress(self.num_steps, size, quiet=self._quiet)
+        )
+        self._folder: RunFolder = enter(
+            RunFolder(workdir, config, log=self.progress.message)
+        )
+        bad_files = workdir / "bad_files.txt"
+        self._batches: pipeline.Batches = enter(
+            pipeline.open_batches(config.data, config.seed, self.mesh, bad_files)
+        )
+        self._checkpointer: Checkpointer = enter(
+            Checkpointer(
+                workdir,
+                config.checkpoints,
+                config_text=self._folder.config_text(),
+                metadata=describe(config, self.num_steps, self.batch_spec()),
+                log=self.progress.message,
+            )
+        )
+        self.writer: Writer = enter(Writer(workdir))
+        self._profiler: Profiler = enter(
+            Profiler(config.profile_steps, workdir / "profile")
+        )
+        self._monitor = Monitor(config, self.num_steps, workdir, self._batch_of)
+        self.say(config.length_note() or "")
+
+    def say(self, text: str) -> None:
+        """Shows a line that stays."""
+        self.progress.message(text)
+
+    def batch_spec(self) -> Mapping[str, jax.ShapeDtypeStruct]:
+        """Returns the shapes, dtypes and shardings of a batch."""
+        return self._batches.spec()
+
+    def is_saving(self) -> bool:
+        """Says whether a checkpoint is being written."""
+        return self._checkpointer.saving()
+
+    def note_origin(self, origin: Mapping[str, Any] | None) -> None:
+        """Records in every checkpoint where the first weights came from."""
+        self._checkpointer.note_origin(origin)
+
+    def restore(self, program: Program) -> TrainState | None:
+        """Returns the state of the newest checkpoint, None where the run is new.
+
+        Raises:
+            DamagedCheckpoint: it is damaged; names the newest that is intact.
+        """
+        for note in program.notes:
+            self.say(note)
+        self._flops_per_step = program.flops_per_step
+        self._checkpointer.prepare(program.abstract)
+        return self._checkpointer.restore_latest(program.abstract)
+
+    def begin(self, program: Program, state: TrainState) -> None:
+        """Goes on behind `state`; drops the records of later steps."""
+        # Anything else would compile the step a second time.
+        state_lib.check_same(program.abstract, state)
+        self.done = int(state.step)
+        if self.done:
+            self.say(f"resuming from step {self.done} of {self.num_steps}")
+        self.writer.resume_at(self.done)
+
+    def steps(self) -> Iterator[tuple[int, Any]]:
+        """Yields every step that is left, with its batch; at most two are in flight."""
+        self._folder.begin()
+        self.progress.begin(self.done, self._flops_per_step)
+        batches = self._batches.starting_at(self.done + 1)
+        for step, batch in self.progress.watch(batches, self.num_steps):
+            self._profiler.before(step)
+            yield step, batch
+
+    def note(self, step: int, metrics: Mapping[str, Any]) -> None:
+        """Keeps the metrics of a step on the device; asks all hosts whether to stop."""
+        self._profiler.after(step, metrics)
+        self.progress.pace(metrics)
+        self._monitor.add(step, metrics)
+        self._leaving = self._stop.agreed(step)
+
+    def logs_at(self, step: int) -> bool:
+        """Says whether `step` is recorded: every few, and the last."""
+        return step == self.num_steps or step % self.config.log_every_steps == 0
+
+    def saves_at(self, step: int) -> bool:
+        """Says whether `step` is saved: every few, the last, and where a run stops."""
+        return step == self.num_steps or self._leaving or self._checkpointer.due(step)
+
+    def stops_at(self, step: int) -> bool:
+        """Says whether a signal came, at a step that all hosts agreed on."""
+        return self._leaving and step < self.num_steps
+
+    def log(self, step: int, state: TrainState) -> None:
+        """Records the newest step.
+
+        Raises:
+            FloatingPointError: a loss was not finite; says where it began.
+            OSError: the last save failed.
+        """
+        record = self._monitor.look(state)
+        self._checkpointer.check()
+        record |= self.progress.rates(step)
+        self.writer.write(step, record)
+        self.progress.show(step, record, self._batches)
+
+    def save(self, step: int, state: TrainState) -> None:
+        """Starts to write a checkpoint, once all losses so far are known to be finite.
+
+        Raises:
+            FloatingPointError: one was not.
+            OSError: the save before failed.
+        """
+        self._monitor.look(state)
+        with self.progress.paused():
+            self._checkpointer.save(step, state)
+
+    def stopped(self, step: int) -> Stopped:
+        """Returns what to raise when the run stops after `step`, which is saved."""
+        self._checkpointer.wait()
+        return Stopped(self._stop.requested(), step, self.workdir)
+
+    def show_results(self) -> None:
+        """Shows all scores and what to type next, once all is written."""
+        commands = next_commands(self.workdir, self._command)
+        self.progress.summary(self.writer.latest(), commands)
+
+    def _batch_of(self, step: int) -> Any:
+        return next(self._batches.starting_at(step))
+
+
+def describe(
+    config: TrainConfig, num_steps: int, spec: Mapping[str, Any]
+) -> dict[str, Any]:
+    """Returns what every manifest says of the run beside its leaves and files."""
+    return {
+        "num_steps": num_steps,
+        "input": {
+            name: {"shape": list(leaf.shape[1:]), "dtype": str(leaf.dtype)}
+            for name, leaf in spec.items()
+        },
+        "class_names": list(config.data.source.class_names),
+        "source": config.data.source.fingerprint,
+        "versions": startup.versions(),
+    }
+
+
+def next_commands(workdir: epath.Path, command: str | None) -> list[str]:
+    """Lists what one may type after a run, with the Python that is running."""
+    package = f"{shlex.quote(sys.orig_argv[0])} -m big_vision_lite"
+    run, tuned = (shlex.quote(f"{workdir}{end}") for end in ("", "_finetuned"))
+    recipe = shlex.quote(f"configs/finetune.py:init={workdir},data=FOLDER")
+    return [
+        f"{package}.predict --workdir {run} --images FOLDER --out preds.csv",
+        f"{package}.evaluate --workdir {run}",
+        f"{package}.train --config {recipe} --workdir {tuned}",
+        *([] if command is None else [f"{command}  # resumes"]),
+        f"tensorboard --logdir {run}",
+    ]

@@ -16,7 +16,7 @@ ROOT = pathlib.Path(__file__).parents[1]
 BODY = """
 import sys
 import jax, jax.numpy as jnp
-from big_vision_lite import command_line
+from big_vision_lite.recipes import command_line
 from big_vision_lite.console.progress import Progress
 
 @jax.jit

@@ -292,7 +292,8 @@ def test_a_model_without_head_embeds_and_says_so_when_asked_for_classes(run, ima
 @pytest.mark.slow
 def test_the_command_runs_alone_and_imports_no_other_framework(tmp_path, run, images):
     code = (
-        "import sys; from big_vision_lite import command_line, predict;"
+        "import sys; from big_vision_lite import predict;"
+        "from big_vision_lite.recipes import command_line;"
         "code = command_line.run(predict.main, sys.argv);"
         "found = {'tensorflow', 'torch', 'pandas'} & set(sys.modules);"
         "sys.exit(code or (str(found) if found else 0))"

@@ -67,13 +67,13 @@ def records(folder) -> dict[int, dict[str, float]]:
 def built(monkeypatch):
     """The programs that runs build, in order."""
     programs = []
-    build = train.program.build
+    build = train.build
 
     def kept(*args, **options):
         programs.append(build(*args, **options))
         return programs[-1]
 
-    monkeypatch.setattr(train.program, "build", kept)
+    monkeypatch.setattr(train, "build", kept)
     return programs
 
 
@@ -137,7 +137,7 @@ def test_one_compile_of_the_step_in_a_run_and_one_in_its_resumption(
     tmp_path, built, caplog, monkeypatch
 ):
     """Two ways: what JAX logs when it compiles, and no call but of what is compiled."""
-    add = train.Monitor.add
+    add = session.Monitor.add
 
     def broken(self, step, metrics):
         if step == 6:
@@ -146,7 +146,7 @@ def test_one_compile_of_the_step_in_a_run_and_one_in_its_resumption(
 
     with jax.log_compiles(), caplog.at_level("WARNING"):
         with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-            patch.setattr(train.Monitor, "add", broken)
+            patch.setattr(session.Monitor, "add", broken)
             run(tmp_path / "run", recipe(ema=0.9))
         run(tmp_path / "run", recipe(ema=0.9))
     # Evaluated at 4 and 8, saved at 4 and 8, resumed from 4.
@@ -174,9 +174,9 @@ def test_the_memory_of_the_step_goes_back_during_saves_and_evaluations(
     step = SteadyStep
     noted(step, "__call__", "step")
     noted(step, "give_back", "back")
-    noted(train.evaluation.Evaluations, "run_due", "evaluate")
+    noted(train.Evaluations, "_evaluate", "evaluate")
     monkeypatch.setattr(
-        train.checkpoint.Checkpointer,
+        session.Checkpointer,
         "saving",
         lambda self: seen.count("step") == 2,
     )
@@ -187,7 +187,7 @@ def test_the_memory_of_the_step_goes_back_during_saves_and_evaluations(
     )
     run(tmp_path / "run", config)
     assert seen == [
-        *["evaluate", "step", "step", "back", "step", "step", "evaluate", "back"],
+        *["step", "step", "back", "step", "step", "evaluate", "back"],
         "back",  # the end
     ]
 
@@ -260,7 +260,7 @@ def test_evaluators_are_prepared_once_and_read_one_image_before_their_time(
 ):
     Counting.reads.clear()
     seen = []
-    prepare, add = Classification.prepare, train.Monitor.add
+    prepare, add = Classification.prepare, session.Monitor.add
 
     def noted(self, context):
         seen.append(("prepare", len(Counting.reads)))
@@ -271,7 +271,7 @@ def test_evaluators_are_prepared_once_and_read_one_image_before_their_time(
         add(self, step, metrics)
 
     monkeypatch.setattr(Classification, "prepare", noted)
-    monkeypatch.setattr(train.Monitor, "add", stepped)
+    monkeypatch.setattr(session.Monitor, "add", stepped)
     run(tmp_path, recipe(evaluators={"test": on_digits(source=Counting())}))
     assert seen[:2] == [("prepare", 0), (1, 1)]
     assert [step for step, _ in seen] == ["prepare", *range(1, 9)]

@@ -266,7 +266,7 @@ def test_worker_processes_equal_threads_pass_errors_on_and_end(mesh):
 
 KILLED_RUN = """
 import multiprocessing, time
-from big_vision_lite import sharding
+from big_vision_lite.runtime import sharding
 from big_vision_lite.data import ops, pipeline, sources
 
 if __name__ == "__main__":

@@ -524,7 +524,7 @@ def test_weights_for_another_range_of_pixels_are_folded_into_the_patches():
     variables = theirs.init(jax.random.key(0), image=images)
     given = saved_run.Loaded(variables=trees.flatten(variables["params"]), model=theirs)
     lines = []
-    moved = saved_run.scaled_like(given, ours, given.variables, lines.append)
+    moved = adapt.scaled_like(given, ours, given.variables, lines.append)
     params = trees.unflatten(moved.variables)
     expected = theirs.apply(variables, image=images)["pooled"]
     found = ours.apply({"params": params}, image=images)["pooled"]
@@ -532,7 +532,7 @@ def test_weights_for_another_range_of_pixels_are_folded_into_the_patches():
     wrong = ours.apply(variables, image=images)["pooled"]
     assert np.abs(wrong - expected).max() > 1e-2
     assert "folded into the patch embedding" in lines[0]
-    assert saved_run.model_differences(ours, moved.model) == []
+    assert adapt.model_differences(ours, moved.model) == []
 
 
 IMAGENET = {"mean": (123.7, 116.3, 103.5), "std": (58.4, 57.1, 57.4)}
@@ -541,8 +541,8 @@ IMAGENET = {"mean": (123.7, 116.3, 103.5), "std": (58.4, 57.1, 57.4)}
 def started(loaded, model, fresh):
     """The variables for `model` as start.py makes them, and what was said."""
     lines = []
-    moved = saved_run.scaled_like(loaded, model, fresh, lines.append)
-    lines += saved_run.model_differences(model, moved.model)
+    moved = adapt.scaled_like(loaded, model, fresh, lines.append)
+    lines += adapt.model_differences(model, moved.model)
     found, more = start_from(moved.variables, fresh)
     return {"params": trees.unflatten(found)}, lines + more
 
@@ -606,9 +606,9 @@ def test_padded_stems_keep_their_range_and_say_what_to_set(family, channels):
     fresh = trees.flatten(random_variables(ours, noise(channels))["params"])
     given = saved_run.Loaded(variables=variables, model=theirs)
     lines = []
-    kept = saved_run.scaled_like(given, ours, fresh, lines.append)
+    kept = adapt.scaled_like(given, ours, fresh, lines.append)
     assert kept.variables is variables
-    said = saved_run.model_differences(ours, kept.model)
+    said = adapt.model_differences(ours, kept.model)
     if channels == 3:
         assert lines == [] and "--config.model.mean=(123.7, 116.3, 103.5)" in said[0]
     else:
@@ -644,15 +644,15 @@ def test_what_a_flexivit_stores_and_was_resized_is_no_difference():
 
 def test_what_changes_the_features_of_the_same_weights_is_said():
     ours, theirs = vit(), vit(norm_epsilon=1e-12, head=Classifier(num_classes=3))
-    (line,) = saved_run.model_differences(ours, theirs)
+    (line,) = adapt.model_differences(ours, theirs)
     assert "norm_epsilon=1e-12, this recipe has 1e-06" in line
     assert "--config.model.norm_epsilon=1e-12" in line
-    assert saved_run.model_differences(ours, object()) == []
+    assert adapt.model_differences(ours, object()) == []
 
 
 def test_where_parameters_start_that_the_weights_bring_is_no_difference():
     ours, theirs = vit(depth=1, layer_scale=1e-6), vit(depth=1, layer_scale=1e-5)
-    assert saved_run.model_differences(ours, theirs) == []
+    assert adapt.model_differences(ours, theirs) == []
     image = jnp.asarray(RNG.integers(0, 256, (2, 32, 32, 3), np.uint8))
     variables = jax.jit(theirs.init)(jax.random.key(0), image)
     found, expected = (
@@ -666,4 +666,4 @@ def test_where_parameters_start_that_the_weights_bring_is_no_difference():
     with pytest.raises(ValueError, match="- encoder/block_00/attention_scale"):
         start_from(scaled, plain)
     last = [ResNet(stages=(1,), width=4, last_scale=scale) for scale in (0.0, 1.0)]
-    assert saved_run.model_differences(*last) == []
+    assert adapt.model_differences(*last) == []

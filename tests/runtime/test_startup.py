@@ -104,10 +104,10 @@ def test_the_platform_of_the_recipe_is_asked_of_jax(joined, updates, platform, n
 @pytest.mark.parametrize("platform", ["gpu", "tpu"])
 def test_a_platform_that_is_not_there_is_one_message(platform):
     program = (
-        "import jax; from big_vision_lite import devices; from big_vision_lite.config "
-        "import Platform\n"
-        "devices._on_tpu_vm = lambda: False\n"
-        f"try: devices.set_up(Platform('{platform}'), platform_flag='--platform')\n"
+        "import jax; from big_vision_lite.runtime import startup\n"
+        "from big_vision_lite.runtime.startup import Platform\n"
+        "startup._on_tpu_vm = lambda: False\n"
+        f"try: startup.set_up(Platform('{platform}'), platform_flag='--platform')\n"
         "except ValueError as error: print(error)"
     )
     ended = subprocess.run(
@@ -350,9 +350,9 @@ def test_a_failed_join_says_who_where_and_what_to_type(monkeypatch, updates):
 def test_a_process_that_waits_alone_says_so_and_gives_up():
     # A real one: it is the library's silence that is tested.
     code = (
-        "from big_vision_lite import devices\n"
-        "devices.REMIND_SECONDS, devices.JOIN_SECONDS = 0.5, 2\n"
-        "devices.join('localhost:1', 2, 1)\n"
+        "from big_vision_lite.runtime import startup\n"
+        "startup.REMIND_SECONDS, startup.JOIN_SECONDS = 0.5, 2\n"
+        "startup.join('localhost:1', 2, 1)\n"
     )
     waited = subprocess.run(
         [sys.executable, "-c", code],

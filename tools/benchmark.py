@@ -236,8 +236,7 @@ def recipe_rows(argv: Sequence[str], steps: int, rounds: int, starts: int) -> li
     from big_vision_lite.recipes import command_line
     from big_vision_lite.runs import checkpoint
     from big_vision_lite.runtime import flops
-    from big_vision_lite.runtime import startup as devices
-    from big_vision_lite.training import program
+    from big_vision_lite.runtime import startup
 
     command = command_line.parse(["benchmark", *argv], lambda values: None)
     if command.config is None:
@@ -245,7 +244,7 @@ def recipe_rows(argv: Sequence[str], steps: int, rounds: int, starts: int) -> li
     config = command.config
     # Compiled programs come from no cache but the one that is measured.
     os.environ["JAX_COMPILATION_CACHE_DIR"] = ""
-    devices.set_up(config.platform, deterministic=config.deterministic)
+    startup.set_up(config.platform, deterministic=config.deterministic)
     windows_steps = rounds * (UNTIMED + steps) + 1
     measured = dataclasses.replace(
         config,
@@ -257,7 +256,7 @@ def recipe_rows(argv: Sequence[str], steps: int, rounds: int, starts: int) -> li
         profile_steps=(),
     )
     seen: dict[str, Any] = {}
-    build = program.build
+    build = train.build
 
     def build_windows(*arguments: Any, **options: Any) -> Any:
         built = seen["program"] = build(*arguments, **options)
@@ -274,7 +273,7 @@ def recipe_rows(argv: Sequence[str], steps: int, rounds: int, starts: int) -> li
         blocked.append(1e3 * (time.perf_counter() - began))
         self.wait()  # the next window has the machine for itself
 
-    program.build = build_windows
+    train.build = build_windows
     checkpoint.Checkpointer.save = timed_save
     try:
         with tempfile.TemporaryDirectory() as folder:
@@ -283,7 +282,7 @@ def recipe_rows(argv: Sequence[str], steps: int, rounds: int, starts: int) -> li
     except Windows.Over:
         pass
     finally:
-        program.build = build
+        train.build = build
         checkpoint.Checkpointer.save = save
 
     built, windows = seen["program"], seen["windows"]

@@ -15,7 +15,11 @@ from big_vision_lite.models.blocks.attention import MultiHeadAttention
 from big_vision_lite.models.blocks.heads import Classifier
 from big_vision_lite.models.blocks.layers import Dtype, LayerNorm
 from big_vision_lite.models.blocks.mlp import Activation, Mlp
-from big_vision_lite.models.blocks.patches import PatchEmbedding, Positions
+from big_vision_lite.models.blocks.patches import (
+    PatchEmbedding,
+    Positions,
+    resize_kernel,
+)
 from big_vision_lite.models.blocks.pooling import FinalNorm, Pooling
 from big_vision_lite.models.vit import ViT
 
@@ -266,7 +270,7 @@ def products(patches, kernel):
 def test_a_kernel_for_larger_patches_gives_enlarged_patches_their_tokens(patch):
     kernel, patches = kernel_and_patches()
     expected = products(patches, kernel)
-    found = products(enlarge(patches, patch), patches.resize_kernel(kernel, patch))
+    found = products(enlarge(patches, patch), resize_kernel(kernel, patch))
     # float32 products of 8 * 8 * 3 values about 14.
     assert np.abs(found - expected).max() <= 2e-5 * np.abs(expected).max()
 
@@ -275,10 +279,10 @@ def test_a_kernel_for_larger_patches_gives_enlarged_patches_their_tokens(patch):
 def test_a_kernel_for_smaller_patches_is_not_exact_and_cannot_come_back(patch):
     kernel, patches = kernel_and_patches()
     expected = products(patches, kernel)
-    smaller = patches.resize_kernel(kernel, patch)
+    smaller = resize_kernel(kernel, patch)
     found = products(enlarge(patches, patch), smaller)
     assert np.abs(found - expected).max() > 0.1 * np.abs(expected).max()
-    back = patches.resize_kernel(smaller, kernel.shape[0])
+    back = resize_kernel(smaller, kernel.shape[0])
     assert np.abs(back - kernel).max() > 0.1
     # But it is the least-squares answer: no other kernel is nearer on white noise.
     matrix = np.kron(patches.bilinear(8, patch), patches.bilinear(8, patch))
@@ -289,7 +293,7 @@ def test_a_kernel_for_smaller_patches_is_not_exact_and_cannot_come_back(patch):
 
 def test_a_kernel_of_the_same_size_stays_as_it_is():
     kernel, _ = kernel_and_patches()
-    assert patches.resize_kernel(kernel, 8) is kernel
+    assert resize_kernel(kernel, 8) is kernel
 
 
 @pytest.mark.parametrize("patch", [6, 12])
@@ -299,7 +303,7 @@ def test_a_kernel_resized_at_use_equals_the_one_resized_before(patch):
     params = random_params(stored, image)
     assert params["kernel"].shape == (8, 8, 3, 5)
     plain = PatchEmbedding(patch_size=patch, width=5)
-    kernel = patches.resize_kernel(np.asarray(params["kernel"]), patch)
+    kernel = resize_kernel(np.asarray(params["kernel"]), patch)
     np.testing.assert_allclose(
         stored.apply({"params": params}, image),
         plain.apply({"params": {**params, "kernel": kernel}}, image),

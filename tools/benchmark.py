@@ -235,8 +235,7 @@ def recipe_rows(argv: Sequence[str], steps: int, rounds: int, starts: int) -> li
     from big_vision_lite import train
     from big_vision_lite.recipes import command_line
     from big_vision_lite.runs import checkpoint
-    from big_vision_lite.runtime import flops
-    from big_vision_lite.runtime import startup
+    from big_vision_lite.runtime import flops, startup
 
     command = command_line.parse(["benchmark", *argv], lambda values: None)
     if command.config is None:

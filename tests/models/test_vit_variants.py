@@ -18,6 +18,7 @@ from big_vision_lite.models.blocks.mlp import Activation, Mlp
 from big_vision_lite.models.blocks.patches import (
     PatchEmbedding,
     Positions,
+    bilinear,
     resize_kernel,
 )
 from big_vision_lite.models.blocks.pooling import FinalNorm, Pooling
@@ -285,7 +286,7 @@ def test_a_kernel_for_smaller_patches_is_not_exact_and_cannot_come_back(patch):
     back = resize_kernel(smaller, kernel.shape[0])
     assert np.abs(back - kernel).max() > 0.1
     # But it is the least-squares answer: no other kernel is nearer on white noise.
-    matrix = np.kron(bilinear(8, patch), patches.bilinear(8, patch))
+    matrix = np.kron(bilinear(8, patch), bilinear(8, patch))
     flat = kernel.reshape(64, -1)
     best = np.linalg.lstsq(matrix.T, flat, rcond=None)[0]
     np.testing.assert_allclose(smaller.reshape(patch**2, -1), best, atol=1e-4)

@@ -312,7 +312,7 @@ def by_operation(found: Estimate) -> dict[str, float]:
     return dict(sorted(sums.items(), key=lambda item: -item[1])[:8])
 
 
-def _size(size: float | None) -> str:
+def _size(size: float | int | None) -> str:
     if size is None:
         return ""
     if size < 0.1 * GIGA:

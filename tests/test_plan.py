@@ -279,9 +279,15 @@ def test_a_refusal_says_how_much_was_needed():
 
 def test_an_image_costs_what_its_ops_cost():
     config = parse("configs/vit_s16_i1k.py")
-    whole = unopened.seconds_an_image(config.data.ops, config.preprocess, 0.1)
-    first = unopened.seconds_an_image(config.data.ops[:1], config.preprocess, 0.1)
-    assert 0 < first < whole < 1
+    came = []
+
+    def last(example, rng):
+        came.append(example["image"].shape)
+        return example
+
+    ops = (*config.data.ops, last)
+    assert 0 < unopened.seconds_an_image(ops, config.preprocess, 0.1) < 1
+    assert len(came) > 1 and set(came) == {(224, 224, 3)}
     assert unopened.native_size(config.preprocess) == (224, 224, 3)
 
 

@@ -193,7 +193,8 @@ def product(
     """Returns x @ kernel as a product of two matrices, whatever the axes of x.
 
     The kernel's gradient is one, too: of more axes XLA:CPU transposes x, and computes
-    all that led to it again. XLA:TPU makes the same program of both forms.
+    all that led to it again. XLA:TPU makes the same program of both forms, but where
+    gradients are accumulated: there 1.06 times the bytes (ViT-S/16, fsdp=8, v5e).
     """
     y = jnp.matmul(x.reshape(-1, x.shape[-1]), kernel)
     return y.reshape(*x.shape[:-1], -1)

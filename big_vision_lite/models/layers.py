@@ -188,14 +188,14 @@ def convolve(
 
 
 def product(
-    x: Float[Array, "*B I"], kernel: Float[Array, "I O"]
+    x: Float[Array | np.ndarray, "*B I"], kernel: Float[Array | np.ndarray, "I O"]
 ) -> Float[Array, "*B O"]:
     """Returns x @ kernel as a product of two matrices, whatever the axes of x.
 
     The kernel's gradient is one, too: of more axes XLA:CPU transposes x, and computes
     all that led to it again. XLA:TPU makes the same program of both forms.
     """
-    y = x.reshape(-1, x.shape[-1]) @ kernel
+    y = jnp.matmul(x.reshape(-1, x.shape[-1]), kernel)
     return y.reshape(*x.shape[:-1], -1)
 
 

@@ -1,4 +1,4 @@
-"""What the figures of the README's table and of tests/test_bars.py are of.
+"""What the figures of the README's table and of tests/training/test_bars.py are of.
 
 A plain model on plain data: no mixup, no hidden layer in the head; softmax
 cross-entropy, AdamW.

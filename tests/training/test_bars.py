@@ -3,7 +3,7 @@
 Its model, loss and optimizer chain at 0127fb6, compiled by the same compilers (jax
 0.10.2, libtpu 0.0.42.1, CUDA plugin 0.10.2) for eight devices: 224 px, bfloat16
 products, a batch of 1,024, of ViT-L 256. Bytes and temporaries are those of a device.
-tests/test_compiled.py compiles what is recorded.
+tests/training/test_compiled.py compiles what is recorded.
 """
 
 import json

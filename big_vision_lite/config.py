@@ -8,7 +8,15 @@ from flax import linen as nn
 from big_vision_lite.data.pipeline import Stream
 from big_vision_lite.runtime.sharding import Mesh, ShardingRule
 from big_vision_lite.runtime.startup import Platform
-from big_vision_lite.types import Evaluator, Model, Objective, Op, Optimizer
+from big_vision_lite.schedules import Average
+from big_vision_lite.types import (
+    Evaluator,
+    Model,
+    Objective,
+    Op,
+    Optimizer,
+    members,
+)
 
 
 class PositionResize(enum.StrEnum):
@@ -20,7 +28,11 @@ class PositionResize(enum.StrEnum):
 
 @dataclasses.dataclass(kw_only=True)
 class Init:
-    """Where the first parameters come from: a run folder or a step folder.
+    """Where first parameters come from: a run, a step folder, or foreign weights.
+
+    What was pretrained there (the model's `backbone`) goes into the backbone of this
+    model; between models of one class all goes over. `part` takes another module of
+    the checkpoint ("encoder"), `into` fills another one of this model ("teacher").
 
     Parameters matching `drop` keep their fresh values. None drops the head, and only
     the head, when it is made for other classes; "" drops nothing, so that a head of
@@ -29,6 +41,8 @@ class Init:
     """
 
     path: str = ""
+    into: str = ""
+    part: str = ""
     drop: str | None = None
     rename: tuple[str, ...] = ()
     position_resize: PositionResize = PositionResize.BILINEAR
@@ -70,7 +84,7 @@ class TrainConfig:
     The length is `num_epochs` or `num_steps`; the latter wins when both are set.
     `preprocess` is the deterministic road from file bytes to model input: the default
     of every evaluator and what predict uses. `freeze` holds patterns of parameter
-    names that do not train, `ema` the decay of an average of the parameters.
+    names that do not train, `ema` is an average of the parameters.
     `profile_steps` is empty or (first, last), written for TensorBoard's profiler.
     """
 
@@ -83,9 +97,9 @@ class TrainConfig:
     seed: int = 0
     num_epochs: float | None = None
     num_steps: int | None = None
-    init: Init | None = None
+    init: tuple[Init, ...] = ()
     freeze: tuple[str, ...] = ()
-    ema: float | None = None
+    ema: Average | None = None
     micro_batches: int = 1
     mesh: Mesh = dataclasses.field(default_factory=Mesh)
     sharding: tuple[ShardingRule, ...] = dataclasses.field(
@@ -102,6 +116,16 @@ class TrainConfig:
             raise ValueError(
                 f"model is a {type(self.model).__name__}, not a Linen module."
             )
+        for name, kind in (("model", Model), ("objective", Objective)):
+            component = getattr(self, name)
+            missing = [m for m in members(kind) if not hasattr(component, m)]
+            if missing:
+                raise ValueError(
+                    f"{name}: {type(component).__name__} says nothing of "
+                    f"{', '.join(missing)}. Inherit the defaults: class "
+                    f"{type(component).__name__}(..., {kind.__name__}) with "
+                    f"{kind.__name__} from big_vision_lite.types."
+                )
         if self.num_epochs is None and self.num_steps is None:
             raise ValueError("num_epochs and num_steps are both none; set one.")
         for name in ("num_epochs", "num_steps"):
@@ -109,19 +133,24 @@ class TrainConfig:
             if value is not None and value <= 0:
                 raise ValueError(f"{name}={value} must be above 0.")
         # Not in Init itself: --config.init.path=RUN fills an empty one.
-        if self.init is not None and not self.init.path:
+        if not isinstance(self.init, tuple):
             raise ValueError(
-                "init.path is empty: give the run to start from with "
-                "--config.init.path=RUN, or none with --config.init=none."
+                f"init is a {type(self.init).__name__}; give a tuple of checkpoints to "
+                'start from: init=(Init(path="RUN"),)'
             )
+        for index, init in enumerate(self.init):
+            name = "init" if len(self.init) == 1 else f"init[{index}]"
+            if not init.path:
+                raise ValueError(
+                    f"{name}.path is empty: give the run to start from with "
+                    f"--config.{name}.path=RUN, or none with --config.init=none."
+                )
         for name in ("log_every_steps", "micro_batches"):
             if getattr(self, name) < 1:
                 raise ValueError(
                     f"{name}={getattr(self, name)} must be at least 1, for example "
                     f"--config.{name}=1."
                 )
-        if self.ema is not None and not 0 < self.ema < 1:
-            raise ValueError(f"ema={self.ema} must lie between 0 and 1, or be none.")
         if self.data.batch_size % self.micro_batches:
             size = self.data.batch_size
             parts = [n for n in range(1, size + 1) if size % n == 0]

@@ -11,7 +11,6 @@ with config.json, or hub:organisation/name.
 """
 
 import contextlib
-import functools
 import hashlib
 import json
 import pathlib
@@ -25,17 +24,14 @@ from absl import flags
 from etils import epath
 
 from big_vision_lite.console.progress import Progress
-from big_vision_lite.data import pipeline
-from big_vision_lite.data.pipeline import EvaluationSet
 from big_vision_lite.messages import did_you_mean
 from big_vision_lite.recipes import command_line, serialize
-from big_vision_lite.runs import load as saved_run
-from big_vision_lite.runs.evaluations import Context
+from big_vision_lite.runs import load
+from big_vision_lite.runs.evaluations import make_context
 from big_vision_lite.runs.load import SavedRun
 from big_vision_lite.runtime import files, startup
 from big_vision_lite.runtime.startup import Platform
-from big_vision_lite.training import step as step_lib
-from big_vision_lite.types import Evaluator, Op, Source
+from big_vision_lite.types import Evaluator
 
 
 def evaluate(
@@ -54,58 +50,22 @@ def evaluate(
     scores: dict[str, float] = {}
     with jax.set_mesh(run.mesh):
         for name, evaluator in evaluators.items():
-            context = Contexts(run, workdir, progress).make(name)
+            context = make_context(
+                name,
+                run.config,
+                mesh=run.mesh,
+                workdir=workdir,
+                class_names=run.class_names,
+                num_steps=int(run.manifest["num_steps"]),
+                abstract_state=run.state,
+                untrained_state=run.untrained,
+                log=progress.message,
+            )
             found = evaluator.prepare(context)(run.state)
             named = {f"{name}{suffix}/{score}": x for score, x in found.items()}
             progress.scores(run.step, named)
             scores |= named
     return scores
-
-
-class Contexts:
-    """Makes contexts that need nothing of the training data, which may be elsewhere."""
-
-    def __init__(self, run: SavedRun, workdir: epath.Path, progress: Progress):
-        self._run = run
-        self._workdir = workdir
-        self._progress = progress
-        self._last: EvaluationSet | None = None
-
-    def make(self, name: str) -> Context:
-        config = self._run.config
-        return Context(
-            name=name,
-            model=config.model,
-            mesh=self._run.mesh,
-            preprocess=config.preprocess,
-            class_names=self._run.class_names,
-            workdir=self._workdir,
-            seed=config.seed,
-            objective=config.objective,
-            make_eval_step=functools.partial(step_lib.make_eval_step, config.model),
-            eval_batches=self._eval_batches,
-            abstract_state=self._run.state,
-            untrained_state=self._untrained,
-            log=self._progress.message,
-        )
-
-    def _eval_batches(
-        self, source: Source, ops: Sequence[Op], batch_size: int
-    ) -> EvaluationSet:
-        self._last = pipeline.eval_batches(
-            source,
-            tuple(ops),
-            batch_size,
-            self._run.mesh,
-            threads=self._run.config.data.threads,
-        )
-        return self._last
-
-    def _untrained(self) -> Any:
-        assert self._last is not None, "a control is a score of images, seen before"
-        spec = self._last.spec()
-        del spec["valid"]
-        return self._run.untrained(spec)
 
 
 def choose(
@@ -203,13 +163,13 @@ def main(argv: Sequence[str]) -> None:
             "step folder."
         )
     chosen_platform = values["platform"].value
-    place = saved_run.locate(values["workdir"].value)
+    place = load.locate(values["workdir"].value)
     startup.set_up_to_use(
-        saved_run.recorded_platform(place),
+        place.platform(),
         chosen_platform and Platform(chosen_platform),
     )
     modules: Any = values["allow_module"].value
-    run = saved_run.load(place, allowed_modules=modules)
+    run = load.load(place, allowed_modules=modules)
     recipe = command.recipe
     config = run.config if command.config is None else command.config
     names: Any = values["evaluators"].value

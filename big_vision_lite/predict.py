@@ -31,12 +31,19 @@ from big_vision_lite.data import pipeline
 from big_vision_lite.data.sources.files import Guarded, ImageFiles
 from big_vision_lite.data.sources.listing import SUFFIXES
 from big_vision_lite.recipes import command_line
-from big_vision_lite.runs import load as saved_run
+from big_vision_lite.runs import load
 from big_vision_lite.runs.load import SavedRun
 from big_vision_lite.runtime import files, startup
 from big_vision_lite.runtime.startup import Platform
 from big_vision_lite.training import step as step_lib
-from big_vision_lite.types import Array, Batch, Forward, Objective
+from big_vision_lite.types import (
+    Array,
+    Batch,
+    Forward,
+    Model,
+    Objective,
+    backbone_of,
+)
 
 SHOWN_ROWS = 5
 
@@ -139,26 +146,35 @@ def predict(
     ops = Guarded(run.config.preprocess)
     batches = pipeline.eval_batches(images, (ops,), batch_size, run.mesh)
     model = run.config.model
-    probabilities = meaning_of_logits(run.config.objective, log) if top else None
+    part, backbone = backbone_of(model)
+    steps = []
+    if top:
+        probabilities = meaning_of_logits(run.config.objective, log)
 
-    def infer(forward: Forward, batch: Batch) -> dict[str, Array]:
-        outputs = forward(**model.inputs(batch))
-        rows = {}
-        if embed:
-            rows["features"] = outputs["pooled"].astype(jnp.float32)
-        if probabilities is not None:
+        def classify(forward: Forward, batch: Batch, rng: Array) -> dict[str, Array]:
+            outputs = forward(**model.inputs(batch))
             check_head(run, outputs)
             likely = probabilities(outputs["logits"].astype(jnp.float32))
             best = jax.lax.top_k(likely, min(top, likely.shape[-1]))
-            rows["probabilities"], rows["classes"] = best
-        return rows
+            rows = {"probabilities": best[0], "classes": best[1]}
+            if embed and not part:
+                rows["features"] = outputs["pooled"].astype(jnp.float32)
+            return rows
 
-    step = step_lib.make_eval_step(model, infer)
+        steps.append(_make_step(run, classify))
+    if embed and (part or not top):
+
+        def represent(forward: Forward, batch: Batch, rng: Array) -> dict[str, Array]:
+            outputs = forward(**backbone.inputs(batch))
+            return {"features": outputs["pooled"].astype(jnp.float32)}
+
+        steps.append(_make_step(run, represent, backbone, part))
     found: dict[str, np.ndarray] = {}
     with jax.set_mesh(run.mesh), _refusing(images, ops):
         for batch in track(batches, "predicting", transient=True, disable=quiet):
             # Zeros where nothing could be read, whole batches of it included.
-            rows = jax.device_get(step(run.state, batch))
+            rows = jax.device_get([step(run.state, batch) for step in steps])
+            rows = {name: x for found_rows in rows for name, x in found_rows.items()}
             valid = np.asarray(batch["valid"])
             for name, values in rows.items():
                 if name not in found:
@@ -167,6 +183,18 @@ def predict(
                 found[name][np.asarray(batch["index"])[valid]] = values[valid]
     errors = {images.files[i]: reason for i, reason in sorted(ops.errors.items())}
     return Predictions(files=images.files, errors=errors, **found)
+
+
+def _make_step(
+    run: SavedRun, function: Any, model: Model | None = None, part: str = ""
+) -> Callable[..., dict[str, Array]]:
+    return step_lib.make_eval_step(
+        model or run.config.model,
+        function,
+        seed=run.config.seed,
+        num_steps=int(run.manifest["num_steps"]),
+        part=part,
+    )
 
 
 def check_head(run: SavedRun, outputs: Mapping[str, Any]) -> None:
@@ -206,7 +234,7 @@ def _refusing(images: ImageFiles, ops: Guarded) -> Iterator[None]:
 
 def meaning_of_logits(objective: Objective, log: Callable[[str], None]) -> Any:
     """Returns the objective's `probabilities`; says so where softmax stands in."""
-    declared = getattr(objective, "probabilities", None)
+    declared = objective.probabilities
     if declared is None:
         log(
             f"{type(objective).__name__} does not say what its logits mean: taken as "
@@ -258,9 +286,9 @@ def main(argv: Sequence[str]) -> None:
     options = parse(argv)
     out, embed = _output(options.out, "--out"), _output(options.embed, "--embed")
     images = ImageFiles(options.images)
-    place = saved_run.locate(options.workdir)
-    startup.set_up_to_use(saved_run.recorded_platform(place), options.platform)
-    run = saved_run.load(
+    place = load.locate(options.workdir)
+    startup.set_up_to_use(place.platform(), options.platform)
+    run = load.load(
         place,
         allowed_modules=options.allow_module,
         devices=jax.local_devices(),

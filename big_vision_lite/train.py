@@ -60,7 +60,7 @@ def train(
         if state is None:
             state = initial_state(
                 config,
-                program.fresh(),
+                program,
                 first_params,
                 log=run.say,
                 note_origin=run.note_origin,

@@ -8,6 +8,9 @@ import jax
 
 from big_vision_lite.messages import did_you_mean
 
+# Running statistics of batch norm are variables of this name beside the parameters.
+STATISTICS = "batch_stats/"
+
 T = TypeVar("T")
 
 
@@ -33,6 +36,38 @@ def unflatten(leaves: Mapping[str, T]) -> dict[str, Any]:
             node = node.setdefault(parent, {})
         node[last] = leaf
     return tree
+
+
+def part(tree: Any, path: str) -> Any:
+    """Returns the subtree at "image/encoder"; all for "", {} where nothing is there."""
+    for key in path.split("/") if path else ():
+        tree = tree.get(key, {})
+    return tree
+
+
+def inside(named: Mapping[str, T], path: str) -> dict[str, T]:
+    """Returns of {name: leaf} what is in the module "image/encoder", by names in it.
+
+    Statistics keep their own beginning, "batch_stats/".
+    """
+    found = {}
+    for name, leaf in named.items():
+        kind = STATISTICS if name.startswith(STATISTICS) else ""
+        name = name.removeprefix(kind)
+        if not path or name.startswith(f"{path}/"):
+            found[kind + (name[len(path) + 1 :] if path else name)] = leaf
+    return found
+
+
+def outside(named: Mapping[str, T], path: str) -> dict[str, T]:
+    """Undoes `inside`: returns names in the module "image/encoder" as the whole's."""
+    if not path:
+        return dict(named)
+    found = {}
+    for name, leaf in named.items():
+        kind = STATISTICS if name.startswith(STATISTICS) else ""
+        found[f"{kind}{path}/{name.removeprefix(kind)}"] = leaf
+    return found
 
 
 def map_named(function: Any, tree: Any) -> Any:
@@ -93,48 +128,38 @@ def match(
     return matched
 
 
-def layers_above(names: Sequence[str]) -> dict[str, int]:
-    """Counts the layers above every parameter: L + 1 at embeddings, L - i at block i.
+def layers_above(names: Sequence[str], layers: Sequence[str]) -> dict[str, int]:
+    """Counts the layers above every parameter, for layer-wise decay.
 
-    What follows the last of the L blocks has 0. A block is a numbered part of the name
-    ("encoder/block_03/...") or several of them ("stage_1/unit_02/..."), in the order of
-    the numbers; embeddings are what is named like patches, positions, tokens, stem or
-    root outside of the blocks.
+    `layers` are patterns of whole names from the pixels upwards (types.Model); the
+    numbers that the groups of one find order its blocks. Of L blocks the last has 1,
+    the first L, what a pattern before them matches L + 1; what none matches is above
+    all and has 0.
 
     Raises:
-        ValueError: there is no numbered block, or more than one stack of them.
+        ValueError: no name is that of a block.
     """
-    blocks: dict[str, tuple[int, ...]] = {}
-    stacks: set[str] = set()
+    patterns = [re.compile(pattern) for pattern in layers]
+    keys: dict[str, tuple[int, ...]] = {}
     for name in names:
-        found = list(_BLOCK.finditer(name))
-        if found:
-            blocks[name] = tuple(int(part["number"]) for part in found)
-            stacks.add(name[: found[0].start()] + found[0]["kind"])
-    if len(stacks) != 1:
+        for index, pattern in enumerate(patterns):
+            found = pattern.fullmatch(name)
+            if found:
+                keys[name] = (index, *(int(number) for number in found.groups()))
+                break
+    if not any(len(key) > 1 for key in keys.values()):
         raise ValueError(
-            "layer_decay counts the blocks of one stack, such as "
-            f'"encoder/block_03/...", but found {", ".join(sorted(stacks)) or "none"}. '
-            "Clear it with --config.optimizer.layer_decay=none and write "
+            f"layer_decay counts the blocks of the model, but of its layers="
+            f"{tuple(layers)} none with a number is the name of a parameter. Name them "
+            'in the class of the model, layers = (r"encoder/block_(\\d+)/.*",), or '
+            "clear it with --config.optimizer.layer_decay=none and write "
             f"optimizer.rules instead. The names are, for example: "
             f"{', '.join(names[:3])}."
         )
-    from_top = sorted(set(blocks.values()), reverse=True)
-
-    def count(name: str) -> int:
-        if name in blocks:
-            return from_top.index(blocks[name]) + 1
-        return len(from_top) + 1 if _EMBEDDING.search(name) else 0
-
-    return {name: count(name) for name in names}
-
-
-# "block_03", "block1", "stage_2/unit_01"; not "conv2" or "norm1".
-_BLOCK = re.compile(r"(?<![^/])(?P<kind>block|stage|unit|layer)_?(?P<number>\d+)(?=/)")
-_EMBEDDING = re.compile(
-    r"(?<![^/])(\w*embed\w*|patch\w*|position\w*|cls|\w*tokens?|registers?|stem\w*"
-    r"|root\w*|\w+_root)(?![^/])"
-)
+    from_top = sorted(set(keys.values()), reverse=True)
+    return {
+        name: from_top.index(keys[name]) + 1 if name in keys else 0 for name in names
+    }
 
 
 def describe(leaf: Any) -> str:

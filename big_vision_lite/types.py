@@ -1,7 +1,7 @@
 """The nouns of a run as protocols: plain callables, no base classes to inherit."""
 
-from collections.abc import Callable, Mapping
-from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
+from collections.abc import Callable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any, ClassVar, Protocol, runtime_checkable
 
 import jax
 import numpy as np
@@ -15,8 +15,6 @@ Example = dict[str, Any]
 Batch = Mapping[str, Any]
 # Nested dicts of arrays; the name of a leaf joins its keys by "/".
 Params = Mapping[str, Any]
-# Running statistics of batch norm are variables of this name beside the parameters.
-STATISTICS = "batch_stats/"
 
 
 @runtime_checkable
@@ -65,13 +63,43 @@ class DeviceOp(Protocol):
 class Model(Protocol):
     """A Linen module; called with `model.inputs(batch)` and `train=`, returns a dict.
 
-    "tokens" [B, N, D] or "grid" [B, h, w, D], "pooled" [B, D], "logits" [B, C] when
-    there is a head, "image" the scaled input.
+    "grid" [B, h, w, D] (of text "tokens" [B, N, D]), "pooled" [B, D], "logits" [B, C]
+    when there is a head, "image" the scaled input.
+
+    What the program must know of a family of models is declared here, with a default.
+    A class takes the defaults by inheriting: `class MyModel(nn.Module, Model)`.
     """
+
+    # The field that holds the pretrained part, which is what evaluators, fine-tuning,
+    # `predict --embed` and export take; "" where the model is that part itself.
+    backbone: ClassVar[str] = ""
+    # Modules that belong to the classes of one set: new for another set.
+    head_modules: ClassVar[tuple[str, ...]] = ("head",)
+    # Patterns of parameter names from the pixels upwards, for layer-wise decay. The
+    # numbers that a pattern's groups find order the blocks; what none matches is above.
+    layers: ClassVar[tuple[str, ...]] = ()
+    # Fields that may differ between two models of the same weights: they change no
+    # feature, or the weights are adapted to them.
+    free_fields: ClassVar[tuple[str, ...]] = ("head", "dtype", "remat")
+    # Parameters [rows, columns, D] that can be resized to another grid of patches.
+    position_embeddings: ClassVar[tuple[str, ...]] = ()
+    # Names of the random keys that modules ask for (`make_rng`), beside "params".
+    random_keys: ClassVar[tuple[str, ...]] = ("dropout", "mask")
+    # The parameter [h, w, C, D] that reads the pixels, and whether it cuts them into
+    # patches: then no pixel is padding, and it can be resized.
+    input_kernel: str | None = None
+    reads_patches: bool = False
+    # Whether kernels are standardised at use: they then do not scale what they give.
+    standardises_kernels: bool = False
+    # Scaling of the pixels, in units of 0..255; () where there are none.
+    mean: tuple[float, ...] = ()
+    std: tuple[float, ...] = ()
+    # "frozen" where a model with batch norm only reads its statistics.
+    statistics: str = "batch"
 
     def inputs(self, batch: Batch) -> dict[str, Any]:
         """Picks from the batch what `__call__` eats."""
-        ...
+        return {"image": batch["image"]}
 
     def init(self, *args: Any, **kwargs: Any) -> Any: ...
 
@@ -80,14 +108,28 @@ class Model(Protocol):
 
 @runtime_checkable
 class Stem(Protocol):
-    """A Linen module before the patches: scaled images [B, H, W, C] to [B, h, w, D]."""
+    """A Linen module before the patches: scaled images [B, H, W, C] to [B, h, w, D].
+
+    `input_kernel` is its parameter [h, w, C, D] that reads the image.
+    """
+
+    input_kernel: str
+    standardises_kernels: bool
 
     def __call__(self, image: Array, train: bool) -> Array: ...
 
 
 @runtime_checkable
 class Forward(Protocol):
-    """The model bound to parameters, random keys and mode: what an objective calls."""
+    """The model bound to parameters, random keys and mode: what an objective calls.
+
+    `progress` is the share of the run that is done, float32 in 0..1.
+    """
+
+    if TYPE_CHECKING:
+        # Not at run time: a plain function serves objectives that do not ask for it.
+        @property
+        def progress(self) -> Array: ...
 
     def __call__(
         self,
@@ -103,10 +145,16 @@ class Forward(Protocol):
 class Objective(Protocol):
     """A loss as a function of the batch: one value an example, and metrics alike.
 
-    One whose values depend on the other examples of the batch (contrastive) says so
-    with `needs_whole_batch: ClassVar[bool] = True`; it takes no micro-batches. One that
-    trains logits says with `probabilities(logits: [B, C]) -> [B, C]` what they mean.
+    Losses are [B]; a metric is [B], or [] for a number of the whole batch. A class
+    takes the defaults below by inheriting: `class MyObjective(Objective)`.
     """
+
+    # Whether the values depend on the other examples of the batch (contrastive): then
+    # a batch is not computed in parts.
+    needs_whole_batch: ClassVar[bool] = False
+    # probabilities(logits [B, C]) -> [B, C]; None where there are no logits to name
+    # classes by.
+    probabilities: Callable[[Array], Array] | None = None
 
     def __call__(
         self, forward: Forward, batch: Batch, rng: Array
@@ -130,7 +178,11 @@ class Optimizer(Protocol):
 
     schedule: Schedule
 
-    def build(self, num_steps: int) -> optax.GradientTransformation: ...
+    def build(
+        self, num_steps: int, layers: Sequence[str] = ()
+    ) -> optax.GradientTransformation:
+        """Returns the chain for `num_steps` updates of a model with these `layers`."""
+        ...
 
 
 # Scores of one state, by name.
@@ -144,3 +196,37 @@ class Evaluator(Protocol):
     every_steps: int
 
     def prepare(self, context: Any) -> Runner: ...
+
+
+def members(protocol: type) -> list[str]:
+    """Lists what a protocol declares: fields and methods."""
+    declared = {*protocol.__annotations__, *vars(protocol)}
+    return sorted(n for n in declared if not n.startswith("_") or n == "__call__")
+
+
+def backbone_of(model: Model) -> tuple[str, Model]:
+    """Returns where in a model its pretrained part is ("encoder", "" for all), and it.
+
+    Raises:
+        ValueError: the field that the model's class names holds no model.
+    """
+    path: list[str] = []
+    while model.backbone:
+        inner = getattr(model, model.backbone, None)
+        if not isinstance(inner, Model):
+            raise ValueError(
+                f'{type(model).__name__}.backbone is "{model.backbone}", but that '
+                f"field holds {type(inner).__name__}, no model. Name the field of the "
+                "pretrained part, whose class inherits big_vision_lite.types.Model."
+            )
+        path.append(model.backbone)
+        model = inner
+    return "/".join(path), model
+
+
+def layers_of(model: Model) -> tuple[str, ...]:
+    """Returns the `layers` of the pretrained part, as patterns of the whole's names."""
+    path, part = backbone_of(model)
+    return tuple(
+        f"{path}/(?:{pattern})" if path else pattern for pattern in part.layers
+    )

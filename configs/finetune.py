@@ -24,12 +24,12 @@ Pets and 99.30 on Flowers; BiT-L (JFT-300M) 99.37, 93.51, 96.62 and 99.63
 Hardware: any; hours not yet measured.
 """
 
-from big_vision_lite.config import Init, TrainConfig
+from big_vision_lite.config import TrainConfig
 from big_vision_lite.data.sources import Tfds
 from big_vision_lite.data.sources.folder import open_folder
 from big_vision_lite.evaluators.classification import Classification
 from big_vision_lite.recipes.arguments import parse_arg
-from big_vision_lite.runs.hyperrule import HEAD, HyperRule, parse_size, read_run
+from big_vision_lite.runs.hyperrule import HyperRule, parse_size, read_run, start
 from big_vision_lite.types import Evaluator
 
 
@@ -84,5 +84,5 @@ def get_config(arg: str = "") -> TrainConfig:
         train,
         evaluators,
         pretrained.preprocess,
-        init=Init(path=chosen.init, drop=HEAD),
+        init=start(chosen.init, pretrained.model),
     )

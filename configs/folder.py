@@ -22,7 +22,7 @@ Published: none, every folder is another. Ours: not yet run.
 Hardware: from scratch at 64 px a CPU will do; hours not yet measured.
 """
 
-from big_vision_lite.config import Init, TrainConfig
+from big_vision_lite.config import TrainConfig
 from big_vision_lite.data.ops import (
     CentralCrop,
     Decode,
@@ -39,7 +39,7 @@ from big_vision_lite.models.bit import BiT
 from big_vision_lite.models.blocks.heads import Classifier
 from big_vision_lite.objectives.classification import SoftmaxClassification
 from big_vision_lite.recipes.arguments import parse_arg
-from big_vision_lite.runs.hyperrule import HEAD, HyperRule, parse_size, read_run
+from big_vision_lite.runs.hyperrule import HyperRule, parse_size, read_run, start
 from big_vision_lite.schedules import WarmupCosine
 from big_vision_lite.training.optimizers import AdamW
 from big_vision_lite.types import Evaluator
@@ -90,7 +90,7 @@ def from_checkpoint(
         train,
         scored(others, every_steps=max(1, num_steps // 10)),
         pretrained.preprocess,
-        init=Init(path=chosen.init, drop=HEAD),
+        init=start(chosen.init, pretrained.model),
     )
 
 

@@ -10,22 +10,18 @@ import numpy as np
 from etils import epath
 from jax.sharding import AxisType
 
-from big_vision_lite.data import pipeline
 from big_vision_lite.data.sources.arrays import InMemory
 from big_vision_lite.objectives.classification import SoftmaxClassification
 from big_vision_lite.runs.evaluations import Context
 from big_vision_lite.runtime import layout
-from big_vision_lite.training import step as step_lib
 from big_vision_lite.training.state import TrainState
+from big_vision_lite.types import Model
 
 
-class Pixels(nn.Module):
+class Pixels(nn.Module, Model):
     """Pooled features and logits are the pixels times a learned gain: known answers."""
 
     has_head: bool = True
-
-    def inputs(self, batch):
-        return {"image": batch["image"]}
 
     @nn.compact
     def __call__(self, image, train=False):
@@ -35,13 +31,10 @@ class Pixels(nn.Module):
         return outputs | {"logits": flat / 32} if self.has_head else outputs
 
 
-class Network(nn.Module):
+class Network(nn.Module, Model):
     """Two layers with random weights: what an untrained network would give."""
 
     num_classes: int = 10
-
-    def inputs(self, batch):
-        return {"image": batch["image"]}
 
     @nn.compact
     def __call__(self, image, train=False):
@@ -121,10 +114,8 @@ def make_context(
         workdir=epath.Path(workdir),
         seed=0,
         objective=objective or SoftmaxClassification(),
-        make_eval_step=functools.partial(step_lib.make_eval_step, model),
-        eval_batches=lambda source, ops, batch_size: pipeline.eval_batches(
-            source, tuple(ops), batch_size, mesh, threads=2
-        ),
+        num_steps=4,
+        threads=2,
         abstract_state=make_state(model, mesh, image_shape),
         untrained_state=untrained
         or functools.partial(make_state, model, mesh, image_shape, step=0),

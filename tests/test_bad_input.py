@@ -125,7 +125,7 @@ CASES = {
     ),
     "a start from nowhere": (
         two_classes,
-        (*SMALL, "--config.init=build", "--config.init.path=/no/such/run"),
+        (*SMALL, "--config.init.path=/no/such/run"),
         "No complete checkpoint in /no/such/run",
     ),
 }

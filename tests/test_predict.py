@@ -25,6 +25,7 @@ from big_vision_lite.objectives.classification import (
 from big_vision_lite.recipes import command_line
 from big_vision_lite.runs import load as saved_run
 from big_vision_lite.runs import step_folder
+from big_vision_lite.types import Objective
 
 
 @pytest.fixture(scope="module")
@@ -199,7 +200,7 @@ def test_sigmoid_objectives_give_a_probability_a_class():
     np.testing.assert_allclose(sigmoid, 1 / (1 + np.exp(-logits)), rtol=1e-6)
 
 
-class Unsaid:
+class Unsaid(Objective):
     """An objective of one's own that does not say what its logits mean."""
 
     def __call__(self, forward, batch, rng):

@@ -25,7 +25,7 @@ from big_vision_lite.runs import dry_run, session, step_folder
 from big_vision_lite.runs.records import read_history
 from big_vision_lite.runtime.cpu import SteadyStep
 from big_vision_lite.runtime.processes import Stopped, StopSignal
-from big_vision_lite.schedules import Constant
+from big_vision_lite.schedules import Average, Constant
 from big_vision_lite.training.optimizers import AdamW
 
 CLOCK = ("images_per_second", "data_wait", "eta_seconds")
@@ -147,8 +147,8 @@ def test_one_compile_of_the_step_in_a_run_and_one_in_its_resumption(
     with jax.log_compiles(), caplog.at_level("WARNING"):
         with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
             patch.setattr(session.Monitor, "add", broken)
-            run(tmp_path / "run", recipe(ema=0.9))
-        run(tmp_path / "run", recipe(ema=0.9))
+            run(tmp_path / "run", recipe(ema=Average(start=0.9)))
+        run(tmp_path / "run", recipe(ema=Average(start=0.9)))
     # Evaluated at 4 and 8, saved at 4 and 8, resumed from 4.
     steps = [s for s, r in records(tmp_path / "run").items() if "test_ema/loss" in r]
     assert steps == [4, 8]

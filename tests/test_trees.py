@@ -82,6 +82,9 @@ def test_a_bad_regular_expression_is_named_with_its_purpose():
         trees.match([("*head", 1)], NAMES, what="freeze pattern")
 
 
+LAYERS = ("patches/.*|position_embedding|class_token", r"encoder/block_(\d+)/.*")
+
+
 def test_layers_above_count_from_embeddings_to_head():
     names = [
         "patches/kernel",
@@ -94,14 +97,18 @@ def test_layers_above_count_from_embeddings_to_head():
         "head/kernel",
     ]
     expected = [4, 4, 4, 3, 2, 1, 0, 0]
-    assert list(trees.layers_above(names).values()) == expected
+    assert list(trees.layers_above(names, LAYERS).values()) == expected
     # A frozen lower part is not in the tree; what remains keeps its place.
-    assert list(trees.layers_above(names[4:]).values()) == expected[4:]
+    assert list(trees.layers_above(names[4:], LAYERS).values()) == expected[4:]
+    # What surrounds a backbone, a decoder of its own, is above it.
+    inside = [f"encoder/{name}" for name in names] + ["decoder/block_00/mlp/kernel"]
+    layers = [f"encoder/(?:{LAYERS[0]})", f"encoder/{LAYERS[1]}"]
+    assert list(trees.layers_above(inside, layers).values()) == [*expected, 0]
 
 
 def test_layers_above_order_the_units_of_a_resnet_by_number_not_by_letter():
     names = [
-        "root_block/conv_root/kernel",
+        "root/kernel",
         "block1/unit01/conv1/kernel",
         "block1/unit02/conv2/kernel",
         "block2/unit01/conv_proj/kernel",
@@ -110,14 +117,15 @@ def test_layers_above_order_the_units_of_a_resnet_by_number_not_by_letter():
         "norm-pre-head/scale",
         "head/kernel",
     ]
-    assert list(trees.layers_above(names).values()) == [6, 5, 4, 3, 1, 2, 0, 0]
+    layers = ("root/.*", r"block(\d+)/unit(\d+)/.*")
+    assert list(trees.layers_above(names, layers).values()) == [6, 5, 4, 3, 1, 2, 0, 0]
 
 
-def test_layers_above_refuse_no_block_and_two_stacks():
-    with pytest.raises(ValueError, match="but found none.*head/bias"):
-        trees.layers_above(["head/bias", "conv2/kernel"])
-    with pytest.raises(ValueError, match="found image/block, text/block"):
-        trees.layers_above(["image/block_0/kernel", "text/block_0/kernel"])
+def test_layers_above_refuse_a_model_that_names_no_blocks():
+    with pytest.raises(ValueError, match="layers=.. none with a number.*head/bias"):
+        trees.layers_above(["head/bias", "conv2/kernel"], ())
+    with pytest.raises(ValueError, match="none with a number is the name of a param"):
+        trees.layers_above(["image/block_0/kernel"], LAYERS)
 
 
 def test_difference_lists_both_sides_and_is_empty_for_equals():

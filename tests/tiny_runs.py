@@ -32,8 +32,10 @@ from big_vision_lite.runtime.sharding import (
     Mesh,
     ShardingRule,
 )
+from big_vision_lite.schedules import Average
 from big_vision_lite.training import state as state_lib
 from big_vision_lite.training.step import make_train_step
+from big_vision_lite.types import Model, Objective
 
 FSDP = (ShardingRule(pattern=".*"),)
 RULES = {
@@ -53,7 +55,7 @@ class Block(nn.Module, kw_only=True):
         return layout.pin_batch(x + y)
 
 
-class Net(nn.Module, kw_only=True):
+class Net(nn.Module, Model, kw_only=True):
     """A stack of residual dense blocks: compiles in a tenth of a ViT's time."""
 
     width: int = 16
@@ -61,9 +63,6 @@ class Net(nn.Module, kw_only=True):
     dropout: float = 0.0
     batch_norm: bool = False
     remat: bool = False
-
-    def inputs(self, batch):
-        return {"image": batch["image"]}
 
     @nn.compact
     def __call__(self, image, *, train=False):
@@ -152,6 +151,16 @@ class Run:
 OPTIMIZERS = {"gradient": keep_gradient, "adam": lambda: optax.adam(0.1)}
 
 
+class Called(Objective):
+    """A function (forward, batch, rng) as an objective."""
+
+    def __init__(self, function: Any):
+        self.function = function
+
+    def __call__(self, forward, batch, rng):
+        return self.function(forward, batch, rng)
+
+
 def start(
     model: Any = None,
     *,
@@ -189,6 +198,10 @@ def _parts(
     mesh = sharding.make_mesh(shape, jax.devices()[:devices])
     transformation = OPTIMIZERS[optimizer]()
     step = dict(options)
+    if "ema" in step:
+        step["ema"] = Average(start=step["ema"])
+    if objective is not None and not isinstance(objective, Objective):
+        objective = Called(objective)
     with jax.set_mesh(mesh):
         init = state_lib.make_initializer(
             model,

@@ -38,6 +38,7 @@ from big_vision_lite.runs.checkpoint import Checkpointer
 from big_vision_lite.runs.load import SavedRun
 from big_vision_lite.runtime import files, startup
 from big_vision_lite.training import state as state_lib
+from big_vision_lite.types import backbone_of
 
 ORBAX = "orbax"
 # What has to be installed to compare.
@@ -50,11 +51,16 @@ LIBRARIES = {
 
 def to_library(run: SavedRun, library: Library, out: pathlib.Path) -> bool:
     """Writes `run` for another library; returns whether parity holds or is untested."""
-    model = run.config.model
+    part, model = backbone_of(run.config.model)
+    found = state_lib.variables(run.state, averaged=True)
     variables = {
         name: np.asarray(jax.device_get(leaf))
-        for name, leaf in state_lib.variables(run.state, averaged=True).items()
+        for name, leaf in trees.inside(found, part).items()
     }
+    if library != Library.SAFETENSORS and "mask_token" in variables:
+        # It stands for patches in pretraining only.
+        del variables["mask_token"]
+        model = model.clone(mask_token=False)
     road, channels = preprocessing_of(run)
     exported = export.export(
         model, variables, road, channels, run.class_names, library, str(out)
@@ -112,7 +118,7 @@ def _prove(
 
 def preprocessing_of(run: SavedRun) -> tuple[Preprocessing, int]:
     """Returns a run's road from a file to the model's input, and its channels."""
-    ops, model = run.config.preprocess, run.config.model
+    ops, model = run.config.preprocess, backbone_of(run.config.model)[1]
     height, width, channels = input_shape(run)
     road = Preprocessing(
         ops=ops, mean=model.mean, std=model.std, image_size=(height, width)
@@ -153,6 +159,8 @@ def to_run(run: SavedRun, out: pathlib.Path) -> None:
         "class_names": list(run.class_names),
         "source": run.config.data.source.fingerprint,
         "origin": run.manifest.get("origin"),
+        "backbone": backbone_of(run.config.model)[0],
+        "input": run.manifest["input"],
         "versions": startup.versions(),
     }
     policy = Checkpoints()

@@ -15,7 +15,7 @@ import numpy as np
 from big_vision_lite import trees
 from big_vision_lite.conversion import engine, families
 from big_vision_lite.conversion.engine import Entry
-from big_vision_lite.types import STATISTICS as STATISTICS
+from big_vision_lite.trees import STATISTICS as STATISTICS
 from big_vision_lite.types import Model
 
 

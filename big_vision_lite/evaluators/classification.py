@@ -61,17 +61,16 @@ class Classification:
         if table.message is not None:
             context.log(table.message)
         indices = None if table.is_identity else jnp.asarray(table.indices)
-        key = jax.random.key(context.seed)
 
-        def judge(forward: Forward, batch: Batch) -> dict[str, Array]:
-            label = _translate(batch["label"], indices, len(names))
+        def judge(forward: Forward, batch: Batch, rng: Array) -> dict[str, Array]:
+            label = translate(batch["label"], indices, len(names))
             batch = {**batch, "label": label}
             outputs = forward(**context.model.inputs(batch))
             logits = _logits(outputs, len(names), context.name)
             top = jax.lax.top_k(logits, min(TOP, len(names)))[1]
             # The objective may run the model in another way; where it runs it like
             # this, the compiler finds both to be the same and computes them once.
-            losses, _ = context.objective(forward, batch, key)
+            losses, _ = context.objective(forward, batch, rng)
             return {
                 "loss": losses.astype(jnp.float32),
                 "label": label,
@@ -145,7 +144,8 @@ class Classification:
         return ClassTable(indices=np.arange(len(names), dtype=np.int32), message=None)
 
 
-def _translate(label: Array, indices: Array | None, num_classes: int) -> Array:
+def translate(label: Array, indices: Array | None, num_classes: int) -> Array:
+    """Returns labels [B] or [B, C] of a source as those of the model."""
     if label.ndim == 1:
         return label if indices is None else indices[label]
     if indices is None:

@@ -33,7 +33,7 @@ def pooled(model: Model) -> RowFunction:
     "pre_logits" of the few-shot protocol.
     """
 
-    def function(forward: Forward, batch: Batch) -> dict[str, Array]:
+    def function(forward: Forward, batch: Batch, rng: Array) -> dict[str, Array]:
         outputs = forward(**model.inputs(batch))
         vectors = outputs.get("pre_logits", outputs.get("pooled"))
         if vectors is None:
@@ -46,9 +46,9 @@ def pooled(model: Model) -> RowFunction:
     return function
 
 
-def raw_pixels(forward: Forward, batch: Batch) -> dict[str, Array]:
+def raw_pixels(forward: Forward, batch: Batch, rng: Array) -> dict[str, Array]:
     """Gives pixels in 0..1, averaged over areas to a longer side of at most 32."""
-    del forward
+    del forward, rng
     small = shrink(batch["image"].astype(jnp.float32) / 255.0, RAW_PIXELS_SIDE)
     return {"vectors": small.reshape(len(small), -1), "label": batch["label"]}
 

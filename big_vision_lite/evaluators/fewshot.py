@@ -1,12 +1,8 @@
 """Few-shot transfer: a ridge regression on frozen features of k images a class."""
 
 import dataclasses
-import hashlib
-import json
-from collections.abc import Callable
 from typing import Any
 
-import jax
 import numpy as np
 
 from big_vision_lite.data.ops import CentralCrop, Decode, Resize
@@ -15,7 +11,6 @@ from big_vision_lite.evaluators import features
 from big_vision_lite.evaluators.features import Features
 from big_vision_lite.evaluators.ridge import Ridge, shuffled_classes
 from big_vision_lite.runs.evaluations import Context, class_table
-from big_vision_lite.runtime import files
 from big_vision_lite.types import Op, Runner, Source
 
 L2_GRID = tuple(2.0**power for power in range(-6, 13))
@@ -92,7 +87,7 @@ class FewShot:
                     f"{context.name}/{few.name} has the classes of the pretraining: a "
                     "data-efficiency probe, not transfer"
                 )
-        of_model = context.make_eval_step(features.pooled(context.model))
+        of_model = context.make_backbone_step(features.pooled(context.backbone))
         of_pixels = context.make_eval_step(features.raw_pixels)
         for few in self.sets:
             for source in (few.train, few.test):
@@ -124,7 +119,7 @@ class FewShot:
             scores = score(of_model, state, "accuracy")
             if self.controls:
                 protocol = self._protocol(context)
-                scores |= _once(context, protocol, lambda: control_scores(state))
+                scores |= context.once(protocol, lambda: control_scores(state))
             return scores
 
         return run
@@ -244,23 +239,3 @@ def _natural_set(name: str, train: str, test: str, data_dir: str | None) -> FewS
         test=held_out,
         preprocess=(Decode(), Resize(size=256), CentralCrop(size=224)),
     )
-
-
-def _once(
-    context: Context, protocol: dict[str, Any], compute: Callable[[], dict[str, float]]
-) -> dict[str, float]:
-    """Returns the scores kept in the run folder, if their protocol is this one."""
-    path = context.workdir / f"{context.name}_controls.json"
-    text = json.dumps(protocol, sort_keys=True)
-    key = hashlib.sha256(text.encode()).hexdigest()
-    kept = json.loads(path.read_text()) if path.exists() else {}
-    # Only process 0 records scores, and only its disk is sure to hold the file.
-    if context.agreed(kept.get("key") == key):
-        return kept.get("scores", {})
-    scores = compute()
-    if jax.process_index() == 0:
-        content = {"key": key, "protocol": protocol, "scores": scores}
-        with files.writing(path):
-            context.workdir.mkdir(parents=True, exist_ok=True)
-            files.replace(path, json.dumps(content, indent=1).encode())
-    return scores

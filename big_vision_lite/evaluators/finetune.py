@@ -3,7 +3,7 @@
 import dataclasses
 import hashlib
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -11,17 +11,17 @@ import jax.numpy as jnp
 import numpy as np
 from etils import epath
 
-from big_vision_lite import train
-from big_vision_lite.config import Init, TrainConfig
+from big_vision_lite import train, trees
+from big_vision_lite.config import TrainConfig
 from big_vision_lite.evaluators.classification import Classification
 from big_vision_lite.recipes import serialize
 from big_vision_lite.runs import integrity, records, step_folder
 from big_vision_lite.runs.evaluations import Context, class_table
-from big_vision_lite.runs.hyperrule import HEAD, HyperRule
-from big_vision_lite.runtime import files, processes
+from big_vision_lite.runs.hyperrule import HyperRule, start
+from big_vision_lite.runtime import processes
 from big_vision_lite.training import state as state_lib
 from big_vision_lite.training.state import TrainState
-from big_vision_lite.types import Array, Evaluator, Runner, Source
+from big_vision_lite.types import Array, Evaluator, Runner, Source, backbone_of
 
 FOLDER = "finetune"
 TEST = "test"
@@ -80,19 +80,21 @@ class FineTune:
             ours_is=f"{context.name} train",
         )
         # Once: the rule looks at a sample of the images.
-        config = self.training(context, self.seeds[0], Init(path="memory", drop=HEAD))
+        config = self.training(context, self.seeds[0])
         pretrained = [dataclasses.replace(config, seed=seed) for seed in self.seeds]
-        untrained = [dataclasses.replace(c, init=None) for c in pretrained]
+        untrained = [dataclasses.replace(c, init=()) for c in pretrained]
         root = context.workdir / FOLDER / context.name
 
         def run(state: TrainState) -> dict[str, float]:
             params = state_lib.variables(state, averaged=True)
+            params = trees.inside(params, backbone_of(context.model)[0])
             folder = root / f"{int(state.step)}_{digest(params)}"
             forget_others(context, folder)
             found = [fine_tune(context, c, folder, params) for c in pretrained]
             scores = summarise("accuracy", found)
             if self.controls:
-                scores |= _once(context, untrained, lambda: control(root / "untrained"))
+                protocol = [_protocol(config) for config in untrained]
+                scores |= context.once(protocol, lambda: control(root / "untrained"))
             return scores
 
         def control(folder: epath.Path) -> dict[str, float]:
@@ -101,14 +103,14 @@ class FineTune:
 
         return run
 
-    def training(self, context: Context, seed: int, init: Init | None) -> TrainConfig:
+    def training(self, context: Context, seed: int) -> TrainConfig:
         evaluators: dict[str, Evaluator] = {}
         config = self.rule.config(
-            context.model,
+            context.backbone,
             self.train,
             evaluators,
             context.preprocess,
-            init=init,
+            init=start("memory", context.backbone),
             seed=seed,
             fsdp=context.mesh.shape["fsdp"],
         )
@@ -136,10 +138,10 @@ def fine_tune(
     folder = folder / f"seed_{config.seed}"
     num_steps = config.num_steps
     assert num_steps is not None, "the rule gives steps"
-    if not context.agreed(_is_same(folder, config)):
+    if not processes.on_first(lambda: _is_same(folder, config)):
         # Left by a run with another recipe or other parameters.
         _remove(folder)
-    if not context.agreed(_accuracy(folder, num_steps) is not None):
+    if not processes.on_first(lambda: _accuracy(folder, num_steps) is not None):
         first = None
         if params is not None:
             # The training donates what it starts from: it must not be the outer run's.
@@ -194,33 +196,12 @@ def _remove(folder: epath.Path) -> None:
     processes.barrier(f"removed_{folder.name}")
 
 
-def _once(
-    context: Context,
-    configs: Sequence[TrainConfig],
-    compute: Callable[[], dict[str, float]],
-) -> dict[str, float]:
-    """Returns the scores kept in the run folder, if they are of these trainings."""
-    path = context.workdir / f"{context.name}_controls.json"
-    known = [
-        (_document(config), config.data.source.fingerprint, _test_fingerprint(config))
-        for config in configs
-    ]
-    key = hashlib.sha256(json.dumps(known).encode()).hexdigest()
-    kept = json.loads(path.read_text()) if path.exists() else {}
-    if context.agreed(kept.get("key") == key):
-        return kept.get("scores", {})
-    scores = compute()
-    if jax.process_index() == 0:
-        content = json.dumps({"key": key, "scores": scores}, indent=1)
-        with files.writing(path):
-            files.replace(path, content.encode())
-    return scores
-
-
-def _test_fingerprint(config: TrainConfig) -> str:
+def _protocol(config: TrainConfig) -> list[Any]:
+    """Returns all that a training from random parameters depends on."""
     evaluator = config.evaluators[TEST]
     assert isinstance(evaluator, Classification), "made above"
-    return evaluator.source.fingerprint
+    sources = config.data.source.fingerprint, evaluator.source.fingerprint
+    return [_document(config), *sources]
 
 
 def summarise(name: str, accuracies: Sequence[float]) -> dict[str, float]:

@@ -1,6 +1,7 @@
 """BiT ResNet: pre-activation, group norm, standardised weights (arXiv:1912.11370)."""
 
 import enum
+from typing import ClassVar
 
 import flax.linen as nn
 import jax
@@ -19,7 +20,7 @@ from big_vision_lite.models.blocks.layers import (
     scale_pixels,
 )
 from big_vision_lite.runtime import layout
-from big_vision_lite.types import Batch
+from big_vision_lite.types import Model
 
 # Units a stage, arXiv:1603.05027; 26 is the hybrid's of arXiv:2106.10270.
 DEPTHS = {
@@ -155,7 +156,7 @@ class Stage(nn.Module, kw_only=True):
         return x
 
 
-class BiT(nn.Module, kw_only=True):
+class BiT(nn.Module, Model, kw_only=True):
     """Returns "grid" [B, h, w, D], "pooled" (its mean), "logits" if head, "image".
 
     `stages` holds the number of units of every stage; stage k has `width * 2**k`
@@ -163,6 +164,11 @@ class BiT(nn.Module, kw_only=True):
     first. `groups` of channels are normalised together. `mean` and `std` are in units
     of 0..255, one value or one a channel.
     """
+
+    layers: ClassVar = ("stem/.*", r"block(\d+)/unit(\d+)/.*")
+    free_fields: ClassVar = ("head", "dtype", "remat", "stages", "width")
+    input_kernel = "stem/kernel"
+    standardises_kernels = True
 
     stages: tuple[int, ...]
     width: int
@@ -217,9 +223,6 @@ class BiT(nn.Module, kw_only=True):
             )
         fields = dict(stages=DEPTHS[depth], width=64 * int(factor))
         return cls(**{**fields, **overrides})
-
-    def inputs(self, batch: Batch) -> dict[str, Array]:
-        return {"image": batch["image"]}
 
     @nn.compact
     def __call__(

@@ -6,6 +6,7 @@ also the stem of hybrid vision transformers (arXiv:2010.11929; `hybrid.py`).
 
 import enum
 import functools
+from typing import ClassVar
 
 import flax.linen as nn
 import jax
@@ -25,7 +26,7 @@ from big_vision_lite.models.blocks.layers import (
     scale_pixels,
 )
 from big_vision_lite.runtime import layout
-from big_vision_lite.types import Batch
+from big_vision_lite.types import Model
 
 
 class Standardisation(enum.StrEnum):
@@ -113,6 +114,9 @@ class Trunk(nn.Module, kw_only=True):
     standardisation="inside_root" and norm_epsilon=1e-5.
     """
 
+    input_kernel: ClassVar[str] = "conv_root/kernel"
+    standardises_kernels: ClassVar[bool] = True
+
     stages: tuple[int, ...]
     width: int = 64
     groups: int = 32
@@ -181,11 +185,15 @@ def stride_of(trunk: Trunk) -> int:
     return 4 * 2 ** max(0, len(trunk.stages) - 1)
 
 
-class BiTV1(nn.Module, kw_only=True):
+class BiTV1(nn.Module, Model, kw_only=True):
     """Returns "grid" [B, h, w, D], "pooled" (its mean), "logits" if head, "image".
 
     `mean` and `std` are in units of 0..255, one value or one a channel.
     """
+
+    layers: ClassVar = (r"trunk/(?:conv|gn)_root/.*", r"trunk/block(\d+)_unit(\d+)/.*")
+    input_kernel = "trunk/conv_root/kernel"
+    standardises_kernels = True
 
     trunk: Trunk
     head: Classifier | None = None
@@ -215,9 +223,6 @@ class BiTV1(nn.Module, kw_only=True):
             )
         fields = dict(stages=DEPTHS[depth], width=64 * int(factor))
         return cls(trunk=Trunk(**{**fields, **trunk}), head=head, mean=mean, std=std)
-
-    def inputs(self, batch: Batch) -> dict[str, Array]:
-        return {"image": batch["image"]}
 
     @nn.compact
     def __call__(

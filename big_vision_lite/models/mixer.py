@@ -1,5 +1,7 @@
 """MLP-Mixer, after arXiv:2105.01601: only perceptrons, over patches, over channels."""
 
+from typing import ClassVar
+
 import flax.linen as nn
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Num
@@ -18,7 +20,7 @@ from big_vision_lite.models.blocks.layers import (
 from big_vision_lite.models.blocks.mlp import Activation, Mlp
 from big_vision_lite.models.blocks.patches import PatchEmbedding
 from big_vision_lite.runtime import layout
-from big_vision_lite.types import Batch
+from big_vision_lite.types import Model
 
 # Width, depth, width of the MLPs over patches and over channels: Table 1.
 SIZES = {
@@ -69,13 +71,21 @@ class MixerBlock(nn.Module, kw_only=True):
         )(y, deterministic=not train)
 
 
-class MlpMixer(nn.Module, kw_only=True):
-    """Returns "tokens" (of patches), "pooled", "logits" if there is a head, "image".
+class MlpMixer(nn.Module, Model, kw_only=True):
+    """Returns "grid" [B, h, w, D], "pooled", "logits" if there is a head, "image".
 
     The number of patches is a width of its layers: parameters fit the image size they
     were made for, no other. `stochastic_depth` is the rate of the last block, growing
     linearly from 0. `mean` and `std` are in 0..255, one value or one a channel.
     """
+
+    layers: ClassVar = ("patch_embedding/.*", r"block_(\d+)/.*")
+    free_fields: ClassVar = (
+        *("head", "dtype", "remat", "stochastic_depth"),
+        *("patch_size", "width", "depth"),
+    )
+    input_kernel = "patch_embedding/kernel"
+    reads_patches = True
 
     width: int
     depth: int
@@ -115,9 +125,6 @@ class MlpMixer(nn.Module, kw_only=True):
         fields = dict(zip(names, SIZES[name], strict=True))
         return cls(**{**fields, "patch_size": int(patch), **overrides})
 
-    def inputs(self, batch: Batch) -> dict[str, Array]:
-        return {"image": batch["image"]}
-
     @nn.compact
     def __call__(
         self, image: Num[Array, "B H W C"], *, train: bool = False
@@ -143,7 +150,8 @@ class MlpMixer(nn.Module, kw_only=True):
             )(x, train)
         x = layer_norm(self.dtype, "norm")(x)
         pooled = x.mean(axis=1, dtype=jnp.float32)
-        outputs = {"image": image, "tokens": x, "pooled": pooled}
+        grid = x.reshape(batch, rows, columns, width)
+        outputs = {"image": image, "grid": grid, "pooled": pooled}
         if self.head is not None:
             outputs |= self.head(pooled)
         return outputs

@@ -4,7 +4,7 @@ arXiv:1512.03385 with the stride on the 3x3 convolution instead of the 1x1 befor
 torchvision has it; arXiv:1611.05431; arXiv:1605.07146.
 """
 
-from typing import Any
+from typing import Any, ClassVar
 
 import flax.linen as nn
 import jax.numpy as jnp
@@ -23,7 +23,7 @@ from big_vision_lite.models.blocks.layers import (
     scale_pixels,
 )
 from big_vision_lite.runtime import layout
-from big_vision_lite.types import Batch
+from big_vision_lite.types import Model
 
 # Units a stage: arXiv:1512.03385, Table 1. Those of bottlenecks serve all families.
 BASIC = {"18": (2, 2, 2, 2), "34": (3, 4, 6, 3)}
@@ -159,7 +159,7 @@ class Stage(nn.Module, kw_only=True):
         return x
 
 
-class ResNet(nn.Module, kw_only=True):
+class ResNet(nn.Module, Model, kw_only=True):
     """Returns "grid" [B, h, w, D], "pooled" (its mean), "logits" if head, "image".
 
     `stages` holds the number of units of every stage; stage k counts from 0, has
@@ -174,6 +174,13 @@ class ResNet(nn.Module, kw_only=True):
     55.3 a device; compiled, not run). `mean` and `std` are in units of 0..255, one
     value or one a channel.
     """
+
+    layers: ClassVar = ("stem(?:_norm)?/.*", r"stage_(\d+)/unit_(\d+)/.*")
+    free_fields: ClassVar = (
+        *("head", "dtype", "remat", "stages", "width"),
+        *("statistics", "statistics_groups", "last_scale"),
+    )
+    input_kernel = "stem/kernel"
 
     stages: tuple[int, ...]
     width: int = 64
@@ -257,9 +264,6 @@ class ResNet(nn.Module, kw_only=True):
             return planes
         # Rounded as torchvision does.
         return int(planes * (self.width_per_group / 64)) * self.groups
-
-    def inputs(self, batch: Batch) -> dict[str, Array]:
-        return {"image": batch["image"]}
 
     @nn.compact
     def __call__(

@@ -1,8 +1,10 @@
 """Vision transformer, after arXiv:2010.11929 and big_vision's form of it."""
 
+from typing import ClassVar
+
 import flax.linen as nn
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Num
+from jaxtyping import Array, Bool, Float, Int, Num
 
 from big_vision_lite.models.blocks import patches
 from big_vision_lite.models.blocks.attention import Attention
@@ -26,7 +28,7 @@ from big_vision_lite.models.blocks.pooling import (
     Pooling,
 )
 from big_vision_lite.runtime import layout
-from big_vision_lite.types import Batch, Stem
+from big_vision_lite.types import Model, Stem
 
 # Width, depth, MLP width, heads: arXiv:2106.04560 Table 2 and arXiv:2106.10270 Table 1;
 # So400m: arXiv:2305.13035.
@@ -43,8 +45,8 @@ SIZES = {
 }
 
 
-class ViT(nn.Module, kw_only=True):
-    """Returns "tokens" (of patches), "pooled", "logits" if there is a head, "image".
+class ViT(nn.Module, Model, kw_only=True):
+    """Returns "grid" [B, h, w, D], "pooled", "logits" if there is a head, "image".
 
     `dropout` acts after the positions and after every dense layer but query, key and
     value; `stochastic_depth` is the rate of the last block, growing linearly from 0.
@@ -59,7 +61,25 @@ class ViT(nn.Module, kw_only=True):
     image, and `patch_size` counts its cells. `kernel_patch_size` and `position_grid`
     are the sizes in which the patch kernel and the learned positions are stored, to
     be resized at every use (FlexiViT, arXiv:2212.08013).
+
+    A call may keep some patches only: `visible` [B, K] are their indices, row by row;
+    it then returns "tokens" [B, K, D] in that order and no grid (arXiv:2111.06377).
+    Where `replaced` [B, N] is true a learned token stands for the patch, its position
+    is added (arXiv:2106.08254); that token exists with `mask_token=True`.
     """
+
+    head_modules: ClassVar = ("head", "distillation_head")
+    layers: ClassVar = (
+        "(?:stem|patch_embedding)/.*|position_embedding|mask_token"
+        "|class_token|distillation_token|registers",
+        r"encoder/block_(\d+)/.*",
+    )
+    free_fields: ClassVar = (
+        *("head", "dtype", "remat", "attention", "dropout", "stochastic_depth"),
+        *("width", "depth", "mlp_dim", "patch_size", "kernel_patch_size"),
+        *("position_grid", "layer_scale", "mask_token"),
+    )
+    position_embeddings: ClassVar = ("position_embedding",)
 
     width: int
     depth: int
@@ -87,6 +107,21 @@ class ViT(nn.Module, kw_only=True):
     stem: Stem | None = None
     kernel_patch_size: int | None = None
     position_grid: tuple[int, ...] = ()
+    mask_token: bool = False
+
+    @property
+    def input_kernel(self) -> str:
+        if self.stem is None:
+            return "patch_embedding/kernel"
+        return f"stem/{self.stem.input_kernel}"
+
+    @property
+    def reads_patches(self) -> bool:
+        return self.stem is None
+
+    @property
+    def standardises_kernels(self) -> bool:
+        return self.stem is not None and self.stem.standardises_kernels
 
     def __post_init__(self) -> None:
         check_positive(
@@ -123,12 +158,14 @@ class ViT(nn.Module, kw_only=True):
         )
         return cls(**{**fields, "patch_size": int(patch), **overrides})
 
-    def inputs(self, batch: Batch) -> dict[str, Array]:
-        return {"image": batch["image"]}
-
     @nn.compact
     def __call__(
-        self, image: Num[Array, "B H W C"], *, train: bool = False
+        self,
+        image: Num[Array, "B H W C"],
+        *,
+        train: bool = False,
+        visible: Int[Array, "B K"] | None = None,
+        replaced: Bool[Array, "B N"] | None = None,
     ) -> dict[str, Array]:
         scaled = scale_pixels(image, self.mean, self.std)
         # From bytes to patches once more for the gradient instead of keeping patches.
@@ -143,12 +180,23 @@ class ViT(nn.Module, kw_only=True):
         )(image if self.stem is None else self.stem(scaled, train))
         batch, rows, columns, width = x.shape
         x = x.reshape(batch, rows * columns, width)
+        if self.mask_token:
+            start = nn.initializers.normal(0.02)
+            token = self.param("mask_token", start, (1, 1, width)).astype(self.dtype)
+            x = x if replaced is None else jnp.where(replaced[:, :, None], token, x)
+        elif replaced is not None:
+            raise ValueError(
+                "replaced= needs a learned token to put in place of patches: give the "
+                "model mask_token=True."
+            )
         match self.positions:
             case Positions.SINCOS:
                 x = x + jnp.asarray(sincos(rows, columns, width), self.dtype)
             case Positions.LEARNED:
                 positions = self._learned_positions((rows, columns))
                 x = x + positions.reshape(x.shape[1:]).astype(self.dtype)
+        if visible is not None:
+            x = jnp.take_along_axis(x, visible[:, :, None], axis=1)
         # After the positions, so that none of these tokens has one.
         before = self._tokens_before_patches(batch)
         x = jnp.concatenate([*before, x], axis=1) if before else x
@@ -172,7 +220,8 @@ class ViT(nn.Module, kw_only=True):
             name="encoder",
         )(layout.pin_batch(x), train)
 
-        special, x = x[:, : -rows * columns], x[:, -rows * columns :]
+        num_special = sum(tokens.shape[1] for tokens in before)
+        special, x = x[:, :num_special], x[:, num_special:]
         match self.pooling:
             case Pooling.AVERAGE:
                 pooled = x.mean(axis=1, dtype=jnp.float32)
@@ -194,7 +243,11 @@ class ViT(nn.Module, kw_only=True):
         if self.final_norm == FinalNorm.POOLED:
             pooled = layer_norm(self.dtype, "pooled_norm", self.norm_epsilon)(pooled)
         pooled = pooled.astype(jnp.float32)
-        outputs = {"image": scaled, "tokens": x, "pooled": pooled}
+        outputs = {"image": scaled, "pooled": pooled}
+        if visible is None:
+            outputs["grid"] = x.reshape(batch, rows, columns, width)
+        else:
+            outputs["tokens"] = x
         if self.head is not None:
             outputs |= self.head(pooled)
         if self.distillation_token:

@@ -6,11 +6,11 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from big_vision_lite.types import Batch, Forward
+from big_vision_lite.types import Batch, Forward, Objective
 
 
 @dataclasses.dataclass(kw_only=True)
-class SoftmaxClassification:
+class SoftmaxClassification(Objective):
     """Cross-entropy in nats against labels of which an image has one.
 
     Labels are int [B], or float [B, C] that sum to 1 (mixup). `label_smoothing` moves
@@ -42,7 +42,7 @@ class SoftmaxClassification:
 
 
 @dataclasses.dataclass(kw_only=True)
-class SigmoidClassification:
+class SigmoidClassification(Objective):
     """Binary cross-entropy in nats, summed over the classes (arXiv:2006.07159).
 
     Labels are int [B], or float [B, C] with one value in 0..1 a class. A prediction is

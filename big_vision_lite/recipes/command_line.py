@@ -11,7 +11,8 @@ import re
 import sys
 import tempfile
 import traceback
-from collections.abc import Callable, Sequence
+import typing
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from absl import flags
@@ -76,9 +77,9 @@ def parse(
         known = recorded(workdir[-1], modules)
     try:
         if recipe is not None:
-            argv = _build_missing(argv, recipe)
             known, argv = _load(recipe, modules), _without(argv, "config")
         if known is not None:
+            argv = _build_missing(argv, known)
             config_flags.DEFINE_config_dataclass(
                 "config", known, flag_values=values, sys_argv=list(argv)
             )
@@ -158,24 +159,79 @@ def _take_none(argv: Sequence[str]) -> tuple[list[str], list[str]]:
     return kept, list(cleared)
 
 
-def _build_missing(argv: Sequence[str], recipe: str | None) -> list[str]:
-    """Adds `--config.init=build` to `--config.init.path=RUN` where init is none."""
-    parts = [re.match(r"--?config\.(\w+)\.", word) for word in argv]
-    if recipe is None or not any(parts):
-        return list(argv)
-    config = mistakes.load(recipe)
-    whole: list[str] = []
-    for word, part in zip(argv, parts, strict=True):
-        name = part.group(1) if part else ""
+def _build_missing(argv: Sequence[str], config: Any) -> list[str]:
+    """Makes room in `config` for what overrides name the parts of.
+
+    `--config.ema.start=0.9` where ema is none gets `--config.ema=build` before it.
+    `--config.init.path=RUN` means the only element of the tuple `init`, which is made
+    where there is none, as is the next one by `--config.init[1].path=RUN`.
+
+    Raises:
+        ValueError: a tuple has several elements, and the override names none.
+    """
+    types = serialize.field_types(type(config))
+    words: list[str] = []
+    for word in argv:
+        _refuse_whole(word, types)
+        found = re.match(r"(--?config\.(\w+))(\[(\d+)\])?\.", word)
+        name = found.group(2) if found else ""
+        if found is None or name not in types:
+            words.append(word)
+            continue
+        part = _part_of_tuple(types[name])
         built = f"--config.{name}=build"
         # Before the first part, which it would overwrite.
-        if getattr(config, name, False) is None and built not in whole:
-            whole.append(built)
-        whole.append(word)
-    return whole
+        if getattr(config, name) is None and built not in words:
+            words.append(built)
+        if part is not None:
+            elements = getattr(config, name)
+            if found.group(3) is None and len(elements) > 1:
+                raise ValueError(
+                    f"{word}: {name} has {len(elements)} elements; name one, for "
+                    f"example {found.group(1)}[0].{word[found.end() :]}"
+                )
+            if int(found.group(4) or 0) == len(elements):
+                setattr(config, name, (*elements, part()))
+            if found.group(3) is None:
+                word = f"{found.group(1)}[0].{word[found.end() :]}"
+        words.append(word)
+    return words
+
+
+def _refuse_whole(word: str, types: Mapping[str, Any]) -> None:
+    """Refuses a value for a tuple of components: ml_collections would put it in."""
+    found = re.fullmatch(r"--?config\.(\w+)=(.*)", word)
+    part = _part_of_tuple(types.get(found.group(1))) if found else None
+    if found is not None and part is not None:
+        name, value = found.groups()
+        field = next(iter(serialize.field_types(part)))
+        raise ValueError(
+            f"{word}: {name} is a component; give what it holds: "
+            f"--config.{name}.{field}={value}"
+        )
+
+
+def _part_of_tuple(declared: Any) -> Any:
+    """Returns the class of a tuple's elements where it needs no arguments, or None."""
+    kind, _ = serialize.without_none(declared)
+    part = (
+        (*typing.get_args(kind), None)[0] if typing.get_origin(kind) is tuple else None
+    )
+    if not (isinstance(part, type) and dataclasses.is_dataclass(part)):
+        return None
+    missing = dataclasses.MISSING
+    optional = (
+        field.default is not missing or field.default_factory is not missing
+        for field in dataclasses.fields(part)
+    )
+    return part if all(optional) else None
 
 
 def _clear(config: Any, path: str, recipe: str | None) -> None:
+    name, dot, rest = path.partition(".")
+    declared = serialize.field_types(type(config)).get(name)
+    if dot and _part_of_tuple(declared) is not None:
+        path = f"{name}[0].{rest}"
     try:
         declared = config_path.get_type(path, config, normalize=False)
     except (KeyError, IndexError, AttributeError) as error:
@@ -185,6 +241,8 @@ def _clear(config: Any, path: str, recipe: str | None) -> None:
     kind, optional = serialize.without_none(declared)
     if optional:
         config_path.set_value(path, config, None)
+    elif _part_of_tuple(declared) is not None:
+        config_path.set_value(path, config, ())
     elif (
         isinstance(kind, type)
         and issubclass(kind, enum.StrEnum)

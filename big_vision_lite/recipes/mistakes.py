@@ -70,8 +70,13 @@ def _wrong_value(recipe: str | None, argv: Sequence[str], recorded: Any) -> str 
 
 
 def _part_of(declared: Any) -> str | None:
-    """Returns the first field of a component's class, or None for what is a value."""
+    """Returns the first field of a component's class, or None for what is a value.
+
+    Of a tuple of components that of its elements.
+    """
     kind, _ = serialize.without_none(declared)
+    if typing.get_origin(kind) is tuple:
+        kind = typing.get_args(kind)[0]
     if isinstance(kind, type) and dataclasses.is_dataclass(kind):
         return next(iter(serialize.field_types(kind)), None)
     return None
@@ -174,7 +179,9 @@ def unknown_key(
     known = []
     for leaf, value, declared in list_leaves(config):
         kind, _ = serialize.without_none(declared)
-        if value is None and dataclasses.is_dataclass(kind):
+        if value == ():
+            leaf, kind = f"{leaf}[0]", (*typing.get_args(kind), None)[0]
+        if value in (None, ()) and dataclasses.is_dataclass(kind):
             known += [f"{leaf}.{name}" for name in serialize.field_types(kind)]
         known.append(leaf)
     for word in argv:

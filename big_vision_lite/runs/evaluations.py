@@ -1,11 +1,13 @@
 """What evaluators are given, and when they run."""
 
 import dataclasses
-import functools
+import hashlib
+import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from etils import epath
 from jax.experimental import multihost_utils
@@ -16,7 +18,7 @@ from big_vision_lite.data import pipeline
 from big_vision_lite.data.pipeline import EvaluationSet
 from big_vision_lite.messages import some
 from big_vision_lite.runs.session import Run
-from big_vision_lite.runtime import layout
+from big_vision_lite.runtime import files, layout, processes
 from big_vision_lite.runtime.processes import Stopped
 from big_vision_lite.training import step as step_lib
 from big_vision_lite.training.program import Program
@@ -30,12 +32,13 @@ from big_vision_lite.types import (
     Op,
     Runner,
     Source,
+    backbone_of,
 )
 
-# function(forward, batch) -> {name: array with the rows of the batch}.
-RowFunction = Callable[[Forward, Batch], dict[str, Array]]
-# step(state, batch): the same, jitted, with the state's parameters.
-EvalStep = Callable[[Any, Batch], dict[str, Array]]
+# function(forward, batch, rng) -> {name: array}, like an objective's arguments.
+RowFunction = Callable[[Forward, Batch, Array], dict[str, Array]]
+# step(state, batch, ordinal=0): the same, jitted, with the state's parameters.
+EvalStep = Callable[..., dict[str, Array]]
 Rows = dict[str, np.ndarray]
 
 
@@ -43,13 +46,11 @@ Rows = dict[str, np.ndarray]
 class Context:
     """Handed to `evaluator.prepare`; everything an evaluator needs beside its fields.
 
-    `preprocess` is the recipe's road from a file to the model, `class_names` are the
-    model's, empty when nobody knows them. `make_eval_step` jits a function of
-    (forward, batch) with the state's parameters, the averaged ones when there are any.
-    `eval_batches(source, ops, batch_size)` gives global batches with "valid", every
-    example once, in order. `abstract_state` has the shapes of the states to come,
-    `untrained_state()` is the run's state before step 1.
-    `log` tells the user something. Steps run under `jax.set_mesh(mesh)`.
+    `preprocess` is the recipe's preprocessing, `class_names` are the model's, empty
+    when nobody knows them. `num_steps` is the length of the run, `threads` how many
+    decode (None: by the cores). `abstract_state` has the shapes of the states to come,
+    `untrained_state()` is the run's state before step 1. `log` tells the user
+    something. Steps run under `jax.set_mesh(mesh)`.
     """
 
     name: str
@@ -60,11 +61,40 @@ class Context:
     workdir: epath.Path
     seed: int
     objective: Objective
-    make_eval_step: Callable[[RowFunction], EvalStep]
-    eval_batches: Callable[[Source, Sequence[Op], int], EvaluationSet]
+    num_steps: int
     abstract_state: Any
     untrained_state: Callable[[], Any]
     log: Callable[[str], None]
+    threads: int | None = None
+
+    @property
+    def backbone(self) -> Model:
+        """The pretrained part of the model: what gives features."""
+        return backbone_of(self.model)[1]
+
+    def make_eval_step(self, function: RowFunction) -> EvalStep:
+        """Jits a function of the model with the state's parameters.
+
+        The averaged ones when there are any, in evaluation mode.
+        """
+        return self._step(function, "", self.model)
+
+    def make_backbone_step(self, function: RowFunction) -> EvalStep:
+        """Jits a function of the backbone with its parameters in the state."""
+        return self._step(function, *backbone_of(self.model))
+
+    def _step(self, function: RowFunction, part: str, model: Model) -> EvalStep:
+        return step_lib.make_eval_step(
+            model, function, seed=self.seed, num_steps=self.num_steps, part=part
+        )
+
+    def eval_batches(
+        self, source: Source, ops: Sequence[Op], batch_size: int
+    ) -> EvaluationSet:
+        """Returns global batches with "valid": every example once, in order."""
+        return pipeline.eval_batches(
+            source, tuple(ops), batch_size, self.mesh, threads=self.threads
+        )
 
     def check_set(
         self,
@@ -90,22 +120,29 @@ class Context:
         layout.check_batch_size(batch_size, self.mesh, option=option)
 
     def check_step(
-        self, step: EvalStep, source: Source, ops: Sequence[Op], batch_size: int
+        self,
+        step: EvalStep,
+        source: Source,
+        ops: Sequence[Op],
+        batch_size: int,
+        *,
+        keys: Sequence[str] = ("label",),
     ) -> Mapping[str, Any]:
-        """Traces `step` on the shapes of the first image; returns those of its rows.
+        """Traces `step` on the shapes of the first example; returns what it gives.
 
         What does not fit would else end a run at its first evaluation, after hours.
 
         Raises:
-            ValueError: the images have no label, the model lacks an output or takes no
-                image of that size.
+            ValueError: the examples lack one of `keys`, the model lacks an output or
+                takes no image of that size.
         """
         spec = self.eval_batches(source, ops, batch_size).spec()
-        if "label" not in spec:
-            raise ValueError(
-                f"{self.name}: {source.name(0)} has no label, only "
-                f"{some(sorted(spec.keys() - {'valid'}))}; give a labelled set."
-            )
+        for key in keys:
+            if key not in spec:
+                raise ValueError(
+                    f"{self.name}: {source.name(0)} has no {key}, only "
+                    f"{some(sorted(spec.keys() - {'valid'}))}; give a set with {key}s."
+                )
         return jax.eval_shape(step, self.abstract_state, spec)
 
     def gather_rows(self, rows: Mapping[str, Array], valid: Bool[Array, " B"]) -> Rows:
@@ -124,8 +161,8 @@ class Context:
     ) -> Iterator[Rows]:
         """Runs `step` over a whole source; yields its valid rows batch by batch."""
         waiting = None
-        for batch in self.eval_batches(source, ops, batch_size):
-            outputs = step(state, batch), batch["valid"]
+        for ordinal, batch in enumerate(self.eval_batches(source, ops, batch_size)):
+            outputs = step(state, batch, ordinal), batch["valid"]
             # The device works on this batch while the rows of the last one travel.
             if waiting is not None:
                 yield self.gather_rows(*waiting)
@@ -133,9 +170,48 @@ class Context:
         if waiting is not None:
             yield self.gather_rows(*waiting)
 
-    def agreed(self, flag: bool) -> bool:
-        """Returns process 0's `flag` on every process."""
-        return bool(multihost_utils.broadcast_one_to_all(np.asarray(flag)))
+    def sums(
+        self,
+        step: EvalStep,
+        state: Any,
+        source: Source,
+        ops: Sequence[Op],
+        batch_size: int,
+    ) -> Rows:
+        """Adds what `step` gives for each batch up on the device; returns the totals.
+
+        For what is small whatever the set: counts, confusion matrices. `step` leaves
+        rows that are not `batch["valid"]` out by itself.
+        """
+        totals = None
+        add = jax.jit(lambda a, b: jax.tree.map(jnp.add, a, b))
+        for ordinal, batch in enumerate(self.eval_batches(source, ops, batch_size)):
+            found = step(state, batch, ordinal)
+            totals = found if totals is None else add(totals, found)
+        return jax.device_get(totals or {})
+
+    def once(
+        self, protocol: Any, compute: Callable[[], dict[str, float]]
+    ) -> dict[str, float]:
+        """Returns scores that are computed once a run: controls.
+
+        They are kept in WORKDIR/<name>_controls.json, and computed anew where
+        `protocol`, all that they depend on, is another one.
+        """
+        path = self.workdir / f"{self.name}_controls.json"
+        text = json.dumps(protocol, sort_keys=True)
+        key = hashlib.sha256(text.encode()).hexdigest()
+        kept = json.loads(path.read_text()) if path.exists() else {}
+        # Only process 0 records scores, and only its disk is sure to hold the file.
+        if processes.on_first(lambda: kept.get("key") == key):
+            return kept.get("scores", {})
+        scores = compute()
+        if jax.process_index() == 0:
+            content = {"key": key, "protocol": protocol, "scores": scores}
+            with files.writing(path):
+                self.workdir.mkdir(parents=True, exist_ok=True)
+                files.replace(path, json.dumps(content, indent=1).encode())
+        return scores
 
 
 @dataclasses.dataclass(kw_only=True)
@@ -218,9 +294,11 @@ class Evaluations:
             name: evaluator.prepare(
                 make_context(
                     name,
-                    config=run.config,
+                    run.config,
                     mesh=run.mesh,
                     workdir=run.workdir,
+                    class_names=tuple(run.config.data.source.class_names),
+                    num_steps=run.num_steps,
                     abstract_state=program.abstract,
                     untrained_state=program.fresh,
                     log=run.say,
@@ -268,35 +346,14 @@ class Evaluations:
             self._run.progress.scores(step, named)
 
 
-def make_context(
-    name: str,
-    *,
-    config: TrainConfig,
-    mesh: jax.sharding.Mesh,
-    workdir: epath.Path,
-    abstract_state: TrainState,
-    untrained_state: Callable[[], TrainState],
-    log: Callable[[str], None],
-) -> Context:
-    """Builds what one evaluator may know of the run."""
-
-    def eval_batches(source: Any, ops: Any, batch_size: int) -> EvaluationSet:
-        return pipeline.eval_batches(
-            source, tuple(ops), batch_size, mesh, threads=config.data.threads
-        )
-
+def make_context(name: str, config: TrainConfig, **others: Any) -> Context:
+    """Returns the context of one evaluator of a recipe; `others` are the run's."""
     return Context(
         name=name,
         model=config.model,
-        mesh=mesh,
         preprocess=config.preprocess,
-        class_names=tuple(config.data.source.class_names),
-        workdir=workdir,
         seed=config.seed,
         objective=config.objective,
-        make_eval_step=functools.partial(step_lib.make_eval_step, config.model),
-        eval_batches=eval_batches,
-        abstract_state=abstract_state,
-        untrained_state=untrained_state,
-        log=log,
+        threads=config.data.threads,
+        **others,
     )

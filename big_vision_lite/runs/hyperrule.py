@@ -11,8 +11,6 @@ import numpy as np
 
 from big_vision_lite import schedules
 from big_vision_lite.config import Checkpoints, Init, TrainConfig
-from big_vision_lite.conversion import files as weights
-from big_vision_lite.conversion import foreign
 from big_vision_lite.data.ops import (
     Decode,
     FlipLeftRight,
@@ -26,12 +24,10 @@ from big_vision_lite.data.pipeline import Stream
 from big_vision_lite.models.blocks.heads import Classifier
 from big_vision_lite.objectives.classification import SoftmaxClassification
 from big_vision_lite.recipes import serialize
-from big_vision_lite.runs import folder as run_folder
-from big_vision_lite.runs import load as saved_run
-from big_vision_lite.runs import step_folder
+from big_vision_lite.runs import load
 from big_vision_lite.runtime.sharding import Mesh
 from big_vision_lite.training.optimizers import SGD
-from big_vision_lite.types import Evaluator, Example, Op, Source
+from big_vision_lite.types import Evaluator, Example, Model, Op, Source, backbone_of
 
 # Images of fewer pixels than this are small: resized to 160, cropped to 128.
 SMALL_AREA_PX = 96 * 96
@@ -42,8 +38,6 @@ RESIZE_PX = {128: 160, 384: 448, 480: 512}
 MIXUP_FROM_EXAMPLES, MIXUP_ALPHA = 20_000, 0.1
 # So many images, spread over the set, tell how large the images of a set are.
 AREA_SAMPLE = 64
-# A distilled model has two.
-HEAD = "(distillation_)?head/.*"
 
 
 @dataclasses.dataclass(kw_only=True)
@@ -98,7 +92,7 @@ class HyperRule:
         evaluators: dict[str, Evaluator],
         pretrained_preprocess: tuple[Op, ...],
         *,
-        init: Init | None,
+        init: tuple[Init, ...],
         seed: int = 0,
         fsdp: int = 1,
     ) -> TrainConfig:
@@ -200,6 +194,11 @@ class Repeated:
         return self.source.name(range(len(self))[index] % len(self.source))
 
 
+def start(path: str, model: Model) -> tuple[Init, ...]:
+    """Returns the start from `path` with a new head, whatever classes it had."""
+    return (Init(path=path, drop=f"({'|'.join(model.head_modules)})/.*"),)
+
+
 def with_head(model: Any, num_classes: int) -> Any:
     """Returns `model` with a new linear head and no dropout, as BiT fine-tunes.
 
@@ -256,15 +255,16 @@ def crop_by_area(source: Source) -> int:
 def read_run(path: str, allow_module: str = "") -> TrainConfig:
     """Returns the configuration of a run, checkpoints or step folder, or of weights.
 
+    Its model is what was pretrained there, the backbone.
+
     Raises:
         FileNotFoundError: there is neither.
         ValueError: the weights are damaged or in no known format.
     """
-    if weights.is_foreign(path):
-        return saved_run.recipe(foreign.load(path))
     # The folder is found again, and named, when the training starts.
-    folder = step_folder.find(path, log=lambda _: None)
-    return run_folder.read_config(folder, [allow_module] if allow_module else [])
+    place = load.locate(path, log=lambda _: None)
+    config = place.config([allow_module] if allow_module else [])
+    return dataclasses.replace(config, model=backbone_of(config.model)[1])
 
 
 def parse_size(word: str, train: Source, pretrained: TrainConfig) -> int | None:

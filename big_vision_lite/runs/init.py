@@ -20,54 +20,127 @@ from big_vision_lite.recipes import serialize
 from big_vision_lite.runs import resample
 from big_vision_lite.runs.load import Loaded, open_weights
 from big_vision_lite.training import state as state_lib
+from big_vision_lite.training.program import Program
 from big_vision_lite.training.state import TrainState
-from big_vision_lite.types import Array
+from big_vision_lite.types import Array, Model, backbone_of
 
 
 def initial_state(
     config: TrainConfig,
-    fresh: TrainState,
+    program: Program,
     first_params: Mapping[str, Any] | None,
     *,
     log: Callable[[str], None],
     note_origin: Callable[[Any], None],
 ) -> TrainState:
-    """Returns the state before step 1: fresh, or with parameters from elsewhere."""
-    if config.init is None and first_params is None:
+    """Returns the state before step 1: fresh, or with parameters from elsewhere.
+
+    `first_params` {name: array} take the place of the checkpoint of `config.init`.
+
+    Raises:
+        ValueError: what a checkpoint holds does not fit; lists every difference.
+        OSError: a checkpoint is not there.
+    """
+    fresh = program.fresh()
+    inits = config.init
+    if first_params is not None:
+        inits = inits or (Init(path="memory"),)
+    if not inits:
         return fresh
-    init = config.init or Init(path="memory")
-    ours = state_lib.variables(fresh)
-    same_classes = True
-    loaded = first_params
-    if loaded is None:
-        opened = open_weights(init.path, log)
-        opened = scaled_like(opened, config.model, ours, log)
-        note_origin(opened.origin)
-        loaded = opened.variables
-        same_classes = opened.class_names == tuple(config.data.source.class_names)
-        for line in model_differences(config.model, opened.model):
-            log(f"init: {line}")
-    adapted = adapt(loaded, ours, init, same_classes=same_classes, log=log)
-    return state_lib.with_variables(fresh, adapted)
+    named = state_lib.variables(fresh)
+    origins = []
+    for init in inits:
+        if first_params is not None:
+            loaded = Loaded(variables=first_params, class_names=None)
+        else:
+            # What the recipe itself imports, its checkpoint may need.
+            loaded = open_weights(init.path, log, [type(config.model).__module__])
+        origins.append(loaded.origin)
+        named = start_from(loaded, init, config, named, log)
+    if any(origins):
+        note_origin(origins[0] if len(origins) == 1 else {"parts": origins})
+    return state_lib.with_variables(fresh, named)
+
+
+def start_from(
+    loaded: Loaded,
+    init: Init,
+    config: TrainConfig,
+    named: Mapping[str, Any],
+    log: Callable[[str], None],
+) -> dict[str, Any]:
+    """Returns the variables `named` of `config.model` with what `init` takes over."""
+    part, into = _places(loaded, config.model, init)
+    model = _module(config.model, into, f"init.into={init.into}")
+    theirs = loaded.backbone if part == loaded.part else None
+    if loaded.model is not None:
+        theirs = _module(loaded.model, part, f"init.part={init.part}")
+    ours = trees.inside(named, into)
+    taken = trees.inside(loaded.variables, part)
+    for names, where, whole in (
+        (ours, f"init.into={into}", named),
+        (taken, f"init.part={part}", loaded.variables),
+    ):
+        if not names:
+            modules = sorted({name.split("/")[0] for name in whole})
+            raise ValueError(
+                f"{where} names no module with parameters. At the top there are: "
+                f"{', '.join(modules)}."
+            )
+    loaded = dataclasses.replace(loaded, variables=taken, model=theirs)
+    if part or into:
+        kinds = "" if theirs is None else f" ({type(theirs).__name__})"
+        log(
+            f"init: {part or 'all'} of {init.path}{kinds} -> {into or 'the model'}: "
+            f"{len(taken)} arrays"
+        )
+    loaded = scaled_like(loaded, model, ours, log)
+    for line in model_differences(model, loaded.model):
+        log(f"init: {line}")
+    names = loaded.class_names
+    same_classes = names is None or names == tuple(config.data.source.class_names)
+    adapted = adapt(
+        loaded.variables, ours, init, model=model, same_classes=same_classes, log=log
+    )
+    return {**named, **trees.outside(adapted, into)}
+
+
+def _places(loaded: Loaded, ours: Model, init: Init) -> tuple[str, str]:
+    """Returns which modules `init` takes and fills, "" for all."""
+    whole = type(loaded.model) is type(ours) or loaded.class_names is None
+    if whole and not (init.part or init.into):
+        return "", ""
+    return init.part or loaded.part, init.into or backbone_of(ours)[0]
+
+
+def _module(model: Any, path: str, option: str) -> Any:
+    for name in path.split("/") if path else ():
+        model = getattr(model, name, None)
+        if not isinstance(model, Model):
+            raise ValueError(
+                f"{option}: {name} is no field that holds a model, whose class "
+                "inherits big_vision_lite.types.Model."
+            )
+    return model
 
 
 def scaled_like(
     loaded: Loaded,
-    model: Any,
+    model: Model,
     fresh: Mapping[str, Any],
     log: Callable[[str], None] = print,
 ) -> Loaded:
     """Returns weights that expect pixels scaled with the mean and std of `model`.
 
-    Patch embeddings see no padding, so the change is exact there, also to the number of
-    channels of the `fresh` variables of `model`; other stems keep their weights, and
-    `model_differences`, or a line here, says what to set.
+    Kernels that read patches see no padding, so the change is exact there, also to the
+    number of channels of the `fresh` variables of `model`; other stems keep their
+    weights, and `model_differences`, or a line here, says what to set.
     """
     theirs = loaded.model
-    name = resample.image_kernel(loaded.variables)
-    # Modules of the user's own need not have a range.
-    ranged = hasattr(theirs, "mean") and hasattr(model, "mean")
-    if not ranged or name is None or name not in fresh:
+    name = model.input_kernel
+    if theirs is None or not (theirs.mean and model.mean):
+        return loaded
+    if name is None or name not in fresh or name not in loaded.variables:
         return loaded
     before = InputRange(theirs.mean, theirs.std)
     after = InputRange(model.mean, model.std)
@@ -75,7 +148,7 @@ def scaled_like(
         return loaded
     kernel, channels = np.asarray(loaded.variables[name]), fresh[name].shape[2]
     ours = theirs.clone(mean=model.mean, std=model.std)
-    if not name.endswith(resample.PATCHES):
+    if not model.reads_patches:
         if channels == kernel.shape[2] or max(len(values) for values in before) == 1:
             return loaded
         log(_not_folded(before, after, kernel.shape[2], channels))
@@ -84,9 +157,9 @@ def scaled_like(
     if bias_name not in loaded.variables:
         return loaded
     bias = np.asarray(loaded.variables[bias_name])
-    fold = functools.partial(
-        fold_input_range, patch_size=getattr(model, "patch_size", None)
-    )
+    # A model that reads patches says their size.
+    patch_size = getattr(model, "patch_size")  # noqa: B009
+    fold = functools.partial(fold_input_range, patch_size=patch_size)
     log(
         f"init: pixels were scaled with mean {before.mean} and std {before.std}, now "
         f"with {after.mean} and {after.std}: folded into the patch embedding, exactly."
@@ -94,7 +167,7 @@ def scaled_like(
     if channels != kernel.shape[2]:
         # Channels can take each other's place only where all are in the same units.
         kernel, bias = fold(kernel, bias, before, SYMMETRIC)
-        log(f"init: {resample.channels_message(name, kernel.shape[2], channels)}")
+        log(f"init: {resample.channels_message(model, kernel.shape[2], channels)}")
         kernel, before = resample.resize_channels(kernel, channels), SYMMETRIC
     kernel, bias = fold(kernel, bias, before, after)
     return dataclasses.replace(
@@ -125,7 +198,7 @@ def model_differences(ours: Any, theirs: Any) -> list[str]:
     lines = []
     for field in serialize.fields(ours):
         mine, other = getattr(ours, field.name), getattr(theirs, field.name)
-        if field.name not in _ADAPTED and mine != other:
+        if field.name not in ours.free_fields and mine != other:
             lines.append(
                 f"the weights were made for {field.name}={other}, this recipe has "
                 f"{mine}: the features will differ. To follow the weights: "
@@ -134,48 +207,34 @@ def model_differences(ours: Any, theirs: Any) -> list[str]:
     return lines
 
 
-# Fields that may differ: they are adapted, listed otherwise, or change no result.
-_ADAPTED = {
-    *("head", "dtype", "remat", "attention", "dropout", "stochastic_depth"),
-    *("patch_size", "width", "depth", "mlp_dim", "stages"),
-    *("statistics", "statistics_groups"),
-    *("kernel_patch_size", "position_grid"),
-    # Where parameters start that the weights bring.
-    *("layer_scale", "last_scale"),
-}
-
-
-# A distilled model has two.
-HEADS = ("head/", "distillation_head/")
-
-
 def adapt(
     loaded: Mapping[str, Any],
     fresh: Mapping[str, Any],
     init: Init,
     *,
+    model: Model,
     same_classes: bool = True,
     log: Callable[[str], None] = print,
 ) -> dict[str, Array]:
     """Returns one array for every name in `fresh`, from `loaded` wherever it fits.
 
-    `fresh` are the initialised parameters {name: array}; `same_classes` says whether
-    both sides name the same classes in the same order.
+    `fresh` are the initialised parameters {name: array} of `model`; `same_classes`
+    says whether both sides name the same classes in the same order.
 
     Raises:
         ValueError: names or shapes differ after drop, rename and resampling; lists
             every one of them with "+" and "-".
     """
     renamed = _renamed(loaded, init.rename)
-    dropped = _dropped(renamed, fresh, init, same_classes, log)
+    dropped = _dropped(renamed, fresh, init, model, same_classes, log)
     kept = {name: leaf for name, leaf in renamed.items() if name not in dropped}
     wanted = {name: leaf for name, leaf in fresh.items() if name not in dropped}
     for name in sorted(wanted.keys() & kept.keys()):
         if kept[name].shape != wanted[name].shape:
-            fitted = resample.fit(name, kept[name], wanted[name].shape)
+            fitted = resample.fit(model, name, kept[name], wanted[name].shape)
             kept[name] = fitted.values
             if fitted.message:
-                _say_resized(name, fitted.message, init, log)
+                _say_resized(model, name, fitted.message, init, log)
     lines = trees.difference(wanted, kept, "the model", "the checkpoint")
     if lines:
         module, _, leaf = lines[0].split()[1].rpartition("/")
@@ -217,6 +276,7 @@ def _dropped(
     loaded: Mapping[str, Any],
     fresh: Mapping[str, Any],
     init: Init,
+    model: Model,
     same_classes: bool,
     log: Callable[[str], None],
 ) -> set[str]:
@@ -228,15 +288,17 @@ def _dropped(
         for name in sorted(dropped):
             log(f"init: {name} starts from scratch (init.drop)")
         return dropped
-    head = {name for name in names if name.startswith(HEADS)}
+    modules = tuple(f"{module}/" for module in model.head_modules)
+    head = {name for name in names if name.startswith(modules)}
     fits = all(
         name in loaded and name in fresh and loaded[name].shape == fresh[name].shape
         for name in head
     )
     if not head or (fits and same_classes):
         return set()
+    kernel = f"{model.head_modules[0]}/kernel"
     count = {
-        what: leaves["head/kernel"].shape[-1] if "head/kernel" in leaves else "no"
+        what: leaves[kernel].shape[-1] if kernel in leaves else "no"
         for what, leaves in (("loaded", loaded), ("fresh", fresh))
     }
     other = " with other names" if count["loaded"] == count["fresh"] else ""
@@ -248,9 +310,9 @@ def _dropped(
 
 
 def _say_resized(
-    name: str, message: str, init: Init, log: Callable[[str], None]
+    model: Model, name: str, message: str, init: Init, log: Callable[[str], None]
 ) -> None:
-    if not name.endswith(resample.POSITIONS):
+    if name not in model.position_embeddings:
         log(f"init: {message}")
     elif init.position_resize == PositionResize.ERROR:
         raise ValueError(

@@ -27,6 +27,7 @@ from big_vision_lite.schedules import WarmupCosine
 from big_vision_lite.training import state as state_lib
 from big_vision_lite.training.optimizers import AdamW
 from big_vision_lite.training.state import TrainState
+from big_vision_lite.types import layers_of
 
 OPTIMIZER = "opt_state/"
 
@@ -67,16 +68,17 @@ class SavedRun:
             return above.parent
         return above
 
-    def untrained(self, spec: Mapping[str, Any]) -> TrainState:
-        """Returns the run's state before step 1, on batches of shapes `spec`.
-
-        With the shapes of the training batches it is the same, bit for bit.
-        """
+    def untrained(self) -> TrainState:
+        """Returns the run's state before step 1, the same bit for bit."""
+        spec = {
+            name: jax.ShapeDtypeStruct((1, *leaf["shape"]), leaf["dtype"])
+            for name, leaf in self.manifest["input"].items()
+        }
         config = self.config
         initialize = state_lib.make_initializer(
             config.model,
-            dict(spec),
-            config.optimizer.build(self.manifest["num_steps"]),
+            spec,
+            config.optimizer.build(self.manifest["num_steps"], layers_of(config.model)),
             freeze=config.freeze,
             ema=config.ema is not None,
         )
@@ -84,28 +86,187 @@ class SavedRun:
         return state_lib.create(initialize, abstract, config.seed)
 
 
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Loaded:
+    """Weights to start from: {name: array}, batch statistics as "batch_stats/...".
+
+    `class_names` are empty when nobody knows them, None where they do not matter;
+    `model` is what the weights belong to, `part` where its pretrained part is and
+    `backbone` that part, each None where it needs a module that may not be imported
+    here; `origin` goes into manifests.
+    """
+
+    variables: Mapping[str, Any]
+    class_names: tuple[str, ...] | None = ()
+    model: Any = None
+    part: str = ""
+    backbone: Any = None
+    origin: Mapping[str, Any] | None = None
+
+
 def locate(
     path: str | epath.Path, log: Callable[[str], None] = print
-) -> str | epath.Path:
-    """Returns the step folder that a run's path means, or the path of weights as it is.
+) -> "SavedStep | ForeignWeights":
+    """Returns what lies at `path`: a step of a run, or weights of another library.
+
+    A run and its checkpoints folder mean the newest step.
 
     Raises:
         FileNotFoundError: there is neither; says what was looked at.
     """
-    return path if weights.is_foreign(os.fspath(path)) else step_folder.find(path, log)
+    if weights.is_foreign(os.fspath(path)):
+        return ForeignWeights(path=os.fspath(path))
+    return SavedStep(folder=step_folder.find(path, log), path=os.fspath(path))
 
 
-def recorded_platform(place: str | epath.Path) -> str | None:
-    """Returns the platform that a step's recipe chose, None if none or not readable."""
-    # What of it is damaged is said when the step is loaded and verified.
-    with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
-        document = json.loads((epath.Path(place) / step_folder.CONFIG).read_text())
-        return document["config"]["platform"]
-    return None
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class SavedStep:
+    """A step folder, found by the `path` that somebody gave."""
+
+    folder: epath.Path
+    path: str
+
+    def platform(self) -> str | None:
+        """Returns the platform that the recipe chose, None if none or not readable."""
+        # What of it is damaged is said when the step is loaded and verified.
+        with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
+            document = json.loads((self.folder / step_folder.CONFIG).read_text())
+            return document["config"]["platform"]
+        return None
+
+    def config(self, allowed_modules: Sequence[str] = ()) -> TrainConfig:
+        """Returns the recipe; ValueError where a class may not be imported."""
+        return run_folder.read_config(self.folder, allowed_modules)
+
+    def weights(
+        self, log: Callable[[str], None], allowed_modules: Sequence[str] = ()
+    ) -> Loaded:
+        """Returns parameters and statistics, the averaged ones where there are some."""
+        del log  # nothing is assumed of our own files
+        variables, manifest = load_variables(self.folder)
+        part = manifest["backbone"]
+        return Loaded(
+            variables=variables,
+            class_names=tuple(manifest["class_names"]),
+            model=_model_of(self.folder, "", allowed_modules),
+            part=part,
+            backbone=_model_of(self.folder, part, allowed_modules),
+            origin={
+                "path": self.path,
+                "format": "big_vision_lite",
+                "licence": None,
+                "origin": manifest.get("origin"),
+            },
+        )
+
+    def run(
+        self,
+        allowed_modules: Sequence[str],
+        devices: Sequence[Any],
+        log: Callable[[str], None],
+    ) -> SavedRun:
+        """Loads the state without the optimiser's."""
+        manifest = step_folder.verified_manifest(self.folder)
+        config = self.config(allowed_modules)
+        mesh = sharding.make_mesh(fitting(config.mesh, len(devices), log), devices)
+        shapes = trees.unflatten(
+            {
+                name: jax.ShapeDtypeStruct(leaf["shape"], leaf["dtype"])
+                for name, leaf in manifest["leaves"].items()
+                if not name.startswith(OPTIMIZER)
+            }
+        )
+        parameters = state_lib.merge(shapes["params"], shapes.get("frozen", {}))
+        places = sharding.shardings(
+            shapes, config.sharding, mesh, parameters=parameters
+        )
+        wanted = jax.tree.map(
+            lambda leaf, place: jax.ShapeDtypeStruct(
+                leaf.shape, leaf.dtype, sharding=place
+            ),
+            shapes,
+            places,
+        )
+        tree = step_folder.restore_part(self.folder, trees.flatten(wanted), manifest)
+        return SavedRun(
+            folder=self.folder,
+            config=config,
+            manifest=manifest,
+            mesh=mesh,
+            state=_state(tree),
+        )
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ForeignWeights:
+    """A file or folder of another library, or `hub:organisation/name`."""
+
+    path: str
+
+    def platform(self) -> None:
+        """Nobody recorded one."""
+        return None
+
+    def config(self, allowed_modules: Sequence[str] = ()) -> TrainConfig:
+        """Returns the model and its preprocessing as a recipe without images."""
+        del allowed_modules  # classes of this package alone
+        return recipe(foreign.load(self.path))
+
+    def weights(
+        self, log: Callable[[str], None], allowed_modules: Sequence[str] = ()
+    ) -> Loaded:
+        """Returns all variables by our names; says what was assumed."""
+        del allowed_modules  # classes of this package alone
+        found = foreign.load(self.path)
+        for note in (f"{self.path}: {found.format}", *found.notes):
+            log(f"init: {note}")
+        return Loaded(
+            variables=found.variables,
+            class_names=found.class_names,
+            model=found.model,
+            backbone=found.model,
+            origin=found.origin,
+        )
+
+    def run(
+        self,
+        allowed_modules: Sequence[str],
+        devices: Sequence[Any],
+        log: Callable[[str], None],
+    ) -> SavedRun:
+        """Returns a run that has made no step."""
+        del allowed_modules  # classes of this package alone
+        found = foreign.load(self.path)
+        for note in (f"{self.path}: {found.format}", *found.notes):
+            log(note)
+        mesh = sharding.make_mesh(sharding.Mesh(), devices)
+        whole = layout.replicated(mesh)
+        variables = {n: jax.device_put(x, whole) for n, x in found.variables.items()}
+        params, collections = state_lib.split_variables(variables)
+        step = jax.device_put(np.zeros((), np.int32), whole)
+        tree = {"step": step, "params": params, "collections": collections}
+        return SavedRun(
+            folder=epath.Path(self.path),
+            config=recipe(found),
+            manifest={
+                "step": 0,
+                "num_steps": 1,
+                "class_names": list(found.class_names),
+                "origin": found.origin,
+                "input": {
+                    "image": {
+                        "shape": [*found.image_size, found.channels],
+                        "dtype": "uint8",
+                    }
+                },
+            },
+            mesh=mesh,
+            state=_state(tree),
+        )
 
 
 def load(
-    path: str | epath.Path,
+    path: "str | epath.Path | SavedStep | ForeignWeights",
     *,
     allowed_modules: Sequence[str] = (),
     devices: Sequence[Any] | None = None,
@@ -122,64 +283,25 @@ def load(
         DamagedCheckpoint: a file or a leaf is not what was saved.
         ValueError: config.json needs a class that may not be imported.
     """
+    place = path if isinstance(path, SavedStep | ForeignWeights) else locate(path, log)
     devices = jax.devices() if devices is None else devices
-    if weights.is_foreign(os.fspath(path)):
-        return _from_weights(os.fspath(path), devices, log)
-    folder = step_folder.find(path, log)
-    manifest = step_folder.verified_manifest(folder)
-    config = run_folder.read_config(folder, allowed_modules)
-    mesh = sharding.make_mesh(fitting(config.mesh, len(devices), log), devices)
-    shapes = trees.unflatten(
-        {
-            name: jax.ShapeDtypeStruct(leaf["shape"], leaf["dtype"])
-            for name, leaf in manifest["leaves"].items()
-            if not name.startswith(OPTIMIZER)
-        }
-    )
-    parameters = state_lib.merge(shapes["params"], shapes.get("frozen", {}))
-    places = sharding.shardings(shapes, config.sharding, mesh, parameters=parameters)
-    wanted = jax.tree.map(
-        lambda leaf, place: jax.ShapeDtypeStruct(
-            leaf.shape, leaf.dtype, sharding=place
-        ),
-        shapes,
-        places,
-    )
-    tree = step_folder.restore_part(folder, trees.flatten(wanted), manifest)
-    return SavedRun(
-        folder=folder,
-        config=config,
-        manifest=manifest,
-        mesh=mesh,
-        state=_state(tree),
-    )
+    return place.run(allowed_modules, devices, log)
 
 
-def _from_weights(
-    path: str, devices: Sequence[Any], log: Callable[[str], None]
-) -> SavedRun:
-    """Returns weights of another library as a run that has made no step."""
-    found = foreign.load(path)
-    for note in (f"{path}: {found.format}", *found.notes):
-        log(note)
-    mesh = sharding.make_mesh(sharding.Mesh(), devices)
-    whole = layout.replicated(mesh)
-    variables = {n: jax.device_put(x, whole) for n, x in found.variables.items()}
-    params, collections = state_lib.split_variables(variables)
-    step = jax.device_put(np.zeros((), np.int32), whole)
-    tree = {"step": step, "params": params, "collections": collections}
-    return SavedRun(
-        folder=epath.Path(path),
-        config=recipe(found),
-        manifest={
-            "step": 0,
-            "num_steps": 1,
-            "class_names": list(found.class_names),
-            "origin": found.origin,
-        },
-        mesh=mesh,
-        state=_state(tree),
-    )
+def open_weights(
+    path: str,
+    log: Callable[[str], None] = print,
+    allowed_modules: Sequence[str] = (),
+) -> Loaded:
+    """Reads weights to start from: of a run, a step folder, or another library.
+
+    The model is built where its classes are those of the package or `allowed_modules`.
+
+    Raises:
+        FileNotFoundError: there is neither; says what was looked at.
+        ValueError: the weights are damaged or in no known format.
+    """
+    return locate(path, log).weights(log, allowed_modules)
 
 
 def _state(tree: Mapping[str, Any]) -> TrainState:
@@ -227,53 +349,6 @@ def recipe(found: Foreign) -> TrainConfig:
     )
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Loaded:
-    """Weights to start from: {name: array}, batch statistics as "batch_stats/...".
-
-    `class_names` are empty when nobody knows them; `model` is what the weights belong
-    to, None where it needs a module that may not be imported here; `origin` goes into
-    manifests.
-    """
-
-    variables: Mapping[str, Any]
-    class_names: tuple[str, ...] = ()
-    model: Any = None
-    origin: Mapping[str, Any] | None = None
-
-
-def open_weights(path: str, log: Callable[[str], None] = print) -> Loaded:
-    """Reads a run, a step folder, or weights of another library (see `foreign`).
-
-    Raises:
-        FileNotFoundError: there is neither; says what was looked at.
-        ValueError: the weights are damaged or in no known format.
-    """
-    if weights.is_foreign(path):
-        found = foreign.load(path)
-        for note in (f"{path}: {found.format}", *found.notes):
-            log(f"init: {note}")
-        return Loaded(
-            variables=found.variables,
-            class_names=found.class_names,
-            model=found.model,
-            origin=found.origin,
-        )
-    folder = step_folder.find(path, log)
-    variables, manifest = load_variables(folder)
-    return Loaded(
-        variables=variables,
-        class_names=tuple(manifest["class_names"]),
-        model=_model_of(folder),
-        origin={
-            "path": path,
-            "format": "big_vision_lite",
-            "licence": None,
-            "origin": manifest.get("origin"),
-        },
-    )
-
-
 def load_variables(folder: Any) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
     """Loads a step folder's parameters and batch statistics, and its manifest.
 
@@ -303,11 +378,14 @@ def load_variables(folder: Any) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
     return {n.split("/", 1)[1]: np.asarray(x) for n, x in loaded.items()}, manifest
 
 
-def _model_of(folder: Any) -> Any:
+def _model_of(folder: Any, part: str, allowed_modules: Sequence[str]) -> Any:
     document = json.loads((folder / step_folder.CONFIG).read_text())
-    text = json.dumps({**document, "config": document["config"]["model"]})
+    model = document["config"]["model"]
+    for name in part.split("/") if part else ():
+        model = model[name]
+    text = json.dumps({**document, "config": model})
     try:
-        return serialize.from_json(text)
+        return serialize.from_json(text, allowed_modules)
     except ValueError:
         # A class of the user's own, or of a newer version: the names decide alone.
         return None

@@ -1,18 +1,13 @@
 """Parameters made to fit another grid, patch size or number of channels."""
 
 import dataclasses
-from collections.abc import Iterable
 from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
 
 from big_vision_lite.models.blocks import patches
-
-POSITIONS = "position_embedding"
-PATCHES = "patch_embedding/kernel"
-# Convolutions that see the image itself; hybrids have patches, too, behind their root.
-STEMS = ("conv_root/kernel", "stem/kernel", PATCHES)
+from big_vision_lite.types import Model
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -23,24 +18,25 @@ class Fitted:
     message: str | None = None
 
 
-def fit(name: str, values: Any, shape: tuple[int, ...]) -> Fitted:
+def fit(model: Model, name: str, values: Any, shape: tuple[int, ...]) -> Fitted:
     """Returns `values` in another shape where that has a meaning, else as they are.
 
-    Learned positions [rows, columns, D] go to another grid, kernels on the image
-    [h, w, C, D] to another number of channels and, of patches, to another patch size.
+    Of parameters of `model`: learned positions [rows, columns, D] go to another grid,
+    the kernel on the image [h, w, C, D] to another number of channels and, where it
+    reads patches, to another patch size.
     """
     same_rank = len(values.shape) == len(shape) and values.shape[-1] == shape[-1]
     if not same_rank:
         return Fitted(values=values)
-    if name.endswith(POSITIONS):
+    if name in model.position_embeddings:
         return _fit_positions(values, shape)
-    if image_kernel([name]) is None:
+    if name != model.input_kernel:
         return Fitted(values=values)
     messages = []
     if values.shape[2] != shape[2]:
-        messages.append(channels_message(name, values.shape[2], shape[2]))
+        messages.append(channels_message(model, values.shape[2], shape[2]))
         values = resize_channels(values, shape[2])
-    if name.endswith(PATCHES) and values.shape != shape:
+    if model.reads_patches and values.shape != shape:
         old, new = values.shape[0], shape[0]
         exact = "" if new >= old else " Shrinking is not exact."
         messages.append(
@@ -58,16 +54,6 @@ def _fit_positions(values: Any, shape: tuple[int, ...]) -> Fitted:
         message=f"Checkpoint grid {old[0]}x{old[1]}, model grid {new[0]}x{new[1]}: "
         "resizing position embedding (bilinear).",
     )
-
-
-def image_kernel(names: Iterable[str]) -> str | None:
-    """Returns the name of the convolution that sees the image itself, None if none."""
-    names = sorted(names)
-    for stem in STEMS:
-        for name in names:
-            if name == stem or name.endswith(f"/{stem}"):
-                return name
-    return None
 
 
 def resize_channels(kernel: Any, channels: int) -> np.ndarray:
@@ -92,8 +78,8 @@ def resize_channels(kernel: Any, channels: int) -> np.ndarray:
     return kernel[:, :, source] / counts[source].astype(np.float32)[:, None]
 
 
-def channels_message(name: str, old: int, new: int) -> str:
-    """Says what `resize_channels` does with the kernel `name`."""
+def channels_message(model: Model, old: int, new: int) -> str:
+    """Says what `resize_channels` does with the kernel of `model` on the image."""
     if new == 1:
         done = "weights summed, so that gray images give what they gave"
     elif new < old:
@@ -106,10 +92,10 @@ def channels_message(name: str, old: int, new: int) -> str:
             "weights repeated in turn and divided by how often, so that images whose "
             "channels so repeat give what they gave"
         )
+    name = model.input_kernel
     message = f"{name} for {old} channels, images have {new}: {done}."
-    if name.endswith(PATCHES):
+    if not model.standardises_kernels:
         return message
-    # The stem of a ResNet, which does not, has the name of a BiT's.
     return message + (
         " A BiT standardises its weights at use: there only gray images do, up to one "
         "factor for each channel of the output."

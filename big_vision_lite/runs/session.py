@@ -21,6 +21,7 @@ from big_vision_lite.runtime.processes import Stopped, StopSignal
 from big_vision_lite.training import state as state_lib
 from big_vision_lite.training.program import Program
 from big_vision_lite.training.state import TrainState
+from big_vision_lite.types import backbone_of
 
 
 class Run:
@@ -208,6 +209,7 @@ def describe(
             for name, leaf in spec.items()
         },
         "class_names": list(config.data.source.class_names),
+        "backbone": backbone_of(config.model)[0],
         "source": config.data.source.fingerprint,
         "versions": startup.versions(),
     }

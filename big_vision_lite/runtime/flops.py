@@ -1,10 +1,12 @@
 """FLOPs of a function's matrix products and convolutions, without running it."""
 
+import enum
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import jax
+from jax.extend import core
 
 
 def count(function: Callable[..., Any], *args: Any) -> int:
@@ -56,6 +58,70 @@ def count_equation(equation: Any) -> int:
             "runs. Write it as jax.lax.scan, or fori_loop with fixed bounds."
         )
     return sum(inside)
+
+
+def count_training(jaxpr: Any, kinds: Sequence["Kind"]) -> int:
+    """Returns the FLOPs of a function forward and backward; `kinds` are its inputs'.
+
+    The gradient of a product costs one more product for each operand that has one:
+    3 in all where something is trained, 2 where frozen parameters meet what is trained
+    below them, 1 where nothing is. What the gradient of an input of the model would
+    cost counts (the convention of model FLOPs), though nobody computes it.
+    """
+    return _walk(jaxpr, kinds)[0]
+
+
+class Kind(enum.IntEnum):
+    """What a value depends on; of several the largest counts."""
+
+    FIXED = 0  # on parameters without a gradient alone
+    DATA = 1
+    TRAINED = 2
+
+
+def _walk(jaxpr: Any, kinds: Sequence[Kind]) -> tuple[int, list[Kind]]:
+    """Returns the FLOPs and the kinds of the outputs."""
+    known = dict(zip(jaxpr.invars, kinds, strict=True))
+    total = 0
+    for equation in jaxpr.eqns:
+        read = [
+            Kind.FIXED if isinstance(x, core.Literal) else known.get(x, Kind.FIXED)
+            for x in equation.invars
+        ]
+        inside = list(inner_jaxprs(equation.params))
+        kind = max(read, default=Kind.FIXED)
+        written = [kind] * len(equation.outvars)
+        if (
+            equation.primitive.name in _CALLS
+            and len(inside) > 0
+            and len(inside[0].invars) == len(read)
+        ):
+            flops, written = _walk(inside[0], read)
+            total += _repeats(equation) * flops
+        else:
+            total += _factor(read) * count_equation(equation)
+        known |= dict(zip(equation.outvars, written, strict=True))
+    return total, [
+        Kind.FIXED if isinstance(x, core.Literal) else known.get(x, Kind.FIXED)
+        for x in jaxpr.outvars
+    ]
+
+
+# Equations that run one function once on their own inputs.
+_CALLS = {
+    *("jit", "pjit", "closed_call", "core_call", "remat", "remat2", "checkpoint"),
+    *("custom_jvp_call", "custom_vjp_call", "custom_vjp_call_jaxpr", "shard_map"),
+}
+
+
+def _repeats(equation: Any) -> int:
+    return _parts(equation.params) if equation.primitive.name == "shard_map" else 1
+
+
+def _factor(read: Sequence[Kind]) -> int:
+    if Kind.TRAINED not in read:
+        return 1
+    return 2 if Kind.FIXED in read else 3
 
 
 def _kernel(params: dict[str, Any]) -> int:

@@ -36,8 +36,9 @@ def accumulate_gradients(
     in every part and carried split. What remains, and all gradients of whole
     parameters, is summed over devices once, after the last part.
 
-    `loss_of(params, frozen, collections, ema, batch, rng)` returns the mean and (sums,
-    weight, collections); `places` are the shardings that the gradients shall have.
+    `loss_of(params, frozen, collections, ema, batch, rng, progress)` returns the mean
+    and (sums, weight, collections); `places` are the shardings that the gradients shall
+    have.
     """
     held = (abstract.params, abstract.frozen, abstract.ema)
     split = jax.tree.map(lambda leaf: layout.split_axis(leaf.sharding), held)
@@ -45,15 +46,23 @@ def accumulate_gradients(
     any_split = max(jax.tree.leaves(split)) >= 0
 
     def local(
-        params: Any, frozen: Any, collections: Any, ema: Any, batch: Batch, rng: Array
+        params: Any,
+        frozen: Any,
+        collections: Any,
+        ema: Any,
+        batch: Batch,
+        rng: Array,
+        progress: Any,
     ) -> Any:
         key = jax.random.fold_in(rng, jax.lax.axis_index(layout.BATCH_AXES))
         parts = jax.tree.map(lambda x: _strided(x, micro_batches), dict(batch))
         first = jax.tree.map(lambda x: x[0], parts)
         held = (params, frozen, ema)
         if any_split:
-            held = _cast(held, loss_of, abstract, (collections, first, key))
-        one = functools.partial(_part, loss_of, split if any_split else None, key)
+            held = _cast(held, loss_of, abstract, (collections, first, key, progress))
+        one = functools.partial(
+            _part, loss_of, split if any_split else None, key, progress
+        )
 
         def body(carry: Any, inputs: Any) -> Any:
             totals, collections = carry
@@ -84,7 +93,7 @@ def accumulate_gradients(
     return jax.shard_map(
         local,
         mesh=mesh,
-        in_specs=(params, frozen, whole, ema, rows, whole),
+        in_specs=(params, frozen, whole, ema, rows, whole, whole),
         out_specs=(jax.tree.map(_manual_spec, wanted), whole, whole, whole),
         axis_names=set(layout.AXES if alone else layout.BATCH_AXES),
         check_vma=False,
@@ -95,6 +104,7 @@ def _part(
     loss_of: Callable[..., Any],
     split: Any | None,
     key: Array,
+    progress: Array | None,
     held: Any,
     collections: Any,
     index: Array,
@@ -109,7 +119,9 @@ def _part(
 
     def loss(held: Any) -> Any:
         params, frozen, ema = jax.tree.map(_gather, held, split) if split else held
-        mean, (sums, weight, new) = loss_of(params, frozen, collections, ema, part, key)
+        mean, (sums, weight, new) = loss_of(
+            params, frozen, collections, ema, part, key, progress
+        )
         # Parts and devices whose rows are padding count for less.
         return mean * jnp.maximum(weight, 1) / num_rows, (sums, weight, new)
 
@@ -126,11 +138,11 @@ def _cast(
     """Casts (params, frozen, ema) to what `loss_of` computes in, before any gather."""
     whole = (abstract.params, abstract.frozen, abstract.ema)
     shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), whole)
-    collections, part, key = inputs
+    collections, part, key, progress = inputs
 
     def function(held: Any) -> Any:
         params, frozen, ema = held
-        return loss_of(params, frozen, collections, ema, part, key)
+        return loss_of(params, frozen, collections, ema, part, key, progress)
 
     dtypes = used_dtypes(function, shapes)
     return jax.tree.map(lambda x, dtype: x.astype(dtype), held, dtypes)

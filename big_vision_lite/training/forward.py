@@ -5,6 +5,7 @@ from collections.abc import Callable
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 from flax import linen as nn
 from jax.extend import core
 
@@ -15,7 +16,9 @@ class BoundModel:
     """What an objective calls as `forward(**inputs)`; see types.Forward.
 
     Each call folds its ordinal into the random key, so that two views get two dropout
-    masks, and hands the collections it changed to the next call.
+    masks, and hands the collections it changed to the next call. Without `train` there
+    is no dropout and no collection changes; `rng` serves what the model draws by
+    itself, such as masks. `progress` is the share of the run that is done.
     """
 
     def __init__(
@@ -25,6 +28,8 @@ class BoundModel:
         collections: Any,
         *,
         rng: Array | None = None,
+        train: bool = False,
+        progress: Array | None = None,
         ema: Any = None,
         frozen_modules: frozenset[str] = frozenset(),
     ):
@@ -33,10 +38,25 @@ class BoundModel:
         self._params = params
         self._ema = ema
         self._rng = rng
-        self._train = rng is not None
+        self._train = train
+        self._progress = progress
         self._frozen_modules = frozen_modules
         self._calls = 0
         self._trace = core.get_opaque_trace_state(convention="flax")
+
+    @property
+    def progress(self) -> Array:
+        """The share of the run that is done: float32, 0 at the first step, below 1.
+
+        Raises:
+            ValueError: nobody said how long the run is.
+        """
+        if self._progress is None:
+            raise ValueError(
+                "forward.progress is not known here: give num_steps to "
+                "make_train_step or make_eval_step."
+            )
+        return self._progress
 
     def __call__(
         self,
@@ -49,7 +69,8 @@ class BoundModel:
         """Runs the model (or its `method`) on `inputs`.
 
         `capture` names modules ("encoder/block_03") whose outputs come back under
-        "captured". `params="ema"` uses the averaged parameters without gradient.
+        "captured". `params="ema"` uses the averaged parameters without gradient, in
+        evaluation mode, and changes no collection.
 
         Raises:
             ValueError: called inside scan, vmap, grad or checkpoint; `params="ema"`
@@ -62,20 +83,15 @@ class BoundModel:
                 "and transform what comes after."
             )
         variables = {"params": self._choose(params), **self.collections}
-        rngs = {}
-        if self._rng is not None:
-            key = jax.random.fold_in(self._rng, self._calls)
-            rngs = {
-                name: jax.random.fold_in(key, index)
-                for index, name in enumerate(("dropout", "mask"))
-            }
+        train = self._train and params == "online"
+        rngs = random_keys(self._model, self._rng, self._calls)
         self._calls += 1
-        mutable = list(self.collections) if self._train else []
+        mutable = list(self.collections) if train else []
         with nn.intercept_methods(self._evaluate_frozen):
             outputs, changed = self._model.apply(
                 variables,
                 **inputs,
-                train=self._train,
+                train=train,
                 method=method,
                 rngs=rngs,
                 mutable=[*mutable, "intermediates"] if capture else mutable,
@@ -95,7 +111,7 @@ class BoundModel:
             return jax.lax.stop_gradient(self._ema)
         raise ValueError(
             f'forward(params="{params}"): allowed are "online" and, when the recipe '
-            'sets ema=<decay>, "ema".'
+            'sets ema=Average(start=...), "ema".'
         )
 
     def _evaluate_frozen(self, call: Any, args: Any, kwargs: Any, context: Any) -> Any:
@@ -113,6 +129,22 @@ class BoundModel:
             # Its owner may train; modules live for one call, so this stays here.
             object.__setattr__(context.module, "use_running_average", True)
         return call(*args, **kwargs)
+
+
+def random_keys(model: Model, rng: Array | None, call: int) -> dict[str, Array]:
+    """Returns the named keys of one call of the model, none without `rng`."""
+    if rng is None:
+        return {}
+    key = jax.random.fold_in(rng, call)
+    return {
+        name: jax.random.fold_in(key, index)
+        for index, name in enumerate(model.random_keys)
+    }
+
+
+def progress_of(step: Array, num_steps: int | None) -> Array | None:
+    """Returns the share of `num_steps` updates that is done, None where unknown."""
+    return None if num_steps is None else step.astype(jnp.float32) / num_steps
 
 
 def _captures(names: tuple[str, ...]) -> Callable[[nn.Module, str], bool]:

@@ -13,6 +13,7 @@ torch's 0.1 at 1e-3 is 1e-4 here. By default only names that end in "kernel" dec
 
 import dataclasses
 import enum
+from collections.abc import Sequence
 from typing import Any, Protocol, runtime_checkable
 
 import jax
@@ -73,7 +74,8 @@ class AdamW:
 
     `layer_decay` scales the whole update at depth d of L blocks by
     layer_decay^(L + 1 - d), as in BEiT's and MAE's fine-tuning: embeddings have depth
-    0, block i has i + 1, what follows the blocks L + 1 (`trees.layers_above`).
+    0, block i has i + 1, what follows the blocks L + 1 (`trees.layers_above`
+    of the model's `layers`).
     """
 
     schedule: Schedule
@@ -91,15 +93,17 @@ class AdamW:
         _check_fraction("beta1", self.beta1)
         _check_fraction("beta2", self.beta2)
 
-    def build(self, num_steps: int) -> optax.GradientTransformation:
-        """Returns the chain for a run of `num_steps` updates."""
+    def build(
+        self, num_steps: int, layers: Sequence[str] = ()
+    ) -> optax.GradientTransformation:
+        """Returns the chain for `num_steps` updates of a model with these `layers`."""
         direction = optax.scale_by_adam(
             b1=self.beta1,
             b2=self.beta2,
             eps=self.epsilon,
             mu_dtype=jnp.dtype(self.momentum_dtype.value),
         )
-        return _chain(self, direction, num_steps)
+        return _chain(self, direction, num_steps, layers)
 
 
 @dataclasses.dataclass(kw_only=True)
@@ -127,8 +131,10 @@ class SGD:
                 "use momentum=0.9 or nesterov=False."
             )
 
-    def build(self, num_steps: int) -> optax.GradientTransformation:
-        """Returns the chain for a run of `num_steps` updates."""
+    def build(
+        self, num_steps: int, layers: Sequence[str] = ()
+    ) -> optax.GradientTransformation:
+        """Returns the chain for `num_steps` updates of a model with these `layers`."""
         direction = optax.identity()
         if self.momentum:
             direction = optax.trace(
@@ -136,7 +142,7 @@ class SGD:
                 nesterov=self.nesterov,
                 accumulator_dtype=jnp.dtype(self.momentum_dtype.value),
             )
-        return _chain(self, direction, num_steps)
+        return _chain(self, direction, num_steps, layers)
 
 
 @dataclasses.dataclass(kw_only=True)
@@ -164,8 +170,10 @@ class Adafactor:
         _check_fraction("momentum", self.momentum)
         _check_fraction("beta2_cap", self.beta2_cap)
 
-    def build(self, num_steps: int) -> optax.GradientTransformation:
-        """Returns the chain for a run of `num_steps` updates."""
+    def build(
+        self, num_steps: int, layers: Sequence[str] = ()
+    ) -> optax.GradientTransformation:
+        """Returns the chain for `num_steps` updates of a model with these `layers`."""
 
         def beta2(step: Any, power: Any) -> Any:
             t = jnp.asarray(step, jnp.float32) + 1.0
@@ -181,7 +189,7 @@ class Adafactor:
                 accumulator_dtype=jnp.dtype(self.momentum_dtype.value),
             ),
         )
-        return _chain(self, direction, num_steps)
+        return _chain(self, direction, num_steps, layers)
 
 
 @runtime_checkable
@@ -202,7 +210,10 @@ class _Multiplier:
 
 
 def _chain(
-    config: _Config, direction: optax.GradientTransformation, num_steps: int
+    config: _Config,
+    direction: optax.GradientTransformation,
+    num_steps: int,
+    layers: Sequence[str],
 ) -> optax.GradientTransformation:
     learning_rate, peak = config.schedule.build(num_steps), config.schedule.peak
     clip = optax.identity()
@@ -212,23 +223,27 @@ def _chain(
         clip,
         direction,
         optax.scale(peak),
-        _multiply_and_decay(config),
+        _multiply_and_decay(config, layers),
         # After the decay, which so follows the schedule but not the peak.
         optax.scale_by_schedule(lambda step: learning_rate(step) / peak),
         optax.scale(-1.0),
     )
 
 
-def _multiply_and_decay(config: _Config) -> optax.GradientTransformation:
+def _multiply_and_decay(
+    config: _Config, layers: Sequence[str]
+) -> optax.GradientTransformation:
     """Multiplies updates and adds decay, both by the names of the parameters."""
 
     def init(params: Any) -> optax.EmptyState:
-        _multipliers(config, params)  # so that a wrong rule fails before the first step
+        _multipliers(
+            config, layers, params
+        )  # so that a wrong rule fails before the first step
         return optax.EmptyState()
 
     def update(updates: Any, state: Any, params: Any = None) -> tuple[Any, Any]:
         assert params is not None, "optimizer.update needs the parameters"
-        by_name = _multipliers(config, params)
+        by_name = _multipliers(config, layers, params)
 
         def one(multiplier: _Multiplier, update: Any, param: Any) -> Any:
             if multiplier.learning_rate == 0:
@@ -243,14 +258,16 @@ def _multiply_and_decay(config: _Config) -> optax.GradientTransformation:
     return optax.GradientTransformation(init, update)
 
 
-def _multipliers(config: _Config, params: Params) -> dict[str, _Multiplier]:
+def _multipliers(
+    config: _Config, layers: Sequence[str], params: Params
+) -> dict[str, _Multiplier]:
     names = trees.names(params)
     rules = trees.match(
         [(rule.pattern, rule) for rule in config.rules], names, what="optimizer.rules"
     )
     scales = dict.fromkeys(names, 1.0)
     if config.layer_decay is not None:
-        above = trees.layers_above(names)
+        above = trees.layers_above(names, layers)
         scales = {name: config.layer_decay ** above[name] for name in names}
     multipliers = {}
     for name in names:

@@ -3,19 +3,28 @@
 import dataclasses
 import functools
 import shlex
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 
 from big_vision_lite.config import TrainConfig
 from big_vision_lite.models.blocks import attention
 from big_vision_lite.recipes import mistakes
 from big_vision_lite.runtime import cpu, flops
 from big_vision_lite.training import state as state_lib
+from big_vision_lite.training.forward import BoundModel
 from big_vision_lite.training.state import TrainState
-from big_vision_lite.training.step import make_train_step
-from big_vision_lite.types import Model
+from big_vision_lite.training.step import check_returned, make_train_step
+from big_vision_lite.types import (
+    Array,
+    Batch,
+    DeviceOp,
+    Model,
+    Objective,
+    layers_of,
+)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -72,7 +81,7 @@ def build(
     if num_steps is None:
         num_steps = config.resolve_steps(len(config.data.source))
         names = tuple(config.data.source.class_names)
-    optimizer = config.optimizer.build(num_steps)
+    optimizer = config.optimizer.build(num_steps, layers_of(config.model))
     initialize = state_lib.make_initializer(
         config.model,
         spec,
@@ -97,20 +106,26 @@ def build(
         device_ops=config.data.device_ops,
         micro_batches=config.micro_batches,
         ema=config.ema,
+        num_steps=num_steps,
         compiler_options=cpu.COMPILER_OPTIONS if on_cpu else None,
     )
     steady = cpu.SteadyStep(train_step, mesh, saving) if on_cpu else None
     with attention.calls() as calls:
-        outline = trace_forward(model, abstract, spec)
-    check_head(config, outline.outputs, names)
+        counting = CountingForward(model, abstract)
+        try:
+            trace_objective(counting, config.objective, spec, config.data.device_ops)
+        except ValueError:
+            # Labels of other classes than the head's: that is said with the options.
+            check_head(config, counting.outputs, names)
+            raise
+    check_head(config, counting.outputs, names)
     return Program(
         num_steps=num_steps,
         spec=spec,
         abstract=abstract,
         fresh=functools.partial(state_lib.create, initialize, abstract, config.seed),
         train_step=steady or train_step,
-        # Gradients with respect to inputs and to weights cost as much as forward, each.
-        flops_per_step=3 * config.data.batch_size * outline.flops,
+        flops_per_step=counting.flops,
         notes=()
         if on_cpu
         else tuple(attention.describe(calls, device.platform, device.device_kind)),
@@ -118,31 +133,87 @@ def build(
     )
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Outline:
-    """What the model does with one image: the shapes it gives, what they cost."""
+class CountingForward:
+    """A `forward` for objectives that computes nothing and counts what it would cost.
 
-    outputs: Mapping[str, Any]
-    flops: int
+    `flops` are those of the products so far, `outputs` the shapes that came back.
+    Trained parameters cost forward and backward, frozen and averaged ones forward. A
+    call counts with the inputs it gets: a model that sees a quarter of the tokens
+    costs as much as a quarter.
+    """
+
+    def __init__(self, model: Model, abstract: TrainState):
+        self.flops = 0
+        self.outputs: dict[str, Any] = {}
+        self.progress = jnp.zeros((), jnp.float32)
+        self._model = model
+        self._abstract = abstract
+
+    def __call__(
+        self,
+        *,
+        method: str | None = None,
+        capture: tuple[str, ...] = (),
+        params: str = "online",
+        **inputs: Any,
+    ) -> dict[str, Any]:
+        state = self._abstract
+        trained = params == "online"
+        arrays = {k: x for k, x in inputs.items() if hasattr(x, "shape")}
+        others = {k: x for k, x in inputs.items() if k not in arrays}
+
+        def call(parameters: Any, frozen: Any, collections: Any, arrays: Any) -> Any:
+            merged = state_lib.merge(parameters, frozen)
+            forward = BoundModel(
+                self._model,
+                merged,
+                collections,
+                rng=jax.random.key(0),
+                train=trained,
+                ema=merged,
+            )
+            return forward(
+                method=method, capture=capture, params=params, **arrays, **others
+            )
+
+        groups = (state.params, state.frozen, state.collections, arrays)
+        shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), groups)
+        jaxpr, outputs = jax.make_jaxpr(call, return_shape=True)(*shapes)
+        first = flops.Kind.TRAINED if trained else flops.Kind.FIXED
+        kinds = (first, flops.Kind.FIXED, flops.Kind.FIXED, flops.Kind.DATA)
+        named = [
+            kind
+            for kind, group in zip(kinds, shapes, strict=True)
+            for _ in jax.tree.leaves(group)
+        ]
+        self.flops += flops.count_training(jaxpr.jaxpr, named)
+        if trained:
+            self.outputs |= outputs
+        return jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), outputs)
 
 
-def trace_forward(
-    model: Model, abstract: TrainState, spec: Mapping[str, Any]
-) -> Outline:
-    """Returns the model's outputs, and its matmul and convolution FLOPs forward."""
-    one = {
-        name: jax.ShapeDtypeStruct((1, *leaf.shape[1:]), leaf.dtype)
-        for name, leaf in spec.items()
-    }
-    params = state_lib.merge(abstract.params, abstract.frozen)
+def trace_objective(
+    forward: CountingForward,
+    objective: Objective,
+    spec: Mapping[str, Any],
+    device_ops: Sequence[DeviceOp] = (),
+) -> None:
+    """Calls the objective on the shapes of a batch; `forward` counts and keeps shapes.
 
-    def forward(params: Any, collections: Any, batch: Any) -> Any:
-        variables = {"params": params, **collections}
-        return model.apply(variables, **model.inputs(batch), train=False)
+    Raises:
+        ValueError: the objective takes no such batch, or returns something else than
+            one loss an example.
+    """
 
-    traced = jax.make_jaxpr(forward, return_shape=True)
-    jaxpr, outputs = traced(params, abstract.collections, one)
-    return Outline(outputs=outputs, flops=flops.count_jaxpr(jaxpr.jaxpr))
+    def run(batch: Batch, rng: Array) -> Any:
+        for op in device_ops:
+            batch = op(batch, rng)
+        losses, metrics = objective(forward, batch, rng)
+        check_returned(objective, losses, metrics, batch)
+        return losses, metrics
+
+    shapes = {n: jax.ShapeDtypeStruct(x.shape, x.dtype) for n, x in spec.items()}
+    jax.eval_shape(run, shapes, jax.eval_shape(lambda: jax.random.key(0)))
 
 
 def check_head(

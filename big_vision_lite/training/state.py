@@ -11,7 +11,9 @@ from flax import struct
 
 from big_vision_lite import trees
 from big_vision_lite.runtime import sharding
-from big_vision_lite.types import STATISTICS, Array, Model, Params
+from big_vision_lite.training.forward import random_keys
+from big_vision_lite.trees import STATISTICS
+from big_vision_lite.types import Array, Model, Params
 
 
 @struct.dataclass
@@ -114,7 +116,9 @@ def make_initializer(
 
     def init(key: Array) -> TrainState:
         batch = {name: jnp.zeros(s.shape, s.dtype) for name, s in example.items()}
-        variables = dict(model.init(key, **model.inputs(batch), train=False))
+        # Parameters draw from "params" alone: the other keys change none of them.
+        rngs = {"params": key, **random_keys(model, key, 0)}
+        variables = dict(model.init(rngs, **model.inputs(batch), train=False))
         params = variables.pop("params")
         params = jax.tree.map(lambda x: x.astype(jnp.float32), params)
         frozen = frozen_names(freeze, trees.names(params)) if freeze else set()

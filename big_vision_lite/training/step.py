@@ -10,11 +10,15 @@ import optax
 
 from big_vision_lite import trees
 from big_vision_lite.runtime import layout, sharding
+from big_vision_lite.schedules import Average
 from big_vision_lite.training import state as state_lib
 from big_vision_lite.training.accumulation import accumulate_gradients
-from big_vision_lite.training.forward import BoundModel
+from big_vision_lite.training.forward import BoundModel, progress_of
 from big_vision_lite.training.state import TrainState
 from big_vision_lite.types import Array, Batch, DeviceOp, Forward, Model, Objective
+
+# Random keys of evaluation are others than those of any step.
+EVALUATION = 2**31 - 1
 
 
 def make_train_step(
@@ -27,34 +31,49 @@ def make_train_step(
     seed: int = 0,
     device_ops: Sequence[DeviceOp] = (),
     micro_batches: int = 1,
-    ema: float | None = None,
+    ema: Average | None = None,
+    num_steps: int | None = None,
     compiler_options: dict[str, Any] | None = None,
 ) -> Any:
     """Returns the jitted `train_step(state, batch) -> (state, metrics)`.
 
-    The state is donated. `metrics` are scalars of this step: the objective's means,
-    "loss", "gradient_norm" (before clipping) and "finite". A step whose loss or
-    gradient is not finite leaves everything but the counter as it was, so that what
-    went wrong can still be looked at.
+    The state is donated. `num_steps` is the length of the run, for what follows its
+    progress: `forward.progress`, an average that grows. `metrics` are scalars of this
+    step: the objective's means, "loss", "gradient_norm" (before clipping) and "finite".
+    A step whose loss or gradient is not finite leaves everything but the counter as it
+    was, so that what went wrong can still be looked at.
 
     Raises:
         ValueError: micro-batches with batch statistics, or with an objective that needs
-            the whole batch.
+            the whole batch; at the first step, an objective that returns something
+            else than one loss an example.
     """
     frozen_names = set(trees.names(abstract.frozen))
     named = [*trees.names(abstract.params), *frozen_names]
     modules = frozenset(state_lib.frozen_modules(frozen_names, named))
 
-    def loss_of(params: Any, frozen: Any, collections: Any, ema: Any, batch: Any, rng):
+    def loss_of(
+        params: Any,
+        frozen: Any,
+        collections: Any,
+        ema: Any,
+        batch: Any,
+        rng: Any,
+        progress: Any,
+    ) -> Any:
         forward = BoundModel(
             model,
             state_lib.merge(params, frozen),
             collections,
             rng=jax.random.fold_in(rng, 0),
+            train=True,
+            progress=progress,
             ema=None if ema is None else state_lib.merge(ema, frozen),
             frozen_modules=modules,
         )
         losses, metrics = objective(forward, batch, jax.random.fold_in(rng, 1))
+        check_returned(objective, losses, metrics, batch)
+        metrics = {n: jnp.broadcast_to(x, losses.shape) for n, x in metrics.items()}
         sums = {name: weighted_sum(x, batch) for name, x in metrics.items()}
         sums["loss"] = weighted_sum(losses, batch)
         weight = weighted_sum(jnp.ones(losses.shape[:1]), batch)
@@ -66,14 +85,14 @@ def make_train_step(
     places = state_lib.gradient_shardings(abstract)
 
     keeps = jax.tree.leaves(abstract.collections)
-    if micro_batches > 1 and keeps and getattr(model, "statistics", None) != "frozen":
+    if micro_batches > 1 and keeps and model.statistics != "frozen":
         raise ValueError(
             f"micro_batches={micro_batches} with a model that keeps "
             f"{', '.join(abstract.collections)}: batch statistics of a part are not "
             "those of the batch. Use --config.micro_batches=1, or for fine-tuning "
             "--config.model.statistics=frozen."
         )
-    if micro_batches > 1 and getattr(objective, "needs_whole_batch", False):
+    if micro_batches > 1 and objective.needs_whole_batch:
         raise ValueError(
             f"micro_batches={micro_batches} with {type(objective).__name__}, which "
             "compares the examples of the whole batch: a part holds other pairs. Use "
@@ -81,32 +100,28 @@ def make_train_step(
             "--config.data.batch_size if memory is short."
         )
 
-    def whole_batch(
-        params: Any, frozen: Any, collections: Any, ema: Any, batch: Batch, rng: Array
-    ) -> Any:
-        (_, (sums, weight, collections)), gradients = gradient(
-            params, frozen, collections, ema, batch, rng
-        )
+    def whole_batch(params: Any, *others: Any) -> Any:
+        (_, (sums, weight, collections)), gradients = gradient(params, *others)
         gradients = jax.tree.map(layout.pin_like, gradients, places)
         return gradients, sums, weight, collections
 
     accumulate = accumulate_gradients(loss_of, mesh, abstract, places, micro_batches)
-    decay = 0.0 if ema is None else ema
 
     def train_step(state: TrainState, batch: Batch) -> tuple[TrainState, Any]:
         rng = jax.random.fold_in(jax.random.key(seed), state.step)
         for index, op in enumerate(device_ops):
             batch = op(batch, jax.random.fold_in(rng, 2 + index))
         compute = whole_batch if micro_batches == 1 else accumulate
-        gradients, sums, weight, collections = compute(
-            state.params, state.frozen, state.collections, state.ema, batch, rng
-        )
+        progress = progress_of(state.step, num_steps)
+        held = (state.params, state.frozen, state.collections, state.ema)
+        gradients, sums, weight, collections = compute(*held, batch, rng, progress)
         metrics = {name: total / weight for name, total in sums.items()}
         metrics["gradient_norm"] = optax.tree.norm(gradients)
         updates, opt_state = optimizer.update(gradients, state.opt_state, state.params)
         params = optax.apply_updates(state.params, updates)
         average = state.ema
-        if average is not None:
+        if average is not None and ema is not None:
+            decay = ema.decay(progress)
             average = jax.tree.map(
                 lambda old, new: decay * old + (1 - decay) * new, average, params
             )
@@ -135,19 +150,58 @@ def make_train_step(
 
 
 def make_eval_step(
-    model: Model, function: Callable[[Forward, Batch], Any]
-) -> Callable[[TrainState, Batch], Any]:
-    """Jits `function(forward, batch)` with the state's parameters in evaluation mode.
+    model: Model,
+    function: Callable[[Forward, Batch, Array], Any],
+    *,
+    seed: int = 0,
+    num_steps: int | None = None,
+    part: str = "",
+) -> Callable[..., Any]:
+    """Jits `function(forward, batch, rng)` as `step(state, batch, ordinal=0)`.
 
-    The averaged parameters are used when the state has them.
+    The model is in evaluation mode, with the averaged parameters when the state has
+    them. Random keys are fixed by the seed and the `ordinal` of the batch in its set.
+    `part` is where in the state's model `model` is, "" where it is the whole.
     """
 
-    def eval_step(state: TrainState, batch: Batch) -> Any:
+    def eval_step(state: TrainState, batch: Batch, ordinal: Any = 0) -> Any:
         params = state.params if state.ema is None else state.ema
-        merged = state_lib.merge(params, state.frozen)
-        return function(BoundModel(model, merged, state.collections), batch)
+        rng = jax.random.fold_in(jax.random.key(seed), EVALUATION)
+        rng = jax.random.fold_in(rng, jnp.asarray(ordinal, jnp.int32))
+        forward = BoundModel(
+            model,
+            trees.part(state_lib.merge(params, state.frozen), part),
+            {name: trees.part(x, part) for name, x in state.collections.items()},
+            rng=jax.random.fold_in(rng, 0),
+            progress=progress_of(state.step, num_steps),
+        )
+        return function(forward, batch, jax.random.fold_in(rng, 1))
 
     return jax.jit(eval_step)
+
+
+def check_returned(objective: Any, losses: Any, metrics: Any, batch: Batch) -> None:
+    """Refuses what is not one loss an example, or as a metric a number of the batch.
+
+    Raises:
+        ValueError: says what came and how to make it one value an example.
+    """
+    rows = len(jax.tree.leaves(dict(batch))[0])
+    name = type(objective).__name__
+    if jnp.shape(losses) != (rows,):
+        raise ValueError(
+            f"{name} returned losses of shape {jnp.shape(losses)} for a batch of {rows}"
+            f" examples; the program takes the mean itself, so return one value an "
+            f"example, ({rows},): sum or average over all axes but the first, "
+            f"losses.reshape({rows}, -1).mean(axis=1)."
+        )
+    for key, value in metrics.items():
+        if jnp.shape(value) not in ((rows,), ()):
+            raise ValueError(
+                f'{name} returned metric "{key}" of shape {jnp.shape(value)} for a '
+                f"batch of {rows} examples; return one value an example, ({rows},), or "
+                "a number of the whole batch, ()."
+            )
 
 
 def weighted_sum(values: Array, batch: Batch) -> Array:

@@ -21,7 +21,7 @@ from big_vision_lite.models.blocks.heads import Classifier
 from big_vision_lite.models.blocks.layers import Dtype, Remat
 from big_vision_lite.models.resnet import SIZES, ResNet
 from big_vision_lite.objectives.classification import SoftmaxClassification
-from big_vision_lite.schedules import Constant
+from big_vision_lite.schedules import Average, Constant
 from big_vision_lite.training.forward import BoundModel
 from big_vision_lite.training.optimizers import AdamW
 from big_vision_lite.training.step import make_eval_step
@@ -270,7 +270,7 @@ def test_averaged_parameters_are_evaluated_with_the_running_statistics():
     model = tiny()
     run = start(model, ema=0.5)
     run.advance(rows(), rows(seed=1))
-    evaluate = make_eval_step(model, lambda f, b: f(image=b["image"])["logits"])
+    evaluate = make_eval_step(model, lambda f, b, _: f(image=b["image"])["logits"])
     with jax.set_mesh(run.mesh):
         found = evaluate(run.state, run.put(rows()))
     state = jax.device_get(run.state)
@@ -281,7 +281,7 @@ def test_averaged_parameters_are_evaluated_with_the_running_statistics():
 
 def test_layer_decay_counts_the_units():
     shapes = jax.eval_shape(tiny().init, jax.random.key(0), images())["params"]
-    above = trees.layers_above(trees.names(shapes))
+    above = trees.layers_above(trees.names(shapes), ResNet.layers)
     assert above["stem/kernel"] == above["stem_norm/scale"] == 3
     assert above["stage_1/unit_01/conv2/kernel"] == 2
     assert above["stage_2/unit_01/norm_proj/bias"] == 1
@@ -296,7 +296,7 @@ def test_a_resumed_run_has_the_statistics_of_a_straight_one_bit_for_bit(tmp_path
         data=Stream(source=Digits(), ops=(Decode(channels=1),), batch_size=64),
         preprocess=(Decode(channels=1),),
         optimizer=AdamW(schedule=Constant(peak=0.01)),
-        ema=0.9,
+        ema=Average(start=0.9),
         checkpoints=Checkpoints(every_steps=2, keep_latest=9),
     )
     straight = jax.device_get(train.train(config, epath.Path(tmp_path / "run")))

@@ -13,7 +13,7 @@ from big_vision_lite.models.blocks.heads import Classifier
 from big_vision_lite.models.vit import ViT
 from big_vision_lite.objectives.classification import SoftmaxClassification
 from big_vision_lite.runtime.startup import Platform
-from big_vision_lite.schedules import WarmupCosine
+from big_vision_lite.schedules import Average, WarmupCosine
 from big_vision_lite.training.optimizers import AdamW
 
 
@@ -44,7 +44,7 @@ def get_config(arg: str = "") -> TrainConfig:
                 source=Digits(split="test"), batch_size=64, every_steps=3
             ),
         },
-        ema=0.9,
+        ema=Average(start=0.9),
         checkpoints=Checkpoints(every_steps=3, keep_latest=9),
         log_every_steps=1,
         platform=Platform.CPU,

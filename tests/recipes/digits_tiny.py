@@ -10,7 +10,7 @@ from big_vision_lite.evaluators.fewshot import FewShot, FewShotSet
 from big_vision_lite.models.blocks.heads import Classifier
 from big_vision_lite.models.vit import ViT
 from big_vision_lite.objectives.classification import SoftmaxClassification
-from big_vision_lite.schedules import WarmupCosine
+from big_vision_lite.schedules import Average, WarmupCosine
 from big_vision_lite.training.optimizers import AdamW
 
 
@@ -55,7 +55,7 @@ def get_config(arg: str = "") -> TrainConfig:
                 every_steps=8,
             ),
         },
-        ema=0.9,
+        ema=Average(start=0.9),
         checkpoints=Checkpoints(every_steps=4),
         log_every_steps=1,
     )

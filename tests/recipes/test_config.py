@@ -43,6 +43,7 @@ from big_vision_lite.runs.hyperrule import HyperRule, Repeated
 from big_vision_lite.runtime.sharding import Layout, Mesh, ShardingRule
 from big_vision_lite.runtime.startup import Platform
 from big_vision_lite.schedules import (
+    Average,
     Constant,
     StepDrops,
     WarmupCosine,
@@ -117,6 +118,7 @@ def everything() -> list[TrainConfig]:
         ),
         evaluators={
             "test": Classification(source=sources.ImageFolder(path="/a b/ü")),
+            "loss": Loss(source=DIGITS(split="test"), ops=every_op[:1]),
             "few": FewShot(
                 sets=(FewShotSet(name="d", train=DIGITS(), test=DIGITS(split="test")),)
             ),
@@ -125,11 +127,12 @@ def everything() -> list[TrainConfig]:
             ),
         },
         num_epochs=1.5,
-        init=Init(
-            path="runs/x", rename=("a=>b",), position_resize=PositionResize.ERROR
+        init=(
+            Init(path="runs/x", rename=("a=>b",), position_resize=PositionResize.ERROR),
+            Init(path="runs/y", into="teacher", part="encoder"),
         ),
         freeze=("encoder/.*",),
-        ema=0.999,
+        ema=Average(start=0.999),
         micro_batches=2,
         mesh=Mesh(fsdp=4),
         sharding=(
@@ -297,7 +300,7 @@ def test_the_names_at_the_top_of_a_recipe_are_frozen():
     ]  # fmt: skip
     names = {
         Stream: ["source", "batch_size", "ops", "device_ops", "threads", "processes"],
-        Init: ["path", "drop", "rename", "position_resize"],
+        Init: ["path", "into", "part", "drop", "rename", "position_resize"],
         Checkpoints: ["every_steps", "keep_latest", "keep_every_steps"],
         Mesh: ["data", "fsdp", "tensor"],
     }
@@ -355,7 +358,7 @@ def get_config(arg=""):
             rules=(Rule(pattern="head/.*", learning_rate=0.5),),
         ),
         evaluators={"test": Classification(source=Digits(split="test"))},
-        init=Init(path="runs/x"),
+        init=(Init(path="runs/x"),),
     )
 """
 
@@ -375,7 +378,7 @@ OTHER = {
     "optimizer.beta2": 0.5,
     "optimizer.layer_decay": 0.5,
     "optimizer.rules[0].learning_rate": 0.25,
-    "ema": 0.5,
+    "ema": None,
     "objective.label_smoothing": 0.5,
     "model.dropout": 0.5,
     "model.stochastic_depth": 0.5,
@@ -387,7 +390,7 @@ OTHER = {
     "mesh.fsdp": 2,
     "mesh.tensor": 2,
     "freeze": ("a", "b"),
-    "init.rename": ("a=>b",),
+    "init[0].rename": ("a=>b",),
     # Allowed only together with other values.
     "model.distillation_token": None,
     "model.position_grid": None,
@@ -429,7 +432,7 @@ def test_every_leaf_of_a_recipe_is_overridden_by_its_flag(body):
         assert changed == [path]
     assert len(flags) > 50
     untouched = {p for p, _, _ in mistakes.list_leaves(config)} - set(expected)
-    alone = {"model.stem", "model.distillation_token", "model.position_grid"}
+    alone = {"ema", "model.stem", "model.distillation_token", "model.position_grid"}
     assert untouched <= {"sharding[0].pattern", *alone}, untouched
     # And all at once.
     found = {p: v for p, v, _ in mistakes.list_leaves(parse(*flags, file=body))}
@@ -447,17 +450,26 @@ def test_none_clears_what_is_optional(body):
         else:
             config = parse(f"{path}=none", "num_epochs=1", file=body)
         assert dict((p, v) for p, v, _ in mistakes.list_leaves(config))[path] is None
-    assert parse("init=none", file=body).init is None
+    assert parse("init=none", file=body).init == ()
     assert parse("evaluators.test.every_steps=0").evaluators["test"].every_steps == 0
 
 
 def test_the_last_of_several_values_counts():
-    assert parse("ema=none", "ema=0.5").ema == 0.5
-    assert parse("ema=0.5", "ema=none").ema is None
-    assert parse("ema=0.5", "ema=0.25").ema == 0.25
-    assert parse("ema=NONE").ema is None
-    assert parse(more=["--config.ema", "none"]).ema is None
-    assert parse(more=["--config.ema", "0.5"]).ema == 0.5
+    def threads(*flags, **more):
+        return parse(*flags, **more).data.threads
+
+    assert threads("data.threads=none", "data.threads=5") == 5
+    assert threads("data.threads=5", "data.threads=none") is None
+    assert threads("data.threads=5", "data.threads=2") == 2
+    assert threads("data.threads=NONE") is None
+    assert threads(more=["--config.data.threads", "none"]) is None
+    assert threads(more=["--config.data.threads", "5"]) == 5
+
+
+def test_an_average_needs_no_more_than_its_decay():
+    assert parse("ema.start=0.5").ema == Average(start=0.5)
+    assert parse("ema=build", "ema.end=1").ema == Average(end=1.0)
+    assert parse("ema.start=0.5", "ema=none").ema is None
 
 
 def test_an_enumeration_may_have_a_none_of_its_own():
@@ -473,16 +485,28 @@ def test_what_is_not_optional_cannot_be_none():
 
 
 def test_a_start_from_another_run_needs_no_more_than_its_path():
-    assert parse().init is None
+    assert parse().init == ()
     init = parse("init.path=runs/x", "init.drop=none", "init.rename=('a=>b',)").init
-    assert init == Init(path="runs/x", rename=("a=>b",))
-    assert parse("init=build", "init.path=runs/y").init == Init(path="runs/y")
+    assert init == (Init(path="runs/x", rename=("a=>b",)),)
     assert "init.path is empty: give the run to start fr" in error_of("init.drop=head")
+
+
+def test_a_second_checkpoint_is_added_by_its_number(body):
+    second = Init(path="runs/y", into="teacher")
+    flags = ("init[1].path=runs/y", "init[1].into=teacher")
+    assert parse("init.path=runs/x", *flags).init == (Init(path="runs/x"), second)
+    both = parse(*flags, file=body).init
+    assert both == (Init(path="runs/x"), second)
+    assert "init has 1, counted from 0" in error_of("init[2].path=z", file=body)
+    message = error_of("init[1].path=a", "init.drop=head", file=body)
+    assert "init has 2 elements; name one" in message
+    assert "--config.init[0].drop=head" in message
 
 
 def test_a_part_of_a_recipes_own_init_keeps_the_rest(body):
     config = parse("init.position_resize=error", file=body)
-    assert config.init == Init(path="runs/x", position_resize=PositionResize.ERROR)
+    expected = Init(path="runs/x", position_resize=PositionResize.ERROR)
+    assert config.init == (expected,)
 
 
 @pytest.mark.parametrize(
@@ -494,12 +518,13 @@ def test_a_part_of_a_recipes_own_init_keeps_the_rest(body):
         ("data.ops[0].chanels=1", "data.ops[0].channels"),
         ("evaluators.tset.every_steps=0", "evaluators.test.every_steps"),
         ("weight_decay=none", "optimizer.weight_decay"),
-        ("init.pth=x", "init.path"),
+        ("init.pth=x", "init[0].path"),
     ],
 )
 def test_an_unknown_name_is_refused_with_what_was_meant(flag, meant):
     message = error_of(flag)
-    assert f'No config key "{flag.split("=")[0]}". Did you mean {meant}' in message
+    key = flag.split("=")[0].replace("init.", "init[0].")
+    assert f'No config key "{key}". Did you mean {meant}' in message
     assert f"--config.{meant}=VALUE" in message
 
 
@@ -548,7 +573,8 @@ def test_unknown_flags_and_stray_words_are_refused():
             "micro_batches=3 equal parts; use --config.micro_batches=2 or 4",
         ),
         ("num_steps=0", "num_steps=0 must be above 0"),
-        ("ema=1", "ema=1.0 must lie between 0 and 1"),
+        ("ema.start=1", "ema.start=1.0 must lie between 0 and 1"),
+        ("ema.end=0.5", "ema.end=0.5 must lie between start=0.9 and 1"),
         ("log_every_steps=0", "log_every_steps=0 must be at least 1, for example --co"),
         ("profile_steps=(3,)", r"profile_steps=\(3,\) must be empty or \(first, last"),
         ("checkpoints.keep_latest=0", "keep_latest=0 must be at least 1"),
@@ -583,10 +609,11 @@ def test_a_recipe_that_is_not_there_is_not_guessed(tmp_path):
 OWN = """
 import dataclasses
 from big_vision_lite.objectives.classification import SoftmaxClassification
+from big_vision_lite.types import Objective
 {base}
 
 @dataclasses.dataclass(kw_only=True)
-class Mine:
+class Mine(Objective):
     scale: float = 1.0
 
     def __call__(self, forward, batch, rng):

@@ -25,6 +25,7 @@ from big_vision_lite.schedules import Constant
 from big_vision_lite.training import program
 from big_vision_lite.training import state as state_lib
 from big_vision_lite.training.optimizers import SGD
+from big_vision_lite.types import Model, Objective
 
 
 def recipe(**overrides) -> TrainConfig:
@@ -125,11 +126,8 @@ def test_a_parameter_that_is_not_finite_is_named():
     )
 
 
-class Explodes(nn.Module, kw_only=True):
+class Explodes(nn.Module, Model, kw_only=True):
     """Overflows in the middle; what comes later, and deeper, is bad because of it."""
-
-    def inputs(self, batch):
-        return {"image": batch["image"]}
 
     @nn.compact
     def __call__(self, image, *, train=False):
@@ -258,7 +256,7 @@ def test_a_huge_learning_rate_ends_the_run_with_what_there_is_to_know(
 
 
 @dataclasses.dataclass(kw_only=True)
-class Square:
+class Square(Objective):
     """A loss that grows with the square of the logits."""
 
     def __call__(self, forward, batch, rng):

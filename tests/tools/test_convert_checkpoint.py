@@ -259,7 +259,6 @@ def test_fine_tuning_from_either_gives_the_same_losses(run, tmp_path):
         workdir = tmp_path / f"from_{name}"
         trained(
             workdir,
-            "--config.init=build",
             f"--config.init.path={start}",
             "--config.init.drop=head/.*",
             "--config.num_steps=5",

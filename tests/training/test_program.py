@@ -20,12 +20,13 @@ from big_vision_lite.runtime import sharding
 from big_vision_lite.schedules import Constant
 from big_vision_lite.training import program
 from big_vision_lite.training.optimizers import AdamW
+from big_vision_lite.types import Objective
 
 HEAD = "--config.model.head.num_classes=10"
 MIXUP = "'--config.data.device_ops[0].num_classes=10'"
 
 
-class Embedding:
+class Embedding(Objective):
     """An objective without classes: every image to the origin."""
 
     def __call__(self, forward, batch, rng):

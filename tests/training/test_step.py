@@ -27,6 +27,7 @@ from big_vision_lite.objectives.classification import SoftmaxClassification
 from big_vision_lite.training import state as state_lib
 from big_vision_lite.training.forward import BoundModel
 from big_vision_lite.training.step import make_eval_step, make_train_step
+from big_vision_lite.types import Objective
 
 MESHES = {
     "one": dict(devices=1),
@@ -252,7 +253,9 @@ def test_frozen_modules_run_without_dropout(model, prefix):
 
     @functools.partial(jax.jit, static_argnums=1)
     def twice(key, frozen):
-        bound = BoundModel(model, params, {}, rng=key, frozen_modules=frozen)
+        bound = BoundModel(
+            model, params, {}, rng=key, train=True, frozen_modules=frozen
+        )
         evaluated = BoundModel(model, params, {})(image=image)["pooled"]
         return [bound(image=image)["pooled"] for _ in range(2)] + [evaluated]
 
@@ -307,7 +310,7 @@ def test_the_average_is_a_copy_that_follows_its_formula():
 def bound(**fields):
     params = jax.tree.map(jnp.asarray, jax.device_get(start().state.params))
     image = jnp.asarray(rows()["image"])
-    return BoundModel(Net(dropout=0.5), params, {}, **fields), image
+    return BoundModel(Net(dropout=0.5), params, {}, train=True, **fields), image
 
 
 def test_every_call_of_forward_has_its_own_dropout_mask():
@@ -381,13 +384,14 @@ def test_capture_returns_what_a_block_returned():
     outputs = run(image)
     captured = outputs["captured"]
     assert set(captured) == set(names)
-    np.testing.assert_array_equal(captured["encoder/norm"], outputs["tokens"])
+    tokens = outputs["grid"].reshape(captured["encoder/norm"].shape)
+    np.testing.assert_array_equal(captured["encoder/norm"], tokens)
     # Second way: the norm of what the last block returned is the tokens.
     x = captured["encoder/block_00"]
     x = x - x.mean(-1, keepdims=True)
     scale, bias = params["encoder"]["norm"]["scale"], params["encoder"]["norm"]["bias"]
     normed = x / jnp.sqrt((x**2).mean(-1, keepdims=True) + 1e-6) * scale + bias
-    np.testing.assert_allclose(normed, outputs["tokens"], atol=1e-5)
+    np.testing.assert_allclose(normed, tokens, atol=1e-5)
 
 
 def test_capture_keeps_the_gradient_and_the_collections():
@@ -592,7 +596,7 @@ def test_micro_batches_are_refused_for_batch_statistics():
 
 
 @dataclasses.dataclass(frozen=True)
-class Contrast:
+class Contrast(Objective):
     """Tells every image from the others of the batch: the parts have fewer others."""
 
     def __call__(self, forward, batch, rng):
@@ -634,7 +638,8 @@ def test_evaluation_uses_the_average_and_the_frozen_parameters():
     run = start(Net(dropout=0.5), ema=0.5, freeze=("stem/.*",))
     run.advance(rows(seed=1), rows(seed=2))
     step = make_eval_step(
-        Net(dropout=0.5), lambda forward, batch: forward(image=batch["image"])["logits"]
+        Net(dropout=0.5),
+        lambda forward, batch, _: forward(image=batch["image"])["logits"],
     )
     found = step(run.state, rows())
     state = jax.device_get(run.state)

@@ -13,6 +13,7 @@ from big_vision_lite.models.vit import ViT
 ANYWHERE = (
     *("width", "depth", "mlp_dim", "num_heads", "patch_size", "head", "mean", "std"),
     *("dropout", "stochastic_depth", "dtype", "attention", "remat", "parent", "name"),
+    "mask_token",
 )
 
 

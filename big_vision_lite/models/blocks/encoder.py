@@ -22,15 +22,15 @@ class EncoderBlock(nn.Module, kw_only=True):
 
     mlp_dim: int
     num_heads: int
-    dropout: float
-    stochastic_depth: float
-    dtype: Dtype
-    attention: Attention
-    activation: Activation
-    norm_epsilon: float
-    layer_scale: float | None
-    qkv_bias: bool
-    qk_norm: bool
+    dropout: float = 0.0
+    stochastic_depth: float = 0.0
+    dtype: Dtype = Dtype.FLOAT32
+    attention: Attention = Attention.AUTO
+    activation: Activation = Activation.GELU_TANH
+    norm_epsilon: float = 1e-6
+    layer_scale: float | None = None
+    qkv_bias: bool = True
+    qk_norm: bool = False
 
     @nn.compact
     def __call__(
@@ -81,20 +81,22 @@ class Encoder(nn.Module, kw_only=True):
     depth: int
     mlp_dim: int
     num_heads: int
-    dropout: float
-    stochastic_depth: float
-    dtype: Dtype
-    attention: Attention
-    activation: Activation
-    norm_epsilon: float
-    last_norm: bool
-    layer_scale: float | None
-    qkv_bias: bool
-    qk_norm: bool
-    remat: Remat
+    dropout: float = 0.0
+    stochastic_depth: float = 0.0
+    dtype: Dtype = Dtype.FLOAT32
+    attention: Attention = Attention.AUTO
+    activation: Activation = Activation.GELU_TANH
+    norm_epsilon: float = 1e-6
+    last_norm: bool = True
+    layer_scale: float | None = None
+    qkv_bias: bool = True
+    qk_norm: bool = False
+    remat: Remat = Remat.NONE
 
     @nn.compact
-    def __call__(self, x: Float[Array, "B N D"], train: bool) -> Float[Array, "B N D"]:
+    def __call__(
+        self, x: Float[Array, "B N D"], train: bool = False
+    ) -> Float[Array, "B N D"]:
         block = rematerialised(EncoderBlock, self.remat)
         for index in range(self.depth):
             x = block(

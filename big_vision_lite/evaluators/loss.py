@@ -1,0 +1,93 @@
+"""The objective itself on a set that it does not train on."""
+
+import dataclasses
+import math
+from typing import Any
+
+import jax.numpy as jnp
+import numpy as np
+
+from big_vision_lite.evaluators.classification import translate
+from big_vision_lite.runs.evaluations import Context, class_table
+from big_vision_lite.types import Array, Batch, Forward, Op, Runner, Source
+
+
+@dataclasses.dataclass(kw_only=True)
+class Loss:
+    """Means of the run's loss and metrics over every example of `source`, once.
+
+    For any objective: the batch has the keys that training has. `ops` are the
+    deterministic ops from an example to the model; None takes the recipe's
+    `preprocess`. Labels are matched to the model's classes by name. Random masks are
+    fixed by the run's seed and the ordinal of the batch; a metric that is a number of
+    the batch, and an objective that compares its examples, depend on `batch_size` and
+    on what fills up the last batch. Gives loss, the metrics, examples and unreadable.
+    """
+
+    source: Source
+    ops: tuple[Op, ...] | None = None
+    every_steps: int = 1000
+    batch_size: int = 256
+
+    def __post_init__(self) -> None:
+        if self.batch_size < 1 or self.every_steps < 0:
+            raise ValueError(
+                f"Loss(every_steps={self.every_steps}, batch_size={self.batch_size}): "
+                "batch_size starts at 1, every_steps at 1, and 0 switches the "
+                "evaluator off."
+            )
+
+    def prepare(self, context: Context) -> Runner:
+        context.check_set(self.source, self.batch_size)
+        ops = context.preprocess if self.ops is None else self.ops
+        indices = self._indices(context)
+
+        def judge(forward: Forward, batch: Batch, rng: Array) -> dict[str, Array]:
+            if indices is not None and "label" in batch:
+                label = translate(batch["label"], indices, len(context.class_names))
+                batch = {**batch, "label": label}
+            losses, metrics = context.objective(forward, batch, rng)
+            found = {"loss": losses, **metrics}
+            return {
+                name: jnp.broadcast_to(x, losses.shape).astype(jnp.float32)
+                for name, x in found.items()
+            }
+
+        step = context.make_eval_step(judge)
+        context.check_step(step, self.source, ops, self.batch_size, keys=())
+
+        def run(state: Any) -> dict[str, float]:
+            read = list(context.rows(step, state, self.source, ops, self.batch_size))
+            rows = {n: np.concatenate([r[n] for r in read]) for n in read[0]}
+            examples = len(rows["loss"])
+            if not examples:
+                raise ValueError(
+                    f"{context.name}: not one of {len(self.source)} examples could be "
+                    "read; look at them with tools/check_dataset.py."
+                )
+            unreadable = len(self.source) - examples
+            if unreadable:
+                context.log(
+                    f"{context.name}: {unreadable} of {len(self.source)} examples are "
+                    "unreadable and not counted; tools/check_dataset.py lists them."
+                )
+            # fsum is exact, so the number of devices cannot matter.
+            return {
+                **{n: math.fsum(x.tolist()) / examples for n, x in rows.items()},
+                "examples": float(examples),
+                "unreadable": float(unreadable),
+            }
+
+        return run
+
+    def _indices(self, context: Context) -> Array | None:
+        """Returns the model's label of each class, None where they are the same."""
+        theirs = tuple(self.source.class_names)
+        if not theirs or not context.class_names:
+            return None
+        table = class_table(
+            theirs, context.class_names, name=context.name, ours_is="train"
+        )
+        if table.message is not None:
+            context.log(table.message)
+        return None if table.is_identity else jnp.asarray(table.indices)

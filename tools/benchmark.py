@@ -250,7 +250,7 @@ def recipe_rows(argv: Sequence[str], steps: int, rounds: int, starts: int) -> li
         # Long enough, and not shorter than what the schedule was made for.
         num_steps=max(windows_steps, config.resolve_steps(len(config.data.source))),
         evaluators={},
-        init=None,
+        init=(),
         checkpoints=checkpoint.Checkpoints(every_steps=UNTIMED + steps),
         profile_steps=(),
     )

@@ -271,7 +271,7 @@ def test_images_without_labels_are_refused_before_the_first_step(tmp_path):
 
     source = Unlabelled(images, np.zeros(4, int), NAMES)
     with (
-        pytest.raises(ValueError, match="has no label, only image; give a labelled"),
+        pytest.raises(ValueError, match="has no label, only image; give a set wi"),
         prepared(tmp_path, source),
     ):
         pass
@@ -290,7 +290,7 @@ def test_the_model_runs_once_though_loss_and_scores_ask_for_it(tmp_path):
     def measuring(function):
         step = step_lib.make_eval_step(model, function)
 
-        def counted(state, batch):
+        def counted(state, batch, ordinal=0):
             if isinstance(state.step, jax.core.Tracer):
                 return step(state, batch)
             whole = jax.jit(lambda images: step(state, images))

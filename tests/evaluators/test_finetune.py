@@ -33,11 +33,10 @@ from big_vision_lite.models.blocks.patches import Positions
 from big_vision_lite.models.blocks.pooling import Pooling
 from big_vision_lite.recipes import command_line, serialize
 from big_vision_lite.recipes.arguments import parse_arg
-from big_vision_lite.runs import hyperrule, step_folder
+from big_vision_lite.runs import evaluations, hyperrule, step_folder
 from big_vision_lite.runs import init as adapt
 from big_vision_lite.runs import load as saved_run
 from big_vision_lite.runs.hyperrule import HyperRule, Repeated
-from big_vision_lite.runs.init import HEADS
 from big_vision_lite.runs.records import read_history
 from big_vision_lite.runtime.processes import Stopped, StopSignal
 from big_vision_lite.training import program
@@ -118,7 +117,7 @@ class Sized:
 
 def configured(rule: HyperRule, source) -> train.TrainConfig:
     model = shapes_run.Net(dropout=0.1)
-    return rule.config(model, source, {}, (Decode(channels=1),), init=None)
+    return rule.config(model, source, {}, (Decode(channels=1),), init=())
 
 
 @pytest.mark.parametrize(
@@ -234,19 +233,19 @@ def test_everything_but_the_head_starts_from_the_run_and_the_head_from_zero(
             ImageFolder(path=str(folder), split="train"),
             {},
             (Decode(),),
-            init=Init(path=str(pretrained), drop=hyperrule.HEAD),
+            init=hyperrule.start(str(pretrained), shapes_run.small_model()),
         )
         mesh = saved_run.sharding.make_mesh(config.mesh)
         with (
             jax.set_mesh(mesh),
             pipeline.open_batches(config.data, 0, mesh) as batches,
         ):
-            fresh = program.build(config, mesh, batches.spec()).fresh()
+            built = program.build(config, mesh, batches.spec())
             origins = []
             begin = functools.partial(
                 adapt.initial_state,
                 config,
-                fresh,
+                built,
                 log=lambda _: None,
                 note_origin=origins.append,
             )
@@ -310,11 +309,18 @@ def test_fine_tuning_alone_gives_the_scores_of_training(run, tmp_path):
 def ready(pretrained, two_shapes, tmp_path):
     """A context, the training it would run, and the parameters it would start from."""
     loaded = shapes_run.load(pretrained, log=lambda _: None)
-    context = evaluate.Contexts(
-        loaded, epath.Path(tmp_path), evaluate.Progress(10, 16, quiet=True)
-    ).make("transfer")
-    init = Init(path="memory", drop=hyperrule.HEAD)
-    config = evaluator(two_shapes).training(context, 0, init)
+    context = evaluations.make_context(
+        "transfer",
+        loaded.config,
+        mesh=loaded.mesh,
+        workdir=epath.Path(tmp_path),
+        class_names=loaded.class_names,
+        num_steps=10,
+        abstract_state=loaded.state,
+        untrained_state=loaded.untrained,
+        log=lambda _: None,
+    )
+    config = evaluator(two_shapes).training(context, 0)
     with jax.set_mesh(loaded.mesh):
         yield context, config, state_lib.variables(loaded.state, averaged=True)
 
@@ -472,7 +478,7 @@ def test_the_finetune_recipe_is_the_evaluator_s_training(
         f"init={pretrained},data={two_shapes},size=keep,batch=16,steps=5",
         "--config.evaluators.test.batch_size=16",
     )
-    assert config.init.path == str(pretrained) and config.init.drop == hyperrule.HEAD
+    assert config.init == (Init(path=str(pretrained), drop="(head)/.*"),)
     shapes_run.run(tmp_path / "tuned", config)
     final = records(tmp_path / "tuned")[5]
     assert final["test/accuracy"] == records(run)[10]["transfer/accuracy"]
@@ -541,7 +547,7 @@ def test_recipes_fine_tune_weights_of_other_libraries(kind, images, tmp_path):
     shapes_run.run(tmp_path / "run", dataclasses.replace(config, optimizer=optimizer))
     tuned, _ = saved_run.load_variables(step_folder.find(str(tmp_path / "run")))
     for name, leaf in tuned.items():
-        is_new = name.startswith(HEADS)
+        is_new = name.startswith(("head/", "distillation_head/"))
         expected = 0 * leaf if is_new else variables[name]
         np.testing.assert_allclose(leaf, expected, atol=1e-25, err_msg=name)
 

@@ -26,6 +26,7 @@ from big_vision_lite.data.sources.arrays import NoImages
 from big_vision_lite.evaluators.classification import Classification
 from big_vision_lite.evaluators.fewshot import FewShot, FewShotSet
 from big_vision_lite.evaluators.finetune import FineTune
+from big_vision_lite.evaluators.loss import Loss
 from big_vision_lite.models.bit import BiT
 from big_vision_lite.models.bit_v1 import BiTV1, Trunk
 from big_vision_lite.models.blocks.heads import Classifier

@@ -25,7 +25,7 @@ from big_vision_lite.runs.integrity import DamagedCheckpoint
 from big_vision_lite.runtime import startup
 from big_vision_lite.runtime.sharding import Mesh
 from big_vision_lite.runtime.startup import Platform
-from big_vision_lite.schedules import WarmupCosine
+from big_vision_lite.schedules import Average, WarmupCosine
 from big_vision_lite.training.optimizers import AdamW
 
 ROOT = pathlib.Path(__file__).parents[2]
@@ -178,7 +178,7 @@ FREE = {
 }
 BINDING = {
     "seed": (3, "seed 0 -> 3"),
-    "ema": (0.9, "ema null -> 0.9"),
+    "ema": (Average(start=0.9), "ema null -> "),
     "freeze": (("head/.*",), 'freeze [] -> ["head/.*"]'),
     "micro_batches": (2, "micro_batches 1 -> 2"),
     "optimizer": (

@@ -25,7 +25,7 @@ from big_vision_lite.models.resnet import ResNet
 from big_vision_lite.models.vit import ViT
 from big_vision_lite.models.vit_variants import hybrid
 from big_vision_lite.runs import init as adapt
-from big_vision_lite.runs import integrity, resample
+from big_vision_lite.runs import integrity
 from big_vision_lite.runs import load as saved_run
 from big_vision_lite.runs.checkpoint import Checkpointer
 from big_vision_lite.runs.integrity import DamagedCheckpoint
@@ -47,13 +47,18 @@ def params(classes=10, grid=4, width=8):
     }
 
 
-def start_from(loaded, fresh, same_classes=True, **init):
+# Says which of the names above hold positions, patches and a head.
+PLAIN = ViT.of("Ti/16", head=Classifier(num_classes=10))
+
+
+def start_from(loaded, fresh, same_classes=True, model=PLAIN, **init):
     lines = []
     fresh = {name: jnp.asarray(leaf) for name, leaf in fresh.items()}
     found = adapt.adapt(
         loaded,
         fresh,
         Init(path="runs/x", **init),
+        model=model,
         same_classes=same_classes,
         log=lines.append,
     )
@@ -177,7 +182,7 @@ def test_the_embedding_of_a_real_vit_moves_to_another_image_size():
     loaded, fresh = init(8), init(12)
     found, lines = start_from(loaded, fresh)
     assert lines[0].startswith("Checkpoint grid 4x4, model grid 6x6: resizing")
-    (name,) = [n for n in fresh if n.endswith(resample.POSITIONS)]
+    (name,) = [n for n in fresh if n in ViT.position_embeddings]
     assert fresh[name].shape != loaded[name].shape
     assert_from(found, loaded, set(loaded) - {name})
 
@@ -355,7 +360,9 @@ def test_a_damaged_folder_is_not_started_from(saved, tmp_path):
 
 def test_init_holds_only_what_flags_can_set():
     kinds = {f.name: f.type for f in dataclasses.fields(Init)}
-    assert list(kinds) == ["path", "drop", "rename", "position_resize"]
+    assert list(kinds) == [
+        *("path", "into", "part", "drop", "rename", "position_resize")
+    ]
 
 
 def test_a_distilled_model_gets_two_new_heads():
@@ -447,11 +454,11 @@ def test_stems_for_other_channels_see_missing_ones_as_repeated(family, old, new)
     before, after = repeated(images, old), repeated(images, new)
     loaded, fresh = (random_variables(model, image) for image in (before, after))
     flat = trees.flatten(loaded["params"])
-    found, lines = start_from(flat, trees.flatten(fresh["params"]))
+    found, lines = start_from(flat, trees.flatten(fresh["params"]), model=model)
     adapted = loaded | {"params": trees.unflatten(found)}
     expected = stem_output(model, module, loaded, before)
     got = stem_output(model, module, adapted, after)
-    name = resample.image_kernel(flat)
+    name = model.input_kernel
     assert name.endswith(f"{module}/kernel")
     assert_from(found, flat, set(flat) - {name})
     if family in STANDARDISED:
@@ -461,7 +468,7 @@ def test_stems_for_other_channels_see_missing_ones_as_repeated(family, old, new)
     np.testing.assert_allclose(got, expected, atol=1e-4 * np.abs(expected).max())
     (line,) = lines
     assert line.startswith(f"init: {name} for {old} channels, images have {new}: ")
-    assert ("BiT standardises" in line) == (not name.endswith(resample.PATCHES))
+    assert ("BiT standardises" in line) == (family in STANDARDISED)
 
 
 def test_fewer_channels_get_the_sum_of_those_that_are_left_out_and_say_so():
@@ -543,7 +550,7 @@ def started(loaded, model, fresh):
     lines = []
     moved = adapt.scaled_like(loaded, model, fresh, lines.append)
     lines += adapt.model_differences(model, moved.model)
-    found, more = start_from(moved.variables, fresh)
+    found, more = start_from(moved.variables, fresh, model=model)
     return {"params": trees.unflatten(found)}, lines + more
 
 

@@ -1,4 +1,4 @@
-"""Ops that change colours and sharpness, and one that drops keys."""
+"""Ops that change colours and sharpness; one that drops keys, one that pads them."""
 
 import dataclasses
 
@@ -43,6 +43,51 @@ class Keep:
         if missing := set(self.keys) - set(example):
             raise ValueError(f"Keep: no {sorted(missing)} among {sorted(example)}.")
         return {key: example[key] for key in self.keys}
+
+
+@dataclasses.dataclass(kw_only=True)
+class Pad:
+    """Makes the first axis of an array `length` long, so that it fits into a batch.
+
+    Rows of `value` are added at the end; of an array that is longer the rows past
+    `length` are cut off and lost, in silence. Nothing says which rows are padding:
+    choose a value that no row has, such as -1 for labels; boxes of zeros are none.
+    """
+
+    key: str
+    length: int
+    value: float = 0.0
+
+    def __post_init__(self):
+        if self.length < 1:
+            raise ValueError(f"Pad.length={self.length}: use 1 or more rows.")
+
+    def __call__(self, example: Example, rng: np.random.Generator) -> Example:
+        rows = example.get(self.key)
+        numbers = isinstance(rows, np.ndarray) and rows.dtype.kind in "biuf"
+        if not numbers or not rows.ndim:
+            came = f"a {type(rows).__name__}" if self.key in example else "missing"
+            raise ValueError(
+                f'Pad needs an array of numbers under the key "{self.key}", which is '
+                f"{came}; the example has {sorted(example)}."
+            )
+        if len(rows) >= self.length:
+            return example | {self.key: rows[: self.length]}
+        if rows.dtype.kind != "f" and not _is_one_of(self.value, rows.dtype):
+            raise ValueError(
+                f'Pad.value={self.value:g} is no {rows.dtype}, as "{self.key}" holds; '
+                "use a value of this type."
+            )
+        shape = (self.length - len(rows), *rows.shape[1:])
+        added = np.full(shape, self.value).astype(rows.dtype)
+        return example | {self.key: np.concatenate([rows, added])}
+
+
+def _is_one_of(value: float, dtype: np.dtype) -> bool:
+    low, high = (
+        (0, 1) if dtype == np.bool_ else (np.iinfo(dtype).min, np.iinfo(dtype).max)
+    )
+    return value % 1 == 0 and low <= value <= high
 
 
 @dataclasses.dataclass(kw_only=True)

@@ -84,10 +84,10 @@ class Pad:
 
 
 def _is_one_of(value: float, dtype: np.dtype) -> bool:
-    low, high = (
-        (0, 1) if dtype == np.bool_ else (np.iinfo(dtype).min, np.iinfo(dtype).max)
-    )
-    return value % 1 == 0 and low <= value <= high
+    if dtype == np.bool_:
+        return value in (0, 1)
+    limits = np.iinfo(dtype)
+    return value % 1 == 0 and limits.min <= value <= limits.max
 
 
 @dataclasses.dataclass(kw_only=True)

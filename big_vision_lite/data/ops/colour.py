@@ -63,13 +63,14 @@ class Pad:
             raise ValueError(f"Pad.length={self.length}: use 1 or more rows.")
 
     def __call__(self, example: Example, rng: np.random.Generator) -> Example:
-        rows = example.get(self.key)
-        numbers = isinstance(rows, np.ndarray) and rows.dtype.kind in "biuf"
-        if not numbers or not rows.ndim:
-            came = f"a {type(rows).__name__}" if self.key in example else "missing"
+        if self.key not in example:
+            raise ValueError(f'Pad: no "{self.key}" among {sorted(example)}.')
+        rows = example[self.key]
+        is_array = isinstance(rows, np.ndarray) and rows.ndim > 0
+        if not is_array or rows.dtype.kind not in "biuf":
             raise ValueError(
-                f'Pad needs an array of numbers under the key "{self.key}", which is '
-                f"{came}; the example has {sorted(example)}."
+                f'Pad needs an array of numbers, "{self.key}" is {type(rows).__name__}; '
+                "put an op that makes one before it."
             )
         if len(rows) >= self.length:
             return example | {self.key: rows[: self.length]}

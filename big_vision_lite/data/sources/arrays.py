@@ -73,7 +73,7 @@ class InMemory:
             label = self._labels[index]
             example["label"] = int(label) if self._labels.ndim == 1 else label.copy()
         for key, items in self._keys.items():
-            item = items[index]
+            item = items[index.__index__()]
             example[key] = item.copy() if isinstance(item, np.ndarray) else item
         return example
 

@@ -14,8 +14,9 @@ Node = Mapping[str, Any]
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class LabelFeature:
-    """Names of the classes, and whether an example has a list of them."""
+    """Where it lies, names of the classes, whether an example has a list of them."""
 
+    key: str
     class_names: tuple[str, ...]
     multiple: bool
 
@@ -54,8 +55,9 @@ def label_feature(features: Mapping[str, Node], key: str, where: Path) -> LabelF
     """Returns the classes of `key`, a class or a list of classes; else ValueError."""
     node, depth = walk(features, key)
     # A list of lists is stored another way.
-    plain = node is not None and depth < 2
-    label = content(node, "classLabel", "ClassLabel") if plain else None
+    label = None
+    if node is not None and depth < 2:
+        label = content(node, "classLabel", "ClassLabel")
     if label is None:
         labels = [k for k in paths(features) if _is_label(features, k)]
         what = "does not exist" if node is None else "is not a class label"
@@ -75,7 +77,7 @@ def label_feature(features: Mapping[str, Node], key: str, where: Path) -> LabelF
             f"{path} names {len(names)} classes, features.json counts {count}; "
             "copy or prepare the set again."
         )
-    return LabelFeature(class_names=names, multiple=depth > 0)
+    return LabelFeature(key=key, class_names=names, multiple=depth > 0)
 
 
 def walk(features: Mapping[str, Node], key: str) -> tuple[Node | None, int]:

@@ -139,12 +139,12 @@ class Tfds:
     def _target(
         self, label: tfds_features.LabelFeature, features: dict[str, Any], index: int
     ) -> int | np.ndarray:
-        labels = features.get(self.label_key, [])
+        labels = features.get(label.key, [])
         count = len(self.class_names)
         wrong = [number for number in labels if not 0 <= number < count]
         if wrong or (len(labels) != 1 and not label.multiple):
             raise ValueError(
-                f"{self.name(index)} has {self.label_key}={wrong or labels}; expected "
+                f"{self.name(index)} has {label.key}={wrong or labels}; expected "
                 f"{'classes' if label.multiple else 'one class'} of 0 to "
                 f"{count - 1}. A hidden label is often -1: such a split cannot be used."
             )

@@ -38,7 +38,7 @@ class ValueFeature:
             raise ValueError(f"{len(values)} values of {self.key!r}; expected one.")
         if self.dtype in (str, bytes):
             return list(values) if self.shape else values[0]
-        kind = np.float64 if self.dtype.kind == "f" else np.int64
+        kind = np.float64 if self.dtype == np.float32 else np.int64
         try:
             array = np.asarray(values, kind).reshape(self.shape).astype(self.dtype)
         except ValueError as error:

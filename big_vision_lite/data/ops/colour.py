@@ -69,8 +69,8 @@ class Pad:
         is_array = isinstance(rows, np.ndarray) and rows.ndim > 0
         if not is_array or rows.dtype.kind not in "biuf":
             raise ValueError(
-                f'Pad needs an array of numbers, "{self.key}" is {type(rows).__name__}; '
-                "put an op that makes one before it."
+                f'Pad needs an array of numbers, "{self.key}" is '
+                f"{type(rows).__name__}; put an op that makes one before it."
             )
         if len(rows) >= self.length:
             return example | {self.key: rows[: self.length]}

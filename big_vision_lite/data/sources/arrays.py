@@ -34,7 +34,7 @@ class InMemory:
         images: np.ndarray,
         labels: np.ndarray | None = None,
         class_names: Sequence[str] = (),
-        keys: Mapping[str, Sequence[Any]] | None = None,
+        keys: Mapping[str, Sequence[Any] | np.ndarray] | None = None,
     ):
         self.class_names = tuple(class_names)
         self._images = _checked_images(images)

@@ -85,6 +85,8 @@ def everything() -> list[TrainConfig]:
         ops.ToRgb(),
         ops.Invert(),
         ops.Keep(),
+        ops.Pad(key="boxes", length=4),
+        ops.Views(views=(ops.View(name="global", ops=(ops.Invert(),), count=2),)),
         randaugment.RandAugment(),
     )
     vit = ViT.of(

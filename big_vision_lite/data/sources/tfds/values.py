@@ -26,7 +26,7 @@ class ValueFeature:
     dtype: Any
     shape: tuple[int, ...]
 
-    def read(self, values: Sequence[Any]) -> Any:
+    def read(self, values: Sequence[Any] | np.ndarray) -> Any:
         """Returns a single value, a list of strings or a numpy array.
 
         Raises:

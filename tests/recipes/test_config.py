@@ -250,7 +250,7 @@ def test_a_component_is_built_by_keyword_from_types_that_flags_can_set(name):
             item in (bool, int, float, str)
             or issubclass(item, enum.StrEnum)
             or dataclasses.is_dataclass(item)
-            or item.__module__ == "big_vision_lite.types"
+            or getattr(item, "_is_protocol", False)
         ), f"{name}.{field}: {declared}"
     for field in fields:
         default = field.default

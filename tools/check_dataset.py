@@ -1,7 +1,8 @@
-"""Audits a set of labelled images before a run spends hours on it.
+"""Audits a set of images before a run spends hours on it.
 
   python tools/check_dataset.py FOLDER
   python tools/check_dataset.py --tfds fashion_mnist --split train+test
+  python tools/check_dataset.py --no_labels FOLDER
 
 Reads and decodes every image once. Reports classes, sizes, unreadable files, and the
 same file in two splits or under two labels. Exit code 1 when something must be
@@ -58,7 +59,7 @@ class Audit:
         """Returns the number of usable images a class."""
         counts = np.zeros(len(self.source.class_names), np.int64)
         for image in self.images:
-            if not image.problem:
+            if not image.problem and image.label is not None:
                 classes = image.label > 0 if np.ndim(image.label) else image.label
                 counts[classes] += 1
         return counts
@@ -68,7 +69,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Returns the exit code."""
     options = parser().parse_args(arguments)
     try:
-        sources = open_set(options) if options.tfds else folder_splits(options.folder)
+        if options.tfds:
+            sources = open_set(options)
+        else:
+            sources = folder_splits(options.folder, labels=not options.no_labels)
     except (OSError, ValueError) as error:
         print(f"Cannot open the set: {error}", file=sys.stderr)
         return 2
@@ -93,7 +97,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     problems += repeated(audits)
     for line in [line for item in audits.items() for line in uneven(*item)]:
         print(f"warning: {line}")
-    for name in [] if options.tfds else empty_folders(options.folder):
+    for name in (
+        [] if options.tfds or options.no_labels else empty_folders(options.folder)
+    ):
         print(f"warning: {name} holds no image, so it is no class")
     for line in problems:
         print(f"PROBLEM: {line}")
@@ -114,6 +120,9 @@ def parser() -> argparse.ArgumentParser:
     arguments.add_argument("--data_dir", help="of --tfds; where the sets lie")
     arguments.add_argument("--image_key", default="image")
     arguments.add_argument("--label_key", default="label")
+    arguments.add_argument(
+        "--no_labels", action="store_true", help="images only, at any depth of a folder"
+    )
     arguments.add_argument("--threads", type=int, default=8)
     arguments.add_argument(
         "--all_classes", action="store_true", help="print the count of every class"
@@ -145,7 +154,7 @@ def open_set(options: argparse.Namespace) -> dict[str, Tfds]:
             split=split,
             data_dir=options.data_dir,
             image_key=options.image_key,
-            label_key=options.label_key,
+            label_key=None if options.no_labels else options.label_key,
         )
         for split in splits
     }
@@ -174,7 +183,7 @@ def look_at(source: Any, index: int) -> Image:
         example = source[index]
     except (OSError, ValueError) as error:
         return Image(problem=str(error))
-    label, data = example["label"], example["image"]
+    label, data = example.get("label"), example["image"]
     digest = hashlib.blake2b(data, digest_size=16).digest()
     try:
         height, width, _ = decode(data).shape

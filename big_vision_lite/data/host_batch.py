@@ -98,22 +98,35 @@ class HostBatch:
 
     def _allocate(self, example: Example) -> None:
         columns = {key: _column(value) for key, value in example.items()}
-        if columns.get("image") is None:
-            came = type(example.get("image")).__name__
+        if not columns:
             raise ValueError(
-                f'"image" is {came} after the last op, not an array of pixels. Put an '
-                "op that decodes first, such as Decode()."
+                "the example has no key left after the last op; keep one, by "
+                'Keep(keys=("image",)) for example.'
             )
-        slots = []
         for key, column in columns.items():
             if column is None:
-                continue
+                raise ValueError(_not_numeric(key, example))
+        slots = []
+        for key, column in columns.items():
+            assert column is not None, key
             # Zeros come from the system for nothing; rows without an example keep them.
             array = np.zeros((len(self.rows), *column.shape), column.dtype)
             self.arrays[key] = array
             slots.append(_Slot(key, array, example[key]))
         self._keys = frozenset(example)
         self._slots = slots
+
+
+def _not_numeric(key: str, example: Example) -> str:
+    """Says what to do about text, bytes and the like, which no device holds."""
+    came = f'"{key}" is {type(example[key]).__name__} after the last op, not an array'
+    if key in ("image", "mask"):
+        return f"{came} of pixels. Put an op that decodes first, such as Decode()."
+    others = tuple(k for k, value in example.items() if _column(value) is not None)
+    return (
+        f"{came} of numbers. Add an op that makes numbers of it, such as one that "
+        f"tokenises text, or drop it: Keep(keys={others})."
+    )
 
 
 class _Slot:
@@ -140,6 +153,8 @@ class _Slot:
         if came == expected:
             return
         hint = "all examples of a source need the same shape and dtype."
+        if came and _differ_in_rows(came, expected):
+            hint = f'give all as many rows: Pad(key="{self.key}", length=...).'
         if self.key == "image":
             hint = (
                 "end the ops with one that fixes the size, such as CentralCrop or "
@@ -149,6 +164,11 @@ class _Slot:
             f'"{self.key}" is {came or type(value).__name__} after the ops, others of '
             f"its batch are {expected}; {hint}"
         )
+
+
+def _differ_in_rows(one: Column, other: Column) -> bool:
+    same = one.dtype == other.dtype and len(one.shape) == len(other.shape) > 0
+    return same and one.shape[1:] == other.shape[1:]
 
 
 def _kind(value: Any) -> tuple[tuple[int, ...], Any]:

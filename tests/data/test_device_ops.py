@@ -192,6 +192,35 @@ def test_alpha_zero_gives_the_plain_one_hot_batch(kind):
     assert mixed["image"].dtype == jnp.float32
 
 
+# Without labels, and with what cannot be mixed
+
+
+@pytest.mark.parametrize("kind", [Mixup, CutMix])
+def test_without_labels_images_are_mixed_as_with_them(kind):
+    batch = batch_of()
+    plain = {key: value for key, value in batch.items() if key != "label"}
+    for seed in range(3):
+        key = jax.random.key(seed)
+        mixed = jitted(kind())(plain, key)
+        with_labels = jitted(kind(num_classes=CLASSES))(batch, key)
+        assert set(mixed) == set(plain)
+        np.testing.assert_array_equal(mixed["image"], with_labels["image"])
+        np.testing.assert_array_equal(mixed["index"], batch["index"])
+
+
+@pytest.mark.parametrize("kind", [Mixup, CutMix])
+def test_what_cannot_be_mixed_is_refused(kind):
+    name, key = kind.__name__, jax.random.key(0)
+    with pytest.raises(ValueError, match=rf"labels and no num_classes: .*{name}\(num"):
+        kind()(batch_of(), key)
+    for keys in (("mask",), ("boxes",), ("mask", "boxes")):
+        batch = batch_of() | {other: np.zeros((8, 4)) for other in keys}
+        with pytest.raises(ValueError, match=f"would leave {' and '.join(keys)} of"):
+            kind(num_classes=CLASSES)(batch, key)
+    with pytest.raises(ValueError, match='mixes "image", which is not among label'):
+        kind(num_classes=CLASSES)({"label": np.zeros(2, int)}, key)
+
+
 # Eight devices
 
 

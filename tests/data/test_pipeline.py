@@ -75,7 +75,6 @@ class Pngs:
             "image": b"no image" if index in self.broken else data,
             "label": label,
             "number": np.int64(index),
-            "file": f"{index}.png",
         }
 
     def name(self, index: int) -> str:

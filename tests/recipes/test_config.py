@@ -87,6 +87,8 @@ def everything() -> list[TrainConfig]:
         ops.ToRgb(),
         ops.Invert(),
         ops.Keep(),
+        ops.Pad(key="boxes", length=4),
+        ops.Views(views=(ops.View(name="global", ops=(ops.Invert(),), count=2),)),
         randaugment.RandAugment(),
     )
     vit = ViT.of(
@@ -252,7 +254,7 @@ def test_a_component_is_built_by_keyword_from_types_that_flags_can_set(name):
             item in (bool, int, float, str)
             or issubclass(item, enum.StrEnum)
             or dataclasses.is_dataclass(item)
-            or item.__module__ == "big_vision_lite.types"
+            or getattr(item, "_is_protocol", False)
         ), f"{name}.{field}: {declared}"
     for field in fields:
         default = field.default

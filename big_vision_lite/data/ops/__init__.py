@@ -2,6 +2,7 @@
 
 from big_vision_lite.data.ops.colour import Invert as Invert
 from big_vision_lite.data.ops.colour import Keep as Keep
+from big_vision_lite.data.ops.colour import Pad as Pad
 from big_vision_lite.data.ops.colour import ToGray as ToGray
 from big_vision_lite.data.ops.colour import ToRgb as ToRgb
 from big_vision_lite.data.ops.decode import Decode as Decode
@@ -15,3 +16,5 @@ from big_vision_lite.data.ops.geometry import RandomCrop as RandomCrop
 from big_vision_lite.data.ops.geometry import RandomResizedCrop as RandomResizedCrop
 from big_vision_lite.data.ops.geometry import Resize as Resize
 from big_vision_lite.data.ops.geometry import ResizeSmall as ResizeSmall
+from big_vision_lite.data.ops.views import View as View
+from big_vision_lite.data.ops.views import Views as Views

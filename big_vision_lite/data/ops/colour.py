@@ -1,4 +1,4 @@
-"""Ops that change colours and sharpness, and one that drops keys."""
+"""Ops that change colours and sharpness; one that drops keys, one that pads them."""
 
 import dataclasses
 
@@ -43,6 +43,52 @@ class Keep:
         if missing := set(self.keys) - set(example):
             raise ValueError(f"Keep: no {sorted(missing)} among {sorted(example)}.")
         return {key: example[key] for key in self.keys}
+
+
+@dataclasses.dataclass(kw_only=True)
+class Pad:
+    """Makes the first axis of an array `length` long, so that it fits into a batch.
+
+    Rows of `value` are added at the end; of an array that is longer the rows past
+    `length` are cut off and lost, in silence. Nothing says which rows are padding:
+    choose a value that no row has, such as -1 for labels; boxes of zeros are none.
+    """
+
+    key: str
+    length: int
+    value: float = 0.0
+
+    def __post_init__(self):
+        if self.length < 1:
+            raise ValueError(f"Pad.length={self.length}: use 1 or more rows.")
+
+    def __call__(self, example: Example, rng: np.random.Generator) -> Example:
+        if self.key not in example:
+            raise ValueError(f'Pad: no "{self.key}" among {sorted(example)}.')
+        rows = example[self.key]
+        is_array = isinstance(rows, np.ndarray) and rows.ndim > 0
+        if not is_array or rows.dtype.kind not in "biuf":
+            raise ValueError(
+                f'Pad needs an array of numbers, "{self.key}" is '
+                f"{type(rows).__name__}; put an op that makes one before it."
+            )
+        if len(rows) >= self.length:
+            return example | {self.key: rows[: self.length]}
+        if rows.dtype.kind != "f" and not _is_one_of(self.value, rows.dtype):
+            raise ValueError(
+                f'Pad.value={self.value:g} is no {rows.dtype}, as "{self.key}" holds; '
+                "use a value of this type."
+            )
+        shape = (self.length - len(rows), *rows.shape[1:])
+        added = np.full(shape, self.value).astype(rows.dtype)
+        return example | {self.key: np.concatenate([rows, added])}
+
+
+def _is_one_of(value: float, dtype: np.dtype) -> bool:
+    if dtype == np.bool_:
+        return value in (0, 1)
+    limits = np.iinfo(dtype)
+    return value % 1 == 0 and limits.min <= value <= limits.max
 
 
 @dataclasses.dataclass(kw_only=True)

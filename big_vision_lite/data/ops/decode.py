@@ -1,6 +1,11 @@
-"""Encoded bytes or arrays in, uint8 images [H, W, C] out; everything else refused."""
+"""Encoded bytes or arrays in, uint8 images [H, W, C] out; everything else refused.
+
+Masks [H, W] come out as the integers that their PNG stores.
+"""
 
 import dataclasses
+import struct
+import zlib
 from collections.abc import Callable
 from typing import Any
 
@@ -62,6 +67,74 @@ def decode(
     raise UndecodableImage(
         f"not a JPEG, PNG, WebP, BMP or GIF: the first bytes are {head[:8]!r}"
     )
+
+
+def decode_mask(data: bytes | bytearray | memoryview | np.ndarray) -> np.ndarray:
+    """Returns the integers [H, W] of a PNG of one channel, exactly as it stores them.
+
+    8 or 16 bit, and 1, 2 and 4 as well; a palette PNG gives the indices, which are the
+    classes, not the colours. Arrays pass through. Raises UndecodableImage for bytes
+    that are damaged; ValueError for another format or several channels.
+    """
+    if isinstance(data, np.ndarray):
+        return data
+    head = bytes(data[:33])
+    if not head:
+        raise UndecodableImage("0 bytes: the mask is empty")
+    if not head.startswith(b"\x89PNG\r\n\x1a\n"):
+        raise ValueError(
+            f'"mask" begins with {head[:8]!r}, no PNG: other formats change or blend '
+            "classes. Store masks as PNG of one channel."
+        )
+    if len(head) < 33:
+        raise UndecodableImage("PNG of the mask is cut short")
+    check_pixels(*_png_size(head), "PNG of the mask")
+    bits, kind = head[24], head[25]
+    if kind not in (_PNG_GRAY, _PNG_PALETTE):
+        raise ValueError(
+            '"mask" is a PNG of several channels, in colours or with transparency; '
+            "store one channel of class indices, or a palette."
+        )
+    if kind == _PNG_PALETTE:
+        data = _without_palette(bytes(data))
+    mask = cv2.imdecode(np.frombuffer(data, np.uint8), cv2.IMREAD_UNCHANGED)
+    if mask is None:
+        raise UndecodableImage("PNG of the mask is damaged or cut short")
+    # OpenCV spreads fewer bits over 0..255.
+    return mask if bits >= 8 else mask // (255 // (2**bits - 1))
+
+
+def decode_keys(example: Example, channels: int) -> Example:
+    """Returns the example with its image, and its mask if it has one, decoded.
+
+    Raises:
+        ValueError: there is no image, or the mask has another size; see `decode`.
+    """
+    if "image" not in example:
+        raise ValueError(f'Decoding needs the key "image", got {sorted(example)}.')
+    image = decode(example["image"], channels)
+    if "mask" not in example:
+        return example | {"image": image}
+    mask = decode_mask(example["mask"])
+    check_mask(mask, image)
+    return example | {"image": image, "mask": mask}
+
+
+def check_mask(mask: Any, image: np.ndarray) -> None:
+    """Raises ValueError unless these are integers, one a pixel of the image."""
+    is_array = isinstance(mask, np.ndarray)
+    if not is_array or mask.dtype.kind not in "uib" or mask.shape[2:] not in ((), (1,)):
+        got = f"{mask.dtype} {list(mask.shape)}" if is_array else type(mask).__name__
+        raise ValueError(
+            f'"mask" must hold integers [H, W] or [H, W, 1], got {got}; the bytes of a '
+            "PNG become that by Decode()."
+        )
+    if mask.shape[:2] != image.shape[:2]:
+        raise ValueError(
+            f'"mask" has {" x ".join(map(str, mask.shape[:2]))} pixels, its image '
+            f"{image.shape[0]} x {image.shape[1]}; they must be of one size: repair "
+            "this example, or resize its mask in the source."
+        )
 
 
 def image_of(example: Example, op: Any) -> np.ndarray:
@@ -201,6 +274,26 @@ def _png_size(head: bytes) -> tuple[int, int]:
     return int.from_bytes(head[20:24], "big"), int.from_bytes(head[16:20], "big")
 
 
+# Two of the PNG colour types.
+_PNG_GRAY, _PNG_PALETTE = 0, 3
+
+
+def _without_palette(data: bytes) -> bytes:
+    """Returns the same PNG as one of gray values: what were indices of a palette."""
+    chunks, start = [data[:8]], 8
+    while start + 12 <= len(data):
+        end = start + 12 + int.from_bytes(data[start : start + 4], "big")
+        name, body = data[start + 4 : start + 8], data[start + 8 : end - 4]
+        if name == b"IHDR":
+            header = name + body[:9] + bytes([_PNG_GRAY]) + body[10:]
+            length, check = struct.pack(">I", len(body)), zlib.crc32(header)
+            chunks.append(length + header + struct.pack(">I", check))
+        elif name in (b"IDAT", b"IEND"):
+            chunks.append(data[start:end])
+        start = end
+    return b"".join(chunks)
+
+
 def _bmp_size(head: bytes) -> tuple[int, int]:
     if head[14:18] == b"\x0c\0\0\0":  # OS/2: 16-bit sides.
         width, height = head[18:20], head[20:22]
@@ -223,7 +316,10 @@ _FORMATS: tuple[
 
 @dataclasses.dataclass(kw_only=True)
 class Decode:
-    """Turns encoded bytes or an array into uint8 [H, W, channels]; see `decode`."""
+    """Turns encoded bytes or an array into uint8 [H, W, channels]; see `decode`.
+
+    A "mask" beside the image becomes integers [H, W]; see `decode_mask`.
+    """
 
     channels: int = 3
 
@@ -231,7 +327,7 @@ class Decode:
         check_channels(self)
 
     def __call__(self, example: Example, rng: np.random.Generator) -> Example:
-        return example | {"image": decode(example["image"], self.channels)}
+        return decode_keys(example, self.channels)
 
 
 def check_channels(op: Any) -> None:

@@ -1,4 +1,4 @@
-"""Ops on the global batch inside the train step: they mix images with their labels."""
+"""Ops on the global batch inside the train step: they mix images and their labels."""
 
 import dataclasses
 import enum
@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Key, Shaped
 
+from big_vision_lite.data.ops import spatial
 from big_vision_lite.runtime.layout import pin_batch
 from big_vision_lite.types import Batch
 
@@ -32,13 +33,15 @@ class Mixup:
     """Blends every image and its label with a partner's, one share for the batch.
 
     Takes "image" [B, H, W, C] in 0..255 and "label", int [B] or float [B, num_classes];
-    returns both as float32, labels [B, num_classes], and leaves other keys alone. The
-    share is drawn from Beta(alpha, alpha), arXiv:1710.09412; folded into [0.5, 1] by
-    default, as big_vision does, so that a row stays mostly itself (BiT-HyperRule:
-    `fold_lambda=False, partner="reverse"`). alpha=0 mixes nothing.
+    returns both as float32, labels [B, num_classes], and leaves other keys alone, but
+    refuses "mask" and "boxes", which cannot be mixed. Without "label" it mixes images
+    only, and needs no num_classes. The share is drawn from Beta(alpha, alpha),
+    arXiv:1710.09412; folded into [0.5, 1] by default, as big_vision does, so that a row
+    stays mostly itself (BiT-HyperRule: `fold_lambda=False, partner="reverse"`). alpha=0
+    mixes nothing.
     """
 
-    num_classes: int
+    num_classes: int | None = None
     alpha: float = 0.2
     partner: Partner = Partner.ROLL
     fold_lambda: bool = True
@@ -47,14 +50,16 @@ class Mixup:
         _check(self)
 
     def __call__(self, batch: Batch, rng: Array) -> dict[str, Array]:
-        image, label = _as_float(batch, self.num_classes)
+        mixed = _as_float(batch, self)
         if self.alpha > 0:
             share = symmetric_beta(rng, self.alpha)
             if self.fold_lambda:
                 share = jnp.maximum(share, 1 - share)
-            image = share * image + (1 - share) * _partner(image, self.partner)
-            label = share * label + (1 - share) * _partner(label, self.partner)
-        return {**batch, "image": image, "label": label}
+            mixed = {
+                key: share * rows + (1 - share) * _partner(rows, self.partner)
+                for key, rows in mixed.items()
+            }
+        return {**batch, **mixed}
 
 
 @dataclasses.dataclass(kw_only=True)
@@ -67,7 +72,7 @@ class CutMix:
     Mixup. alpha=0 mixes nothing.
     """
 
-    num_classes: int
+    num_classes: int | None = None
     alpha: float = 1.0
     partner: Partner = Partner.ROLL
 
@@ -75,13 +80,17 @@ class CutMix:
         _check(self)
 
     def __call__(self, batch: Batch, rng: Array) -> dict[str, Array]:
-        image, label = _as_float(batch, self.num_classes)
+        mixed = _as_float(batch, self)
         if self.alpha > 0:
+            image = mixed["image"]
             pasted = _rectangle(rng, self.alpha, *image.shape[1:3])
-            image = jnp.where(pasted[:, :, None], _partner(image, self.partner), image)
-            share = 1 - pasted.mean(dtype=jnp.float32)
-            label = share * label + (1 - share) * _partner(label, self.partner)
-        return {**batch, "image": image, "label": label}
+            other = _partner(image, self.partner)
+            mixed["image"] = jnp.where(pasted[:, :, None], other, image)
+            if "label" in mixed:
+                label, share = mixed["label"], 1 - pasted.mean(dtype=jnp.float32)
+                other = _partner(label, self.partner)
+                mixed["label"] = share * label + (1 - share) * other
+        return {**batch, **mixed}
 
 
 def symmetric_beta(rng: Key[Array, ""], alpha: float) -> Float[Array, ""]:
@@ -117,10 +126,23 @@ def _rectangle(
     return inside(key_row, height)[:, None] & inside(key_column, width)[None, :]
 
 
-def _as_float(
-    batch: Batch, num_classes: int
-) -> tuple[Float[Array, "B H W channels"], Float[Array, "B C"]]:
+def _as_float(batch: Batch, op: Mixup | CutMix) -> dict[str, Float[Array, "B ..."]]:
+    """Returns "image", and "label" [B, C] if the batch has one, as float32."""
+    name, num_classes = type(op).__name__, op.num_classes
+    if "image" not in batch:
+        raise ValueError(
+            f'{name} mixes "image", which is not among {", ".join(sorted(batch))}; '
+            "leave it out, or keep the image."
+        )
+    spatial.refuse(dict(batch), name, "mixes images")
     image = jnp.asarray(batch["image"]).astype(jnp.float32)
+    if "label" not in batch:
+        return {"image": image}
+    if num_classes is None:
+        raise ValueError(
+            f"{name} got labels and no num_classes: give it the number of classes of "
+            f'the head, {name}(num_classes=...), or drop "label" by Keep(keys=...).'
+        )
     label = jnp.asarray(batch["label"])
     if label.ndim == 1:
         label = jax.nn.one_hot(label, num_classes, dtype=jnp.float32)
@@ -129,7 +151,7 @@ def _as_float(
             f"Labels of shape {label.shape} do not fit num_classes={num_classes}: "
             "pass class indices [B] or one row per image [B, num_classes]."
         )
-    return image, label.astype(jnp.float32)
+    return {"image": image, "label": label.astype(jnp.float32)}
 
 
 def _partner(rows: Shaped[Array, "B ..."], partner: Partner) -> Shaped[Array, "B ..."]:
@@ -140,7 +162,7 @@ def _partner(rows: Shaped[Array, "B ..."], partner: Partner) -> Shaped[Array, "B
 
 def _check(op: Mixup | CutMix) -> None:
     name = type(op).__name__
-    if op.num_classes < 1:
+    if op.num_classes is not None and op.num_classes < 1:
         raise ValueError(
             f"{name}.num_classes={op.num_classes}: use the number of classes of the "
             "head, which the mixed labels get."

@@ -1,4 +1,7 @@
-"""Ops that crop, resize and move an image; numpy only, on the host."""
+"""Ops that crop, resize and move an image; numpy only, on the host.
+
+A "mask" and "boxes" of the example move with it, by the same draw; see `spatial.moved`.
+"""
 
 import dataclasses
 from typing import Any
@@ -7,8 +10,14 @@ import cv2
 import numpy as np
 
 from big_vision_lite.data.ops import resampling as crops
-from big_vision_lite.data.ops.decode import Example, check_channels, decode, image_of
-from big_vision_lite.data.ops.resampling import Resampling, Rounding
+from big_vision_lite.data.ops.decode import (
+    Example,
+    check_channels,
+    decode_keys,
+    image_of,
+)
+from big_vision_lite.data.ops.resampling import Box, Resampling, Rounding
+from big_vision_lite.data.ops.spatial import Mirror, Warp, Window, moved
 
 
 @dataclasses.dataclass(kw_only=True)
@@ -33,7 +42,7 @@ class InceptionCrop:
     def __call__(self, example: Example, rng: np.random.Generator) -> Example:
         image = image_of(example, self)
         box = crops.inception_box(image.shape, self.area_min, self.area_max, rng)
-        return _resized(self, example, crops.crop(image, box))
+        return _resized(self, example, box)
 
 
 @dataclasses.dataclass(kw_only=True)
@@ -47,8 +56,7 @@ class DecodeInceptionCrop(InceptionCrop):
         check_channels(self)
 
     def __call__(self, example: Example, rng: np.random.Generator) -> Example:
-        image = decode(example["image"], self.channels)
-        return super().__call__(example | {"image": image}, rng)
+        return super().__call__(decode_keys(example, self.channels), rng)
 
 
 @dataclasses.dataclass(kw_only=True)
@@ -73,7 +81,7 @@ class RandomResizedCrop:
         image = image_of(example, self)
         area = self.area_min, self.area_max
         box = crops.random_resized_box(image.shape, *area, rng)
-        return _resized(self, example, crops.crop(image, box))
+        return _resized(self, example, box)
 
 
 @dataclasses.dataclass(kw_only=True)
@@ -88,7 +96,8 @@ class Resize:
         check_size(self)
 
     def __call__(self, example: Example, rng: np.random.Generator) -> Example:
-        return _resized(self, example, image_of(example, self))
+        height, width = image_of(example, self).shape[:2]
+        return _resized(self, example, Box(0, 0, height, width))
 
 
 @dataclasses.dataclass(kw_only=True)
@@ -114,7 +123,8 @@ class ResizeSmall:
         else:
             height, width = crops.covering_size(image.shape, self.size, self.width)
         resized = crops.resize(image, height, width, self.resampling)
-        return example | {"image": resized}
+        whole = Box(0, 0, *image.shape[:2])
+        return moved(example, resized, Window(whole, height, width))
 
 
 @dataclasses.dataclass(kw_only=True)
@@ -137,7 +147,7 @@ class CentralCrop:
         height, width = target(self)
         check_fits(self, image)
         box = crops.centre_box(image.shape, height, width, self.rounding)
-        return example | {"image": crops.crop(image, box)}
+        return moved(example, crops.crop(image, box), Window(box, height, width))
 
 
 @dataclasses.dataclass(kw_only=True)
@@ -161,7 +171,10 @@ class RandomCrop:
         height, width = target(self)
         check_fits(self, image)
         box = crops.random_box(image.shape, height, width, rng)
-        return example | {"image": crops.crop(image, box)}
+        # In the image as it came; it may begin and end in the padding.
+        top, left = box.top - self.padding, box.left - self.padding
+        window = Window(Box(top, left, height, width), height, width)
+        return moved(example, crops.crop(image, box), window)
 
 
 @dataclasses.dataclass(kw_only=True)
@@ -172,7 +185,8 @@ class FlipLeftRight:
         image = image_of(example, self)
         if rng.random() < 0.5:
             return dict(example)
-        return example | {"image": crops.with_channels(cv2.flip(image, 1))}
+        mirrored = crops.with_channels(cv2.flip(image, 1))
+        return moved(example, mirrored, Mirror(image.shape[1]))
 
 
 @dataclasses.dataclass(kw_only=True)
@@ -211,20 +225,22 @@ class RandomAffine:
         height, width = image.shape[:2]
         draws = 2 * rng.random(5) - 1
         middle = (self.scale_max + self.scale_min) / 2
-        moved = crops.affine(
-            image,
+        matrix = crops.affine_matrix(
+            image.shape,
             degrees=self.degrees * draws[0],
             scale=middle + (self.scale_max - self.scale_min) / 2 * draws[1],
             shear_degrees=self.shear_degrees * draws[2],
             right_px=self.translate * width * draws[3],
             down_px=self.translate * height * draws[4],
-            fill=self.fill,
         )
-        return example | {"image": moved}
+        return moved(example, crops.warp(image, matrix, self.fill), Warp(matrix))
 
 
-def _resized(op, example: Example, image: np.ndarray) -> Example:
-    return example | {"image": crops.resize(image, *target(op), op.resampling)}
+def _resized(op, example: Example, box: Box) -> Example:
+    height, width = target(op)
+    image = crops.crop(example["image"], box)
+    image = crops.resize(image, height, width, op.resampling)
+    return moved(example, image, Window(box, height, width))
 
 
 def target(op: Any) -> tuple[int, int]:

@@ -6,6 +6,7 @@ import math
 import cv2
 import numpy as np
 
+from big_vision_lite.data.ops import spatial
 from big_vision_lite.data.ops.decode import Example, image_of
 
 # What pixels from outside the image become.
@@ -19,7 +20,8 @@ class RandAugment:
     The TensorFlow fork of arXiv:1909.13719 in big_vision, whose magnitudes are not a
     severity: at 0 Posterize keeps one bit, Solarize inverts and Color takes 90 % of the
     colour away; at 10, the usual value, Solarize inverts everything (`solarize`). Every
-    drawn op is applied, with probability one. Needs three channels.
+    drawn op is applied, with probability one. Needs three channels; refuses examples
+    with "mask" or "boxes", which its ops that rotate, shear, shift and cut do not move.
     """
 
     num_layers: int = 2
@@ -40,6 +42,7 @@ class RandAugment:
                 f"RandAugment needs RGB, got {image.shape[-1]} channel: put ToRgb() "
                 "before it."
             )
+        spatial.refuse(example, "RandAugment", "moves pixels of the image only")
         for _ in range(self.num_layers):
             op = OPS[int(rng.integers(len(OPS)))]
             image = op(image, self.magnitude, rng)

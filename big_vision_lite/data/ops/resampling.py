@@ -118,18 +118,20 @@ def covering_size(shape: tuple[int, ...], height: int, width: int) -> tuple[int,
     return round(shape[0] / ratio), round(shape[1] / ratio)
 
 
-def affine(
-    image: np.ndarray,
+def affine_matrix(
+    shape: tuple[int, ...],
     *,
     degrees: float,
     scale: float,
     shear_degrees: float,
     right_px: float,
     down_px: float,
-    fill: int,
 ) -> np.ndarray:
-    """Returns `image` sheared along x, scaled, rotated (counter-clockwise), shifted."""
-    height, width = image.shape[:2]
+    """Returns the map [2, 3] that shears along x, scales, rotates and shifts an image.
+
+    About its centre, counter-clockwise; from old to new places (x, y) of pixel centres.
+    """
+    height, width = shape[:2]
     cos = scale * math.cos(math.radians(degrees))
     sin = scale * math.sin(math.radians(degrees))
     shear = math.tan(math.radians(shear_degrees))
@@ -138,7 +140,12 @@ def affine(
     c, d = -sin, cos - sin * shear
     x, y = (width - 1) / 2, (height - 1) / 2
     to_x, to_y = x + right_px, y + down_px
-    matrix = np.array([[a, b, to_x - a * x - b * y], [c, d, to_y - c * x - d * y]])
+    return np.array([[a, b, to_x - a * x - b * y], [c, d, to_y - c * x - d * y]])
+
+
+def warp(image: np.ndarray, matrix: np.ndarray, fill: int) -> np.ndarray:
+    """Returns `image` moved by an affine map, bilinear; `fill` from outside of it."""
+    height, width = image.shape[:2]
     border = [fill] * 4
     moved = cv2.warpAffine(
         image, matrix, (width, height), flags=cv2.INTER_LINEAR, borderValue=border

@@ -6,7 +6,7 @@ import gzip
 import hashlib
 import importlib.util
 import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NoReturn, SupportsIndex
 
@@ -23,32 +23,59 @@ class InMemory:
 
     Arrays are no part of a configuration. `images` [N, H, W, C] or [N, H, W]: uint8,
     or another type with values in 0..255 (rounded). `labels`: int [N], or 0/1 [N, C]
-    for several classes an image. Raises ValueError for NaN, infinity, values or labels
-    out of range and wrong shapes.
+    for several classes an image; None for none. `keys` holds what else an example has,
+    one item an image: arrays such as "mask" [N, H, W] or a list of "boxes" [n, 4], or
+    strings. Raises ValueError for NaN, infinity, values or labels out of range and
+    wrong shapes.
     """
 
     def __init__(
-        self, images: np.ndarray, labels: np.ndarray, class_names: Sequence[str]
+        self,
+        images: np.ndarray,
+        labels: np.ndarray | None = None,
+        class_names: Sequence[str] = (),
+        keys: Mapping[str, Sequence[Any] | np.ndarray] | None = None,
     ):
         self.class_names = tuple(class_names)
         self._images = _checked_images(images)
-        self._labels = _checked_labels(labels, len(images), len(self.class_names))
+        self._labels = None
+        if labels is not None:
+            self._labels = _checked_labels(labels, len(images), len(self.class_names))
+        elif self.class_names:
+            raise ValueError(
+                f"{len(self.class_names)} class names and no labels; give both or none."
+            )
+        self._keys = dict(keys or {})
+        for key, items in self._keys.items():
+            if key in ("image", "label") or len(items) != len(images):
+                raise ValueError(
+                    f"keys[{key!r}] has {len(items)} items for {len(images)} images; "
+                    'expected one an image, under another name than "image" and '
+                    '"label".'
+                )
 
     @functools.cached_property
     def fingerprint(self) -> str:
-        return content_hash((*self.class_names, self._images, self._labels))
+        labels = () if self._labels is None else (self._labels,)
+        parts = [*self.class_names, self._images, *labels]
+        for key, items in self._keys.items():
+            parts.append(key)
+            parts += [i if isinstance(i, str | bytes) else np.asarray(i) for i in items]
+        return content_hash(parts)
 
     def __len__(self) -> int:
         return len(self._images)
 
     def __getitem__(self, index: SupportsIndex) -> dict[str, Any]:
-        """Returns {"image": uint8 [H, W, C], "label": int or float32 [C]}."""
-        label = self._labels[index]
-        single = self._labels.ndim == 1
-        return {
-            "image": self._images[index].copy(),
-            "label": int(label) if single else label.copy(),
-        }
+        """Returns "image" [H, W, C], "label", an int or float32 [C], and `keys`."""
+        example: dict[str, Any] = {"image": self._images[index].copy()}
+        if self._labels is not None:
+            label = self._labels[index]
+            example["label"] = int(label) if self._labels.ndim == 1 else label.copy()
+        for key, items in self._keys.items():
+            item = items[index.__index__()]
+            example[key] = item.copy() if isinstance(item, np.ndarray) else item
+        return example
 
     def name(self, index: SupportsIndex) -> str:
         """Says which row of the array."""

@@ -1,4 +1,4 @@
-"""A folder of images, a folder a class."""
+"""A folder of images, a folder a class; or just images."""
 
 import dataclasses
 import functools
@@ -19,21 +19,29 @@ class ImageFolder:
     JPEG, PNG, WebP and BMP by suffix; other files are skipped and counted. Without
     split folders a tenth of each class, chosen by `split_seed` and a hash of the path,
     is "val", the rest "train"; "all" is everything. Classes are those of the training
-    split, sorted, unless `classes` pins names and order. Raises FileNotFoundError for a
-    wrong path or an empty split, ValueError for one class and for classes unknown to
-    training.
+    split, sorted, unless `classes` pins names and order. `labels` False takes
+    all images at any depth below `path`, or below `path/{train,val,test}`, and gives no
+    labels: a tenth of them is "val" where there are no split folders. Raises
+    FileNotFoundError for a wrong path or an empty split, ValueError for one class and
+    for classes unknown to training.
     """
 
     path: str
     split: str = "train"
     classes: tuple[str, ...] = ()
     split_seed: int = 0
+    labels: bool = True
 
     def __post_init__(self):
         if self.split.lower() not in (*listing.SPLIT_FOLDERS, "all"):
             raise ValueError(
                 f"split={self.split!r} of an image folder is none of train, val, test, "
                 f"all.{did_you_mean(self.split, listing.SPLIT_FOLDERS)}"
+            )
+        if self.classes and not self.labels:
+            raise ValueError(
+                f"classes={some(self.classes)} mean nothing with labels=False; leave "
+                "one of the two out."
             )
         if len(set(self.classes)) < len(self.classes):
             twice = sorted({c for c in self.classes if self.classes.count(c) > 1})
@@ -46,6 +54,8 @@ class ImageFolder:
     @functools.cached_property
     def _listing(self) -> listing.Listing:
         root = Path(self.path).expanduser()
+        if not self.labels:
+            return listing.open_unlabelled(root, self.split, self.split_seed)
         return listing.open_split(root, self.split, self.classes, self.split_seed)
 
     @property
@@ -66,9 +76,11 @@ class ImageFolder:
         return len(self._listing.paths)
 
     def __getitem__(self, index: SupportsIndex) -> Example:
-        """Returns {"image": the file's bytes, "label": int}."""
+        """Returns {"image": the file's bytes, "label": int}, or without the label."""
         path = os.path.join(self._listing.root, self.relative_path(index))
         data = with_retries(lambda: _read(path), path)
+        if self._listing.labels is None:
+            return {"image": data}
         return {"image": data, "label": int(self._listing.labels[index])}
 
     def relative_path(self, index: SupportsIndex) -> str:
@@ -84,11 +96,13 @@ class ImageFolder:
         return fields_of(self)
 
 
-def folder_splits(path: str, split_seed: int = 0) -> dict[str, ImageFolder]:
+def folder_splits(
+    path: str, split_seed: int = 0, labels: bool = True
+) -> dict[str, ImageFolder]:
     """Returns a source for each split folder of `path`, else for train and val."""
-    named = listing.find_splits(Path(path).expanduser()) or ("train", "val")
+    named = listing.find_splits(Path(path).expanduser(), labels) or ("train", "val")
     return {
-        split: ImageFolder(path=path, split=split, split_seed=split_seed)
+        split: ImageFolder(path=path, split=split, split_seed=split_seed, labels=labels)
         for split in named
     }
 

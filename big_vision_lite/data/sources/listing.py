@@ -1,4 +1,4 @@
-"""Lists a folder of labelled images: splits, classes, files, and what is in the way."""
+"""Lists a folder of images: splits, classes, files, and what is in the way."""
 
 import collections
 import dataclasses
@@ -78,7 +78,7 @@ class Listing:
     root: str
     class_names: tuple[str, ...]
     paths: list[str]
-    labels: np.ndarray
+    labels: np.ndarray | None
     skipped: Skipped
 
 
@@ -92,11 +92,7 @@ def open_split(root: Path, split: str, classes: Sequence[str], seed: int) -> Lis
     split = SPLIT_FOLDERS.get(split.lower(), split.lower())
     skipped = Skipped()
     splits = find_splits(root)
-    if splits and seed:
-        raise ValueError(
-            f"split_seed={seed} chooses nothing: {root} has split folders "
-            f"({some(splits)}). Leave it out."
-        )
+    _check_seed(root, splits, seed)
     if splits:
         parts, trained = _from_split_folders(root, splits, split, skipped)
     else:
@@ -130,6 +126,55 @@ def open_split(root: Path, split: str, classes: Sequence[str], seed: int) -> Lis
     )
 
 
+def open_unlabelled(root: Path, split: str, seed: int) -> Listing:
+    """Lists every image of `split` at any depth; folders mean splits or nothing.
+
+    Raises FileNotFoundError when there is nothing, ValueError for a seed that has
+    nothing to choose.
+    """
+    split = SPLIT_FOLDERS.get(split.lower(), split.lower())
+    skipped = Skipped()
+    splits = find_splits(root, labelled=False)
+    _check_seed(root, splits, seed)
+    if splits:
+        loose = sum(_is_image(entry) for entry in _scan(root))
+        skipped.counts.update({"images outside a split folder": loose} if loose else {})
+        folders = _wanted(root, splits, split)
+        paths = [path for f in folders.values() for path in _below(f, root, skipped)]
+    elif split == "test":
+        raise FileNotFoundError(
+            f"{root} has no split folders: its splits are train, val (a tenth) and "
+            f"all. For a test split make folders {root}/train and {root}/test."
+        )
+    else:
+        everything = {"": _below(root, root, skipped)}
+        train, held = hold_out(everything, seed)
+        chosen = {"train": train, "val": held, "all": everything}[split]
+        paths = chosen.get("", [])
+    if not paths:
+        raise FileNotFoundError(
+            f"{root} holds no images ({', '.join(SUFFIXES)}) for {split}; found there: "
+            f"{skipped}."
+        )
+    return Listing(
+        root=str(root), class_names=(), paths=paths, labels=None, skipped=skipped
+    )
+
+
+def _below(folder: Path, root: Path, skipped: Skipped) -> list[str]:
+    """Returns all images below `folder`, as sorted paths relative to `root`."""
+    prefix = len(os.path.join(root, ""))
+    return sorted(path[prefix:] for path in _walk(folder, skipped))
+
+
+def _check_seed(root: Path, splits: dict[str, Path], seed: int) -> None:
+    if splits and seed:
+        raise ValueError(
+            f"split_seed={seed} chooses nothing: {root} has split folders "
+            f"({some(splits)}). Leave it out."
+        )
+
+
 def check_classes(
     split: str, held: Sequence[str], names: Sequence[str], where: str
 ) -> None:
@@ -153,19 +198,23 @@ def check_classes(
 def _from_split_folders(
     root: Path, splits: dict[str, Path], split: str, skipped: Skipped
 ) -> tuple[list[Files], list[str]]:
-    wanted = {name: path for name, path in splits.items() if split in (name, "all")}
-    if not wanted:
-        raise FileNotFoundError(
-            f"{root} has no images of split {split!r}; it has {some(splits)}."
-        )
     parts = []
-    for folder in wanted.values():
+    for folder in _wanted(root, splits, split).values():
         files = list_images(folder, skipped)
         for name, paths in files.items():
             files[name] = [os.path.join(folder.name, path) for path in paths]
         parts.append(files)
     trained = class_folders(splits["train"]) if "train" in splits else []
     return parts, trained
+
+
+def _wanted(root: Path, splits: dict[str, Path], split: str) -> dict[str, Path]:
+    wanted = {name: path for name, path in splits.items() if split in (name, "all")}
+    if not wanted:
+        raise FileNotFoundError(
+            f"{root} has no images of split {split!r}; it has {some(splits)}."
+        )
+    return wanted
 
 
 def _from_class_folders(
@@ -187,10 +236,11 @@ def _from_class_folders(
     return [{"train": train, "val": held, "all": files}[split]], list(files)
 
 
-def find_splits(root: Path) -> dict[str, Path]:
+def find_splits(root: Path, labelled: bool = True) -> dict[str, Path]:
     """Returns the folder of each split of `root`; empty when its folders are classes.
 
-    Raises FileNotFoundError for a wrong path, ValueError when both could be meant.
+    Split folders hold folders of classes, unless the images are not `labelled`. Raises
+    FileNotFoundError for a wrong path, ValueError when both could be meant.
     """
     check_folder(root)
     folders = [folder for folder in _folders(root) if _has_image(folder)]
@@ -206,7 +256,7 @@ def find_splits(root: Path) -> dict[str, Path]:
             f"{root} mixes split folders ({names}) with other folders of images "
             f"({some(others)}): move the others away, or into the split folders."
         )
-    if not nested:
+    if labelled and not nested:
         raise ValueError(
             f"the images of {root} lie directly in {names}; give each class a folder "
             f"of its own: {named[0].path}/CLASS/image.jpg."
@@ -270,7 +320,7 @@ def class_name(folder: os.DirEntry[str]) -> str:
     return unicodedata.normalize("NFC", folder.name)
 
 
-def _scan(folder: str | Path) -> list[os.DirEntry[str]]:
+def _scan(folder: str | os.PathLike[str]) -> list[os.DirEntry[str]]:
     with os.scandir(folder) as entries:
         return sorted(entries, key=lambda entry: entry.name)
 
@@ -280,14 +330,14 @@ def _folders(root: str | Path) -> list[os.DirEntry[str]]:
 
 
 def _walk(
-    folder: os.DirEntry[str], skipped: Skipped, above: tuple[tuple[int, int], ...] = ()
+    folder: os.PathLike[str], skipped: Skipped, above: tuple[tuple[int, int], ...] = ()
 ) -> Iterator[str]:
     """Yields the images below `folder`; links are followed, loops of them are not."""
-    info = os.stat(folder.path)
+    info = os.stat(folder)
     if (info.st_dev, info.st_ino) in above:
         skipped.counts["links to a folder above"] += 1
         return
-    for entry in _scan(folder.path):
+    for entry in _scan(folder):
         if _hidden(entry):
             skipped.counts["hidden"] += 1
         elif entry.is_dir():

@@ -14,35 +14,36 @@ Node = Mapping[str, Any]
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class LabelFeature:
-    """Names of the classes, and whether an example has a list of them."""
+    """Where it lies, names of the classes, whether an example has a list of them."""
 
+    key: str
     class_names: tuple[str, ...]
     multiple: bool
 
 
 def children(node: Node) -> Mapping[str, Node]:
     """Returns the features of a FeaturesDict by name; empty for another feature."""
-    content = _content(node, "featuresDict", "FeaturesDict")
-    if content is None:
+    inner = content(node, "featuresDict", "FeaturesDict")
+    if inner is None:
         return {}
     plain = "type" in node and not node.get("proto_cls")
-    return content if plain else content.get("features", {})
+    return inner if plain else inner.get("features", {})
 
 
 def check_image(features: Mapping[str, Node], key: str, where: Path) -> None:
     """Raises ValueError unless `key` is an image stored as an encoded file."""
     node = features.get(key)
-    content = None if node is None else _content(node, "image", "Image")
-    if content is None:
+    image = None if node is None else content(node, "image", "Image")
+    if image is None:
         images = [
-            k for k, v in features.items() if _content(v, "image", "Image") is not None
+            k for k, v in features.items() if content(v, "image", "Image") is not None
         ]
         what = "is not an image feature" if node is not None else "does not exist"
         raise ValueError(
             f"image_key={key!r} {what} in {where}; images there: {some(images)}."
             f"{did_you_mean(key, images)}"
         )
-    dtype = str(content.get("dtype", "uint8"))
+    dtype = str(image.get("dtype", "uint8"))
     if "int" not in dtype:
         raise ValueError(
             f"image_key={key!r} in {where} holds {dtype} pixels; read are images "
@@ -52,16 +53,19 @@ def check_image(features: Mapping[str, Node], key: str, where: Path) -> None:
 
 def label_feature(features: Mapping[str, Node], key: str, where: Path) -> LabelFeature:
     """Returns the classes of `key`, a class or a list of classes; else ValueError."""
-    node, multiple = _walk(features, key)
-    content = None if node is None else _content(node, "classLabel", "ClassLabel")
-    if content is None:
-        labels = [k for k in _paths(features) if _is_label(features, k)]
+    node, depth = walk(features, key)
+    # A list of lists is stored another way.
+    label = None
+    if node is not None and depth < 2:
+        label = content(node, "classLabel", "ClassLabel")
+    if label is None:
+        labels = [k for k in paths(features) if _is_label(features, k)]
         what = "does not exist" if node is None else "is not a class label"
         raise ValueError(
             f"label_key={key!r} {what} in {where}; class labels there: {some(labels)}."
             f"{did_you_mean(key, labels)}"
         )
-    count = int(content.get("numClasses") or content.get("num_classes") or 0)
+    count = int(label.get("numClasses") or label.get("num_classes") or 0)
     names = tuple(str(number) for number in range(count))
     # TFDS writes the names beside, one a line, when the classes have names.
     path = where / f"{key.replace('/', '-')}.labels.txt"
@@ -73,43 +77,42 @@ def label_feature(features: Mapping[str, Node], key: str, where: Path) -> LabelF
             f"{path} names {len(names)} classes, features.json counts {count}; "
             "copy or prepare the set again."
         )
-    return LabelFeature(class_names=names, multiple=multiple)
+    return LabelFeature(key=key, class_names=names, multiple=depth > 0)
 
 
-def _walk(features: Mapping[str, Node], key: str) -> tuple[Node | None, bool]:
-    """Follows `objects/label`; returns the feature and whether it is in a list."""
-    node, multiple, rest = None, False, key.split("/")
+def walk(features: Mapping[str, Node], key: str) -> tuple[Node | None, int]:
+    """Follows `objects/label`; returns the feature and how many lists it is in."""
+    node, depth, rest = None, 0, key.split("/")
     while rest:
         node = features.get(rest.pop(0))
         if node is None:
-            return None, False
-        sequence = _content(node, "sequence", "Sequence")
-        if sequence is not None:
-            node, multiple = sequence["feature"], True
+            return None, 0
+        while (sequence := content(node, "sequence", "Sequence")) is not None:
+            node, depth = sequence["feature"], depth + 1
         features = children(node)
-    return node, multiple
+    return node, depth
 
 
-def _paths(features: Mapping[str, Node], prefix: str = "") -> list[str]:
+def paths(features: Mapping[str, Node], prefix: str = "") -> list[str]:
     """Names every feature, nested ones as `objects/label`."""
-    paths = []
+    found = []
     for name, node in features.items():
-        sequence = _content(node, "sequence", "Sequence")
+        sequence = content(node, "sequence", "Sequence")
         inner = children(node if sequence is None else sequence["feature"])
-        paths += _paths(inner, f"{prefix}{name}/") if inner else [prefix + name]
-    return paths
+        found += paths(inner, f"{prefix}{name}/") if inner else [prefix + name]
+    return found
 
 
 def _is_label(features: Mapping[str, Node], key: str) -> bool:
-    node, _ = _walk(features, key)
-    return node is not None and _content(node, "classLabel", "ClassLabel") is not None
+    node, _ = walk(features, key)
+    return node is not None and content(node, "classLabel", "ClassLabel") is not None
 
 
-def _content(node: Node, field: str, class_name: str) -> Mapping[str, Any] | None:
+def content(node: Node, field: str, class_name: str) -> Mapping[str, Any] | None:
     """Returns what describes a `class_name`, in today's or the older form."""
     if field in node:
         return node[field]
     if str(node.get("type", "")).rpartition(".")[2] != class_name:
         return None
-    content = node.get("content", {})
-    return json.loads(content) if isinstance(content, str) else content
+    described = node.get("content", {})
+    return json.loads(described) if isinstance(described, str) else described

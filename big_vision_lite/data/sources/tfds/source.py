@@ -9,7 +9,7 @@ import numpy as np
 from big_vision_lite.data.sources.arrays import Example, content_hash, fields_of
 from big_vision_lite.data.sources.tfds import features as tfds_features
 from big_vision_lite.data.sources.tfds import folder as tfds_folder
-from big_vision_lite.data.sources.tfds import prepared_set
+from big_vision_lite.data.sources.tfds import prepared_set, values
 from big_vision_lite.data.sources.tfds.example import parse_example
 
 
@@ -20,15 +20,28 @@ class Tfds:
     `dataset` is TFDS's name, with `/config` and `:version` if wanted; `split` any of
     TFDS's (`train[:99%]+test`); the set lies in `data_dir`, else in $TFDS_DATA_DIR,
     else in ~/tensorflow_datasets. Images stay encoded. A label that is a list of
-    classes becomes a float32 multi-hot [C]. Raises FileNotFoundError when the set is
-    not prepared, ValueError for an unknown split or feature or a damaged file.
+    classes becomes a float32 multi-hot [C]; `label_key` None reads none. `keys` names
+    further features, as "objects/bbox=>boxes" or by their own names: images stay
+    encoded, text is str, numbers, classes and boxes are numpy arrays; a set of text has
+    `image_key` None. Raises FileNotFoundError when the set is not prepared, ValueError
+    for an unknown split or feature or a damaged file.
     """
 
     dataset: str
     split: str = "train"
     data_dir: str | None = None
-    image_key: str = "image"
-    label_key: str = "label"
+    image_key: str | None = "image"
+    label_key: str | None = "label"
+    keys: tuple[str, ...] = ()
+
+    def __post_init__(self):
+        read = {"image": self.image_key, "label": self.label_key}
+        taken = [name for name, key in read.items() if key is not None]
+        if not values.renamed(self.keys, taken) and not taken:
+            raise ValueError(
+                "Tfds without image_key, label_key and keys reads nothing; name the "
+                'features to read: keys=("caption",).'
+            )
 
     @functools.cached_property
     def _set(self) -> prepared_set.PreparedSet:
@@ -36,12 +49,24 @@ class Tfds:
         return prepared_set.load(folder)
 
     @functools.cached_property
-    def _label(self) -> tfds_features.LabelFeature:
+    def _label(self) -> tfds_features.LabelFeature | None:
         opened = self._set
-        tfds_features.check_image(opened.features, self.image_key, opened.folder)
+        if self.image_key is not None:
+            tfds_features.check_image(opened.features, self.image_key, opened.folder)
+        if self.label_key is None:
+            return None
         return tfds_features.label_feature(
             opened.features, self.label_key, opened.folder
         )
+
+    @functools.cached_property
+    def _values(self) -> dict[str, values.ValueFeature]:
+        """What `keys` names, by the name in the example."""
+        opened = self._set
+        return {
+            name: values.value_feature(opened.features, key, opened.folder)
+            for name, key in values.renamed(self.keys).items()
+        }
 
     @functools.cached_property
     def _records(self) -> prepared_set.Records:
@@ -49,7 +74,7 @@ class Tfds:
 
     @property
     def class_names(self) -> tuple[str, ...]:
-        return self._label.class_names
+        return () if self._label is None else self._label.class_names
 
     @functools.cached_property
     def fingerprint(self) -> str:
@@ -65,6 +90,8 @@ class Tfds:
         ]
         name = self.dataset.partition(":")[0]
         keys = (self.image_key, self.label_key)
+        if self.keys:
+            keys = (*keys, self.keys)
         return content_hash(
             map(repr, (name, opened.version, keys, self.class_names, ranges, counts))
         )
@@ -73,16 +100,27 @@ class Tfds:
         return len(self._records)
 
     def __getitem__(self, index: SupportsIndex) -> Example:
-        """Returns {"image": encoded bytes, "label": int or float32 [C]}."""
+        """Returns {"image": encoded bytes, "label": int or float32 [C]} and `keys`."""
         index = range(len(self))[index]
-        keys = (self.image_key, self.label_key)
-        features = parse_example(self._records[index], keys)
-        images = features.get(self.image_key, [])
-        if len(images) != 1 or not isinstance(images[0], bytes):
-            raise ValueError(
-                f"{self.name(index)} has no encoded image under {self.image_key!r}."
-            )
-        return {"image": images[0], "label": self._target(features, index)}
+        others = [feature.key for feature in self._values.values()]
+        stored = {self.image_key, self.label_key, *others} - {None}
+        features = parse_example(self._records[index], stored)
+        example: Example = {}
+        if self.image_key is not None:
+            images = features.get(self.image_key, [])
+            if len(images) != 1 or not isinstance(images[0], bytes):
+                raise ValueError(
+                    f"{self.name(index)} has no encoded image under {self.image_key!r}."
+                )
+            example["image"] = images[0]
+        if self._label is not None:
+            example["label"] = self._target(self._label, features, index)
+        for name, feature in self._values.items():
+            try:
+                example[name] = feature.read(features.get(feature.key, []))
+            except ValueError as error:
+                raise ValueError(f"{self.name(index)} has {error}") from error
+        return example
 
     def name(self, index: SupportsIndex) -> str:
         """Says set, file and record of example `index`, and its file name if stored."""
@@ -98,17 +136,19 @@ class Tfds:
             return place
         return f"{place} ({stored.decode('utf-8', 'replace')})"
 
-    def _target(self, features: dict[str, Any], index: int) -> int | np.ndarray:
-        labels = features.get(self.label_key, [])
+    def _target(
+        self, label: tfds_features.LabelFeature, features: dict[str, Any], index: int
+    ) -> int | np.ndarray:
+        labels = features.get(label.key, [])
         count = len(self.class_names)
-        wrong = [label for label in labels if not 0 <= label < count]
-        if wrong or (len(labels) != 1 and not self._label.multiple):
+        wrong = [number for number in labels if not 0 <= number < count]
+        if wrong or (len(labels) != 1 and not label.multiple):
             raise ValueError(
-                f"{self.name(index)} has {self.label_key}={wrong or labels}; expected "
-                f"{'classes' if self._label.multiple else 'one class'} of 0 to "
+                f"{self.name(index)} has {label.key}={wrong or labels}; expected "
+                f"{'classes' if label.multiple else 'one class'} of 0 to "
                 f"{count - 1}. A hidden label is often -1: such a split cannot be used."
             )
-        if not self._label.multiple:
+        if not label.multiple:
             return labels[0]
         target = np.zeros(count, np.float32)
         target[labels] = 1

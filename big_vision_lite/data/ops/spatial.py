@@ -1,0 +1,146 @@
+"""What moves with an image: its mask and its boxes.
+
+A geometric op draws once, moves the pixels of the image its own way and says how in one
+of three words: `Window`, `Mirror` or `Warp`. `moved` does the same to the other keys.
+"""
+
+from typing import NamedTuple
+
+import cv2
+import numpy as np
+
+from big_vision_lite.data.ops.decode import Example, check_mask
+from big_vision_lite.data.ops.resampling import Box
+
+# Beside "image"; whatever moves pixels moves these, or refuses them.
+SPATIAL = ("mask", "boxes")
+# float32 fractions of a wide image are off by less: a box that ended where the crop
+# begins has no pixel in it.
+LEAST_PX = 0.01
+
+# Each move knows `to_old` [2, 3]: the place (x, y) of the new image shows what was at
+# to_old @ (x, y, 1) of the old one. Places are pixels from the outer corner of the top
+# left pixel, whose centre is (1/2, 1/2).
+
+
+class Window(NamedTuple):
+    """Cuts `box` out, which may reach over the borders, and makes it height x width."""
+
+    box: Box
+    height: int
+    width: int
+
+    def to_old(self) -> np.ndarray:
+        across, down = self.box.width / self.width, self.box.height / self.height
+        return np.array([[across, 0.0, self.box.left], [0.0, down, self.box.top]])
+
+
+class Mirror(NamedTuple):
+    """Swaps left and right of an image of this width."""
+
+    width: int
+
+    def to_old(self) -> np.ndarray:
+        return np.array([[-1.0, 0.0, self.width], [0.0, 1.0, 0.0]])
+
+
+class Warp(NamedTuple):
+    """Moves what was at (x, y) to matrix @ (x, y, 1), both between centres of pixels.
+
+    The matrix [2, 3] is that of cv2.warpAffine: (0, 0) is the first pixel's centre.
+    """
+
+    matrix: np.ndarray
+
+    def to_old(self) -> np.ndarray:
+        inverse = cv2.invertAffineTransform(self.matrix)
+        inverse[:, 2] += 0.5 - 0.5 * inverse[:, :2].sum(1)
+        return inverse
+
+
+def moved(example: Example, image: np.ndarray, move: Window | Mirror | Warp) -> Example:
+    """Returns the example with `image`, which `move` made, and the rest moved alike.
+
+    "mask", integers [H, W] or [H, W, 1], takes the value of the nearest pixel, never a
+    blend. What comes from outside the image is 0, which most sets call background or
+    unlabelled; where 0 is a class like others, count classes from 1 in an op before.
+
+    "boxes", float32 [n, 4], hold (top, left, bottom, right) in fractions of the image,
+    as TFDS stores them. They become the bounding boxes of their moved corners, clipped
+    to the image. A box that is outside becomes four zeros and keeps its row, so that
+    the labels of boxes need no change.
+
+    Raises:
+        ValueError: the mask has another size than the image, or either key is
+            something else.
+    """
+    result = example | {"image": image}
+    old = example["image"].shape[:2]
+    if "mask" in example:
+        check_mask(example["mask"], example["image"])
+        result["mask"] = _moved_mask(example["mask"], move.to_old(), image.shape[:2])
+    if "boxes" in example:
+        check_boxes(example["boxes"])
+        to_old = move.to_old()
+        result["boxes"] = _moved_boxes(example["boxes"], to_old, old, image.shape[:2])
+    return result
+
+
+def check_boxes(boxes: object) -> None:
+    """Raises ValueError unless these are floats [n, 4] in 0..1."""
+    is_array = isinstance(boxes, np.ndarray)
+    if not is_array or boxes.dtype.kind != "f" or boxes.shape[1:] != (4,):
+        got = f"{boxes.dtype} {list(boxes.shape)}" if is_array else type(boxes).__name__
+        raise ValueError(
+            f'"boxes" must be float32 [n, 4] (top, left, bottom, right), got {got}; '
+            "convert it in the source."
+        )
+    if not ((boxes >= 0) & (boxes <= 1)).all():
+        raise ValueError(
+            f'"boxes" holds values in {boxes.min():g}..{boxes.max():g}; they are '
+            "fractions of the image in 0..1: divide pixels by its height and width."
+        )
+
+
+def refuse(example: Example, name: str, what: str) -> None:
+    """Raises ValueError if an op that moves the image only would misalign a key."""
+    there = [key for key in SPATIAL if key in example]
+    if there:
+        raise ValueError(
+            f"{name} {what} and would leave {' and '.join(there)} of the example where "
+            f"it was: leave {name} out, or drop the key by Keep(keys=...)."
+        )
+
+
+def _moved_mask(
+    mask: np.ndarray, to_old: np.ndarray, size: tuple[int, int]
+) -> np.ndarray:
+    x, y = np.arange(size[1]) + 0.5, np.arange(size[0])[:, None] + 0.5
+    columns, rows = (
+        np.floor(along_x * x + along_y * y + shift).astype(np.int64)
+        for along_x, along_y, shift in to_old
+    )
+    height, width = mask.shape[:2]
+    inside = (rows >= 0) & (rows < height) & (columns >= 0) & (columns < width)
+    result = mask[rows.clip(0, height - 1), columns.clip(0, width - 1)]
+    result[~inside] = 0
+    return result
+
+
+def _moved_boxes(
+    boxes: np.ndarray,
+    to_old: np.ndarray,
+    old: tuple[int, int],
+    new: tuple[int, int],
+) -> np.ndarray:
+    top, left, bottom, right = (boxes.astype(np.float64) * (*old, *old)).T
+    # The four corners of each box [4, n].
+    x, y = np.stack([left, right, left, right]), np.stack([top, top, bottom, bottom])
+    new_x, new_y = (
+        along_x * x + along_y * y + shift
+        for along_x, along_y, shift in cv2.invertAffineTransform(to_old)
+    )
+    edges = np.stack([new_y.min(0), new_x.min(0), new_y.max(0), new_x.max(0)], axis=1)
+    edges = np.clip(edges, 0, (*new, *new))
+    edges[(edges[:, 2:] - edges[:, :2]).min(axis=1) < LEAST_PX] = 0
+    return (edges / (*new, *new)).astype(np.float32)

@@ -1,0 +1,98 @@
+"""Several views of one image: chains of ops whose images get keys of their own."""
+
+import dataclasses
+from typing import Protocol, runtime_checkable
+
+import numpy as np
+
+from big_vision_lite.data.ops.decode import Example, image_of
+from big_vision_lite.data.ops.spatial import SPATIAL
+
+
+# The Op of types.py, which ops cannot import: worker processes load no jax.
+@runtime_checkable
+class Op(Protocol):
+    """One numpy transformation of one example on the host."""
+
+    def __call__(self, example: Example, rng: np.random.Generator) -> Example: ...
+
+
+@dataclasses.dataclass(kw_only=True)
+class View:
+    """A chain of ops that is run `count` times, into the key `name`."""
+
+    name: str
+    ops: tuple[Op, ...] = ()
+    count: int = 1
+
+    def __post_init__(self):
+        if self.count < 1:
+            raise ValueError(
+                f"View {self.name!r}: count={self.count}; use 1 or more, or leave the "
+                "view out."
+            )
+        for op in self.ops:
+            if not callable(op) or isinstance(op, type):
+                raise ValueError(
+                    f"View {self.name!r} holds {op!r}, not an op; give objects such as "
+                    "FlipLeftRight(), with the parentheses."
+                )
+
+
+@dataclasses.dataclass(kw_only=True)
+class Views:
+    """Makes views of a decoded image: uint8 [count, H, W, C] under the name of each.
+
+    Two large and six small crops, for self-distillation:
+
+        Views(views=(
+            View(name="global", ops=(RandomResizedCrop(size=224),), count=2),
+            View(name="local", ops=(RandomResizedCrop(size=96),), count=6),
+        ))
+
+    The image is decoded once, by an op before. Every view starts from it anew and draws
+    on where the one before stopped. Only the image of a view is kept, with its leading
+    axis also for a count of 1. "image" is dropped and with it what belongs to its
+    pixels, "mask" and "boxes"; `keep_image` leaves the three as they came. Other keys
+    stay.
+    """
+
+    views: tuple[View, ...]
+    keep_image: bool = False
+
+    def __post_init__(self):
+        names = [view.name for view in self.views]
+        if not names or len(set(names)) < len(names):
+            raise ValueError(
+                f"Views has the names {names}: give at least one view, and each a name "
+                "of its own."
+            )
+
+    def __call__(self, example: Example, rng: np.random.Generator) -> Example:
+        image_of(example, self)
+        if taken := sorted({view.name for view in self.views} & set(example)):
+            raise ValueError(
+                f"Views would overwrite {taken} of the example; give these views other "
+                "names."
+            )
+        dropped = () if self.keep_image else ("image", *SPATIAL)
+        result = {key: value for key, value in example.items() if key not in dropped}
+        for view in self.views:
+            # One generator for all: a spawned one would depend on what ran before.
+            images = [_viewed(view, example, rng) for _ in range(view.count)]
+            if len({image.shape for image in images}) > 1:
+                sizes = sorted({"x".join(map(str, image.shape)) for image in images})
+                raise ValueError(
+                    f"View {view.name!r} made images of several sizes, "
+                    f"{', '.join(sizes)}: end its ops with one that fixes the size, "
+                    "such as RandomResizedCrop."
+                )
+            result[view.name] = np.stack(images)
+        return result
+
+
+def _viewed(view: View, example: Example, rng: np.random.Generator) -> np.ndarray:
+    seen = dict(example)
+    for op in view.ops:
+        seen = op(seen, rng)
+    return image_of(seen, view)

@@ -189,7 +189,9 @@ def make(
         examples=known,
         num_steps=num_steps,
         batch_size=config.data.batch_size,
-        seconds_an_image=unopened.seconds_an_image(config.data.ops, config.preprocess),
+        seconds_an_image=unopened.seconds_an_image(
+            config.data.ops, config.preprocess, source=config.data.source
+        ),
         assumed=assumed,
     )
 

@@ -8,10 +8,11 @@ import numpy as np
 import optax
 
 Array = jax.Array
-# One example on the host: encoded bytes or a numpy image, and its label.
+# One example on the host: an encoded or numpy "image", a "label", "mask", "boxes",
+# text, whatever the source has.
 Example = dict[str, Any]
-# One global batch: "image" [B, H, W, C], "label" [B] or [B, C], and "valid" [B] in
-# evaluation.
+# One global batch of the numeric keys that the ops leave: "image" [B, H, W, C], "label"
+# [B] or [B, C], ..., and "valid" [B] in evaluation.
 Batch = Mapping[str, Any]
 # Nested dicts of arrays; the name of a leaf joins its keys by "/".
 Params = Mapping[str, Any]
@@ -19,14 +20,14 @@ Params = Mapping[str, Any]
 
 @runtime_checkable
 class Source(Protocol):
-    """Labelled images by random access; the order is somebody else's business."""
+    """Examples by random access; the order is somebody else's business."""
 
     if TYPE_CHECKING:
         # Not at run time: up to Python 3.11 `isinstance` reads properties, which would
         # open a source just to look at its type.
         @property
         def class_names(self) -> tuple[str, ...]:
-            """Names of the classes in the order of their labels."""
+            """Names of the classes in the order of their labels; () without labels."""
             ...
 
         @property
@@ -37,7 +38,11 @@ class Source(Protocol):
     def __len__(self) -> int: ...
 
     def __getitem__(self, index: int) -> Example:
-        """Returns {"image": encoded bytes or uint8 [H, W, C], "label": int}."""
+        """Returns {"image": encoded bytes or uint8 [H, W, C], ...} with its other keys.
+
+        "label" is an int or float32 [C], "mask" an encoded or integer image, "boxes"
+        float32 [n, 4] in 0..1 (top, left, bottom, right).
+        """
         ...
 
     def name(self, index: int) -> str:

@@ -14,6 +14,7 @@ from big_vision_lite.data import sources
 from big_vision_lite.data.host_batch import HostBatch
 from big_vision_lite.data.sources import arrays
 from big_vision_lite.data.sources.tfds import prepared_set
+from big_vision_lite.data.sources.tfds.values import renamed
 from big_vision_lite.types import Op
 
 # Images of the splits of sets that recipes name most, by their TFDS catalogue.
@@ -52,14 +53,45 @@ def count(source: Any) -> int | None:
     return sum(part.stop - part.start for part in whole.ranges(source.split))
 
 
-def rows(ops: Sequence[Op], preprocess: Sequence[Op]) -> dict[str, np.ndarray]:
-    """Returns a batch of one, as `ops` make it of a made-up image and the label 0.
+def example(source: Any, image: Any) -> dict[str, Any]:
+    """Returns an example with the keys of `source`, which is not asked, and `image`.
+
+    Of a Tfds and an ImageFolder the fields say which keys those are; of any other
+    source it is an image and a label. What is not known is one box, a mask of zeros
+    and a word.
+    """
+    if isinstance(source, sources.ImageFolder) and not source.labels:
+        return {"image": image}
+    if not isinstance(source, sources.Tfds):
+        return {"image": image, "label": 0}
+    found: dict[str, Any] = {}
+    if source.image_key is not None:
+        found["image"] = image
+    if source.label_key is not None:
+        found["label"] = 0
+    for name in renamed(source.keys):
+        found[name] = "word"
+        if name == "boxes":
+            found[name] = np.array([[0, 0, 1, 1]], np.float32)
+        if name == "mask":
+            pixels = _pixels(image) if isinstance(image, bytes) else image
+            mask = np.zeros(pixels.shape[:2], np.uint8)
+            found[name] = cv2.imencode(".png", mask)[1].tobytes()
+            if not isinstance(image, bytes):
+                found[name] = mask
+    return found
+
+
+def rows(
+    ops: Sequence[Op], preprocess: Sequence[Op], source: Any = None
+) -> dict[str, np.ndarray]:
+    """Returns a batch of one, as `ops` make it of a made-up example of `source`.
 
     The image has the size that `preprocess` gives: of a set whose ops keep the size of
     the images that is the only word on it.
     """
     batch = HostBatch(step=1, rows=range(1))
-    batch.store(0, _made(ops, photo(*native_size(preprocess))))
+    batch.store(0, _made(ops, photo(*native_size(preprocess)), source))
     return batch.arrays
 
 
@@ -71,7 +103,10 @@ def native_size(preprocess: Sequence[Op]) -> tuple[int, int, int]:
 
 
 def seconds_an_image(
-    ops: Sequence[Op], preprocess: Sequence[Op], patience: float = 0.5
+    ops: Sequence[Op],
+    preprocess: Sequence[Op],
+    patience: float = 0.5,
+    source: Any = None,
 ) -> float:
     """Measures the CPU time that one thread of this machine takes for an image.
 
@@ -80,13 +115,14 @@ def seconds_an_image(
     """
     native = native_size(preprocess)
     image = photo(*PHOTO, 3)
-    of_photo = {key: np.shape(value) for key, value in _made(ops, image).items()}
-    if of_photo != {key: row.shape[1:] for key, row in rows(ops, preprocess).items()}:
+    of_photo = {k: np.shape(x) for k, x in _made(ops, image, source).items()}
+    needed = rows(ops, preprocess, source)
+    if of_photo != {key: row.shape[1:] for key, row in needed.items()}:
         image = photo(*native)
     spent: list[float] = []
     while len(spent) < 8 or (sum(spent) < patience and len(spent) < 1000):
         start = time.thread_time()
-        _made(ops, image)
+        _made(ops, image, source)
         spent.append(time.thread_time() - start)
     return float(np.median(spent))
 
@@ -102,24 +138,29 @@ def photo(height: int, width: int, channels: int) -> bytes:
     return cv2.imencode(".jpg", image)[1].tobytes()
 
 
-def _made(ops: Sequence[Op], image: bytes) -> dict[str, Any]:
-    """Runs the ops; on pixels where none of them decodes."""
+def _pixels(image: bytes) -> np.ndarray:
     pixels = cv2.imdecode(np.frombuffer(image, np.uint8), cv2.IMREAD_UNCHANGED)
     assert pixels is not None, "just encoded"
-    pixels = pixels.reshape(*pixels.shape[:2], -1)
+    return pixels.reshape(*pixels.shape[:2], -1)
+
+
+def _made(ops: Sequence[Op], image: bytes, source: Any = None) -> dict[str, Any]:
+    """Runs the ops; on pixels where none of them decodes."""
     failure: Exception | None = None
-    for form in (image, pixels):
-        example: dict[str, Any] = {"image": form, "label": 0}
+    for form in (image, _pixels(image)):
+        made = example(source, form)
         try:
             rng = np.random.default_rng(0)
             for op in ops:
-                example = op(example, rng)
+                made = op(made, rng)
         except ValueError as error:
             failure = error
             continue
-        # Views leave their own keys instead of an image.
-        if any(np.ndim(value) >= 3 for value in example.values()):
-            return example
+        # Views leave their own keys instead of an image; a set may have text alone.
+        if "image" not in example(source, form) or any(
+            np.ndim(value) >= 3 for value in made.values()
+        ):
+            return made
     raise ValueError(
         "The recipe's ops made no image of a made-up photo, neither of its JPEG nor of "
         f"its pixels{f': {failure}' if failure else ''}. Put an op that decodes first, "

@@ -91,11 +91,8 @@ def _walk(jaxpr: Any, kinds: Sequence[Kind]) -> tuple[int, list[Kind]]:
         inside = list(inner_jaxprs(equation.params))
         kind = max(read, default=Kind.FIXED)
         written = [kind] * len(equation.outvars)
-        if (
-            equation.primitive.name in _CALLS
-            and len(inside) > 0
-            and len(inside[0].invars) == len(read)
-        ):
+        called = inside and equation.primitive.name not in _LOOPS
+        if called and len(inside[0].invars) == len(read):
             flops, written = _walk(inside[0], read)
             total += _repeats(equation) * flops
         else:
@@ -107,11 +104,8 @@ def _walk(jaxpr: Any, kinds: Sequence[Kind]) -> tuple[int, list[Kind]]:
     ]
 
 
-# Equations that run one function once on their own inputs.
-_CALLS = {
-    *("jit", "pjit", "closed_call", "core_call", "remat", "remat2", "checkpoint"),
-    *("custom_jvp_call", "custom_vjp_call", "custom_vjp_call_jaxpr", "shard_map"),
-}
+# Equations that do not run one function once on their own inputs.
+_LOOPS = {"scan", "while", "cond", "pallas_call"}
 
 
 def _repeats(equation: Any) -> int:

@@ -78,7 +78,7 @@ def outline(
     """
     size = config.data.batch_size
     layout.check_batch_size(size, mesh, config.micro_batches)
-    rows = unopened.rows(config.data.ops, config.preprocess)
+    rows = unopened.rows(config.data.ops, config.preprocess, config.data.source)
     spec = pipeline.spec_of(rows, size, layout.batch_sharding(mesh))
     return program.build(
         config, mesh, spec, num_steps=num_steps or config.num_steps or UNKNOWN_STEPS

@@ -25,9 +25,10 @@ from big_vision_lite.models.blocks.heads import Classifier
 from big_vision_lite.objectives.classification import SoftmaxClassification
 from big_vision_lite.recipes import serialize
 from big_vision_lite.runs import load
+from big_vision_lite.runs.load import Pretrained
 from big_vision_lite.runtime.sharding import Mesh
 from big_vision_lite.training.optimizers import SGD
-from big_vision_lite.types import Evaluator, Example, Model, Op, Source, backbone_of
+from big_vision_lite.types import Evaluator, Example, Model, Op, Source
 
 # Images of fewer pixels than this are small: resized to 160, cropped to 128.
 SMALL_AREA_PX = 96 * 96
@@ -252,10 +253,8 @@ def crop_by_area(source: Source) -> int:
     return SMALL_CROP_PX if small else LARGE_CROP_PX
 
 
-def read_run(path: str, allow_module: str = "") -> TrainConfig:
-    """Returns the configuration of a run, checkpoints or step folder, or of weights.
-
-    Its model is what was pretrained there, the backbone.
+def read_run(path: str, allow_module: str = "") -> Pretrained:
+    """Returns what was pretrained in a run, checkpoints or step folder, or weights.
 
     Raises:
         FileNotFoundError: there is neither.
@@ -263,11 +262,10 @@ def read_run(path: str, allow_module: str = "") -> TrainConfig:
     """
     # The folder is found again, and named, when the training starts.
     place = load.locate(path, log=lambda _: None)
-    config = place.config([allow_module] if allow_module else [])
-    return dataclasses.replace(config, model=backbone_of(config.model)[1])
+    return place.pretrained([allow_module] if allow_module else [])
 
 
-def parse_size(word: str, train: Source, pretrained: TrainConfig) -> int | None:
+def parse_size(word: str, train: Source, pretrained: Pretrained) -> int | None:
     """Returns the crop in px that a word means, None for the rule's.
 
     "rule", "keep" (what the run was trained at), or a number.

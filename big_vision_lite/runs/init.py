@@ -71,10 +71,10 @@ def start_from(
 ) -> dict[str, Any]:
     """Returns the variables `named` of `config.model` with what `init` takes over."""
     part, into = _places(loaded, config.model, init)
-    model = _module(config.model, into, f"init.into={init.into}")
+    model = _module(config.model, into)
     theirs = loaded.backbone if part == loaded.part else None
     if loaded.model is not None:
-        theirs = _module(loaded.model, part, f"init.part={init.part}")
+        theirs = _module(loaded.model, part)
     ours = trees.inside(named, into)
     taken = trees.inside(loaded.variables, part)
     for names, where, whole in (
@@ -89,7 +89,8 @@ def start_from(
             )
     loaded = dataclasses.replace(loaded, variables=taken, model=theirs)
     if part or into:
-        kinds = "" if theirs is None else f" ({type(theirs).__name__})"
+        known = theirs is not None and not isinstance(theirs, Part)
+        kinds = f" ({type(theirs).__name__})" if known else ""
         log(
             f"init: {part or 'all'} of {init.path}{kinds} -> {into or 'the model'}: "
             f"{len(taken)} arrays"
@@ -113,14 +114,25 @@ def _places(loaded: Loaded, ours: Model, init: Init) -> tuple[str, str]:
     return init.part or loaded.part, init.into or backbone_of(ours)[0]
 
 
-def _module(model: Any, path: str, option: str) -> Any:
+@dataclasses.dataclass
+class Part(Model):
+    """A module inside of a model that says nothing of itself: all as by default.
+
+    It describes; it is never run.
+    """
+
+    def init(self, *args: Any, **kwargs: Any) -> Any:
+        raise NotImplementedError
+
+    def apply(self, *args: Any, **kwargs: Any) -> Any:
+        raise NotImplementedError
+
+
+def _module(model: Any, path: str) -> Any:
     for name in path.split("/") if path else ():
         model = getattr(model, name, None)
         if not isinstance(model, Model):
-            raise ValueError(
-                f"{option}: {name} is no field that holds a model, whose class "
-                "inherits big_vision_lite.types.Model."
-            )
+            return Part()
     return model
 
 

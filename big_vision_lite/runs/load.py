@@ -21,13 +21,13 @@ from big_vision_lite.data.sources.arrays import NoImages
 from big_vision_lite.objectives.classification import SoftmaxClassification
 from big_vision_lite.recipes import serialize
 from big_vision_lite.runs import folder as run_folder
-from big_vision_lite.runs import step_folder
+from big_vision_lite.runs import integrity, step_folder
 from big_vision_lite.runtime import layout, sharding
 from big_vision_lite.schedules import WarmupCosine
 from big_vision_lite.training import state as state_lib
 from big_vision_lite.training.optimizers import AdamW
 from big_vision_lite.training.state import TrainState
-from big_vision_lite.types import layers_of
+from big_vision_lite.types import Op, layers_of
 
 OPTIMIZER = "opt_state/"
 
@@ -105,7 +105,7 @@ class Loaded:
 
 
 def locate(
-    path: str | epath.Path, log: Callable[[str], None] = print
+    path: str | os.PathLike[str], log: Callable[[str], None] = print
 ) -> "SavedStep | ForeignWeights":
     """Returns what lies at `path`: a step of a run, or weights of another library.
 
@@ -116,7 +116,17 @@ def locate(
     """
     if weights.is_foreign(os.fspath(path)):
         return ForeignWeights(path=os.fspath(path))
-    return SavedStep(folder=step_folder.find(path, log), path=os.fspath(path))
+    return SavedStep(
+        folder=step_folder.find(os.fspath(path), log), path=os.fspath(path)
+    )
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Pretrained:
+    """What is fine-tuned: a backbone, and the way from a file to its input."""
+
+    model: Any
+    preprocess: tuple[Op, ...]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -137,6 +147,22 @@ class SavedStep:
     def config(self, allowed_modules: Sequence[str] = ()) -> TrainConfig:
         """Returns the recipe; ValueError where a class may not be imported."""
         return run_folder.read_config(self.folder, allowed_modules)
+
+    def pretrained(self, allowed_modules: Sequence[str] = ()) -> Pretrained:
+        """Returns the backbone; nothing else of the recipe need be importable."""
+        part = integrity.read_manifest(self.folder)["backbone"]
+        document = json.loads((self.folder / step_folder.CONFIG).read_text())
+        model = document["config"]["model"]
+        for name in part.split("/") if part else ():
+            model = model[name]
+        ops = document["config"]["preprocess"]
+        built = [
+            serialize.from_json(
+                json.dumps({**document, "config": component}), allowed_modules
+            )
+            for component in (model, *ops)
+        ]
+        return Pretrained(model=built[0], preprocess=tuple(built[1:]))
 
     def weights(
         self, log: Callable[[str], None], allowed_modules: Sequence[str] = ()
@@ -212,6 +238,12 @@ class ForeignWeights:
         del allowed_modules  # classes of this package alone
         return recipe(foreign.load(self.path))
 
+    def pretrained(self, allowed_modules: Sequence[str] = ()) -> Pretrained:
+        """Returns the model and its preprocessing."""
+        del allowed_modules  # classes of this package alone
+        found = foreign.load(self.path)
+        return Pretrained(model=found.model, preprocess=found.preprocess)
+
     def weights(
         self, log: Callable[[str], None], allowed_modules: Sequence[str] = ()
     ) -> Loaded:
@@ -266,7 +298,7 @@ class ForeignWeights:
 
 
 def load(
-    path: "str | epath.Path | SavedStep | ForeignWeights",
+    path: "str | os.PathLike[str] | SavedStep | ForeignWeights",
     *,
     allowed_modules: Sequence[str] = (),
     devices: Sequence[Any] | None = None,

@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 
 from big_vision_lite.config import TrainConfig
+from big_vision_lite.messages import some
 from big_vision_lite.models.blocks import attention
 from big_vision_lite.recipes import mistakes
 from big_vision_lite.runtime import cpu, flops
@@ -208,7 +209,16 @@ def trace_objective(
     def run(batch: Batch, rng: Array) -> Any:
         for op in device_ops:
             batch = op(batch, rng)
-        losses, metrics = objective(forward, batch, rng)
+        try:
+            losses, metrics = objective(forward, batch, rng)
+        except KeyError as error:
+            if error.args[0] in batch or not isinstance(error.args[0], str):
+                raise
+            raise ValueError(
+                f"{type(objective).__name__} asks for {error}, which neither the batch "
+                f"({some(sorted(batch))}) nor the model has. Give it by the source and "
+                "the ops of data, or use another objective."
+            ) from error
         check_returned(objective, losses, metrics, batch)
         return losses, metrics
 

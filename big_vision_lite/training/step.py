@@ -168,12 +168,14 @@ def make_eval_step(
         params = state.params if state.ema is None else state.ema
         rng = jax.random.fold_in(jax.random.key(seed), EVALUATION)
         rng = jax.random.fold_in(rng, jnp.asarray(ordinal, jnp.int32))
+        merged = trees.part(state_lib.merge(params, state.frozen), part)
         forward = BoundModel(
             model,
-            trees.part(state_lib.merge(params, state.frozen), part),
+            merged,
             {name: trees.part(x, part) for name, x in state.collections.items()},
             rng=jax.random.fold_in(rng, 0),
             progress=progress_of(state.step, num_steps),
+            ema=None if state.ema is None else merged,
         )
         return function(forward, batch, jax.random.fold_in(rng, 1))
 

@@ -28,7 +28,7 @@ from big_vision_lite.messages import did_you_mean
 from big_vision_lite.recipes import command_line, serialize
 from big_vision_lite.runs import load
 from big_vision_lite.runs.evaluations import make_context
-from big_vision_lite.runs.load import SavedRun
+from big_vision_lite.runs.saved_run import SavedRun
 from big_vision_lite.runtime import files, startup
 from big_vision_lite.runtime.startup import Platform
 from big_vision_lite.types import Evaluator

@@ -32,7 +32,7 @@ from big_vision_lite.data.sources.files import Guarded, ImageFiles
 from big_vision_lite.data.sources.listing import SUFFIXES
 from big_vision_lite.recipes import command_line
 from big_vision_lite.runs import load
-from big_vision_lite.runs.load import SavedRun
+from big_vision_lite.runs.saved_run import SavedRun
 from big_vision_lite.runtime import files, startup
 from big_vision_lite.runtime.startup import Platform
 from big_vision_lite.training import step as step_lib

@@ -17,8 +17,8 @@ from etils import epath
 from big_vision_lite.config import TrainConfig
 from big_vision_lite.recipes import command_line, serialize
 from big_vision_lite.runs import dry_run, integrity, step_folder
-from big_vision_lite.runs import folder as run_folder
 from big_vision_lite.runs.evaluations import Evaluations
+from big_vision_lite.runs.folder import read_config
 from big_vision_lite.runs.init import initial_state
 from big_vision_lite.runs.session import Run
 from big_vision_lite.runtime import files, layout, processes, startup
@@ -147,7 +147,7 @@ def recorded_config(workdir: str, allowed_modules: Sequence[str]) -> TrainConfig
         )
     if not (folder / step_folder.CONFIG).exists():
         return None
-    return run_folder.read_config(folder, allowed_modules)
+    return read_config(folder, allowed_modules)
 
 
 def define_flags(values: flags.FlagValues) -> None:

@@ -23,7 +23,7 @@ from big_vision_lite.models.blocks.heads import Classifier
 from big_vision_lite.models.blocks.patches import Positions
 from big_vision_lite.models.blocks.pooling import Pooling
 from big_vision_lite.recipes import command_line
-from big_vision_lite.runs import load as saved_run
+from big_vision_lite.runs import saved_run
 from big_vision_lite.runs.records import read_history
 from big_vision_lite.runtime import startup
 

@@ -10,23 +10,26 @@ import jax.numpy as jnp
 import pytest
 
 from big_vision_lite.console.progress import Progress
+from big_vision_lite.runs.session import StepsInFlight
 
 ROOT = pathlib.Path(__file__).parents[1]
+
 # A step that takes seconds is in flight when the body of the loop raises.
 BODY = """
 import sys
 import jax, jax.numpy as jnp
 from big_vision_lite.recipes import command_line
 from big_vision_lite.console.progress import Progress
+from big_vision_lite.runs.session import StepsInFlight
 
 @jax.jit
 def slow(x):
     return jax.lax.fori_loop(0, 4000, lambda _, y: jnp.tanh(y @ x), x)
 
 def main(argv):
-    with Progress(10, 8, quiet=True) as progress:
+    with Progress(10, 8, quiet=True) as progress, StepsInFlight() as flight:
         for step, batch in progress.watch(iter([{}] * 10), until=10):
-            progress.pace(slow(jnp.ones((256, 256))))
+            flight.add(slow(jnp.ones((256, 256))))
             raise ERROR
 
 sys.exit(command_line.run(main, ["train"]))
@@ -52,9 +55,9 @@ def test_no_thread_outlives_the_run_that_failed():
     before = set(threading.enumerate())
     caught = None
     try:
-        with Progress(10, 8, quiet=True) as progress:
+        with Progress(10, 8, quiet=True) as progress, StepsInFlight() as flight:
             for _ in progress.watch(iter([{}] * 10), until=10):
-                progress.pace(jax.jit(jnp.tanh)(jnp.ones(8)))
+                flight.add(jax.jit(jnp.tanh)(jnp.ones(8)))
                 raise ZeroDivisionError
     except ZeroDivisionError as error:
         caught = error  # holds the frame, and with it the suspended generator

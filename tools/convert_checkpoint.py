@@ -32,10 +32,9 @@ from big_vision_lite.conversion import export, foreign
 from big_vision_lite.conversion.formats import Library
 from big_vision_lite.conversion.preprocessing import Preprocessing
 from big_vision_lite.recipes import command_line, serialize
-from big_vision_lite.runs import hyperrule
-from big_vision_lite.runs import load as saved_run
+from big_vision_lite.runs import hyperrule, load
 from big_vision_lite.runs.checkpoint import Checkpointer
-from big_vision_lite.runs.load import SavedRun
+from big_vision_lite.runs.saved_run import SavedRun
 from big_vision_lite.runtime import files, startup
 from big_vision_lite.training import state as state_lib
 from big_vision_lite.types import backbone_of
@@ -194,7 +193,7 @@ def main(argv: Sequence[str]) -> None:
     """Runs the command line."""
     options = parse(argv)
     out = pathlib.Path(options.out).expanduser().resolve()
-    run = saved_run.load(
+    run = load.load(
         options.source, allowed_modules=options.allow_module, devices=jax.devices()[:1]
     )
     if options.to == ORBAX:

@@ -190,12 +190,12 @@ def of_path(
 
     from big_vision_lite.conversion import files as weights
     from big_vision_lite.conversion import foreign
-    from big_vision_lite.runs import folder as run_folder
+    from big_vision_lite.runs.folder import read_config
 
     if weights.is_foreign(path):
         found = foreign.load(path)
         return found.model, (*found.image_size, found.channels)
-    config = run_folder.read_config(epath.Path(path), allowed_modules)
+    config = read_config(epath.Path(path), allowed_modules)
     shapes = set()
     for size in (300, 400):
         example = {"image": np.zeros((size, size + 50, 3), np.uint8), "label": 0}

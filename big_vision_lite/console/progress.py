@@ -2,10 +2,8 @@
 
 import contextlib
 import contextvars
-import queue
-import threading
 import time
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -16,10 +14,6 @@ from rich.text import Text
 from big_vision_lite.console import tables
 from big_vision_lite.runtime import cpu
 from big_vision_lite.runtime.targets import peak_flops
-
-STEPS_IN_FLIGHT = 2
-# How long closing waits for the steps in flight; the thread's end is awaited at exit.
-CLOSE_SECONDS = 30
 
 
 class Clock:
@@ -39,56 +33,6 @@ class Clock:
 
     def wait(self) -> float:
         return min(1.0, self.waited / self.active_seconds())
-
-
-class DeviceClock:
-    """Notes, in a thread of its own, when the device had finished each step.
-
-    Close it on every way out: the thread waits inside of JAX, and the interpreter
-    aborts if it ends around a thread that does. So it is no daemon, either.
-    """
-
-    def __init__(self) -> None:
-        self._slots = threading.Semaphore(STEPS_IN_FLIGHT)
-        self._outputs: queue.SimpleQueue[Any] = queue.SimpleQueue()
-        self._thread: threading.Thread | None = None
-        self._dispatched = 0
-        self._finished = 0
-        self._finished_at = 0.0
-
-    def dispatched(self, outputs: Any) -> None:
-        if self._thread is None:
-            self._thread = threading.Thread(
-                target=self._wait, name="device-clock", daemon=False
-            )
-            self._thread.start()
-        self._dispatched += 1
-        self._outputs.put(outputs)
-        self._slots.acquire()
-
-    def idle_since(self, otherwise: float) -> float:
-        """Returns since when the device has had no work; now, if it has some."""
-        if self._thread is None:
-            return otherwise
-        if self._finished < self._dispatched:
-            return time.perf_counter()
-        return self._finished_at
-
-    def close(self) -> None:
-        """Ends the thread as soon as the steps in flight are computed."""
-        thread, self._thread = self._thread, None
-        if thread is not None:
-            self._outputs.put(None)
-            thread.join(CLOSE_SECONDS)
-
-    def _wait(self) -> None:
-        while (outputs := self._outputs.get()) is not None:
-            # An error of the device is raised where the loop reads the value.
-            with contextlib.suppress(Exception):
-                jax.block_until_ready(outputs)
-            self._finished_at = time.perf_counter()
-            self._finished += 1
-            self._slots.release()
 
 
 REDRAW_SECONDS = 0.5
@@ -128,7 +72,6 @@ class Progress:
         self._shown: Mapping[str, float | int] = {}
         self._inner: str | None = None
         self._drawn = 0.0
-        self._device = DeviceClock()
         self._clock: Clock | None = None  # from the second step on
         self._since_log: Clock | None = None
         self._since_advice: Clock | None = None
@@ -145,8 +88,6 @@ class Progress:
 
     def __exit__(self, *_: Any) -> None:
         _outer.reset(self._token)
-        # An error in the loop's body leaves `watch` suspended in the traceback.
-        self._device.close()
         if self._live is not None:
             self._live.stop()
             self._live = None
@@ -162,38 +103,35 @@ class Progress:
         self._flops_per_step = flops_per_step
         self._draw()
 
-    def watch(self, batches: Iterable[Any], until: int) -> Iterator[tuple[int, Any]]:
-        """Yields (step, batch) up to step `until`, timing how long each batch took."""
-        source = iter(batches)
-        try:
-            while self._step < until:
-                asked = time.perf_counter()
-                try:
-                    batch = next(source)
-                except StopIteration:
-                    return
-                came = time.perf_counter()
-                idle = came - max(asked, self._device.idle_since(asked))
-                for clock in self._clocks():
-                    clock.waited += max(0.0, idle)
-                    clock.steps += 1
-                self._step += 1
-                if came - self._drawn > REDRAW_SECONDS:
-                    self._draw()
-                yield self._step, batch
-                if self._clock is None:  # the first step holds the compilation
-                    self._clock, self._since_log = Clock(), Clock()
-                    self._since_advice = Clock()
-        finally:
-            self._device.close()
+    def watch(
+        self,
+        batches: Iterable[Any],
+        until: int,
+        idle_since: Callable[[float], float] = lambda asked: asked,
+    ) -> Iterator[tuple[int, Any]]:
+        """Yields (step, batch) up to step `until`, timing how long each batch took.
 
-    def pace(self, outputs: Any) -> None:
-        """Holds the host back until all but the last steps' `outputs` are computed.
-
-        Otherwise it runs ahead: batches pile up on the device, and waiting for data
-        while the device still computes looks like waiting in vain.
+        Waiting counts from `idle_since(asked)` on, when the device had nothing to do.
         """
-        self._device.dispatched(outputs)
+        source = iter(batches)
+        while self._step < until:
+            asked = time.perf_counter()
+            try:
+                batch = next(source)
+            except StopIteration:
+                return
+            came = time.perf_counter()
+            idle = came - max(asked, idle_since(asked))
+            for clock in self._clocks():
+                clock.waited += max(0.0, idle)
+                clock.steps += 1
+            self._step += 1
+            if came - self._drawn > REDRAW_SECONDS:
+                self._draw()
+            yield self._step, batch
+            if self._clock is None:  # the first step holds the compilation
+                self._clock, self._since_log = Clock(), Clock()
+                self._since_advice = Clock()
 
     @contextlib.contextmanager
     def paused(self) -> Iterator[None]:

@@ -207,7 +207,7 @@ def read_config_document(folder: epath.Path) -> dict[str, Any]:
         )
     try:
         document = json.loads(path.read_text())
-        document["version"], document["config"]
+        _ = document["version"], document["config"]
     except (ValueError, KeyError, TypeError) as error:
         raise integrity.DamagedCheckpoint(f"{path} is damaged: {error}.") from error
     return document

@@ -20,70 +20,16 @@ from big_vision_lite.data.pipeline import Stream
 from big_vision_lite.data.sources.arrays import NoImages
 from big_vision_lite.objectives.classification import SoftmaxClassification
 from big_vision_lite.recipes import serialize
-from big_vision_lite.runs import folder as run_folder
 from big_vision_lite.runs import integrity, step_folder
+from big_vision_lite.runs.folder import read_config
+from big_vision_lite.runs.saved_run import SavedRun, fitting, state_of
 from big_vision_lite.runtime import layout, sharding
 from big_vision_lite.schedules import WarmupCosine
 from big_vision_lite.training import state as state_lib
 from big_vision_lite.training.optimizers import AdamW
-from big_vision_lite.training.state import TrainState
-from big_vision_lite.types import Op, layers_of
+from big_vision_lite.types import Op
 
 OPTIMIZER = "opt_state/"
-
-
-@dataclasses.dataclass(kw_only=True)
-class SavedRun:
-    """One step of a run, loaded: everything of the state but the optimiser's.
-
-    `folder` is the step folder, or where weights of another library lie, `class_names`
-    are those of the training source, `mesh` spans this machine's devices; call what was
-    built with it under `jax.set_mesh(mesh)`.
-    """
-
-    folder: epath.Path
-    config: TrainConfig
-    manifest: Mapping[str, Any]
-    mesh: jax.sharding.Mesh
-    state: TrainState
-
-    @property
-    def step(self) -> int:
-        """The number of updates behind the state."""
-        return int(self.manifest["step"])
-
-    @property
-    def class_names(self) -> tuple[str, ...]:
-        return tuple(self.manifest["class_names"])
-
-    def place_for_results(self) -> epath.Path:
-        """Returns the run's folder, or what holds copied step folders or weights.
-
-        For weights that were downloaded it is the current folder.
-        """
-        if os.fspath(self.folder).startswith(weights.HUB):
-            return epath.Path(".")
-        above = self.folder.parent
-        if above.name == step_folder.FOLDER:
-            return above.parent
-        return above
-
-    def untrained(self) -> TrainState:
-        """Returns the run's state before step 1, the same bit for bit."""
-        spec = {
-            name: jax.ShapeDtypeStruct((1, *leaf["shape"]), leaf["dtype"])
-            for name, leaf in self.manifest["input"].items()
-        }
-        config = self.config
-        initialize = state_lib.make_initializer(
-            config.model,
-            spec,
-            config.optimizer.build(self.manifest["num_steps"], layers_of(config.model)),
-            freeze=config.freeze,
-            ema=config.ema is not None,
-        )
-        abstract = state_lib.blueprint(initialize, config.sharding, self.mesh)
-        return state_lib.create(initialize, abstract, config.seed)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -146,7 +92,7 @@ class SavedStep:
 
     def config(self, allowed_modules: Sequence[str] = ()) -> TrainConfig:
         """Returns the recipe; ValueError where a class may not be imported."""
-        return run_folder.read_config(self.folder, allowed_modules)
+        return read_config(self.folder, allowed_modules)
 
     def pretrained(self, allowed_modules: Sequence[str] = ()) -> Pretrained:
         """Returns the backbone; nothing else of the recipe need be importable."""
@@ -219,7 +165,7 @@ class SavedStep:
             config=config,
             manifest=manifest,
             mesh=mesh,
-            state=_state(tree),
+            state=state_of(tree),
         )
 
 
@@ -293,7 +239,7 @@ class ForeignWeights:
                 },
             },
             mesh=mesh,
-            state=_state(tree),
+            state=state_of(tree),
         )
 
 
@@ -334,32 +280,6 @@ def open_weights(
         ValueError: the weights are damaged or in no known format.
     """
     return locate(path, log).weights(log, allowed_modules)
-
-
-def _state(tree: Mapping[str, Any]) -> TrainState:
-    # flax.struct makes the constructor, which type checkers do not see.
-    make: Any = TrainState
-    return make(
-        step=tree["step"],
-        params=tree["params"],
-        frozen=tree.get("frozen", {}),
-        collections=tree.get("collections", {}),
-        opt_state=(),
-        ema=tree.get("ema"),
-    )
-
-
-def fitting(
-    mesh: sharding.Mesh, num_devices: int, log: Callable[[str], None]
-) -> sharding.Mesh:
-    """Returns `mesh` if it fits; else one with all on "data", and says so."""
-    if mesh.shape(num_devices) is not None:
-        return mesh
-    log(
-        f"The run's mesh (data={mesh.data}, fsdp={mesh.fsdp}, tensor={mesh.tensor}) "
-        f"does not fit {num_devices} devices: data={num_devices}, fsdp=1 instead."
-    )
-    return sharding.Mesh()
 
 
 def recipe(found: Foreign) -> TrainConfig:

@@ -1,8 +1,11 @@
 """`Run`: what a training opens, writes and watches, from its first step to its last."""
 
 import contextlib
+import queue
 import shlex
 import sys
+import threading
+import time
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -22,6 +25,70 @@ from big_vision_lite.training import state as state_lib
 from big_vision_lite.training.program import Program
 from big_vision_lite.training.state import TrainState
 from big_vision_lite.types import backbone_of
+
+STEPS_IN_FLIGHT = 2
+# How long closing waits for the steps in flight; the thread's end is awaited at exit.
+CLOSE_SECONDS = 30
+
+
+class StepsInFlight:
+    """Holds the host back until all but the last steps are computed.
+
+    Otherwise it runs ahead: batches pile up on the device, and waiting for data while
+    the device still computes looks like waiting in vain. A thread notes when each step
+    was finished. Use as a context, or close it on every way out: the thread waits
+    inside of JAX, and the interpreter aborts if it ends around a thread that does. So
+    it is no daemon, either.
+    """
+
+    def __init__(self) -> None:
+        self._slots = threading.Semaphore(STEPS_IN_FLIGHT)
+        self._outputs: queue.SimpleQueue[Any] = queue.SimpleQueue()
+        self._thread: threading.Thread | None = None
+        self._dispatched = 0
+        self._finished = 0
+        self._finished_at = 0.0
+
+    def add(self, outputs: Any) -> None:
+        """Waits until at most one other step than that of `outputs` is in flight."""
+        if self._thread is None:
+            self._thread = threading.Thread(
+                target=self._wait, name="steps-in-flight", daemon=False
+            )
+            self._thread.start()
+        self._dispatched += 1
+        self._outputs.put(outputs)
+        self._slots.acquire()
+
+    def idle_since(self, otherwise: float) -> float:
+        """Returns since when the device has had no work; now, if it has some."""
+        if self._thread is None:
+            return otherwise
+        if self._finished < self._dispatched:
+            return time.perf_counter()
+        return self._finished_at
+
+    def __enter__(self) -> "StepsInFlight":
+        return self
+
+    def __exit__(self, *_: Any) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Ends the thread as soon as the steps in flight are computed."""
+        thread, self._thread = self._thread, None
+        if thread is not None:
+            self._outputs.put(None)
+            thread.join(CLOSE_SECONDS)
+
+    def _wait(self) -> None:
+        while (outputs := self._outputs.get()) is not None:
+            # An error of the device is raised where the loop reads the value.
+            with contextlib.suppress(Exception):
+                jax.block_until_ready(outputs)
+            self._finished_at = time.perf_counter()
+            self._finished += 1
+            self._slots.release()
 
 
 class Run:
@@ -72,6 +139,9 @@ class Run:
         self.progress: Progress = enter(
             Progress(self.num_steps, size, quiet=self._quiet)
         )
+        # Closed on every way out: an error in the loop's body leaves `steps` suspended
+        # in the traceback.
+        self._in_flight: StepsInFlight = enter(StepsInFlight())
         self._folder: RunFolder = enter(
             RunFolder(workdir, config, log=self.progress.message)
         )
@@ -137,14 +207,15 @@ class Run:
         self._folder.begin()
         self.progress.begin(self.done, self._flops_per_step)
         batches = self._batches.starting_at(self.done + 1)
-        for step, batch in self.progress.watch(batches, self.num_steps):
+        idle_since = self._in_flight.idle_since
+        for step, batch in self.progress.watch(batches, self.num_steps, idle_since):
             self._profiler.before(step)
             yield step, batch
 
     def note(self, step: int, metrics: Mapping[str, Any]) -> None:
         """Keeps the metrics of a step on the device; asks all hosts whether to stop."""
         self._profiler.after(step, metrics)
-        self.progress.pace(metrics)
+        self._in_flight.add(metrics)
         self._monitor.add(step, metrics)
         self._leaving = self._stop.agreed(step)
 

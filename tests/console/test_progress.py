@@ -16,6 +16,7 @@ from big_vision_lite.console.tables import (
     format_scores,
     input_bound_message,
 )
+from big_vision_lite.runs.session import StepsInFlight
 from big_vision_lite.runtime.targets import peak_flops
 
 RECORD = {
@@ -153,22 +154,22 @@ def test_waiting_while_the_device_computes_is_not_waiting_for_data():
             time.sleep(seconds)
             yield {}
 
-    def wait(data_seconds, pace):
+    def wait(data_seconds):
         progress = plain()
-        for _, _ in progress.watch(batches(data_seconds), until=12):
-            outputs = slow(x)
-            if pace:
-                progress.pace(outputs)
+        with StepsInFlight() as flight:
+            source = batches(data_seconds)
+            for _ in progress.watch(source, 12, flight.idle_since):
+                flight.add(slow(x))
         return progress.rates(12)["data_wait"]
 
     # Half a step for a batch: the device is never idle, though the host waits.
-    assert wait(step_seconds / 2, pace=True) < 0.2
+    assert wait(step_seconds / 2) < 0.2
     # Six steps' time for a batch: about five sixths of the time the device is idle.
-    assert 0.5 < wait(6 * step_seconds, pace=True) < 0.95
+    assert 0.5 < wait(6 * step_seconds) < 0.95
 
 
 def test_at_most_two_steps_are_in_flight():
-    clock = progress_lib.DeviceClock()
+    clock = StepsInFlight()
 
     class Outputs:
         def __init__(self):
@@ -180,12 +181,12 @@ def test_at_most_two_steps_are_in_flight():
 
     steps = [Outputs() for _ in range(3)]
     steps[0].done = True
-    clock.dispatched(steps[0])
-    clock.dispatched(steps[1])  # returns: nothing but steps 1 and 2 may be running
+    clock.add(steps[0])
+    clock.add(steps[1])  # returns: nothing but steps 1 and 2 may be running
     assert clock.idle_since(0.0) == pytest.approx(time.perf_counter(), abs=0.5)
     for outputs in steps:
         outputs.done = True
-    clock.dispatched(steps[2])
+    clock.add(steps[2])
     clock.close()
 
 
@@ -197,10 +198,11 @@ def test_a_step_costs_python_less_than_100_microseconds():
     seconds = []
     for _ in range(5):  # CPU time, the best of five: the machine is shared
         start = time.process_time()
-        for step, _ in progress.watch(source, until=progress._step + 1000):
-            progress.pace(outputs)
-            if step % 50 == 0:
-                progress.show(step, RECORD | progress.rates(step))
+        with StepsInFlight() as flight:
+            for step, _ in progress.watch(source, progress._step + 1000):
+                flight.add(outputs)
+                if step % 50 == 0:
+                    progress.show(step, RECORD | progress.rates(step))
         seconds.append((time.process_time() - start) / 1000)
     assert min(seconds) < 100e-6
 

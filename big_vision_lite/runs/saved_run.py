@@ -1,0 +1,98 @@
+"""One step of a run, loaded to be used and not trained on."""
+
+import dataclasses
+import os
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import jax
+from etils import epath
+
+from big_vision_lite.config import TrainConfig
+from big_vision_lite.conversion import files as weights
+from big_vision_lite.runs import step_folder
+from big_vision_lite.runtime import sharding
+from big_vision_lite.training import state as state_lib
+from big_vision_lite.training.state import TrainState
+from big_vision_lite.types import layers_of
+
+
+@dataclasses.dataclass(kw_only=True)
+class SavedRun:
+    """One step of a run, loaded: everything of the state but the optimiser's.
+
+    `folder` is the step folder, or where weights of another library lie, `class_names`
+    are those of the training source, `mesh` spans this machine's devices; call what was
+    built with it under `jax.set_mesh(mesh)`.
+    """
+
+    folder: epath.Path
+    config: TrainConfig
+    manifest: Mapping[str, Any]
+    mesh: jax.sharding.Mesh
+    state: TrainState
+
+    @property
+    def step(self) -> int:
+        """The number of updates behind the state."""
+        return int(self.manifest["step"])
+
+    @property
+    def class_names(self) -> tuple[str, ...]:
+        return tuple(self.manifest["class_names"])
+
+    def place_for_results(self) -> epath.Path:
+        """Returns the run's folder, or what holds copied step folders or weights.
+
+        For weights that were downloaded it is the current folder.
+        """
+        if os.fspath(self.folder).startswith(weights.HUB):
+            return epath.Path(".")
+        above = self.folder.parent
+        if above.name == step_folder.FOLDER:
+            return above.parent
+        return above
+
+    def untrained(self) -> TrainState:
+        """Returns the run's state before step 1, the same bit for bit."""
+        spec = {
+            name: jax.ShapeDtypeStruct((1, *leaf["shape"]), leaf["dtype"])
+            for name, leaf in self.manifest["input"].items()
+        }
+        config = self.config
+        initialize = state_lib.make_initializer(
+            config.model,
+            spec,
+            config.optimizer.build(self.manifest["num_steps"], layers_of(config.model)),
+            freeze=config.freeze,
+            ema=config.ema is not None,
+        )
+        abstract = state_lib.blueprint(initialize, config.sharding, self.mesh)
+        return state_lib.create(initialize, abstract, config.seed)
+
+
+def state_of(tree: Mapping[str, Any]) -> TrainState:
+    """Returns the state of a step's tree, without the optimiser's."""
+    # flax.struct makes the constructor, which type checkers do not see.
+    make: Any = TrainState
+    return make(
+        step=tree["step"],
+        params=tree["params"],
+        frozen=tree.get("frozen", {}),
+        collections=tree.get("collections", {}),
+        opt_state=(),
+        ema=tree.get("ema"),
+    )
+
+
+def fitting(
+    mesh: sharding.Mesh, num_devices: int, log: Callable[[str], None]
+) -> sharding.Mesh:
+    """Returns `mesh` if it fits; else one with all on "data", and says so."""
+    if mesh.shape(num_devices) is not None:
+        return mesh
+    log(
+        f"The run's mesh (data={mesh.data}, fsdp={mesh.fsdp}, tensor={mesh.tensor}) "
+        f"does not fit {num_devices} devices: data={num_devices}, fsdp=1 instead."
+    )
+    return sharding.Mesh()

@@ -199,7 +199,10 @@ def _parts(
     transformation = OPTIMIZERS[optimizer]()
     step = dict(options)
     if "ema" in step:
-        step["ema"] = Average(start=step["ema"])
+        start, end = (
+            step["ema"] if isinstance(step["ema"], tuple) else (step["ema"], None)
+        )
+        step["ema"] = Average(start=start, end=end)
     if objective is not None and not isinstance(objective, Objective):
         objective = Called(objective)
     with jax.set_mesh(mesh):

@@ -183,7 +183,7 @@ NOT_CONFIG = {
 PARTS = {
     *("StandardisedConv", "Conv", "BatchNorm", "Unit", "Stage", "Bottleneck"),
     *("EncoderBlock", "Encoder", "MixerBlock", "_Multiplier"),
-    *("Dense", "LayerNorm", "GroupNorm"),
+    *("Dense", "LayerNorm", "GroupNorm", "SavedRun", "Part"),
 }
 
 

@@ -675,3 +675,91 @@ def test_a_mesh_of_one_device_compiles_the_same_step_with_split_and_whole_rules(
             )
             texts.add(step.lower(abstract, run.put(rows())).as_text())
     assert len(texts) == 1
+
+
+def test_the_progress_of_a_run_goes_from_zero_to_one():
+    def objective(forward, batch, rng):
+        losses, _ = SoftmaxClassification()(forward, batch, rng)
+        return losses, {"progress": forward.progress}
+
+    for parts in (1, 2):
+        run = start(objective=objective, num_steps=4, micro_batches=parts)
+        found = run.advance(*(rows(seed=n) for n in range(3)))
+        assert [float(metrics["progress"]) for metrics in found] == [0, 0.25, 0.5]
+    run = start(objective=objective)
+    with pytest.raises(ValueError, match="forward.progress is not known here: give"):
+        run.advance(rows())
+
+
+def test_an_average_follows_its_parameters_ever_more_slowly():
+    run = start(num_steps=4, ema=(0.5, 1.0))
+    average = jax.device_get(run.state.ema)
+    for step in range(3):
+        run.advance(rows(seed=step))
+        # Half a cosine from 0.5 to 1, by hand.
+        decay = 1 - 0.5 * (1 + np.cos(np.pi * step / 4)) / 2
+        average = jax.tree.map(
+            lambda old, new, d=decay: d * old + (1 - d) * new,
+            average,
+            jax.device_get(run.state.params),
+        )
+        for expected, found in zip(
+            jax.tree.leaves(average), jax.tree.leaves(run.state.ema), strict=True
+        ):
+            np.testing.assert_allclose(found, expected, rtol=1e-5, atol=1e-7)
+
+
+def test_the_averaged_model_has_no_dropout_and_changes_no_statistics():
+    def objective(forward, batch, rng):
+        before = forward.collections
+        one, two = (
+            forward(image=batch["image"], params="ema")["logits"] for _ in range(2)
+        )
+        assert forward.collections is not None
+        same = [
+            a is b
+            for a, b in zip(
+                jax.tree.leaves(before),
+                jax.tree.leaves(forward.collections),
+                strict=True,
+            )
+        ]
+        assert same and all(same)
+        online = forward(image=batch["image"])["logits"]
+        differ = jnp.abs(one - two).max(axis=-1)
+        return jnp.square(online).sum(axis=-1), {"differ": differ}
+
+    run = start(Net(batch_norm=True, dropout=0.5), objective=objective, ema=0.9)
+    (metrics,) = run.advance(rows())
+    assert metrics["differ"] == 0
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda x: x.mean(), r"losses of shape \(\) for a batch of 32 examples"),
+        (lambda x: x[:, None], r"losses of shape \(32, 1\).*losses.reshape\(32, -1"),
+        (lambda x: (x, jnp.ones(3)), r'metric "own" of shape \(3,\) for a batch'),
+    ],
+)
+def test_what_is_not_one_loss_an_example_is_refused(change, message):
+    def objective(forward, batch, rng):
+        losses, _ = SoftmaxClassification()(forward, batch, rng)
+        changed = change(losses)
+        if isinstance(changed, tuple):
+            return changed[0], {"own": changed[1]}
+        return changed, {}
+
+    with pytest.raises(ValueError, match=message):
+        start(objective=objective).advance(rows())
+
+
+def test_a_number_of_the_batch_is_a_metric_as_it_is():
+    def objective(forward, batch, rng):
+        losses, _ = SoftmaxClassification()(forward, batch, rng)
+        return losses, {"number": jnp.float32(3), "rows": jnp.ones_like(losses)}
+
+    for parts in (1, 2):
+        run = start(objective=objective, micro_batches=parts)
+        (metrics,) = run.advance(rows())
+        assert metrics["number"] == 3 and metrics["rows"] == 1

@@ -5,6 +5,8 @@ import pathlib
 import jax
 import numpy as np
 import pytest
+from outside.masked_autoencoder import MaskedAutoencoder, Reconstruction
+from outside.self_distillation import SelfDistillation, Student
 from tiny_runs import rows, tiny_vit
 
 from big_vision_lite import train
@@ -14,10 +16,11 @@ from big_vision_lite.data.ops.device import Mixup
 from big_vision_lite.data.pipeline import Stream
 from big_vision_lite.data.sources import Digits
 from big_vision_lite.models.blocks.heads import Classifier
+from big_vision_lite.models.vit import ViT
 from big_vision_lite.objectives.classification import SigmoidClassification
 from big_vision_lite.recipes import command_line
 from big_vision_lite.runtime import sharding
-from big_vision_lite.schedules import Constant
+from big_vision_lite.schedules import Average, Constant
 from big_vision_lite.training import program
 from big_vision_lite.training.optimizers import AdamW
 from big_vision_lite.types import Objective
@@ -85,3 +88,69 @@ def test_the_command_line_says_it_before_any_step(tmp_path, capsys):
     assert "data.source has 10 classes" in shown.err and HEAD in shown.err
     assert "loss" not in shown.out
     assert not list((tmp_path / "checkpoints").iterdir())
+
+
+SIZE = 8
+ENCODER = dict(width=16, depth=2, mlp_dim=32, num_heads=2, patch_size=2)
+
+
+def accounted(model, objective, *, freeze=(), ema=None, views=False) -> int:
+    """The FLOPs of a step on 32 images of 8 px."""
+    config = TrainConfig(
+        num_steps=1,
+        model=model,
+        objective=objective,
+        data=Stream(source=Digits(), batch_size=32),
+        preprocess=(Decode(channels=1),),
+        optimizer=AdamW(schedule=Constant(peak=0.1)),
+        freeze=freeze,
+        ema=ema,
+    )
+    mesh = sharding.make_mesh(config.mesh, jax.devices()[:1])
+    batch = rows() | ({"views": rows()["image"][:, None]} if views else {})
+    if views:
+        batch["views"] = np.repeat(batch["views"], 2, axis=1)
+    with jax.set_mesh(mesh):
+        spec = jax.eval_shape(lambda: batch)
+        return program.build(config, mesh, spec).flops_per_step
+
+
+def products(tokens: int) -> int:
+    """FLOPs of two blocks on one image: projections, attention, MLP."""
+    width, hidden = ENCODER["width"], ENCODER["mlp_dim"]
+    dense = 4 * width * width + 2 * width * hidden
+    return 2 * 2 * (tokens * dense + 2 * tokens * tokens * width)
+
+
+PATCHES = (SIZE // 2) ** 2
+EMBEDDING = 2 * PATCHES * 4 * ENCODER["width"]
+HEAD_FLOPS = 2 * ENCODER["width"] * 10
+
+
+def test_a_masked_model_costs_what_it_sees():
+    masked = MaskedAutoencoder(encoder=ViT(**ENCODER), decoder_width=16)
+    tokens = PATCHES // 4
+    decoder = products(PATCHES) // 2 + 2 * (
+        tokens * 16 * 16 + PATCHES * 16 * 4  # narrow, pixels
+    )
+    expected = 3 * 32 * (EMBEDDING + products(tokens) + decoder)
+    assert accounted(masked, Reconstruction(patch_size=2)) == expected
+
+
+def test_frozen_parameters_cost_forward_alone():
+    model = ViT(**ENCODER, head=Classifier(num_classes=10))
+    body = EMBEDDING + products(PATCHES)
+    whole = accounted(model, SigmoidClassification())
+    assert whole == 3 * 32 * (body + HEAD_FLOPS)
+    probe = accounted(model, SigmoidClassification(), freeze=("(?!head/).*",))
+    # Of the head nothing below it is trained: the convention counts 3 all the same.
+    assert probe == 32 * (body + 3 * HEAD_FLOPS)
+    # A frozen head still hands the gradient down: one product more.
+    below = accounted(model, SigmoidClassification(), freeze=("head/.*",))
+    assert below == 32 * (3 * body + 2 * HEAD_FLOPS)
+
+
+def test_an_averaged_teacher_costs_forward_alone():
+    student = Student(encoder=ViT(**ENCODER), prototypes=10)
+    found = accounted(student, SelfDistillation(), ema=Average(start=0.9), views=True)
+    assert found == (3 + 1) * 32 * (EMBEDDING + products(PATCHES) + HEAD_FLOPS)

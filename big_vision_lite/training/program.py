@@ -8,6 +8,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from big_vision_lite.config import TrainConfig
 from big_vision_lite.messages import some
@@ -146,7 +147,8 @@ class CountingForward:
     def __init__(self, model: Model, abstract: TrainState):
         self.flops = 0
         self.outputs: dict[str, Any] = {}
-        self.progress = jnp.zeros((), jnp.float32)
+        # Not of jax: nothing is computed on a mesh of described devices.
+        self.progress: Any = np.zeros((), np.float32)
         self._model = model
         self._abstract = abstract
 

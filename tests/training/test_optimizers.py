@@ -48,13 +48,16 @@ def random_leaves(seed, scale=1.0):
     }
 
 
+LAYERS = ("patches/.*|embedding/.*|position_embedding|cls", r"encoder/block_(\d+)/.*")
+
+
 def nested(leaves):
     return trees.unflatten({name: jnp.asarray(leaf) for name, leaf in leaves.items()})
 
 
 def run(optimizer, gradients):
     """Returns {name: parameter} after every update of the real chain."""
-    chain = optimizer.build(NUM_STEPS)
+    chain = optimizer.build(NUM_STEPS, LAYERS)
     params = nested(random_leaves(99))
     state = chain.init(params)
     update = jax.jit(chain.update)
@@ -369,7 +372,9 @@ def test_a_rule_that_matches_nothing_is_refused_before_the_first_step():
 
 def test_layer_decay_without_blocks_is_refused():
     chain = AdamW(schedule=SCHEDULE, layer_decay=0.75).build(NUM_STEPS)
-    with pytest.raises(ValueError, match=r"layer_decay counts .* found none"):
+    with pytest.raises(
+        ValueError, match=r"layer_decay counts .*layers=.. none with a number"
+    ):
         chain.init({"head": {"kernel": jnp.ones((2, 2))}})
 
 

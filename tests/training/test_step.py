@@ -310,13 +310,13 @@ def test_the_average_is_a_copy_that_follows_its_formula():
 def bound(**fields):
     params = jax.tree.map(jnp.asarray, jax.device_get(start().state.params))
     image = jnp.asarray(rows()["image"])
-    return BoundModel(Net(dropout=0.5), params, {}, train=True, **fields), image
+    return BoundModel(Net(dropout=0.5), params, {}, **{"train": True, **fields}), image
 
 
 def test_every_call_of_forward_has_its_own_dropout_mask():
     @functools.partial(jax.jit, static_argnums=1)
     def twice(key, train):
-        forward, image = bound(rng=key if train else None)
+        forward, image = bound(rng=key, train=train)
         return [forward(image=image)["pooled"] for _ in range(2)]
 
     one, two = twice(jax.random.key(1), True)

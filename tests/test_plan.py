@@ -20,7 +20,8 @@ from big_vision_lite.recipes import command_line
 from big_vision_lite.runtime import plugins, sharding, targets
 from big_vision_lite.training import compile_process, estimate, fitting, program
 
-pytestmark = pytest.mark.compilers
+# The compilers of TPUs and GPUs heed what tests want of the CPU's.
+pytestmark = [pytest.mark.compilers, pytest.mark.usefixtures("module_optimised")]
 
 ROOT = pathlib.Path(__file__).parents[1]
 needs_compilers = pytest.mark.skipif(

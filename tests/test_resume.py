@@ -16,6 +16,8 @@ from etils import epath
 
 from big_vision_lite.runs import step_folder
 
+pytestmark = pytest.mark.usefixtures("module_optimised")
+
 SCRIPT = pathlib.Path(__file__).parent / "killable_run.py"
 NUM_STEPS = 16
 # Wall-clock fields differ from run to run by nature.
@@ -144,6 +146,7 @@ def test_the_program_as_it_is_killed_with_steps_in_flight_continues_bit_for_bit(
 
 
 @pytest.mark.slow
+@pytest.mark.processes
 def test_a_run_killed_at_three_random_moments_equals_the_straight_run_bit_for_bit(
     tmp_path, straight, draw
 ):
@@ -163,6 +166,7 @@ def test_a_run_killed_at_three_random_moments_equals_the_straight_run_bit_for_bi
 
 
 @pytest.mark.slow
+@pytest.mark.processes
 def test_a_run_killed_in_saves_and_before_an_evaluation_and_stopped_equals_it_too(
     tmp_path, straight, draw
 ):

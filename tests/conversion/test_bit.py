@@ -727,6 +727,7 @@ def test_v1_has_as_many_parameters_as_timms(depth, stages):
 
 
 @pytest.mark.slow
+@pytest.mark.published
 def test_r50x1_at_224_gives_the_numbers_of_timm():
     """In float64, where timm's numbers are right: measured 3.4e-6.
 

@@ -458,6 +458,7 @@ def test_published_sizes_have_as_many_parameters_as_timms(size):
 
 
 @pytest.mark.slow
+@pytest.mark.published
 def test_r26_s_32_at_224_gives_the_numbers_of_timm():
     name = NAMES["R26+S/32"]
     theirs = randomise(timm.create_model(name), seed=5)

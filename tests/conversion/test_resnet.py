@@ -128,9 +128,7 @@ def pixels(size, channels=3, seed=7):
 
 @functools.cache
 def compiled(model):
-    # Most of the time of these tests is compilation; what they compute is tiny.
-    options = {"xla_backend_optimization_level": 0}
-    run = jax.jit(model.apply, compiler_options=options)
+    run = jax.jit(model.apply)
     return lambda variables, image: run(variables, image)
 
 
@@ -490,6 +488,7 @@ def test_what_has_no_counterpart_is_refused_with_a_sentence(library, fields, mes
 
 
 @pytest.mark.slow
+@pytest.mark.published
 @pytest.mark.parametrize("name", ["resnet50", "resnext50_32x4d", "wide_resnet50_2"])
 def test_published_sizes_give_the_same_numbers_at_224(name):
     theirs = randomise(timm.create_model(name), seed=4)

@@ -636,6 +636,7 @@ def test_published_sizes_have_as_many_parameters_as_theirs(name):
 
 
 @pytest.mark.slow
+@pytest.mark.published
 @pytest.mark.parametrize("name", ["ViT-B/16", "SigLIP B/16"])
 def test_published_sizes_give_the_same_numbers_here(tmp_path, name):
     case, *_ = PUBLISHED[name]

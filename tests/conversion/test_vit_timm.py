@@ -542,6 +542,7 @@ def test_towers_have_the_gelu_and_constants_of_the_weights_they_are_named_after(
 
 
 @pytest.mark.slow
+@pytest.mark.published
 def test_every_vit_of_timm_has_its_heads_gelu_and_parameters_or_is_refused():
     names = every_vit()
     assert len(names) > 150
@@ -557,6 +558,7 @@ def test_every_vit_of_timm_has_its_heads_gelu_and_parameters_or_is_refused():
 
 
 @pytest.mark.slow
+@pytest.mark.published
 @pytest.mark.parametrize(
     "name",
     ["deit_small_patch16_224", "vit_small_patch14_reg4_dinov2"],

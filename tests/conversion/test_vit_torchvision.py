@@ -155,6 +155,7 @@ def test_published_sizes_have_the_shapes_and_the_names_of_theirs(size):
 
 
 @pytest.mark.slow
+@pytest.mark.published
 def test_a_published_size_gives_the_logits_of_torchvision():
     theirs = randomise(models.vit_b_16(), seed=0)
     _, found, variables = read(weights_of(theirs, {}))

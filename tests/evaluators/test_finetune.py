@@ -366,6 +366,7 @@ shapes_run.run(workdir, config)
 
 
 @pytest.mark.slow
+@pytest.mark.processes
 def test_a_kill_in_the_inner_training_changes_no_score(images, two_shapes, tmp_path):
     def start(name):
         argv = [sys.executable, "-W", "ignore", "-c", SCRIPT, images, two_shapes]

@@ -248,6 +248,7 @@ def test_a_published_size_is_described_so_that_timm_builds_it():
 
 
 @pytest.mark.slow
+@pytest.mark.published
 def test_a_published_size_gives_timms_logits():
     module = randomise(timm.create_model("mixer_b16_224"), seed=0)
     weights = weights_of(module)

@@ -1,6 +1,5 @@
 """ResNet with batch norm: shapes, statistics in training, on devices, over a resume."""
 
-import functools
 import shutil
 
 import jax
@@ -25,9 +24,6 @@ from big_vision_lite.schedules import Constant
 from big_vision_lite.training.forward import BoundModel
 from big_vision_lite.training.optimizers import AdamW
 from big_vision_lite.training.step import make_eval_step
-
-# Most of the time of these tests is compilation; what they compute is tiny.
-jit = functools.partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})
 
 
 def tiny(**overrides):
@@ -63,7 +59,7 @@ def images(batch=4, side=8, seed=0):
 
 def trained(model, variables, image):
     """Returns (outputs, statistics) of a forward pass in training."""
-    run = jit(
+    run = jax.jit(
         lambda v, x: model.apply(v, x, train=True, mutable=["batch_stats"]),
     )
     outputs, changed = run(variables, image)
@@ -119,14 +115,14 @@ def test_a_gradient_reaches_every_parameter(block):
         return jnp.square(outputs["logits"] - jnp.arange(10)).sum()
 
     for name, gradient in trees.flatten(
-        jit(jax.grad(loss))(variables["params"])
+        jax.jit(jax.grad(loss))(variables["params"])
     ).items():
         assert np.abs(gradient).max() > 1e-4, name
 
 
 def test_units_start_as_the_identity_and_at_one_where_asked():
     for last, expected in ((0.0, 0), (1.0, 1)):
-        init = jit(tiny(last_scale=last).init)
+        init = jax.jit(tiny(last_scale=last).init)
         params = init(jax.random.key(0), images())["params"]
         unit = params["stage_2"]["unit_01"]
         assert (unit["norm3"]["scale"] == expected).all()
@@ -197,7 +193,7 @@ def test_frozen_statistics_are_read_in_training_and_stay():
     model = tiny(statistics=Statistics.FROZEN)
     variables = random_variables(model, images())
     outputs, statistics = trained(model, variables, images())
-    evaluated = jit(model.apply)(variables, images())
+    evaluated = jax.jit(model.apply)(variables, images())
     np.testing.assert_array_equal(outputs["logits"], evaluated["logits"])
     for a, b in zip(
         jax.tree.leaves(statistics),

@@ -151,6 +151,7 @@ def test_a_recipe_gets_its_table(tmp_path):
 
 
 @pytest.mark.slow
+@pytest.mark.tools
 def test_starts_are_those_of_the_real_program(tmp_path):
     written = tmp_path / "table.json"
     shown = benchmark(

@@ -11,7 +11,7 @@ from tiny_runs import Net, filled, rows, start
 
 from big_vision_lite.runtime import compiled, hlo, kernels, targets
 
-pytestmark = pytest.mark.compilers
+pytestmark = [pytest.mark.compilers, pytest.mark.usefixtures("module_optimised")]
 
 LOOP = """HloModule looped, is_scheduled=true
 

@@ -140,7 +140,9 @@ def resnet(**overrides):
 
 
 # 4 groups lie on two devices each, 16 are two a device, 1 is on all.
-@pytest.mark.parametrize("groups", [1, 4, 8, 16])
+@pytest.mark.parametrize(
+    "groups", [1, 4, *(pytest.param(n, marks=pytest.mark.slow) for n in (8, 16))]
+)
 def test_groups_are_the_same_on_one_and_on_eight_devices(groups):
     found = {}
     for devices, fsdp in ((1, 1), (8, 1), (8, 4)):
@@ -173,7 +175,9 @@ def collectives(model):
     return re.findall(rf" ({kinds})(?:-start)?\(", text)
 
 
-@pytest.mark.parametrize("dtype", Dtype)
+@pytest.mark.parametrize(
+    "dtype", [Dtype.FLOAT32, pytest.param(Dtype.BFLOAT16, marks=pytest.mark.slow)]
+)
 def test_a_norm_costs_one_collective_each_way_and_groups_none(dtype):
     model = resnet(dtype=dtype)
     frozen = collectives(model.clone(statistics=Statistics.FROZEN))

@@ -16,6 +16,8 @@ import pytest
 from big_vision_lite.runtime import cpu, sharding
 from big_vision_lite.runtime.cpu import SteadyStep
 
+pytestmark = pytest.mark.usefixtures("module_optimised")
+
 # A process of its own: malloc's settings are the process's, and pytest's has 8 devices.
 PROGRAM = """
 import contextlib, ctypes, json, resource, statistics, sys

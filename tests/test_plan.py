@@ -20,8 +20,7 @@ from big_vision_lite.recipes import command_line
 from big_vision_lite.runtime import plugins, sharding, targets
 from big_vision_lite.training import compile_process, estimate, fitting, program
 
-# The compilers of TPUs and GPUs heed what tests want of the CPU's.
-pytestmark = [pytest.mark.compilers, pytest.mark.usefixtures("module_optimised")]
+pytestmark = pytest.mark.compilers
 
 ROOT = pathlib.Path(__file__).parents[1]
 needs_compilers = pytest.mark.skipif(
@@ -103,7 +102,7 @@ def test_data_that_are_not_there_are_not_missed(capsys):
 
 
 def test_a_set_that_no_table_knows_is_asked_for():
-    config = parse("configs/glyphs.py:dataset=glyphs32_mine")
+    config = parse("configs/glyphs.py:dataset=glyphs32_mine", "--config.model.width=8")
     assert unopened.count(config.data.source) is None
     config = dataclasses.replace(config, num_steps=None, num_epochs=2.0)
     made = planned_for_a_cpu(config, examples=None)
@@ -324,6 +323,7 @@ def test_all_recipes_are_planned_below():
 
 @needs_compilers
 @pytest.mark.slow
+@pytest.mark.usefixtures("optimised")
 @pytest.mark.parametrize("recipe", SHRUNK)
 def test_every_recipe_is_planned_for_tpus_and_gpus_that_are_not_there(recipe, capsys):
     check_on_machines([f"--config={ROOT}/{recipe}", *SHRUNK[recipe]], capsys)
@@ -331,6 +331,7 @@ def test_every_recipe_is_planned_for_tpus_and_gpus_that_are_not_there(recipe, ca
 
 @needs_compilers
 @pytest.mark.slow
+@pytest.mark.usefixtures("optimised")
 @pytest.mark.parametrize("recipe", OWN_DATA)
 def test_recipes_on_a_folder_and_a_run_are_planned_too(recipe, capsys):
     images, run = shapes_run.shared()
@@ -360,6 +361,7 @@ def test_a_topology_that_libtpu_does_not_know_is_refused(capsys):
 
 @needs_compilers
 @pytest.mark.slow
+@pytest.mark.usefixtures("optimised")
 def test_a_large_model_is_refused_and_what_is_proposed_fits(capsys):
     """ViT-g/14, batch 4,096, on eight v5e; minutes of compiling."""
     model = dict(width=1408, depth=40, mlp_dim=6144, num_heads=16, patch_size=14)

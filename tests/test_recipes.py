@@ -275,7 +275,7 @@ REDUCED = {
     [
         # These compile for long and have the parts of those that stay.
         pytest.param(name, marks=pytest.mark.slow)
-        if name == "bit_i1k" or name.startswith("glyphs")
+        if name in ("bit_i1k", "fashion_mnist") or name.startswith("glyphs")
         else name
         for name in REDUCED
     ],

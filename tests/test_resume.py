@@ -101,6 +101,8 @@ def test_a_run_killed_during_a_checkpoint_write_continues_bit_for_bit(
     check_equal(tmp_path, straight)
 
 
+@pytest.mark.slow
+@pytest.mark.processes
 def test_the_folder_alone_resumes_its_run_bit_for_bit(tmp_path, straight):
     assert run(tmp_path, "term:6").returncode == 128 + signal.SIGTERM
     resumed = subprocess.run(
@@ -121,6 +123,8 @@ def test_the_folder_alone_resumes_its_run_bit_for_bit(tmp_path, straight):
     assert kept == {"8", "12", "16"}
 
 
+@pytest.mark.slow
+@pytest.mark.processes
 def test_the_program_as_it_is_killed_with_steps_in_flight_continues_bit_for_bit(
     tmp_path, straight
 ):

@@ -184,6 +184,8 @@ def test_one_process_resumes_the_checkpoint_of_two(one, two, tmp_path):
     assert manifest(two, 6)["leaves"].keys() == manifest(tmp_path, 6)["leaves"].keys()
 
 
+@pytest.mark.slow
+@pytest.mark.processes
 def test_a_folder_in_use_stops_both_processes_at_once(two, tmp_path):
     (tmp_path / "run").mkdir()
     with (tmp_path / "run" / "lock").open("w") as held:

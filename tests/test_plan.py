@@ -44,7 +44,9 @@ def without_metadata(text: str) -> str:
     return re.sub(r"stack_frame_id=\d+", "", text.split("\n\nFileNames")[0])
 
 
-@pytest.mark.parametrize("recipe", ["digits_tiny", "digits_vit"])
+@pytest.mark.parametrize(
+    "recipe", ["digits_tiny", pytest.param("digits_vit", marks=pytest.mark.slow)]
+)
 def test_shapes_alone_give_the_program_that_real_data_give(recipe):
     config = parse(f"tests/recipes/{recipe}.py")
     mesh = sharding.make_mesh(config.mesh, targets.parse("cpu:8").describe())
@@ -102,7 +104,7 @@ def test_data_that_are_not_there_are_not_missed(capsys):
 
 
 def test_a_set_that_no_table_knows_is_asked_for():
-    config = parse("configs/glyphs.py:dataset=glyphs32_mine", "--config.model.width=8")
+    config = parse("configs/glyphs.py:dataset=glyphs32_mine,model=vit", *SMALL)
     assert unopened.count(config.data.source) is None
     config = dataclasses.replace(config, num_steps=None, num_epochs=2.0)
     made = planned_for_a_cpu(config, examples=None)

@@ -7,8 +7,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import tiers
 import torch_libraries
 from foreign_models import randomise, relative_difference
+from tiers import few
 
 from big_vision_lite import trees
 from big_vision_lite.conversion import engine, foreign, formats
@@ -217,7 +219,7 @@ def test_another_epsilon_of_the_norms_is_not_equal(epsilon):
     assert differences(found, theirs(module, images("odd")))["logits"] <= BOUND
 
 
-@pytest.mark.parametrize("size", PUBLISHED)
+@pytest.mark.parametrize("size", few(PUBLISHED, "S/16", marks=tiers.PUBLISHED))
 def test_published_sizes_have_the_parameters_of_timm_and_of_the_paper(size):
     # Millions without a head, Table 1 of arXiv:2105.01601.
     paper = dict(zip(PUBLISHED, (19, 18, 60, 59, 206, 207, 431), strict=True))[size]

@@ -13,11 +13,7 @@ def benchmark(
     *arguments: object, before: tuple[object, ...] = ()
 ) -> subprocess.CompletedProcess:
     command = [sys.executable, *before, ROOT / "tools" / "benchmark.py", *arguments]
-    environment = dict(
-        os.environ,
-        JAX_NUM_CPU_DEVICES="1",
-        XLA_FLAGS="--xla_backend_optimization_level=0",
-    )
+    environment = dict(os.environ, JAX_NUM_CPU_DEVICES="1")
     return subprocess.run(
         [str(word) for word in command],
         capture_output=True,

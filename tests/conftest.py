@@ -1,18 +1,40 @@
-"""Eight virtual CPU devices for all tests, a compile cache of their own, and counts."""
+"""Eight virtual CPU devices for all tests, how they compile, and counts."""
 
+import importlib.metadata
 import importlib.util
 import os
-import tempfile
+import pathlib
 
+import compiling
 import pytest
 
 # Set, not proposed: with fewer devices half of the tests would prove nothing.
 os.environ["JAX_PLATFORMS"] = "cpu"
 os.environ["JAX_NUM_CPU_DEVICES"] = "8"
-# Not the user's cache: a test must not depend on what ran before it.
+# Most of the time of most tests is compilation.
+os.environ[compiling.QUICKLY] = "1"
+# Not the user's cache. Programs are found again by all that decides what they become,
+# so that a test does not depend on what ran before it.
+CACHE = f".pytest_cache/xla-{importlib.metadata.version('jax')}"
 os.environ.setdefault(
-    "JAX_COMPILATION_CACHE_DIR", tempfile.mkdtemp(prefix="bvl_test_cache_")
+    "JAX_COMPILATION_CACHE_DIR", str(pathlib.Path(__file__).parents[1] / CACHE)
 )
+# The small programs, too: there are thousands of them.
+os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
+
+
+@pytest.fixture
+def optimised():
+    """Compiles as users do, here and in the processes that the test starts."""
+    with compiling.well():
+        yield
+
+
+@pytest.fixture(scope="module")
+def module_optimised():
+    """Compiles as users do in all of a file."""
+    with compiling.well():
+        yield
 
 
 def pytest_addoption(parser):

@@ -44,7 +44,9 @@ def without_metadata(text: str) -> str:
     return re.sub(r"stack_frame_id=\d+", "", text.split("\n\nFileNames")[0])
 
 
-@pytest.mark.parametrize("recipe", ["digits_tiny", "digits_vit"])
+@pytest.mark.parametrize(
+    "recipe", ["digits_tiny", pytest.param("digits_vit", marks=pytest.mark.slow)]
+)
 def test_shapes_alone_give_the_program_that_real_data_give(recipe):
     config = parse(f"tests/recipes/{recipe}.py")
     mesh = sharding.make_mesh(config.mesh, targets.parse("cpu:8").describe())
@@ -102,7 +104,7 @@ def test_data_that_are_not_there_are_not_missed(capsys):
 
 
 def test_a_set_that_no_table_knows_is_asked_for():
-    config = parse("configs/glyphs.py:dataset=glyphs32_mine")
+    config = parse("configs/glyphs.py:dataset=glyphs32_mine,model=vit", *SMALL)
     assert unopened.count(config.data.source) is None
     config = dataclasses.replace(config, num_steps=None, num_epochs=2.0)
     made = planned_for_a_cpu(config, examples=None)
@@ -323,6 +325,7 @@ def test_all_recipes_are_planned_below():
 
 @needs_compilers
 @pytest.mark.slow
+@pytest.mark.usefixtures("optimised")
 @pytest.mark.parametrize("recipe", SHRUNK)
 def test_every_recipe_is_planned_for_tpus_and_gpus_that_are_not_there(recipe, capsys):
     check_on_machines([f"--config={ROOT}/{recipe}", *SHRUNK[recipe]], capsys)
@@ -330,6 +333,7 @@ def test_every_recipe_is_planned_for_tpus_and_gpus_that_are_not_there(recipe, ca
 
 @needs_compilers
 @pytest.mark.slow
+@pytest.mark.usefixtures("optimised")
 @pytest.mark.parametrize("recipe", OWN_DATA)
 def test_recipes_on_a_folder_and_a_run_are_planned_too(recipe, capsys):
     images, run = shapes_run.shared()
@@ -359,6 +363,7 @@ def test_a_topology_that_libtpu_does_not_know_is_refused(capsys):
 
 @needs_compilers
 @pytest.mark.slow
+@pytest.mark.usefixtures("optimised")
 def test_a_large_model_is_refused_and_what_is_proposed_fits(capsys):
     """ViT-g/14, batch 4,096, on eight v5e; minutes of compiling."""
     model = dict(width=1408, depth=40, mlp_dim=6144, num_heads=16, patch_size=14)

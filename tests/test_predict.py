@@ -291,6 +291,7 @@ def test_a_model_without_head_embeds_and_says_so_when_asked_for_classes(run, ima
 
 
 @pytest.mark.slow
+@pytest.mark.processes
 def test_the_command_runs_alone_and_imports_no_other_framework(tmp_path, run, images):
     code = (
         "import sys; from big_vision_lite import predict;"

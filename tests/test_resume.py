@@ -16,6 +16,8 @@ from etils import epath
 
 from big_vision_lite.runs import step_folder
 
+pytestmark = pytest.mark.usefixtures("module_optimised")
+
 SCRIPT = pathlib.Path(__file__).parent / "killable_run.py"
 NUM_STEPS = 16
 # Wall-clock fields differ from run to run by nature.
@@ -99,6 +101,8 @@ def test_a_run_killed_during_a_checkpoint_write_continues_bit_for_bit(
     check_equal(tmp_path, straight)
 
 
+@pytest.mark.slow
+@pytest.mark.processes
 def test_the_folder_alone_resumes_its_run_bit_for_bit(tmp_path, straight):
     assert run(tmp_path, "term:6").returncode == 128 + signal.SIGTERM
     resumed = subprocess.run(
@@ -119,6 +123,8 @@ def test_the_folder_alone_resumes_its_run_bit_for_bit(tmp_path, straight):
     assert kept == {"8", "12", "16"}
 
 
+@pytest.mark.slow
+@pytest.mark.processes
 def test_the_program_as_it_is_killed_with_steps_in_flight_continues_bit_for_bit(
     tmp_path, straight
 ):
@@ -144,6 +150,7 @@ def test_the_program_as_it_is_killed_with_steps_in_flight_continues_bit_for_bit(
 
 
 @pytest.mark.slow
+@pytest.mark.processes
 def test_a_run_killed_at_three_random_moments_equals_the_straight_run_bit_for_bit(
     tmp_path, straight, draw
 ):
@@ -163,6 +170,7 @@ def test_a_run_killed_at_three_random_moments_equals_the_straight_run_bit_for_bi
 
 
 @pytest.mark.slow
+@pytest.mark.processes
 def test_a_run_killed_in_saves_and_before_an_evaluation_and_stopped_equals_it_too(
     tmp_path, straight, draw
 ):

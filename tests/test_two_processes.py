@@ -19,8 +19,6 @@ TESTS = pathlib.Path(__file__).parent
 SCRIPT = TESTS / "journalled_run.py"
 NUM_STEPS = 6
 RECIPE = TESTS / "recipes" / "digits_spread.py"
-# Compiled quickly rather than well: nothing here is timed.
-XLA_FLAGS = "--xla_backend_optimization_level=0"
 # Rows over all four devices, parameters over two.
 SPLIT = "--config.mesh.fsdp=2"
 # Wall-clock fields differ from run to run by nature.
@@ -50,11 +48,7 @@ def launch(
 ) -> list[Finished]:
     """Runs `processes` processes of `devices` CPU devices each to their ends."""
     folder.mkdir(parents=True, exist_ok=True)
-    environment = dict(
-        os.environ,
-        JAX_NUM_CPU_DEVICES=str(devices),
-        XLA_FLAGS=XLA_FLAGS,
-    )
+    environment = dict(os.environ, JAX_NUM_CPU_DEVICES=str(devices))
     port = free_port()
     running = []
     for index in range(processes):
@@ -190,6 +184,8 @@ def test_one_process_resumes_the_checkpoint_of_two(one, two, tmp_path):
     assert manifest(two, 6)["leaves"].keys() == manifest(tmp_path, 6)["leaves"].keys()
 
 
+@pytest.mark.slow
+@pytest.mark.processes
 def test_a_folder_in_use_stops_both_processes_at_once(two, tmp_path):
     (tmp_path / "run").mkdir()
     with (tmp_path / "run" / "lock").open("w") as held:
@@ -204,6 +200,7 @@ def test_a_folder_in_use_stops_both_processes_at_once(two, tmp_path):
 
 
 @pytest.mark.slow
+@pytest.mark.processes
 def test_a_signal_to_one_process_stops_both_at_one_step_and_both_resume(one, tmp_path):
     seldom = "--config.log_every_steps=1000"  # a stop does not wait for a line of log
     stopped = launch(tmp_path, seldom, processes=2, devices=2, moments={1: "term:4"})
@@ -220,6 +217,7 @@ def test_a_signal_to_one_process_stops_both_at_one_step_and_both_resume(one, tmp
 
 
 @pytest.mark.slow
+@pytest.mark.processes
 @pytest.mark.parametrize("victim", [0, 1])
 @pytest.mark.parametrize("moment", ["kill:5", "raise:5"])
 def test_a_process_that_fails_ends_the_other_soon_and_loses_nothing(

@@ -10,6 +10,7 @@ import pytest
 import torch_libraries
 from big_vision_bit import grid, random_variables, trunk_arrays
 from foreign_models import randomise, relative_difference
+from tiers import PUBLISHED, crossed, few
 
 from big_vision_lite import trees
 from big_vision_lite.conversion import engine, export, foreign, formats
@@ -156,8 +157,7 @@ def load_strictly(model, arrays):
     return model.eval()
 
 
-@pytest.mark.parametrize("size", SIZES)
-@pytest.mark.parametrize("case", TIMM_CASES)
+@pytest.mark.parametrize(("case", "size"), crossed(TIMM_CASES, SIZES))
 def test_timms_weights_give_timms_numbers(case, size):
     arguments, config = TIMM_CASES[case]
     theirs = timm_model(**arguments)
@@ -200,7 +200,7 @@ EXPRESSIBLE = {
 }
 
 
-@pytest.mark.parametrize("case", EXPRESSIBLE)
+@pytest.mark.parametrize("case", few(EXPRESSIBLE, "two stages", "basic"))
 def test_timm_builds_by_name_what_is_described(case):
     model = EXPRESSIBLE[case]
     form = export.find(model, Library.TIMM)
@@ -219,8 +219,7 @@ def test_timm_builds_by_name_what_is_described(case):
         np.testing.assert_array_equal(back[name], array)
 
 
-@pytest.mark.parametrize("size", SIZES)
-@pytest.mark.parametrize("case", HF_CASES)
+@pytest.mark.parametrize(("case", "size"), crossed(HF_CASES, SIZES))
 def test_huggingface_weights_give_their_numbers(case, size):
     theirs = huggingface_model(**HF_CASES[case])
     found = weights_of(theirs, theirs.config.to_dict())
@@ -244,7 +243,7 @@ HF_MODELS = {
 }
 
 
-@pytest.mark.parametrize("case", HF_MODELS)
+@pytest.mark.parametrize("case", few(HF_MODELS, "preactivation", "bottleneck"))
 def test_ours_to_huggingface_and_back_is_bit_for_bit(case, tmp_path):
     model = HF_MODELS[case]
     form = export.find(model, Library.HUGGINGFACE)
@@ -314,8 +313,7 @@ def saved(tmp_path, arrays, name="weights.npz"):
     return str(tmp_path / name)
 
 
-@pytest.mark.parametrize("size", SIZES)
-@pytest.mark.parametrize("numbered", [False, True])
+@pytest.mark.parametrize(("numbered", "size"), crossed([False, True], SIZES))
 def test_first_archives_give_the_numbers_of_timms_own_loader(tmp_path, size, numbered):
     path = saved(tmp_path, first_arrays(numbered=numbered)[0])
     form, found, variables = read(weights.read(path), SIZES[size])
@@ -338,8 +336,7 @@ def test_first_archives_are_read_without_their_prefix(tmp_path):
         np.testing.assert_array_equal(same[name], array)
 
 
-@pytest.mark.parametrize("size", SIZES)
-@pytest.mark.parametrize("flat", [False, True])
+@pytest.mark.parametrize(("flat", "size"), crossed([False, True], SIZES))
 def test_bit_paper_gives_the_numbers_of_timm(tmp_path, size, flat):
     first, paper = first_arrays()
     if flat:
@@ -370,8 +367,7 @@ def reference(arrays, image):
     return {"pooled": pooled, "logits": logits}
 
 
-@pytest.mark.parametrize("size", SIZES)
-@pytest.mark.parametrize("square", [False, True], ids=["[C]", "[1, 1, 1, C]"])
+@pytest.mark.parametrize(("square", "size"), crossed([False, True], SIZES))
 def test_big_visions_bit_gives_the_numbers_of_its_definition(tmp_path, size, square):
     arrays = v1_arrays()
     written = {
@@ -540,7 +536,7 @@ def test_the_constant_of_standardisation_inside_or_outside_the_root_shows(tmp_pa
     assert worst(wrong, wanted) > BOUND
 
 
-@pytest.mark.parametrize("size", SIZES)
+@pytest.mark.parametrize("size", few(SIZES, "odd"))
 def test_zeros_or_negative_infinity_around_the_max_pooling_shows(size):
     fixed, plain = timm_model(), timm_model(stem_type="")
     infinity = {"model_args": {"stem_type": ""}}
@@ -704,7 +700,9 @@ def count(model, size=(224, 224)):
     return sum(int(np.prod(shape)) for shape in shapes.values())
 
 
-@pytest.mark.parametrize("name", bit_timm.NAMES)
+@pytest.mark.parametrize(
+    "name", few(bit_timm.NAMES, "resnetv2_50x1_bit", marks=PUBLISHED)
+)
 def test_published_sizes_have_as_many_parameters_as_timms(name):
     size = f"R{name.removeprefix('resnetv2_').removesuffix('_bit')}"
     model = BiT.of(size, head=Classifier(num_classes=1000))
@@ -727,6 +725,7 @@ def test_v1_has_as_many_parameters_as_timms(depth, stages):
 
 
 @pytest.mark.slow
+@pytest.mark.published
 def test_r50x1_at_224_gives_the_numbers_of_timm():
     """In float64, where timm's numbers are right: measured 3.4e-6.
 

@@ -9,6 +9,7 @@ import pytest
 import torch_libraries
 from big_vision_bit import grid, random_variables, trunk_arrays
 from foreign_models import randomise, relative_difference
+from tiers import PUBLISHED, SLOW, crossed, few
 
 from big_vision_lite import trees
 from big_vision_lite.conversion import engine, export, foreign, formats
@@ -136,8 +137,7 @@ POOLINGS = {
 }
 
 
-@pytest.mark.parametrize("size", SIZES)
-@pytest.mark.parametrize("pooling", POOLINGS)
+@pytest.mark.parametrize(("pooling", "size"), crossed(POOLINGS, SIZES))
 def test_timms_weights_give_timms_numbers(pooling, size):
     theirs = timm_model(SIZES[size], **POOLINGS[pooling])
     config = config_of(SIZES[size], **POOLINGS[pooling])
@@ -183,7 +183,8 @@ def small(size="R26+S/32", **fields):
 
 
 @pytest.mark.parametrize(
-    "size, image_size", [("R+Ti/16", (64, 96)), ("R26+S/32", (96, 64))]
+    "size, image_size",
+    [("R+Ti/16", (64, 96)), pytest.param("R26+S/32", (96, 64), marks=SLOW)],
 )
 def test_timm_builds_by_name_what_is_described(size, image_size):
     model = small(size)
@@ -298,7 +299,12 @@ def timm_from(path, size=EVEN):
 
 @pytest.mark.parametrize(
     "size, square",
-    [("even", False), ("even", True), ("odd", False), ("not square", False)],
+    [
+        ("even", True),
+        ("odd", False),
+        pytest.param("even", False, marks=SLOW),
+        pytest.param("not square", False, marks=SLOW),
+    ],
 )
 def test_archives_give_the_numbers_of_timms_own_loader(tmp_path, size, square):
     size = SIZES[size]
@@ -446,7 +452,7 @@ NAMES = {
 }
 
 
-@pytest.mark.parametrize("size", vit_variants.SIZES)
+@pytest.mark.parametrize("size", few(vit_variants.SIZES, "R+Ti/16", marks=PUBLISHED))
 def test_published_sizes_have_as_many_parameters_as_timms(size):
     model = hybrid(size, head=Classifier(num_classes=1000))
     shapes = formats.shapes(model, (224, 224), 3)
@@ -458,6 +464,7 @@ def test_published_sizes_have_as_many_parameters_as_timms(size):
 
 
 @pytest.mark.slow
+@pytest.mark.published
 def test_r26_s_32_at_224_gives_the_numbers_of_timm():
     name = NAMES["R26+S/32"]
     theirs = randomise(timm.create_model(name), seed=5)

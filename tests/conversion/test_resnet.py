@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch_libraries
 from foreign_models import randomise, relative_difference
+from tiers import PUBLISHED, SLOW, few
 
 from big_vision_lite import trees
 from big_vision_lite.conversion import engine, export, foreign, formats, preprocessing
@@ -92,8 +93,14 @@ EVERYWHERE = (
     "torchvision, groups",
     "huggingface, basic",
 )
+# What differs in the numbers of channels alone.
+CHANNELS = (
+    *("timm, basic, 64", "timm, wide", "timm, gray", "torchvision, wide"),
+    "huggingface, gray",
+)
+CASES = few(MODELS, *(MODELS.keys() - set(CHANNELS)))
 PAIRS = [
-    (case, size)
+    pytest.param(case, size, marks=SLOW if size != "odd" or case in CHANNELS else ())
     for case in MODELS
     for size in IMAGES
     if size == "odd" or case in EVERYWHERE
@@ -128,9 +135,7 @@ def pixels(size, channels=3, seed=7):
 
 @functools.cache
 def compiled(model):
-    # Most of the time of these tests is compilation; what they compute is tiny.
-    options = {"xla_backend_optimization_level": 0}
-    run = jax.jit(model.apply, compiler_options=options)
+    run = jax.jit(model.apply)
     return lambda variables, image: run(variables, image)
 
 
@@ -180,7 +185,7 @@ def test_weights_from_elsewhere_give_their_numbers_here(case, size):
     assert difference <= BOUND
 
 
-@pytest.mark.parametrize("case", MODELS)
+@pytest.mark.parametrize("case", CASES)
 def test_our_weights_give_our_numbers_there_and_come_back_bit_for_bit(case):
     form, architecture, variables = imported(case)
     model = architecture.model
@@ -245,7 +250,7 @@ def test_published_sizes_are_described_by_their_names(library, size):
     )
 
 
-@pytest.mark.parametrize("size", SIZES)
+@pytest.mark.parametrize("size", few(SIZES, "R18", "X50_32x4d", marks=PUBLISHED))
 def test_published_sizes_have_the_parameters_of_timm_and_torchvision(size):
     head = Classifier(num_classes=1000)
     model = ResNet.of(size, head=head)
@@ -266,7 +271,10 @@ def test_published_sizes_have_the_parameters_of_timm_and_torchvision(size):
     assert count == sum(x.numel() for x in theirs.parameters())
 
 
-@pytest.mark.parametrize("size", ["R18", "R50", "X50_32x4d", "W50_2", "X101_32x48d"])
+@pytest.mark.parametrize(
+    "size",
+    few(["R18", "R50", "X50_32x4d", "W50_2", "X101_32x48d"], "R50", marks=PUBLISHED),
+)
 def test_flops_are_those_that_torch_counts(size):
     model = ResNet.of(size, head=Classifier(num_classes=1000))
     image = jax.ShapeDtypeStruct((1, 224, 224, 3), jax.numpy.uint8)
@@ -490,6 +498,7 @@ def test_what_has_no_counterpart_is_refused_with_a_sentence(library, fields, mes
 
 
 @pytest.mark.slow
+@pytest.mark.published
 @pytest.mark.parametrize("name", ["resnet50", "resnext50_32x4d", "wide_resnet50_2"])
 def test_published_sizes_give_the_same_numbers_at_224(name):
     theirs = randomise(timm.create_model(name), seed=4)

@@ -7,8 +7,10 @@ import jax
 import numpy as np
 import pytest
 import safetensors.numpy
+import tiers
 import torch_libraries
 from foreign_models import randomise, relative_difference
+from tiers import few
 
 from big_vision_lite import trees
 from big_vision_lite.conversion import engine, export, foreign, formats
@@ -249,14 +251,23 @@ OURS = {
 }
 
 
-@pytest.mark.parametrize("name", CASES)
+# Each of their classes once, and each thing that a configuration may say.
+FEW = (
+    *("vit", "vit, not square", "vit, tanh", "vit, no biases", "vit, no head"),
+    *("deit, two heads", "deit, one head", "siglip", "siglip, no pooling"),
+    *("siglip, classifier", "siglip, with text", "dinov2", "dinov2, odd"),
+    *("dinov2, swiglu", "dinov2, registers", "dinov2, registers, classifier"),
+)
+
+
+@pytest.mark.parametrize("name", few(CASES, *FEW))
 def test_theirs_give_the_same_numbers_here(tmp_path, name):
     model = build(CASES[name])
     found = differences(model, save(model, tmp_path))
     assert found and max(found.values()) < BOUND
 
 
-@pytest.mark.parametrize("name", OURS)
+@pytest.mark.parametrize("name", few(OURS, *FEW))
 def test_ours_give_the_same_numbers_there_and_come_back(tmp_path, name):
     model, size = ours(**OURS[name]), (24, 24)
     variables = random_variables(model, size)
@@ -613,7 +624,7 @@ PUBLISHED = {
 }
 
 
-@pytest.mark.parametrize("name", PUBLISHED)
+@pytest.mark.parametrize("name", few(PUBLISHED, "ViT-B/16", marks=tiers.PUBLISHED))
 def test_published_sizes_have_as_many_parameters_as_theirs(name):
     case, form, head, folded = PUBLISHED[name]
     config = getattr(transformers, case.config)(**case.arguments)
@@ -636,6 +647,7 @@ def test_published_sizes_have_as_many_parameters_as_theirs(name):
 
 
 @pytest.mark.slow
+@pytest.mark.published
 @pytest.mark.parametrize("name", ["ViT-B/16", "SigLIP B/16"])
 def test_published_sizes_give_the_same_numbers_here(tmp_path, name):
     case, *_ = PUBLISHED[name]

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import torch_libraries
 from foreign_models import randomise, relative_difference
+from tiers import PUBLISHED, few
 
 from big_vision_lite import trees
 from big_vision_lite.conversion import engine, foreign, formats
@@ -163,7 +164,14 @@ def test_weights_of_timm_give_their_logits_here(case):
     assert architecture.image_size in (image_size(case), None)
 
 
-@pytest.mark.parametrize("case", CASES)
+# One of each pooling and of each family.
+FEW = (
+    *("token, odd", "average, gap with registers", "attention, siglip"),
+    *("deit distilled", "deit3", "dinov2", "qk norm", "token, no head"),
+)
+
+
+@pytest.mark.parametrize("case", few(CASES, *FEW))
 def test_our_weights_give_our_logits_in_timm_and_come_back_the_same(case):
     _, architecture, variables = imported(case)
     model, size = architecture.model, image_size(case)
@@ -515,7 +523,7 @@ def check_counts(name):
     return model
 
 
-@pytest.mark.parametrize("name", COUNTED)
+@pytest.mark.parametrize("name", few(COUNTED, "vit_tiny_patch16_224", marks=PUBLISHED))
 def test_published_sizes_have_heads_gelu_and_parameters_of_timm(name):
     check_counts(name)
 
@@ -532,7 +540,9 @@ TOWERS = {
 }
 
 
-@pytest.mark.parametrize("name", TOWERS)
+@pytest.mark.parametrize(
+    "name", few(TOWERS, "vit_small_patch14_dinov2", marks=PUBLISHED)
+)
 def test_towers_have_the_gelu_and_constants_of_the_weights_they_are_named_after(name):
     tower, found = TOWERS[name], check_counts(name)
     assert adapt.model_differences(tower, found) == []
@@ -542,6 +552,7 @@ def test_towers_have_the_gelu_and_constants_of_the_weights_they_are_named_after(
 
 
 @pytest.mark.slow
+@pytest.mark.published
 def test_every_vit_of_timm_has_its_heads_gelu_and_parameters_or_is_refused():
     names = every_vit()
     assert len(names) > 150
@@ -557,6 +568,7 @@ def test_every_vit_of_timm_has_its_heads_gelu_and_parameters_or_is_refused():
 
 
 @pytest.mark.slow
+@pytest.mark.published
 @pytest.mark.parametrize(
     "name",
     ["deit_small_patch16_224", "vit_small_patch14_reg4_dinov2"],

@@ -7,6 +7,7 @@ import parity
 import pytest
 import torch_libraries
 from foreign_models import randomise, relative_difference
+from tiers import PUBLISHED, few
 
 from big_vision_lite import trees
 from big_vision_lite.conversion import engine, export, foreign, formats, preprocessing
@@ -134,7 +135,7 @@ def test_the_names_of_the_published_files_are_read():
     )
 
 
-@pytest.mark.parametrize("size", SIZES)
+@pytest.mark.parametrize("size", few(SIZES, "vit_b_16", marks=PUBLISHED))
 def test_published_sizes_have_the_shapes_and_the_names_of_theirs(size):
     with torch.device("meta"):
         theirs = getattr(models, size)()
@@ -155,6 +156,7 @@ def test_published_sizes_have_the_shapes_and_the_names_of_theirs(size):
 
 
 @pytest.mark.slow
+@pytest.mark.published
 def test_a_published_size_gives_the_logits_of_torchvision():
     theirs = randomise(models.vit_b_16(), seed=0)
     _, found, variables = read(weights_of(theirs, {}))

@@ -284,6 +284,7 @@ if __name__ == "__main__":
 
 
 @pytest.mark.slow
+@pytest.mark.processes
 def test_a_killed_run_leaves_no_worker_process(tmp_path):
     script = tmp_path / "run.py"
     script.write_text(KILLED_RUN)

@@ -372,6 +372,7 @@ shapes_run.run(workdir, config)
 
 
 @pytest.mark.slow
+@pytest.mark.processes
 def test_a_kill_in_the_inner_training_changes_no_score(images, two_shapes, tmp_path):
     def start(name):
         argv = [sys.executable, "-W", "ignore", "-c", SCRIPT, images, two_shapes]
@@ -528,7 +529,9 @@ def test_the_folder_recipe_fits_the_folder(images, pretrained, tmp_path):
         parse("folder", f"dir={images},init={pretrained},epochs=3")
 
 
-@pytest.mark.parametrize("kind", ["npz", "safetensors"])
+@pytest.mark.parametrize(
+    "kind", ["npz", pytest.param("safetensors", marks=pytest.mark.slow)]
+)
 def test_recipes_fine_tune_weights_of_other_libraries(kind, images, tmp_path):
     """Both heads of a distilled model are new, all else is as in the file."""
     model = tiny_vit(

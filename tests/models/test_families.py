@@ -28,8 +28,7 @@ from big_vision_lite.models.vit import ViT
 from big_vision_lite.runtime import layout
 
 CLASSES = 5
-# Most of the time of these tests is compilation; what they compute is tiny.
-jit = functools.partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})
+PUBLISHED = (pytest.mark.slow, pytest.mark.published)
 
 
 def tiny_vit(**overrides):
@@ -83,7 +82,7 @@ def count_parameters(model, side):
 
 def run(model, params, image, **options):
     """The model's outputs, compiled as a whole: op by op takes ten times as long."""
-    return jit(lambda params, image: model.apply(params, image, **options))(
+    return jax.jit(lambda params, image: model.apply(params, image, **options))(
         {"params": params}, image
     )
 
@@ -114,7 +113,7 @@ def compiled(name):
     """One of MODELS, its parameters and its compiled forward pass on [2, 8, 8, 3]."""
     model = MODELS[name]()
     params = random_params(model, pixels(2, 8, 8))
-    return model, params, jit(lambda params, x: model.apply({"params": params}, x))
+    return model, params, jax.jit(lambda params, x: model.apply({"params": params}, x))
 
 
 @pytest.mark.parametrize(
@@ -214,13 +213,13 @@ def test_parameters_have_the_documented_names():
     ("size", "count"),
     [
         # timm 1.0's counts, with class token and learned positions.
-        ("Ti/16", 5_717_416),
         ("S/16", 22_050_664),
-        ("B/16", 86_567_656),
-        ("L/16", 304_326_632),
-        pytest.param("H/14", 632_045_800, marks=pytest.mark.slow),
-        pytest.param("g/14", 1_012.61e6, marks=pytest.mark.slow),
-        pytest.param("G/14", 1_844.44e6, marks=pytest.mark.slow),
+        pytest.param("Ti/16", 5_717_416, marks=PUBLISHED),
+        pytest.param("B/16", 86_567_656, marks=PUBLISHED),
+        pytest.param("L/16", 304_326_632, marks=PUBLISHED),
+        pytest.param("H/14", 632_045_800, marks=PUBLISHED),
+        pytest.param("g/14", 1_012.61e6, marks=PUBLISHED),
+        pytest.param("G/14", 1_844.44e6, marks=PUBLISHED),
     ],
 )
 def test_vit_sizes_have_the_published_number_of_parameters(size, count):
@@ -240,11 +239,11 @@ def test_vit_sizes_have_the_published_number_of_parameters(size, count):
     [
         # timm 1.0's resnetv2_*_bit with 1000 classes.
         ("R50x1", 25.55),
-        ("R101x1", 44.54),
-        pytest.param("R50x3", 217.32, marks=pytest.mark.slow),
-        pytest.param("R101x3", 387.93, marks=pytest.mark.slow),
-        pytest.param("R152x2", 236.34, marks=pytest.mark.slow),
-        pytest.param("R152x4", 936.53, marks=pytest.mark.slow),
+        pytest.param("R101x1", 44.54, marks=PUBLISHED),
+        pytest.param("R50x3", 217.32, marks=PUBLISHED),
+        pytest.param("R101x3", 387.93, marks=PUBLISHED),
+        pytest.param("R152x2", 236.34, marks=PUBLISHED),
+        pytest.param("R152x4", 936.53, marks=PUBLISHED),
     ],
 )
 def test_resnet_sizes_have_the_published_number_of_parameters(size, millions):
@@ -271,7 +270,7 @@ def test_a_gradient_reaches_every_parameter(name):
         logits = model.apply({"params": params}, image)["logits"]
         return jnp.sum(jnp.sin(logits * jnp.arange(1, CLASSES + 1)))
 
-    gradients = trees.flatten(jit(jax.grad(loss))(params))
+    gradients = trees.flatten(jax.jit(jax.grad(loss))(params))
     for leaf_name, gradient in gradients.items():
         if leaf_name.endswith("key/bias"):
             continue  # softmax cancels what all keys share
@@ -330,7 +329,7 @@ def test_rematerialisation_does_not_change_gradients(make, kinds):
         text = str(jax.make_jaxpr(jax.grad(loss))(params))
         # A ViT's patches and activations are recomputed whatever `remat` says.
         recomputed[remat] = text.count("checkpoint") + text.count("remat")
-        gradients[remat] = trees.flatten(jit(jax.grad(loss))(params))
+        gradients[remat] = trees.flatten(jax.jit(jax.grad(loss))(params))
     for remat in kinds:
         assert recomputed[remat] > recomputed[Remat.NONE]
         for name, expected in gradients[Remat.NONE].items():
@@ -495,7 +494,7 @@ def test_the_gradient_of_attention_is_that_of_its_formula(dtype, tolerance):
         def loss(*qkv):
             return (function(*qkv).astype(jnp.float32) * weights).sum()
 
-        return jit(jax.grad(loss, (0, 1, 2)))(q, k, v)
+        return jax.jit(jax.grad(loss, (0, 1, 2)))(q, k, v)
 
     ours = gradients(lambda *qkv: attend(*qkv, Attention.XLA))
     for found, expected in zip(ours, gradients(formula), strict=True):
@@ -514,8 +513,8 @@ def test_attention_equals_that_of_jax(scale):
         for tokens in (3, 5, 5)
     )
     q = scale * q
-    ours = jit(lambda *qkv: attend(*qkv, Attention.XLA))(q, k, v)
-    theirs = jit(jax.nn.dot_product_attention)(q, k, v)
+    ours = jax.jit(lambda *qkv: attend(*qkv, Attention.XLA))(q, k, v)
+    theirs = jax.jit(jax.nn.dot_product_attention)(q, k, v)
     np.testing.assert_allclose(ours, theirs, atol=1e-6)
 
 
@@ -546,13 +545,13 @@ FAMILIES = {
 def test_every_family_sees_pixels_in_minus_one_to_one_by_default(family):
     model = FAMILIES[family]
     image = pixels(1, 8, 8).at[0, 0, :3, 0].set(jnp.asarray([0, 51, 255], jnp.uint8))
-    outputs, variables = jit(model.init_with_output)(jax.random.key(0), image)
+    outputs, variables = jax.jit(model.init_with_output)(jax.random.key(0), image)
     expected = np.asarray(image, np.float64) / 127.5 - 1
     np.testing.assert_allclose(outputs["image"], expected, atol=1e-6)
     np.testing.assert_array_equal(outputs["image"][0, 0, 0:3:2, 0], [-1, 1])
     # And it computes on just that: the scaled pixels, taken as they are, give the same;
     # pixels in [0, 1] do not.
-    plain = jit(model.clone(mean=(0.0,), std=(1.0,)).apply)
+    plain = jax.jit(model.clone(mean=(0.0,), std=(1.0,)).apply)
     same = plain(variables, jnp.asarray(expected, jnp.float32))["pooled"]
     unit = plain(variables, jnp.asarray(image / 255, jnp.float32))["pooled"]
     np.testing.assert_allclose(outputs["pooled"], same, atol=1e-5)
@@ -575,7 +574,7 @@ def test_dropout_needs_training_and_differs_by_key():
     model, image = tiny_vit(dropout=0.3), pixels(2, 8, 8)
     _, params, forward = compiled("vit_average")
 
-    @jit
+    @jax.jit
     def train(key):
         rngs = {"dropout": key}
         return model.apply({"params": params}, image, train=True, rngs=rngs)["logits"]
@@ -623,7 +622,9 @@ def numpy_group_norm(x, groups, scale=1.0, bias=0.0):
 def test_group_norm_equals_numpy():
     x = np.random.default_rng(0).normal(1, 0.01, (2, 3, 5, 6))
     norm = group_norm(3, Dtype.FLOAT32, "norm")
-    ours = jit(norm.init_with_output)(jax.random.key(0), jnp.asarray(x, jnp.float32))[0]
+    ours = jax.jit(norm.init_with_output)(
+        jax.random.key(0), jnp.asarray(x, jnp.float32)
+    )[0]
     # Mean 100 times the deviation: the one-pass variance keeps 3 digits of it.
     np.testing.assert_allclose(ours, numpy_group_norm(x, 3), atol=5e-3)
 

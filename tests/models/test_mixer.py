@@ -7,8 +7,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import tiers
 import torch_libraries
 from foreign_models import randomise, relative_difference
+from tiers import few
 
 from big_vision_lite import trees
 from big_vision_lite.conversion import engine, foreign, formats
@@ -217,7 +219,7 @@ def test_another_epsilon_of_the_norms_is_not_equal(epsilon):
     assert differences(found, theirs(module, images("odd")))["logits"] <= BOUND
 
 
-@pytest.mark.parametrize("size", PUBLISHED)
+@pytest.mark.parametrize("size", few(PUBLISHED, "S/16", marks=tiers.PUBLISHED))
 def test_published_sizes_have_the_parameters_of_timm_and_of_the_paper(size):
     # Millions without a head, Table 1 of arXiv:2105.01601.
     paper = dict(zip(PUBLISHED, (19, 18, 60, 59, 206, 207, 431), strict=True))[size]
@@ -248,6 +250,7 @@ def test_a_published_size_is_described_so_that_timm_builds_it():
 
 
 @pytest.mark.slow
+@pytest.mark.published
 def test_a_published_size_gives_timms_logits():
     module = randomise(timm.create_model("mixer_b16_224"), seed=0)
     weights = weights_of(module)
@@ -276,9 +279,10 @@ def test_every_parameter_has_a_gradient_and_branches_drop_in_training():
         stochastic_depth=0.5,
     )
     image = jnp.asarray(np.random.default_rng(0).integers(0, 256, (4, 8, 12, 3)), "u1")
-    params = model.init(jax.random.key(0), image)["params"]
+    params = jax.jit(model.init)(jax.random.key(0), image)["params"]
     params = jax.tree.map(lambda x: x + 0.01, params)  # the head starts at zero
 
+    @functools.partial(jax.jit, static_argnums=1)
     def loss(params, train):
         outputs = model.apply(
             {"params": params},

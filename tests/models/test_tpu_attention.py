@@ -73,13 +73,14 @@ def everything(function, q, k, v, biases, gradient):
     return dict(zip(NAMES, (y, *of_arrays, *of_biases), strict=True))
 
 
+SLOW = pytest.mark.slow
 SHAPES = [  # tokens, heads, head dimension
-    (196, 6, 64),
+    pytest.param((196, 6, 64), marks=SLOW),
     (197, 3, 64),  # a class token; a head without another to fill 128 lanes
-    (257, 2, 64),
+    pytest.param((257, 2, 64), marks=SLOW),
     (577, 2, 64),  # three blocks of queries
     (50, 2, 80),
-    (196, 2, 72),
+    pytest.param((196, 2, 72), marks=SLOW),
 ]
 
 
@@ -100,7 +101,8 @@ def unit(x):
     return 2.0 ** (np.floor(np.log2(np.abs(x))) - 7)
 
 
-@pytest.mark.parametrize("peak", [1, 8])  # of queries: logits of 1, and of 8
+# Of queries: logits of 1, and of 8.
+@pytest.mark.parametrize("peak", [pytest.param(1, marks=SLOW), 8])
 @pytest.mark.parametrize("head_dim", [64, 80])
 @pytest.mark.parametrize("attention", ["kernel", "xla"])
 def test_bfloat16_attention_is_float64s_but_for_two_units(attention, head_dim, peak):
@@ -152,11 +154,19 @@ def make_mesh(data, fsdp, **more):
     return Mesh(devices, tuple(shape), axis_types=(AxisType.Auto,) * len(shape))
 
 
-@pytest.mark.parametrize("mesh", MESHES)
 @pytest.mark.parametrize(
-    # A row: shapes are traced with it.
-    ("function", "batch"),
-    [(apart, 8), (joined, 8), (apart, 1)],
+    ("function", "batch", "mesh"),
+    [
+        (apart, 8, "data=8"),
+        (joined, 8, "data=2,fsdp=2,tensor=2"),
+        (apart, 1, "data=2,fsdp=4"),  # a row: shapes are traced with it
+        pytest.param(apart, 8, "data=2,fsdp=4", marks=SLOW),
+        pytest.param(apart, 8, "data=2,fsdp=2,tensor=2", marks=SLOW),
+        pytest.param(joined, 8, "data=8", marks=SLOW),
+        pytest.param(joined, 8, "data=2,fsdp=4", marks=SLOW),
+        pytest.param(apart, 1, "data=8", marks=SLOW),
+        pytest.param(apart, 1, "data=2,fsdp=2,tensor=2", marks=SLOW),
+    ],
 )
 def test_eight_devices_give_what_one_gives(function, batch, mesh):
     given = arrays(17, 4, 64, batch=batch)
@@ -247,8 +257,20 @@ OPTIONS = {
 }
 
 
-@pytest.mark.parametrize("options", OPTIONS)
-@pytest.mark.parametrize("remat", [Remat.NONE, Remat.DOTS, Remat.FULL])
+@pytest.mark.parametrize(
+    ("remat", "options"),
+    [
+        (Remat.NONE, "plain"),
+        (Remat.DOTS, "fsdp"),
+        (Remat.FULL, "micro-batches"),
+        pytest.param(Remat.NONE, "fsdp", marks=SLOW),
+        pytest.param(Remat.NONE, "micro-batches", marks=SLOW),
+        pytest.param(Remat.DOTS, "plain", marks=SLOW),
+        pytest.param(Remat.DOTS, "micro-batches", marks=SLOW),
+        pytest.param(Remat.FULL, "plain", marks=SLOW),
+        pytest.param(Remat.FULL, "fsdp", marks=SLOW),
+    ],
+)
 def test_a_step_lowered_for_tpus_holds_the_kernel(remat, options):
     text = lowered(vit(remat=remat), "tpu", **OPTIONS[options])
     found = text.count("@tpu_custom_call")
@@ -257,7 +279,7 @@ def test_a_step_lowered_for_tpus_holds_the_kernel(remat, options):
     assert "xf64" not in text
 
 
-@pytest.mark.parametrize("micro_batches", [1, 2])
+@pytest.mark.parametrize("micro_batches", [1, pytest.param(2, marks=SLOW)])
 def test_a_step_lowered_for_gpus_holds_cudnns_attention(gpu, micro_batches):
     # One device: with more, JAX has XLA ask it for the call while it partitions.
     options = dict(devices=1, micro_batches=micro_batches)
@@ -276,9 +298,9 @@ def test_a_step_lowered_for_gpus_holds_cudnns_attention(gpu, micro_batches):
     ("remat", "options"),
     [
         (Remat.NONE, "plain"),
-        (Remat.DOTS, "plain"),
-        (Remat.FULL, "plain"),
-        (Remat.NONE, "micro-batches"),
+        pytest.param(Remat.DOTS, "plain", marks=SLOW),
+        pytest.param(Remat.FULL, "plain", marks=SLOW),
+        pytest.param(Remat.NONE, "micro-batches", marks=SLOW),
     ],
 )
 def test_branches_of_other_platforms_cost_a_cpu_nothing(gpu, remat, options):

@@ -1,7 +1,5 @@
 """What published ViTs add to the plain one, without another library."""
 
-import functools
-
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -25,7 +23,7 @@ from big_vision_lite.models.blocks.pooling import FinalNorm, Pooling
 from big_vision_lite.models.vit import ViT
 
 CLASSES = 5
-jit = functools.partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})
+PUBLISHED = (pytest.mark.slow, pytest.mark.published)
 
 
 class Halves(nn.Module):
@@ -73,7 +71,7 @@ def random_params(model, image, seed=0):
 
 
 def run(model, params, image):
-    return jit(lambda params, image: model.apply({"params": params}, image))(
+    return jax.jit(lambda params, image: model.apply({"params": params}, image))(
         params, image
     )
 
@@ -87,7 +85,7 @@ def test_a_gradient_reaches_every_parameter_of_a_variant(name):
         logits = model.apply({"params": params}, image, train=True)["logits"]
         return jnp.sum(jnp.sin(logits * jnp.arange(1, CLASSES + 1)))
 
-    for leaf, gradient in trees.flatten(jit(jax.grad(loss))(params)).items():
+    for leaf, gradient in trees.flatten(jax.jit(jax.grad(loss))(params)).items():
         shared = "key_norm/bias" if model.qk_norm else "key/bias"
         if leaf.endswith((shared, "pooling/attention/key/bias")):
             continue  # softmax cancels what all keys share
@@ -210,7 +208,7 @@ def test_distillation_averages_two_heads():
 def test_both_heads_of_a_distilled_model_start_at_their_bias():
     head = Classifier(num_classes=CLASSES, bias_init=-10.0)
     model, image = variant("distilled", head=head), pixels(2, 8, 8)
-    outputs, variables = jit(model.init_with_output)(jax.random.key(0), image)
+    outputs, variables = jax.jit(model.init_with_output)(jax.random.key(0), image)
     for name in ("logits", "class_logits", "distillation_logits"):
         np.testing.assert_array_equal(outputs[name], np.full((2, CLASSES), -10.0))
     for name in ("head", "distillation_head"):
@@ -337,7 +335,9 @@ def test_positions_on_their_own_grid_are_not_touched():
         (vit_variants.dinov2("S/14"), 518, 22_056_192 - 384),
         (vit_variants.dinov2("B/14", registers=4), 518, 86_582_016),
         (vit_variants.siglip("B/16"), 224, 92_884_224),
-        (vit_variants.siglip("So400m/14"), 224, 427_680_704),
+        pytest.param(
+            vit_variants.siglip("So400m/14"), 224, 427_680_704, marks=PUBLISHED
+        ),
         (
             vit_variants.deit("S/16", head=Classifier(num_classes=1000)),
             224,
@@ -358,12 +358,12 @@ def test_positions_on_their_own_grid_are_not_touched():
             vit_variants.dinov2("g/14"),
             518,
             1_136_479_232 - 1536,
-            marks=pytest.mark.slow,
+            marks=PUBLISHED,
         ),
         pytest.param(
             vit_variants.deit3("H/14", head=Classifier(num_classes=1000)),
             *(224, 632_126_440),
-            marks=pytest.mark.slow,
+            marks=PUBLISHED,
         ),
     ],
 )

@@ -16,6 +16,8 @@ import pytest
 from big_vision_lite.runtime import cpu, sharding
 from big_vision_lite.runtime.cpu import SteadyStep
 
+pytestmark = pytest.mark.usefixtures("module_optimised")
+
 # A process of its own: malloc's settings are the process's, and pytest's has 8 devices.
 PROGRAM = """
 import contextlib, ctypes, json, resource, statistics, sys
@@ -113,12 +115,14 @@ def found(unconfigured):
     return found
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("when", ["kept", "later", "inner", "after_inner"])
 def test_a_call_makes_no_pages_anew(found, when):
     """As a rule: whoever comes first may settle at the beginning of the memory."""
     assert found[when] < found["plain"] / 4
 
 
+@pytest.mark.slow
 def test_the_pages_stay_between_calls_and_go_when_given_back(found):
     size = found["size"]
     # Block.hold trims at half of the size beyond it, and where others take the cores
@@ -128,11 +132,13 @@ def test_the_pages_stay_between_calls_and_go_when_given_back(found):
     assert found["closed"] < 0.2 * size
 
 
+@pytest.mark.slow
 def test_a_block_that_moves_leaves_no_pages_behind(found):
     assert found["places"] > 1
     assert found["most"] < 1.7 * found["size"]
 
 
+@pytest.mark.slow
 def test_after_an_error_of_the_step_the_memory_is_held(found):
     assert found["after_error"] == [True, True]
 

@@ -141,7 +141,7 @@ def real_step(**fields):
         return built, spec, built.train_step.lower(built.abstract, spec).compile()
 
 
-@pytest.mark.parametrize("depth", [6, 12])
+@pytest.mark.parametrize("depth", [2, pytest.param(12, marks=pytest.mark.slow)])
 def test_xla_computes_no_more_than_the_model_needs(depth):
     """The real step: XLA:CPU may not compute a residual sum again in every block."""
     built, spec, compiled = real_step(depth=depth)

@@ -12,6 +12,8 @@ if importlib.util.find_spec("timm") is None:  # importing it needs torchvision, 
     pytest.skip("timm is not installed", allow_module_level=True)
 
 
+@pytest.mark.slow
+@pytest.mark.tools
 def test_timm_makes_the_same_steps_in_turn(tmp_path):
     written = tmp_path / "table.json"
     shown = benchmark(

@@ -127,6 +127,8 @@ def test_bare_steps_need_four_libraries_and_count_right(tmp_path):
     assert remat > plain
 
 
+@pytest.mark.slow
+@pytest.mark.tools
 def test_a_recipe_gets_its_table(tmp_path):
     written = tmp_path / "table.json"
     shown = benchmark(
@@ -151,6 +153,7 @@ def test_a_recipe_gets_its_table(tmp_path):
 
 
 @pytest.mark.slow
+@pytest.mark.tools
 def test_starts_are_those_of_the_real_program(tmp_path):
     written = tmp_path / "table.json"
     shown = benchmark(

@@ -251,6 +251,8 @@ def test_a_folder_that_holds_something_is_left_alone(run, tmp_path):
     assert [p.name for p in tmp_path.iterdir()] == ["mine.txt"]
 
 
+@pytest.mark.slow
+@pytest.mark.tools
 def test_fine_tuning_from_either_gives_the_same_losses(run, tmp_path):
     pytest.importorskip("timm")
     convert(run, "--to", "timm", "--out", tmp_path / "timm")

@@ -9,6 +9,7 @@ import show_model
 import torch_libraries
 
 pytestmark = pytest.mark.parity
+SLOW = (pytest.mark.slow, pytest.mark.tools)
 
 torch = pytest.importorskip("torch")
 torch_libraries.import_torchvision()
@@ -58,10 +59,7 @@ FEW = (
     "ResNet:X50_32x4d",
     "BiT:R50x1",
 )
-CASES = [
-    pytest.param(spec, marks=() if spec in FEW else pytest.mark.slow)
-    for spec in PUBLISHED
-]
+CASES = [pytest.param(spec, marks=() if spec in FEW else SLOW) for spec in PUBLISHED]
 
 
 def whole(spec):

@@ -231,6 +231,8 @@ def compiled_for_tpu(depth: int, micro_batches: int):
         return step.lower(abstract, spec).compile()
 
 
+@SLOW
+@pytest.mark.usefixtures("optimised")
 @pytest.mark.parametrize("micro_batches", [1, 4])
 def test_a_tpu_gathers_bfloat16_and_chains_no_permutes(micro_batches):
     text = compiled_for_tpu(2, micro_batches).as_text()
@@ -243,6 +245,8 @@ def test_a_tpu_gathers_bfloat16_and_chains_no_permutes(micro_batches):
     assert re.search(r"reduce-scatter|all-reduce-scatter", text)
 
 
+@SLOW
+@pytest.mark.usefixtures("optimised")
 def test_a_deeper_model_needs_no_more_whole_parameters_at_a_time():
     # On a TPU: a CPU gathers as early as it can.
     memory = [

@@ -206,7 +206,9 @@ def test_a_kernel_of_our_own_counts_by_what_it_computes_not_by_what_it_says():
 GOLDEN = json.loads(compile_report.GOLDEN.read_text())
 
 
+# The compilers of TPUs and GPUs heed what tests want of the CPU's, too.
 @pytest.mark.slow
+@pytest.mark.usefixtures("optimised")
 @pytest.mark.parametrize("case", compile_report.CASES)
 def test_the_step_costs_what_is_recorded(case):
     recorded = GOLDEN.get(compile_report.versions())

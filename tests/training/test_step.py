@@ -69,6 +69,11 @@ def test_eight_devices_step_like_one(vit, mesh, micro_batches):
     assert_same_step(found, five_steps(vit, "one"))
 
 
+def test_eight_devices_step_like_one_compiled_as_users_do(optimised):
+    anew = five_steps.__wrapped__
+    assert_same_step(anew(False, "data=2,fsdp=4"), anew(False, "one"))
+
+
 @pytest.mark.parametrize(
     ("vit", "mesh", "micro_batches"),
     [
@@ -408,7 +413,7 @@ def test_capture_keeps_the_gradient_and_the_collections():
     assert not np.any(found["block_01/dense/kernel"])
 
 
-def test_averaged_parameters_give_outputs_but_no_gradient():
+def test_averaged_parameters_give_outputs_but_no_gradient(optimised):
     def objective(forward, batch, rng):
         teacher = forward(image=batch["image"], params="ema")["logits"]
         student = forward(image=batch["image"])["logits"]

@@ -82,7 +82,7 @@ class TrainConfig:
     """One training run, whole.
 
     The length is `num_epochs` or `num_steps`; the latter wins when both are set.
-    `preprocess` is the deterministic road from file bytes to model input: the default
+    `preprocess` is the deterministic way from file bytes to model input: the default
     of every evaluator and what predict uses. `freeze` holds patterns of parameter
     names that do not train, `ema` is an average of the parameters.
     `profile_steps` is empty or (first, last), written for TensorBoard's profiler.

@@ -60,9 +60,9 @@ def to_library(run: SavedRun, library: Library, out: pathlib.Path) -> bool:
         # It stands for patches in pretraining only.
         del variables["mask_token"]
         model = model.clone(mask_token=False)
-    road, channels = preprocessing_of(run)
+    preprocessing, channels = preprocessing_of(run)
     exported = export.export(
-        model, variables, road, channels, run.class_names, library, str(out)
+        model, variables, preprocessing, channels, run.class_names, library, str(out)
     )
     export.write(exported, out)
     print(f"{len(exported.arrays)} arrays of {run.folder} -> {out} ({library})")
@@ -79,7 +79,7 @@ def to_library(run: SavedRun, library: Library, out: pathlib.Path) -> bool:
             "(pip install '.[torch]')"
         )
         return True
-    return _prove(model, variables, road, channels, exported, out)
+    return _prove(model, variables, preprocessing, channels, exported, out)
 
 
 def _read_back(variables: dict[str, np.ndarray], out: pathlib.Path) -> bool:
@@ -93,7 +93,7 @@ def _read_back(variables: dict[str, np.ndarray], out: pathlib.Path) -> bool:
 def _prove(
     model: Any,
     variables: dict[str, np.ndarray],
-    road: Preprocessing,
+    preprocessing: Preprocessing,
     channels: int,
     exported: export.Exported,
     out: pathlib.Path,
@@ -104,10 +104,10 @@ def _prove(
     report = parity.compare(
         model,
         {"params": params, **collections},
-        road,
+        preprocessing,
         channels,
         exported,
-        list(exported.form.entries(model, road.image_size)),
+        list(exported.form.entries(model, preprocessing.image_size)),
         out,
     )
     (out / "parity.txt").write_text(report.text())
@@ -116,13 +116,13 @@ def _prove(
 
 
 def preprocessing_of(run: SavedRun) -> tuple[Preprocessing, int]:
-    """Returns a run's road from a file to the model's input, and its channels."""
+    """Returns a run's preprocessing, and its channels."""
     ops, model = run.config.preprocess, backbone_of(run.config.model)[1]
     height, width, channels = input_shape(run)
-    road = Preprocessing(
+    preprocessing = Preprocessing(
         ops=ops, mean=model.mean, std=model.std, image_size=(height, width)
     )
-    return road, channels
+    return preprocessing, channels
 
 
 def input_shape(run: SavedRun) -> tuple[int, ...]:

@@ -18,7 +18,7 @@ import sys
 import time
 from collections.abc import Sequence
 
-# Batches end on the CPU: the road to an accelerator is no part of this.
+# Batches end on the CPU: the way to an accelerator is no part of this.
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 
 import jax

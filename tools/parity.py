@@ -137,7 +137,7 @@ class Report:
 def compare(
     model: Any,
     variables: Mapping[str, Any],
-    road: Preprocessing,
+    preprocessing: Preprocessing,
     channels: int,
     exported: Exported,
     entries: Sequence[Entry],
@@ -148,13 +148,13 @@ def compare(
     `variables` are nested, as `model.apply` takes them.
     """
     theirs = load(exported, folder)
-    height, width = road.image_size
+    height, width = preprocessing.image_size
     rng = np.random.default_rng(0)
     shape = (NUM_RANDOM, height, width, channels)
     photographs = jpegs()
     images = {
         "random pixels": rng.integers(0, 256, shape, np.uint8),
-        "photographs": np.stack([through(road, data) for data in photographs]),
+        "photographs": np.stack([through(preprocessing, data) for data in photographs]),
     }
     logits, rounding, layers, scale = {}, {}, [], 0.0
     for kind, image in images.items():
@@ -176,7 +176,7 @@ def compare(
     own = their_images(exported, theirs, folder, photographs, channels)
     ours, _ = run_ours(model, variables, images["photographs"], [])
     other, _ = run_theirs(theirs, own, [])
-    spread = np.broadcast_to(np.asarray(road.std), (channels,))
+    spread = np.broadcast_to(np.asarray(preprocessing.std), (channels,))
     return Report(
         logits=logits,
         rounding=rounding,
@@ -204,10 +204,10 @@ def jpegs() -> list[bytes]:
     return found
 
 
-def through(road: Preprocessing, data: bytes) -> np.ndarray:
+def through(preprocessing: Preprocessing, data: bytes) -> np.ndarray:
     """Returns what our preprocessing makes of a file, uint8 [H, W, C]."""
     example: dict[str, Any] = {"image": data}
-    for op in road.ops:
+    for op in preprocessing.ops:
         example = op(example, np.random.default_rng(0))
     return example["image"]
 

@@ -41,7 +41,7 @@ class Exported:
 def export(
     model: Any,
     variables: Mapping[str, np.ndarray],
-    road: Preprocessing,
+    preprocessing: Preprocessing,
     channels: int,
     class_names: Sequence[str],
     library: Library,
@@ -62,19 +62,23 @@ def export(
                 "RUN/checkpoints/STEP."
             )
     form = find(model, library)
-    described = _of_channels(library, form.describe(model, road.image_size), channels)
-    entries = form.entries(model, road.image_size)
+    described = _of_channels(
+        library, form.describe(model, preprocessing.image_size), channels
+    )
+    entries = form.entries(model, preprocessing.image_size)
     arrays = engine.write(entries, variables)
     constants = getattr(form, "constants", None)
     if constants is not None:
         arrays |= constants(model)
-    images = _images(library, road, channels)
+    images = _images(library, preprocessing, channels)
     return Exported(
         library=library,
         form=form,
         arrays=arrays,
         described=described,
-        files=_files(library, described, images.config, road, channels, class_names),
+        files=_files(
+            library, described, images.config, preprocessing, channels, class_names
+        ),
         code=_code(library, described, images.config, folder),
         notes=images.inexact,
     )
@@ -101,24 +105,24 @@ def _of_channels(
     return dict(described)
 
 
-def _images(library: Library, road: Preprocessing, channels: int) -> Written:
+def _images(library: Library, preprocessing: Preprocessing, channels: int) -> Written:
     match library:
         case Library.HUGGINGFACE:
-            return preprocessing_export.to_huggingface(road, channels)
+            return preprocessing_export.to_huggingface(preprocessing, channels)
         case Library.TIMM:
-            return preprocessing_export.to_timm(road, channels)
+            return preprocessing_export.to_timm(preprocessing, channels)
         case Library.TORCHVISION:
-            preset = preprocessing_export.to_torchvision(road)
+            preset = preprocessing_export.to_torchvision(preprocessing)
             # torchvision reads no configuration: timm's form is read back here.
-            back = preprocessing_export.to_timm(road, channels)
+            back = preprocessing_export.to_timm(preprocessing, channels)
             return Written(
                 config={"transforms": preset.config, "pretrained_cfg": back.config},
                 inexact=preset.inexact,
             )
         case _:
             # Read back here, by our own ops.
-            own = json.loads(serialize.to_json(road))["config"]
-            return Written(config={foreign.ROAD: own}, inexact=())
+            own = json.loads(serialize.to_json(preprocessing))["config"]
+            return Written(config={foreign.PREPROCESSING: own}, inexact=())
 
 
 def find(model: Any, library: Library) -> Format:
@@ -182,7 +186,7 @@ def _files(
     library: Library,
     described: Mapping[str, Any],
     images: Mapping[str, Any],
-    road: Preprocessing,
+    preprocessing: Preprocessing,
     channels: int,
     class_names: Sequence[str],
 ) -> dict[str, str]:
@@ -208,7 +212,7 @@ def _files(
                 "preprocessor_config.json": processor,
             }
         case _:
-            shape = {"image_size": list(road.image_size), "channels": channels}
+            shape = {"image_size": list(preprocessing.image_size), "channels": channels}
             config = {**described, **shape, **images, **labels}
     return {"config.json": _json(config)}
 

@@ -15,7 +15,7 @@ from big_vision_lite.recipes import serialize
 from big_vision_lite.types import Op
 
 # Where config.json of our exports holds the preprocessing.
-ROAD = "preprocessing"
+PREPROCESSING = "preprocessing"
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -24,7 +24,7 @@ class Foreign:
 
     `variables` are our {name: float32 array}, batch statistics as "batch_stats/...".
     `model` has the scaling of pixels (mean, std) that the weights were trained with,
-    `preprocess` is the road from a file to its input, `image_size` (height, width).
+    `preprocess` makes its input of a file, `image_size` (height, width).
     `class_names` are empty when the file does not name them. `format` is what was
     recognised; `notes` are assumptions to be said.
     """
@@ -58,12 +58,12 @@ def load(path: str) -> Foreign:
     form = recognise(found)
     architecture = form.architecture(found)
     channels = architecture.channels
-    road = _own_road(found)
-    if road is None:
-        road = preprocessing.read(found, architecture.image_size, channels)
-    height, width = road.image_size
+    steps = _own_preprocessing(found)
+    if steps is None:
+        steps = preprocessing.read(found, architecture.image_size, channels)
+    height, width = steps.image_size
     variables = formats.load(found, form, architecture, (height, width))
-    model = architecture.model.clone(mean=tuple(road.mean), std=tuple(road.std))
+    model = architecture.model.clone(mean=tuple(steps.mean), std=tuple(steps.std))
     return Foreign(
         path=path,
         format=form.name,
@@ -71,10 +71,10 @@ def load(path: str) -> Foreign:
         variables=variables,
         image_size=(height, width),
         channels=channels,
-        preprocess=road.ops,
+        preprocess=steps.ops,
         class_names=_class_names(found, variables),
         licence=found.config.get("license"),
-        notes=(*architecture.notes, *road.notes),
+        notes=(*architecture.notes, *steps.notes),
     )
 
 
@@ -95,9 +95,9 @@ def recognise(found: Weights) -> Format:
     )
 
 
-def _own_road(found: Weights) -> Preprocessing | None:
+def _own_preprocessing(found: Weights) -> Preprocessing | None:
     """Returns the preprocessing that our own exports carry, every op of it."""
-    document = found.config.get(ROAD)
+    document = found.config.get(PREPROCESSING)
     if document is None:
         return None
     text = json.dumps({"version": __version__, "config": document})

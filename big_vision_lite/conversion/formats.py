@@ -150,10 +150,10 @@ def load(
     """
     model = architecture.model
     # Optional: in some formats the same array has names that differ from file to file.
-    tidied = getattr(form, "tidied", None)
+    normalised_names = getattr(form, "normalised_names", None)
     return engine.read(
         form.entries(model, image_size),
-        (weights if tidied is None else tidied(weights)).arrays,
+        (weights if normalised_names is None else normalised_names(weights)).arrays,
         shapes(model, image_size, architecture.channels),
         what=f"{weights.path} ({form.name})",
         ignored=form.ignored,

@@ -144,7 +144,7 @@ def to_huggingface(preprocessing: Preprocessing, channels: int = 3) -> Written:
 
 
 def _steps(ops: Sequence[Op]) -> tuple[Resize | ResizeSmall | None, CentralCrop | None]:
-    """Returns the resize and the crop of a road that has no other steps."""
+    """Returns the resize and the crop of a preprocessing that has no other steps."""
     steps: list[Any] = [op for op in ops if not isinstance(op, Decode | ToGray)]
     resize: Resize | ResizeSmall | None = None
     crop: CentralCrop | None = None

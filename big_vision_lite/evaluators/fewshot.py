@@ -28,7 +28,7 @@ class FewShotSet:
     preprocess: tuple[Op, ...] | None = None
 
     def ops(self, context: Context) -> tuple[Op, ...]:
-        """Returns the road from a file of this set to the model."""
+        """Returns the ops from a file of this set to the model."""
         return context.preprocess if self.preprocess is None else self.preprocess
 
 

@@ -41,7 +41,7 @@ class Monitor:
         """Notes the metrics of one step; fetches nothing."""
         self._pending.append((step, metrics))
 
-    def look(self, state: TrainState) -> dict[str, float]:
+    def fetch_and_check(self, state: TrainState) -> dict[str, float]:
         """Returns the record of the newest step: "train/loss", "train/learning_rate".
 
         Raises:

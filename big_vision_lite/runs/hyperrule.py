@@ -53,7 +53,7 @@ class HyperRule:
     the warm-up and drops at the same fractions of it. The learning rate `peak` is not
     scaled by the batch; the published pair for a small machine is 0.001 at 128.
     `flip=False` where left and right mean something (letters, digits). `ops` and
-    `preprocess`, both together, replace the road from files to the model.
+    `preprocess`, both together, replace the ops from files to the model.
     """
 
     size: int | None = None
@@ -105,7 +105,7 @@ class HyperRule:
             ValueError: no image can be read, or the model has no field for a head.
         """
         num_classes, examples = len(train.class_names), len(train)
-        ops, preprocess = self._roads(train, pretrained_preprocess)
+        ops, preprocess = self._ops(train, pretrained_preprocess)
         num_steps, schedule = self.schedule(examples)
         device_ops = ()
         if examples >= MIXUP_FROM_EXAMPLES:
@@ -152,7 +152,7 @@ class HyperRule:
             peak=self.peak, warmup_steps=warmup, drop_steps=tuple(drops)
         )
 
-    def _roads(
+    def _ops(
         self, train: Source, pretrained: tuple[Op, ...]
     ) -> tuple[tuple[Op, ...], tuple[Op, ...]]:
         if self.ops is not None and self.preprocess is not None:

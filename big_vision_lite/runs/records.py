@@ -80,7 +80,7 @@ class Writer:
         self._writes = jax.process_index() == 0
         self._records: list[dict[str, Any]] = []
         self._seen: set[tuple[int, str]] = set()
-        self._file: files.Growing | None = None
+        self._file: files.AppendOnlyFile | None = None
         self._events: _EventFile | None = None
         self._wandb: Any = None
 
@@ -164,7 +164,7 @@ class Writer:
 
     def _open(self, first_step: int | None) -> "_EventFile":
         if not files.is_remote(self._workdir):
-            self._file = files.Growing(self._workdir / FILE_NAME)
+            self._file = files.AppendOnlyFile(self._workdir / FILE_NAME)
         return _EventFile(self._workdir / TENSORBOARD_FOLDER, first_step)
 
     def _close(self) -> None:
@@ -188,7 +188,7 @@ class _EventFile:
         path = folder / f"{name}.{socket.gethostname()}.{os.getpid()}"
         self._path = path
         self._content = b""
-        self._file = None if files.is_remote(folder) else files.Growing(path)
+        self._file = None if files.is_remote(folder) else files.AppendOnlyFile(path)
         self._add(_event.Event(file_version="brain.Event:2"))
         if first_step is not None:
             # START makes TensorBoard forget what a killed run wrote from there on.

@@ -238,7 +238,7 @@ class Run:
             FloatingPointError: a loss was not finite; says where it began.
             OSError: the last save failed.
         """
-        record = self._monitor.look(state)
+        record = self._monitor.fetch_and_check(state)
         self._checkpointer.check()
         record |= self.progress.rates(step)
         self.writer.write(step, record)
@@ -251,7 +251,7 @@ class Run:
             FloatingPointError: one was not.
             OSError: the save before failed.
         """
-        self._monitor.look(state)
+        self._monitor.fetch_and_check(state)
         with self.progress.paused():
             self._checkpointer.save(step, state)
 

@@ -37,7 +37,7 @@ def verified_manifest(folder: epath.Path) -> dict[str, Any]:
     Raises:
         DamagedCheckpoint: names the file, and the newest step that is intact.
     """
-    with _offering(folder):
+    with _suggesting_intact_step(folder):
         return _verify(folder)
 
 
@@ -48,7 +48,7 @@ def restore(folder: epath.Path, abstract: Any, manifest: Mapping[str, Any]) -> A
         DamagedCheckpoint: a leaf's checksum differs; it is named, and the newest step
             that is intact.
     """
-    with _offering(folder):
+    with _suggesting_intact_step(folder):
         state = _load(folder, abstract)
         damaged = integrity.damaged_leaves(manifest["leaves"], state)
         if damaged:
@@ -130,7 +130,7 @@ def _load(folder: epath.Path, abstract: Any) -> Any:
 
 
 @contextlib.contextmanager
-def _offering(folder: epath.Path) -> Iterator[None]:
+def _suggesting_intact_step(folder: epath.Path) -> Iterator[None]:
     """Adds to what is said of a damaged step which one to take instead."""
     try:
         yield

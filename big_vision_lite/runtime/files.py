@@ -68,7 +68,7 @@ def writing(path: epath.Path) -> Iterator[None]:
         ) from error
 
 
-class Growing:
+class AppendOnlyFile:
     """A local file that grows by whole records; nothing waits in a buffer.
 
     Raises:

@@ -58,17 +58,17 @@ def metrics(loss=1.0, norm=2.0, finite=True):
 
 def test_the_record_is_of_the_newest_step_alone(tmp_path):
     watch = monitor(tmp_path)
-    assert watch.look(start().state) == {}
+    assert watch.fetch_and_check(start().state) == {}
     for step in (1, 2, 3):
         watch.add(step, metrics(loss=float(step)))
-    record = watch.look(start().state)
+    record = watch.fetch_and_check(start().state)
     assert record == {
         "train/loss": 3.0,
         "train/gradient_norm": 2.0,
         "train/accuracy": 0.5,
         "train/learning_rate": pytest.approx(0.1 * 2 / 4),
     }
-    assert watch.look(start().state) == {}
+    assert watch.fetch_and_check(start().state) == {}
 
 
 def test_the_learning_rate_on_record_is_the_one_the_step_used(tmp_path):
@@ -79,7 +79,7 @@ def test_the_learning_rate_on_record_is_the_one_the_step_used(tmp_path):
     found = []
     for step in (1, 2, 5, 12):
         watch.add(step, metrics())
-        found.append(watch.look(start().state)["train/learning_rate"])
+        found.append(watch.fetch_and_check(start().state)["train/learning_rate"])
     assert found == [0.0, 0.125, 0.5, 0.5]
     assert found == [float(schedule(step - 1)) for step in (1, 2, 5, 12)]
 
@@ -91,13 +91,13 @@ def test_no_step_that_is_not_finite_goes_by_unseen(tmp_path):
         bad = step == 2
         watch.add(step, metrics(norm=float(step), finite=not bad))
     with pytest.raises(FloatingPointError) as caught:
-        watch.look(state)
+        watch.fetch_and_check(state)
     message = str(caught.value)
     assert message.startswith("Loss not finite at step 2. First bad tensor: none in a")
     assert "Gradient norm 1 -> 2 in 2 steps" in message
     assert f"learning rate 2.50e-02. Saved: {tmp_path}/crash/step_2" in message
     # Once told, it begins anew.
-    assert watch.look(state) == {}
+    assert watch.fetch_and_check(state) == {}
 
 
 def explained(model, state, batch=None):

@@ -28,7 +28,7 @@ class NpzBiT:
     model: type = BiT
     ignored: tuple[str, ...] = ()
 
-    def tidied(self, weights: Weights) -> Weights:
+    def normalised_names(self, weights: Weights) -> Weights:
         """Returns the names with "resnet/" in front and without numbers of layers."""
         numbered = re.compile(r"(standardized_conv2d|group_norm|conv2d)_\d+(?=/)")
         arrays = {
@@ -38,10 +38,10 @@ class NpzBiT:
         return dataclasses.replace(weights, arrays=arrays)
 
     def recognises(self, weights: Weights) -> bool:
-        return ROOT in self.tidied(weights).arrays
+        return ROOT in self.normalised_names(weights).arrays
 
     def architecture(self, weights: Weights) -> Architecture:
-        weights = self.tidied(weights)
+        weights = self.normalised_names(weights)
         root = weights.shape(ROOT, 4)
         bit_tables.check_root(weights.path, root)
         model = BiT(

@@ -64,11 +64,11 @@ class TimmViT:
     model: type = ViT
     ignored: tuple[str, ...] = ()
 
-    def tidied(self, weights: Weights) -> Weights:
+    def normalised_names(self, weights: Weights) -> Weights:
         return in_timm_names(weights)
 
     def recognises(self, weights: Weights) -> bool:
-        weights = self.tidied(weights)
+        weights = self.normalised_names(weights)
         arrays = weights.arrays
         if not {PATCHES, "blocks.0.attn.qkv.weight", "blocks.0.norm1.weight"} <= (
             arrays.keys()
@@ -78,7 +78,7 @@ class TimmViT:
         return unread == self.unread_class_token
 
     def architecture(self, weights: Weights) -> Architecture:
-        weights = self.tidied(weights)
+        weights = self.normalised_names(weights)
         arrays = weights.arrays
         for name, what in UNKNOWN_PARTS.items():
             if name in arrays:

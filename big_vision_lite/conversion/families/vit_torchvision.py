@@ -46,7 +46,7 @@ class TorchvisionViT:
     model: type = ViT
     ignored: tuple[str, ...] = ()
 
-    def tidied(self, weights: Weights) -> Weights:
+    def normalised_names(self, weights: Weights) -> Weights:
         """Returns the weights in the names of today's version."""
         arrays = {_renamed(name): array for name, array in weights.arrays.items()}
         return dataclasses.replace(weights, arrays=arrays)
@@ -55,7 +55,7 @@ class TorchvisionViT:
         return {PATCHES, POSITIONS, f"{FIRST}.ln_1.weight"} <= weights.arrays.keys()
 
     def architecture(self, weights: Weights) -> Architecture:
-        weights = self.tidied(weights)
+        weights = self.normalised_names(weights)
         width, channels, patch, _ = weights.shape(PATCHES, 4)
         _, count, _ = weights.shape(POSITIONS, 3)
         mlp_dim, _ = weights.shape(f"{FIRST}.mlp.0.weight", 2)

@@ -151,7 +151,8 @@ def test_the_objective_of_the_readme_works():
     ]
     code = code[: code.index("```")]
     names: dict = {}
-    exec("import dataclasses, jax, jax.numpy as jnp\n" + code, names)
+    given = "from big_vision_lite.types import Objective\n"
+    exec(f"import dataclasses, jax, jax.numpy as jnp\n{given}" + code, names)
     import jax.numpy as jnp
 
     logits = jnp.array([[2.0, 0.0, -1.0], [0.0, 1.0, 0.5]])

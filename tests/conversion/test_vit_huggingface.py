@@ -123,7 +123,7 @@ def images(size, channels=3, seed=7):
 
 
 def their_outputs(model, image):
-    """Returns what ours calls "logits", "pooled" and "tokens", where they have it."""
+    """Returns "logits", "pooled" and the "tokens" of the grid, where they have it."""
     scaled = (np.float32(image).transpose(0, 3, 1, 2) - 127.5) / 127.5
     tower = model.vision_model if isinstance(model, transformers.SiglipModel) else model
     with torch.no_grad():
@@ -145,7 +145,9 @@ def their_outputs(model, image):
 
 def our_outputs(model, variables, image):
     params = trees.unflatten(variables)
-    return jax.jit(lambda p, x: model.apply({"params": p}, x))(params, image)
+    found = jax.jit(lambda p, x: model.apply({"params": p}, x))(params, image)
+    grid = found["grid"]
+    return {**found, "tokens": grid.reshape(len(grid), -1, grid.shape[-1])}
 
 
 def save(model, folder):

@@ -1,5 +1,7 @@
 """What published ViTs add to the plain one, without another library."""
 
+from typing import ClassVar
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -28,6 +30,9 @@ PUBLISHED = (pytest.mark.slow, pytest.mark.published)
 
 class Halves(nn.Module):
     """A stem: a convolution that halves the sides."""
+
+    input_kernel: ClassVar = "conv/kernel"
+    standardises_kernels: ClassVar = False
 
     @nn.compact
     def __call__(self, image, train):
@@ -100,8 +105,8 @@ def test_a_variant_has_the_outputs_of_the_contract_in_both_dtypes(name):
     params = random_params(model, image)
     exact = run(model, params, image)
     rounded = run(variant(name, dtype=Dtype.BFLOAT16), params, image)
-    assert exact["tokens"].shape == (2, 6, 16)
-    assert rounded["tokens"].dtype == jnp.bfloat16
+    assert exact["grid"].shape == (2, 2, 3, 16)
+    assert rounded["grid"].dtype == jnp.bfloat16
     for output in ("pooled", "logits"):
         assert rounded[output].dtype == jnp.float32
         scale = np.abs(exact[output]).max()
@@ -220,8 +225,8 @@ def test_registers_are_seen_by_patches_and_are_no_output():
     params = random_params(model, image)
     out = run(model, params, image)
     other = run(model, {**params, "registers": -params["registers"]}, image)
-    assert out["tokens"].shape == (2, 4, 16)
-    assert np.abs(out["tokens"] - other["tokens"]).max() > 1e-3
+    assert out["grid"].shape == (2, 2, 2, 16)
+    assert np.abs(out["grid"] - other["grid"]).max() > 1e-3
 
 
 def test_a_stem_makes_the_grid_that_patches_are_cut_from():
@@ -229,7 +234,7 @@ def test_a_stem_makes_the_grid_that_patches_are_cut_from():
     params = random_params(model, image)
     assert params["stem"]["conv"]["kernel"].shape == (2, 2, 3, 6)
     assert params["patch_embedding"]["kernel"].shape == (2, 2, 6, 16)
-    assert run(model, params, image)["tokens"].shape == (2, 4, 16)
+    assert run(model, params, image)["grid"].shape == (2, 2, 2, 16)
 
 
 @pytest.mark.parametrize(

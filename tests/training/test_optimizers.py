@@ -224,7 +224,7 @@ def test_adamw_equals_torchs_with_its_decay_times_the_peak():
     )
 
     class Torchs:
-        def build(self, num_steps):
+        def build(self, num_steps, layers=()):
             return optax.adamw(
                 SCHEDULE.build(num_steps),
                 weight_decay=torch_decay,

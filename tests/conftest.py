@@ -37,6 +37,22 @@ def module_optimised():
         yield
 
 
+@pytest.fixture(autouse=True)
+def compiled_anew(request):
+    """Keeps nothing for devices that are not there: it could not be read again."""
+    if "compilers" not in request.keywords:
+        yield
+        return
+    import jax
+    from jax.experimental.compilation_cache import compilation_cache
+
+    jax.config.update("jax_enable_compilation_cache", False)
+    compilation_cache.reset_cache()
+    yield
+    jax.config.update("jax_enable_compilation_cache", True)
+    compilation_cache.reset_cache()
+
+
 def pytest_addoption(parser):
     parser.addoption(
         "--at_least",

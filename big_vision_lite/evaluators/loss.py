@@ -9,6 +9,7 @@ import numpy as np
 
 from big_vision_lite.evaluators.classification import translate
 from big_vision_lite.runs.evaluations import Context, class_table
+from big_vision_lite.training.step import call_objective
 from big_vision_lite.types import Array, Batch, Forward, Op, Runner, Source
 
 
@@ -16,12 +17,13 @@ from big_vision_lite.types import Array, Batch, Forward, Op, Runner, Source
 class Loss:
     """Means of the run's loss and metrics over every example of `source`, once.
 
-    For any objective: the batch has the keys that training has. `ops` are the
-    deterministic ops from an example to the model; None takes the recipe's
-    `preprocess`. Labels are matched to the model's classes by name. Random masks are
-    fixed by the run's seed and the ordinal of the batch; a metric that is a number of
-    the batch, and an objective that compares its examples, depend on `batch_size` and
-    on what fills up the last batch. Gives loss, the metrics, examples and unreadable.
+    For any objective. `ops` are the deterministic ops that make of an example all that
+    the objective asks for; None takes the recipe's `preprocess`. Device ops do not run.
+    With averaged parameters those are the model, and its teacher, too. Labels are
+    matched to the model's classes by name. Random masks are fixed by the run's seed and
+    the ordinal of the batch; a metric that is a number of the batch, and an objective
+    that compares its examples, depend on `batch_size` and on what fills up the last
+    batch. Gives loss, the metrics, examples and unreadable.
     """
 
     source: Source
@@ -46,7 +48,7 @@ class Loss:
             if indices is not None and "label" in batch:
                 label = translate(batch["label"], indices, len(context.class_names))
                 batch = {**batch, "label": label}
-            losses, metrics = context.objective(forward, batch, rng)
+            losses, metrics = call_objective(context.objective, forward, batch, rng)
             found = {"loss": losses, **metrics}
             return {
                 name: jnp.broadcast_to(x, losses.shape).astype(jnp.float32)

@@ -41,7 +41,8 @@ def dry_run(config: TrainConfig, workdir: epath.Path) -> str:
         found = estimate.of_program(built, mesh, targets.here())
         batch = next(iter(batches.starting_at(1)))
         picture = workdir / "first_batch.png"
-        write_grid(batch["image"], picture)
+        if "image" in batch:
+            write_grid(batch["image"], picture)
     per_epoch = examples / config.data.batch_size
     note = config.length_note()
     lines = [
@@ -53,11 +54,11 @@ def dry_run(config: TrainConfig, workdir: epath.Path) -> str:
         f"steps        {built.num_steps:,} of {config.data.batch_size} "
         f"({per_epoch:.1f} an epoch, {built.num_steps / per_epoch:.2f} epochs)",
         *([f"length       {note}"] if note else []),
-        f"model FLOPs  {built.flops_per_step / GIGA:.3g} G a step (3 times forward)",
+        f"model FLOPs  {built.flops_per_step / GIGA:.3g} G a step",
         f"mesh         {dict(mesh.shape)} of {jax.devices()[0].device_kind}",
         f"memory       {_memory(found)} a device",
         *_times(found, built.num_steps),
-        f"first batch  {picture}",
+        f"first batch  {picture if 'image' in batch else 'has no image to show'}",
     ]
     return "\n".join(lines)
 

@@ -143,7 +143,17 @@ class Context:
                     f"{self.name}: {source.name(0)} has no {key}, only "
                     f"{some(sorted(spec.keys() - {'valid'}))}; give a set with {key}s."
                 )
-        return jax.eval_shape(step, self.abstract_state, spec)
+        try:
+            return jax.eval_shape(step, self.abstract_state, spec)
+        except KeyError as error:
+            if error.args[0] in spec or not isinstance(error.args[0], str):
+                raise
+            raise ValueError(
+                f"{self.name}: the model or the objective asks for {error}, but what "
+                f"the ops make of {source.name(0)} has only "
+                f"{some(sorted(spec.keys() - {'valid'}))}. Give it by the source and "
+                "the ops of the evaluator."
+            ) from error
 
     def gather_rows(self, rows: Mapping[str, Array], valid: Bool[Array, " B"]) -> Rows:
         """Brings the valid rows to every host, in the order of the source."""

@@ -14,6 +14,7 @@ from big_vision_lite import trees
 from big_vision_lite.config import TrainConfig
 from big_vision_lite.runs import step_folder
 from big_vision_lite.training import state as state_lib
+from big_vision_lite.training.forward import random_keys
 from big_vision_lite.training.state import TrainState
 from big_vision_lite.types import Batch, Model
 
@@ -141,9 +142,9 @@ def save_crash(folder: epath.Path, state: TrainState) -> None:
 
 
 def _first_bad(state: TrainState, batch: Batch, model: Model) -> str:
-    images = batch["image"]
-    if jnp.issubdtype(images.dtype, jnp.floating) and not _finite(images):
-        return "the images themselves"
+    for key, values in batch.items():
+        if jnp.issubdtype(values.dtype, jnp.floating) and not _finite(values):
+            return "the images themselves" if key == "image" else f'"{key}" itself'
     params = state_lib.merge(state.params, state.frozen)
     for name, leaf in trees.flatten(params).items():
         if not _finite(leaf):
@@ -164,6 +165,8 @@ def _first_bad(state: TrainState, batch: Batch, model: Model) -> str:
                 {"params": params, **collections},
                 **model.inputs(batch),
                 train=False,
+                # Masks are drawn, too; they are others than those of the step.
+                rngs=random_keys(model, jax.random.key(0), 0),
                 capture_intermediates=True,
                 mutable=["intermediates"],
             )

@@ -313,6 +313,9 @@ def _dropped(
         what: leaves[kernel].shape[-1] if kernel in leaves else "no"
         for what, leaves in (("loaded", loaded), ("fresh", fresh))
     }
+    if count["fresh"] == "no":
+        log(f"Head has {count['loaded']} classes, the model no head: left out.")
+        return head
     other = " with other names" if count["loaded"] == count["fresh"] else ""
     log(
         f"Head has {count['loaded']} classes, data {count['fresh']}{other}: new head "

@@ -46,7 +46,7 @@ class BoundModel:
 
     @property
     def progress(self) -> Array:
-        """The share of the run that is done: float32, 0 at the first step, below 1.
+        """The share of the run that is done: float32, 0 at step 1, 1 after the last.
 
         Raises:
             ValueError: nobody said how long the run is.

@@ -18,7 +18,7 @@ from big_vision_lite.runtime import cpu, flops
 from big_vision_lite.training import state as state_lib
 from big_vision_lite.training.forward import BoundModel
 from big_vision_lite.training.state import TrainState
-from big_vision_lite.training.step import check_returned, make_train_step
+from big_vision_lite.training.step import call_objective, make_train_step
 from big_vision_lite.types import (
     Array,
     Batch,
@@ -162,10 +162,13 @@ class CountingForward:
     ) -> dict[str, Any]:
         state = self._abstract
         trained = params == "online"
-        arrays = {k: x for k, x in inputs.items() if hasattr(x, "shape")}
-        others = {k: x for k, x in inputs.items() if k not in arrays}
+        leaves, tree = jax.tree.flatten(inputs)
+        places = [i for i, leaf in enumerate(leaves) if hasattr(leaf, "shape")]
+        arrays = [leaves[i] for i in places]
 
         def call(parameters: Any, frozen: Any, collections: Any, arrays: Any) -> Any:
+            known = dict(zip(places, arrays, strict=True))
+            given = [known.get(i, leaf) for i, leaf in enumerate(leaves)]
             merged = state_lib.merge(parameters, frozen)
             forward = BoundModel(
                 self._model,
@@ -173,10 +176,13 @@ class CountingForward:
                 collections,
                 rng=jax.random.key(0),
                 train=trained,
-                ema=merged,
+                ema=None if state.ema is None else merged,
             )
             return forward(
-                method=method, capture=capture, params=params, **arrays, **others
+                method=method,
+                capture=capture,
+                params=params,
+                **jax.tree.unflatten(tree, given),
             )
 
         groups = (state.params, state.frozen, state.collections, arrays)
@@ -212,7 +218,7 @@ def trace_objective(
         for op in device_ops:
             batch = op(batch, rng)
         try:
-            losses, metrics = objective(forward, batch, rng)
+            return call_objective(objective, forward, batch, rng)
         except KeyError as error:
             if error.args[0] in batch or not isinstance(error.args[0], str):
                 raise
@@ -221,8 +227,6 @@ def trace_objective(
                 f"({some(sorted(batch))}) nor the model has. Give it by the source and "
                 "the ops of data, or use another objective."
             ) from error
-        check_returned(objective, losses, metrics, batch)
-        return losses, metrics
 
     shapes = {n: jax.ShapeDtypeStruct(x.shape, x.dtype) for n, x in spec.items()}
     jax.eval_shape(run, shapes, jax.eval_shape(lambda: jax.random.key(0)))

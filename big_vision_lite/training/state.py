@@ -118,7 +118,15 @@ def make_initializer(
         batch = {name: jnp.zeros(s.shape, s.dtype) for name, s in example.items()}
         # Parameters draw from "params" alone: the other keys change none of them.
         rngs = {"params": key, **random_keys(model, key, 0)}
-        variables = dict(model.init(rngs, **model.inputs(batch), train=False))
+        try:
+            inputs = model.inputs(batch)
+        except KeyError as error:
+            raise ValueError(
+                f"{type(model).__name__}.inputs asks for {error}, the batch has "
+                f"{', '.join(sorted(batch))}: keep it in the ops of data, as "
+                "Views(keep_image=True) does, or give the model inputs() of its own."
+            ) from error
+        variables = dict(model.init(rngs, **inputs, train=False))
         params = variables.pop("params")
         params = jax.tree.map(lambda x: x.astype(jnp.float32), params)
         frozen = frozen_names(freeze, trees.names(params)) if freeze else set()

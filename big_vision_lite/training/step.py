@@ -1,7 +1,7 @@
 """The train step and the eval step, written as if there were one device."""
 
 import dataclasses
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -71,8 +71,8 @@ def make_train_step(
             ema=None if ema is None else state_lib.merge(ema, frozen),
             frozen_modules=modules,
         )
-        losses, metrics = objective(forward, batch, jax.random.fold_in(rng, 1))
-        check_returned(objective, losses, metrics, batch)
+        key = jax.random.fold_in(rng, 1)
+        losses, metrics = call_objective(objective, forward, batch, key)
         metrics = {n: jnp.broadcast_to(x, losses.shape) for n, x in metrics.items()}
         sums = {name: weighted_sum(x, batch) for name, x in metrics.items()}
         sums["loss"] = weighted_sum(losses, batch)
@@ -182,14 +182,38 @@ def make_eval_step(
     return jax.jit(eval_step)
 
 
-def check_returned(objective: Any, losses: Any, metrics: Any, batch: Batch) -> None:
-    """Refuses what is not one loss an example, or as a metric a number of the batch.
+# Names that records have of their own.
+RESERVED = ("loss", "gradient_norm", "finite", "examples", "unreadable")
+
+
+def call_objective(
+    objective: Objective, forward: Forward, batch: Batch, rng: Array
+) -> tuple[Array, dict[str, Array]]:
+    """Returns losses [B] and metrics, each [B] or a number of the batch [].
 
     Raises:
-        ValueError: says what came and how to make it one value an example.
+        ValueError: the objective returned something else; says what came and how to
+            make it one value an example.
     """
+    returned: Any = objective(forward, batch, rng)
     rows = len(jax.tree.leaves(dict(batch))[0])
     name = type(objective).__name__
+    pair = isinstance(returned, tuple) and len(returned) == 2
+    if not pair or not isinstance(returned[1], Mapping):
+        kinds = type(returned).__name__
+        if isinstance(returned, tuple):
+            kinds = f"({', '.join(type(part).__name__ for part in returned)})"
+        raise ValueError(
+            f"{name} returned {kinds}; return losses and metrics, (losses, {{}}) where "
+            "there are none."
+        )
+    losses, metrics = returned
+    taken = [key for key in metrics if key in RESERVED]
+    if taken:
+        raise ValueError(
+            f'{name} returned a metric named "{taken[0]}", which records have of their '
+            "own; give it another name."
+        )
     if jnp.shape(losses) != (rows,):
         raise ValueError(
             f"{name} returned losses of shape {jnp.shape(losses)} for a batch of {rows}"
@@ -204,6 +228,7 @@ def check_returned(objective: Any, losses: Any, metrics: Any, batch: Batch) -> N
                 f"batch of {rows} examples; return one value an example, ({rows},), or "
                 "a number of the whole batch, ()."
             )
+    return losses, dict(metrics)
 
 
 def weighted_sum(values: Array, batch: Batch) -> Array:

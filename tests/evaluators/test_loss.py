@@ -131,3 +131,18 @@ def test_what_cannot_be_evaluated_is_refused_before_the_first_step(tmp_path):
     empty._images = IMAGES[:0]
     with pytest.raises(ValueError, match="val: its set has no images"):
         score(Loss(source=empty), tmp_path, Network())
+
+
+class AsksForMask(Objective):
+    def __call__(self, forward, batch, rng):
+        return batch["mask"].mean(axis=(1, 2)), {}
+
+
+def test_a_key_that_no_op_makes_is_named_before_the_first_step(tmp_path):
+    with pytest.raises(ValueError, match="val: .* asks for .mask., but what the ops"):
+        score(
+            Loss(source=labelled(), batch_size=8),
+            tmp_path,
+            Network(),
+            objective=AsksForMask(),
+        )

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 from etils import epath
 from orbax.checkpoint import v1 as ocp
+from outside.masked_autoencoder import MaskedAutoencoder
 from tiny_runs import Net, rows, start, tiny_vit
 
 from big_vision_lite import train, trees
@@ -16,6 +17,7 @@ from big_vision_lite.data.ops import Decode
 from big_vision_lite.data.pipeline import Stream
 from big_vision_lite.data.sources import Digits
 from big_vision_lite.models.blocks.layers import Dtype, Remat
+from big_vision_lite.models.vit import ViT
 from big_vision_lite.objectives.classification import SoftmaxClassification
 from big_vision_lite.recipes import command_line
 from big_vision_lite.runs import health
@@ -262,3 +264,13 @@ class Square(Objective):
     def __call__(self, forward, batch, rng):
         logits = forward(image=batch["image"])["logits"]
         return jnp.square(logits).sum(-1), {}
+
+
+def test_a_bad_parameter_is_found_in_a_model_that_draws_masks():
+    vit = ViT(width=8, depth=1, mlp_dim=8, num_heads=2, patch_size=2)
+    model = MaskedAutoencoder(encoder=vit, decoder_width=8)
+    state = start(model).state
+    flat = trees.flatten(state.params)
+    flat["pixels/kernel"] = jnp.full_like(flat["pixels/kernel"], 3e38)
+    state = dataclasses.replace(state, params=trees.unflatten(flat))
+    assert "First bad tensor: the output of pixels" in explained(model, state)

@@ -247,7 +247,7 @@ def test_a_backbone_without_head_gets_one_and_a_head_can_be_left_behind():
     assert "Head has no classes, data 10: new head" in lines[0]
     found, lines = start_from(params(), headless)
     assert set(found) == set(headless)
-    assert "Head has 10 classes, data no" in lines[0]
+    assert lines[0] == "Head has 10 classes, the model no head: left out."
 
 
 def test_a_head_of_another_shape_is_refused_if_nothing_may_be_dropped():

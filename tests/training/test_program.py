@@ -2,7 +2,9 @@
 
 import pathlib
 
+import flax.linen as nn
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from outside.masked_autoencoder import MaskedAutoencoder, Reconstruction
@@ -23,7 +25,7 @@ from big_vision_lite.runtime import sharding
 from big_vision_lite.schedules import Average, Constant
 from big_vision_lite.training import program
 from big_vision_lite.training.optimizers import AdamW
-from big_vision_lite.types import Objective
+from big_vision_lite.types import Model, Objective
 
 HEAD = "--config.model.head.num_classes=10"
 MIXUP = "'--config.data.device_ops[0].num_classes=10'"
@@ -154,3 +156,25 @@ def test_an_averaged_teacher_costs_forward_alone():
     student = Student(encoder=ViT(**ENCODER), prototypes=10)
     found = accounted(student, SelfDistillation(), ema=Average(start=0.9), views=True)
     assert found == (3 + 1) * 32 * (EMBEDDING + products(PATCHES) + HEAD_FLOPS)
+
+
+class Crops(nn.Module, Model):
+    """One dense layer on each of a list of images."""
+
+    def inputs(self, batch):
+        return {"image": [batch["image"]]}
+
+    @nn.compact
+    def __call__(self, image, *, train=False):
+        flat = [x.reshape(len(x), -1).astype(jnp.float32) for x in image]
+        return {"pooled": nn.Dense(4, name="dense")(jnp.concatenate(flat))}
+
+
+class OfCrops(Objective):
+    def __call__(self, forward, batch, rng):
+        pooled = forward(image=[batch["image"], batch["image"]])["pooled"]
+        return jnp.square(pooled).sum(axis=-1).reshape(2, -1).sum(axis=0), {}
+
+
+def test_images_in_a_list_cost_what_they_cost_alone():
+    assert accounted(Crops(), OfCrops()) == 3 * 2 * 32 * 2 * 64 * 4

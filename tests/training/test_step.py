@@ -768,3 +768,19 @@ def test_a_number_of_the_batch_is_a_metric_as_it_is():
         run = start(objective=objective, micro_batches=parts)
         (metrics,) = run.advance(rows())
         assert metrics["number"] == 3 and metrics["rows"] == 1
+
+
+@pytest.mark.parametrize(
+    ("returned", "message"),
+    [
+        (lambda x: x, "Called returned .*; return losses and metrics, .losses, {}."),
+        (lambda x: (x, None), r"Called returned .*NoneType\); return losses and metr"),
+        (lambda x: (x, {"loss": x}), 'a metric named "loss", which records have'),
+    ],
+)
+def test_what_is_no_pair_of_losses_and_metrics_is_refused(returned, message):
+    def objective(forward, batch, rng):
+        return returned(SoftmaxClassification()(forward, batch, rng)[0])
+
+    with pytest.raises(ValueError, match=message):
+        start(objective=objective).advance(rows())

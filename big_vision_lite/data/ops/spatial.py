@@ -95,9 +95,10 @@ def check_boxes(boxes: object) -> None:
             f'"boxes" must be float32 [n, 4] (top, left, bottom, right), got {got}; '
             "convert it in the source."
         )
-    if not ((boxes >= 0) & (boxes <= 1)).all():
+    # Pixels divided by a side may miss 1 by their rounding.
+    if not ((boxes >= -1e-4) & (boxes <= 1 + 1e-4)).all():
         raise ValueError(
-            f'"boxes" holds values in {boxes.min():g}..{boxes.max():g}; they are '
+            f'"boxes" holds values in {boxes.min():.6g}..{boxes.max():.6g}; they are '
             "fractions of the image in 0..1: divide pixels by its height and width."
         )
 

@@ -56,7 +56,8 @@ def initial_state(
             # What the recipe itself imports, its checkpoint may need.
             loaded = open_weights(init.path, log, [type(config.model).__module__])
         origins.append(loaded.origin)
-        named = start_from(loaded, init, config, named, log)
+        classes = tuple(config.data.source.class_names)
+        named = start_from(loaded, init, config.model, classes, named, log)
     if any(origins):
         note_origin(origins[0] if len(origins) == 1 else {"parts": origins})
     return state_lib.with_variables(fresh, named)
@@ -65,14 +66,18 @@ def initial_state(
 def start_from(
     loaded: Loaded,
     init: Init,
-    config: TrainConfig,
+    model: Any,
+    class_names: tuple[str, ...],
     named: Mapping[str, Any],
     log: Callable[[str], None],
 ) -> dict[str, Any]:
-    """Returns the variables `named` of `config.model` with what `init` takes over."""
-    part, into = _places(loaded, config.model, init)
-    model = _module(config.model, into)
-    theirs = loaded.backbone if part == loaded.part else None
+    """Returns the variables `named` of `model` with what `init` takes over.
+
+    `class_names` are those of the data.
+    """
+    part, into = _places(loaded, model, init)
+    model = _module(model, into)
+    theirs: Any = loaded.backbone if part == loaded.part else None
     if loaded.model is not None:
         theirs = _module(loaded.model, part)
     ours = trees.inside(named, into)
@@ -95,11 +100,19 @@ def start_from(
             f"init: {part or 'all'} of {init.path}{kinds} -> {into or 'the model'}: "
             f"{len(taken)} arrays"
         )
+    # Of a whole model it is the backbone that reads pixels and has positions.
+    path, backbone = backbone_of(model)
+    for line in model_differences(model, theirs) if path else ():
+        log(f"init: {line}")
+    if path:
+        model = Within(path=path, inside=backbone)
+        if isinstance(theirs, Model) and not isinstance(theirs, Part):
+            loaded = dataclasses.replace(loaded, model=backbone_of(theirs)[1])
     loaded = scaled_like(loaded, model, ours, log)
-    for line in model_differences(model, loaded.model):
+    for line in model_differences(backbone, loaded.model):
         log(f"init: {line}")
     names = loaded.class_names
-    same_classes = names is None or names == tuple(config.data.source.class_names)
+    same_classes = names is None or names == class_names
     adapted = adapt(
         loaded.variables, ours, init, model=model, same_classes=same_classes, log=log
     )
@@ -126,6 +139,32 @@ class Part(Model):
 
     def apply(self, *args: Any, **kwargs: Any) -> Any:
         raise NotImplementedError
+
+
+@dataclasses.dataclass
+class Within(Part):
+    """A model by what its backbone says of itself, in the names of the whole."""
+
+    path: str
+    inside: Any
+
+    def __post_init__(self) -> None:
+        inner = self.inside
+        self.mean, self.std = inner.mean, inner.std
+        self.reads_patches = inner.reads_patches
+        self.standardises_kernels = inner.standardises_kernels
+        if inner.input_kernel is not None:
+            self.input_kernel = f"{self.path}/{inner.input_kernel}"
+        if inner.reads_patches:
+            self.patch_size = inner.patch_size
+
+    @property
+    def head_modules(self) -> tuple[str, ...]:
+        return tuple(f"{self.path}/{name}" for name in self.inside.head_modules)
+
+    @property
+    def position_embeddings(self) -> tuple[str, ...]:
+        return tuple(f"{self.path}/{name}" for name in self.inside.position_embeddings)
 
 
 def _module(model: Any, path: str) -> Any:
@@ -210,7 +249,9 @@ def model_differences(ours: Any, theirs: Any) -> list[str]:
     lines = []
     for field in serialize.fields(ours):
         mine, other = getattr(ours, field.name), getattr(theirs, field.name)
-        if field.name not in ours.free_fields and mine != other:
+        if field.name in (*ours.free_fields, ours.backbone):
+            continue
+        if mine != other:
             lines.append(
                 f"the weights were made for {field.name}={other}, this recipe has "
                 f"{mine}: the features will differ. To follow the weights: "

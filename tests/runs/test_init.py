@@ -6,6 +6,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from etils import epath
+from outside.self_distillation import Student
 
 from big_vision_lite import trees
 from big_vision_lite.config import Checkpoints, Init, PositionResize
@@ -674,3 +675,49 @@ def test_where_parameters_start_that_the_weights_bring_is_no_difference():
         start_from(scaled, plain)
     last = [ResNet(stages=(1,), width=4, last_scale=scale) for scale in (0.0, 1.0)]
     assert adapt.model_differences(*last) == []
+
+
+def test_a_wrapped_backbone_is_started_from_as_it_would_be_alone():
+    """Another grid, range of pixels and head: between two wrappers of one class."""
+
+    def student(side, classes, **fields):
+        encoder = ViT(
+            **dict(width=16, depth=1, mlp_dim=16, num_heads=2, patch_size=4),
+            positions=Positions.LEARNED,
+            head=Classifier(num_classes=classes),
+            **fields,
+        )
+        model, image = Student(encoder=encoder), jnp.asarray(noise(3, size=side))
+        shapes = jax.eval_shape(model.init, jax.random.key(0), image)
+        flat = trees.flatten(shapes["params"])
+        drawn = {
+            n: RNG.normal(size=x.shape).astype(np.float32) for n, x in flat.items()
+        }
+        return model, drawn
+
+    theirs, loaded = student(16, 5, **IMAGENET)
+    ours, fresh = student(32, 5)
+    lines = []
+    found = adapt.start_from(
+        saved_run.Loaded(
+            variables=loaded,
+            class_names=("b",) * 5,
+            model=theirs,
+            part="encoder",
+            backbone=theirs.encoder,
+        ),
+        Init(path="runs/x"),
+        ours,
+        ("a",) * 5,
+        {name: jnp.asarray(leaf) for name, leaf in fresh.items()},
+        lines.append,
+    )
+    said = " ".join(lines)
+    assert "folded into the patch embedding, exactly" in said
+    assert "Checkpoint grid 4x4, model grid 8x8: resizing position" in said
+    assert "with other names: new head" in said and "the features will" not in said
+    heads = [name for name in fresh if "head/" in name]
+    assert len(heads) == 2
+    assert_from(found, fresh, heads)
+    taken = [n for n in fresh if n.startswith(("projector", "encoder/encoder/"))]
+    assert_from(found, loaded, taken)

@@ -228,7 +228,7 @@ def call_objective(
                 f"batch of {rows} examples; return one value an example, ({rows},), or "
                 "a number of the whole batch, ()."
             )
-    return losses, dict(metrics)
+    return losses, {key: jnp.asarray(value) for key, value in metrics.items()}
 
 
 def weighted_sum(values: Array, batch: Batch) -> Array:

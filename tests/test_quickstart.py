@@ -78,8 +78,8 @@ def test_the_readme_has_the_two_commands_and_ci_runs_the_second():
     # Then what the second command leaves out where torch is not installed.
     assert "install --quiet -e '.[test,torch]'" in lines[3]
     assert "-n 2 --dist loadfile -m 'parity and not slow'" in lines[4]
-    # And the rest.
-    assert "-n 2 --dist loadfile -m slow --at_least=" in lines[-1]
+    # And what the compilers make of whole models.
+    assert "-m slow tests/training/test_compiled.py --at_least=" in lines[-1]
 
 
 def scores(workdir: pathlib.Path) -> dict[str, float]:

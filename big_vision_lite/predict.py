@@ -152,21 +152,21 @@ def predict(
         probabilities = meaning_of_logits(run.config.objective, log)
 
         def classify(forward: Forward, batch: Batch, rng: Array) -> dict[str, Array]:
-            outputs = forward(**model.inputs(batch))
+            outputs = forward(**_inputs(model, batch))
             check_head(run, outputs)
             likely = probabilities(outputs["logits"].astype(jnp.float32))
             best = jax.lax.top_k(likely, min(top, likely.shape[-1]))
             rows = {"probabilities": best[0], "classes": best[1]}
             if embed and not part:
-                rows["features"] = outputs["pooled"].astype(jnp.float32)
+                rows["features"] = _features(outputs)
             return rows
 
-        steps.append(_make_step(run, classify))
+        steps.append(_make_step(run, classify, model, ""))
     if embed and (part or not top):
 
         def represent(forward: Forward, batch: Batch, rng: Array) -> dict[str, Array]:
-            outputs = forward(**backbone.inputs(batch))
-            return {"features": outputs["pooled"].astype(jnp.float32)}
+            outputs = forward(**_inputs(backbone, batch))
+            return {"features": _features(outputs)}
 
         steps.append(_make_step(run, represent, backbone, part))
     found: dict[str, np.ndarray] = {}
@@ -186,15 +186,35 @@ def predict(
 
 
 def _make_step(
-    run: SavedRun, function: Any, model: Model | None = None, part: str = ""
+    run: SavedRun, function: Any, model: Model, part: str
 ) -> Callable[..., dict[str, Array]]:
     return step_lib.make_eval_step(
-        model or run.config.model,
+        model,
         function,
         seed=run.config.seed,
         num_steps=int(run.manifest["num_steps"]),
         part=part,
     )
+
+
+def _inputs(model: Model, batch: Batch) -> dict[str, Any]:
+    try:
+        return model.inputs(batch)
+    except KeyError as error:
+        raise ValueError(
+            f"{type(model).__name__}.inputs asks for {error}, but predict has images "
+            "alone. Let it leave out what the batch has not, or take the features of "
+            "its backbone: --embed features.npz without --out."
+        ) from error
+
+
+def _features(outputs: Mapping[str, Any]) -> Array:
+    if "pooled" not in outputs:
+        raise ValueError(
+            f"The model gives {', '.join(sorted(outputs))}; features need "
+            '"pooled" [B, D].'
+        )
+    return outputs["pooled"].astype(jnp.float32)
 
 
 def check_head(run: SavedRun, outputs: Mapping[str, Any]) -> None:

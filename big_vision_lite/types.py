@@ -1,7 +1,17 @@
-"""The nouns of a run as protocols: plain callables, no base classes to inherit."""
+"""The nouns of a run as protocols: plain callables and dataclasses.
+
+Models and objectives inherit theirs, for its defaults; the others need not.
+"""
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import TYPE_CHECKING, Any, ClassVar, Protocol, runtime_checkable
+from typing import (
+    TYPE_CHECKING,
+    Any,
+    ClassVar,
+    Generic,
+    Protocol,
+    runtime_checkable,
+)
 
 import jax
 import numpy as np
@@ -65,15 +75,8 @@ class DeviceOp(Protocol):
 
 
 @runtime_checkable
-class Model(Protocol):
-    """A Linen module; called with `model.inputs(batch)` and `train=`, returns a dict.
-
-    "grid" [B, h, w, D] (of text "tokens" [B, N, D]), "pooled" [B, D], "logits" [B, C]
-    when there is a head, "image" the scaled input.
-
-    What the program must know of a family of models is declared here, with a default.
-    A class takes the defaults by inheriting: `class MyModel(nn.Module, Model)`.
-    """
+class Family(Protocol):
+    """What the program must know of a family of models, each with a default."""
 
     # The field that holds the pretrained part, which is what evaluators, fine-tuning,
     # `predict --embed` and export take; "" where the model is that part itself.
@@ -101,6 +104,16 @@ class Model(Protocol):
     std: tuple[float, ...] = ()
     # "frozen" where a model with batch norm only reads its statistics.
     statistics: str = "batch"
+
+
+@runtime_checkable
+class Model(Family, Protocol):
+    """A Linen module; called with `model.inputs(batch)` and `train=`, returns a dict.
+
+    "grid" [B, h, w, D] (of text "tokens" [B, N, D]), "pooled" [B, D], "logits" [B, C]
+    when there is a head, "image" the scaled input. A class takes the defaults of
+    `Family` by inheriting: `class MyModel(nn.Module, Model)`.
+    """
 
     def inputs(self, batch: Batch) -> dict[str, Any]:
         """Picks from the batch what `__call__` eats."""
@@ -204,8 +217,13 @@ class Evaluator(Protocol):
 
 
 def members(protocol: type) -> list[str]:
-    """Lists what a protocol declares: fields and methods."""
-    declared = {*protocol.__annotations__, *vars(protocol)}
+    """Lists what a protocol declares, and those it extends: fields and methods."""
+    declared = {
+        name
+        for kind in protocol.__mro__
+        if kind not in (Protocol, Generic, object)
+        for name in (*vars(kind).get("__annotations__", ()), *vars(kind))
+    }
     return sorted(n for n in declared if not n.startswith("_") or n == "__call__")
 
 

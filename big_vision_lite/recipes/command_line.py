@@ -12,7 +12,7 @@ import sys
 import tempfile
 import traceback
 import typing
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from absl import flags
@@ -66,7 +66,7 @@ def parse(
     if any(word in ("--help", "-help", "-h") for word in argv[1:]):
         print(_help(about, values))
         raise SystemExit(0)
-    argv, cleared = _take_none(argv)
+    argv, emptied, cleared = _take_none(argv)
     recipe = _recipe(argv)
     modules = _flag_values(argv, "allow_module")
     for module in modules:
@@ -79,7 +79,9 @@ def parse(
         if recipe is not None:
             known, argv = _load(recipe, modules), _without(argv, "config")
         if known is not None:
-            argv = _build_missing(argv, known)
+            for path in emptied:
+                _clear(known, path, recipe)
+            argv = _make_elements(_build_missing(argv, known), known)
             config_flags.DEFINE_config_dataclass(
                 "config", known, flag_values=values, sys_argv=list(argv)
             )
@@ -136,13 +138,15 @@ def run(
         return 1
 
 
-def _take_none(argv: Sequence[str]) -> tuple[list[str], list[str]]:
+def _take_none(argv: Sequence[str]) -> tuple[list[str], list[str], list[str]]:
     """Splits off `--config.a.b=none`: ml_collections would parse "none" as a number.
 
-    Of several values for one name the last one counts, as for all flags.
+    Of several values for one name the last one counts, as for all flags. Returns the
+    other words, what is cleared before them, since they fill it again, and what after.
     """
     kept: list[str] = []
-    cleared: dict[str, None] = {}
+    first: dict[str, None] = {}
+    last: dict[str, None] = {}
     words = list(argv)
     while words:
         word = words.pop(0)
@@ -151,63 +155,77 @@ def _take_none(argv: Sequence[str]) -> tuple[list[str], list[str]]:
         if found and not given and words and words[0].lower() == "none":
             value = words.pop(0)
         if found and value.lower() == "none":
-            cleared[found.group(1)] = None
+            last[found.group(1)] = None
             continue
         if found:
-            cleared.pop(found.group(1), None)
+            last.pop(found.group(1), None)
+            for path in list(last):
+                if found.group(1).startswith((f"{path}.", f"{path}[")):
+                    first[path] = last.pop(path)
         kept.append(word)
-    return kept, list(cleared)
+    return kept, list(first), list(last)
 
 
 def _build_missing(argv: Sequence[str], config: Any) -> list[str]:
-    """Makes room in `config` for what overrides name the parts of.
-
-    `--config.ema.start=0.9` where ema is none gets `--config.ema=build` before it.
-    `--config.init.path=RUN` means the only element of the tuple `init`, which is made
-    where there is none, as is the next one by `--config.init[1].path=RUN`.
-
-    Raises:
-        ValueError: a tuple has several elements, and the override names none.
-    """
+    """Adds `--config.ema=build` to `--config.ema.start=0.9` where ema is none."""
     types = serialize.field_types(type(config))
     words: list[str] = []
     for word in argv:
-        _refuse_whole(word, types)
-        found = re.match(r"(--?config\.(\w+))(\[(\d+)\])?\.", word)
-        name = found.group(2) if found else ""
-        if found is None or name not in types:
-            words.append(word)
-            continue
-        part = _part_of_tuple(types[name])
+        found = re.match(r"--?config\.(\w+)\.", word)
+        name = found.group(1) if found else ""
         built = f"--config.{name}=build"
         # Before the first part, which it would overwrite.
-        if getattr(config, name) is None and built not in words:
+        if name in types and getattr(config, name) is None and built not in words:
             words.append(built)
-        if part is not None:
-            elements = getattr(config, name)
-            if found.group(3) is None and len(elements) > 1:
-                raise ValueError(
-                    f"{word}: {name} has {len(elements)} elements; name one, for "
-                    f"example {found.group(1)}[0].{word[found.end() :]}"
-                )
-            if int(found.group(4) or 0) == len(elements):
-                setattr(config, name, (*elements, part()))
-            if found.group(3) is None:
-                word = f"{found.group(1)}[0].{word[found.end() :]}"
         words.append(word)
     return words
 
 
-def _refuse_whole(word: str, types: Mapping[str, Any]) -> None:
-    """Refuses a value for a tuple of components: ml_collections would put it in."""
-    found = re.fullmatch(r"--?config\.(\w+)=(.*)", word)
-    part = _part_of_tuple(types.get(found.group(1))) if found else None
-    if found is not None and part is not None:
-        name, value = found.groups()
-        field = next(iter(serialize.field_types(part)))
+def _make_elements(argv: Sequence[str], config: Any) -> list[str]:
+    """Makes in `config` the elements of tuples that overrides name the parts of.
+
+    `--config.init.path=RUN` means the only element of the tuple `init`, which is made
+    where there is none, as is the next one by `--config.init[1].path=RUN`.
+
+    Raises:
+        ValueError: an override names no element of several, or a whole one.
+    """
+    types = serialize.field_types(type(config))
+    parts = {name: _part_of_tuple(declared) for name, declared in types.items()}
+    named = [re.match(r"--?config\.(\w+)(?:\[(\d+)\])?(.?)", word) for word in argv]
+    words: list[str] = []
+    counts = {name: len(getattr(config, name)) for name, part in parts.items() if part}
+    for index, (word, found) in enumerate(zip(argv, named, strict=True)):
+        name = found.group(1) if found else ""
+        if found is None or name not in counts:
+            words.append(word)
+            continue
+        rest, part = word[found.end() :], parts[name]
+        if found.group(3) != ".":
+            value = rest if found.group(3) else "".join(argv[index + 1 : index + 2])
+            field = next(iter(serialize.field_types(part)))
+            raise ValueError(
+                f"{word}: {name} is a component; give what it holds: "
+                f"--config.{name}.{field}={value}"
+            )
+        wanted = {int(n.group(2) or 0) for n in named if n and n.group(1) == name}
+        while len(getattr(config, name)) in wanted:
+            setattr(config, name, (*getattr(config, name), part()))
+        if found.group(2) is None:
+            # Those that the overrides add, they name.
+            _check_one(max(1, counts[name]), name, word)
+            word = f"--config.{name}[0].{rest}"
+        words.append(word)
+    return words
+
+
+def _check_one(count: int, name: str, word: str) -> None:
+    """Refuses an override of a tuple's only element where it has none or several."""
+    if count != 1:
+        _, _, rest = word.partition(f"config.{name}.")
         raise ValueError(
-            f"{word}: {name} is a component; give what it holds: "
-            f"--config.{name}.{field}={value}"
+            f"{word}: {name} has {count} elements; name one, for example "
+            f"--config.{name}[0].{rest}"
         )
 
 
@@ -231,13 +249,14 @@ def _clear(config: Any, path: str, recipe: str | None) -> None:
     name, dot, rest = path.partition(".")
     declared = serialize.field_types(type(config)).get(name)
     if dot and _part_of_tuple(declared) is not None:
+        _check_one(len(getattr(config, name)), name, f"--config.{path}=none")
         path = f"{name}[0].{rest}"
     try:
         declared = config_path.get_type(path, config, normalize=False)
     except (KeyError, IndexError, AttributeError) as error:
         raise ValueError(
             mistakes.unknown_key(recipe, [f"--config.{path}=none"], error)
-        ) from (error)
+        ) from error
     kind, optional = serialize.without_none(declared)
     if optional:
         config_path.set_value(path, config, None)
@@ -246,7 +265,7 @@ def _clear(config: Any, path: str, recipe: str | None) -> None:
     elif (
         isinstance(kind, type)
         and issubclass(kind, enum.StrEnum)
-        and "none" in (list(kind))
+        and "none" in list(kind)
     ):
         config_path.set_value(path, config, kind("none"))
     else:

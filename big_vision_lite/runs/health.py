@@ -12,6 +12,7 @@ from orbax.checkpoint import v1 as ocp
 
 from big_vision_lite import trees
 from big_vision_lite.config import TrainConfig
+from big_vision_lite.recipes import mistakes
 from big_vision_lite.runs import step_folder
 from big_vision_lite.training import state as state_lib
 from big_vision_lite.training.forward import random_keys
@@ -121,8 +122,9 @@ def advise(config: TrainConfig, workdir: epath.Path) -> str:
     clip_norm = getattr(config.optimizer, "clip_norm", None)
     if clip_norm is None or clip_norm > 1:
         changes.append("--config.optimizer.clip_norm=1.0")
-    if getattr(config.model, "dtype", None) == "bfloat16":
-        changes.append("--config.model.dtype=float32")
+    for path, value, _ in mistakes.list_leaves(config.model, "config.model."):
+        if path.endswith(".dtype") and value == "bfloat16":
+            changes.append(f"--{path}=float32")
     start = ""
     if step_folder.complete_steps(workdir / step_folder.FOLDER):
         start = f" --config.init.path={workdir}, which starts from its last weights"

@@ -22,7 +22,7 @@ from big_vision_lite.runs.load import Loaded, open_weights
 from big_vision_lite.training import state as state_lib
 from big_vision_lite.training.program import Program
 from big_vision_lite.training.state import TrainState
-from big_vision_lite.types import Array, Model, backbone_of
+from big_vision_lite.types import Array, Family, Model, backbone_of
 
 
 def initial_state(
@@ -92,29 +92,28 @@ def start_from(
                 f"{where} names no module with parameters. At the top there are: "
                 f"{', '.join(modules)}."
             )
-    loaded = dataclasses.replace(loaded, variables=taken, model=theirs)
     if part or into:
-        known = theirs is not None and not isinstance(theirs, Part)
-        kinds = f" ({type(theirs).__name__})" if known else ""
+        kinds = f" ({type(theirs).__name__})" if isinstance(theirs, Model) else ""
         log(
             f"init: {part or 'all'} of {init.path}{kinds} -> {into or 'the model'}: "
             f"{len(taken)} arrays"
         )
-    # Of a whole model it is the backbone that reads pixels and has positions.
-    path, backbone = backbone_of(model)
-    for line in model_differences(model, theirs) if path else ():
-        log(f"init: {line}")
+    family, lines = model, []
+    path, backbone = backbone_of(model) if isinstance(model, Model) else ("", model)
     if path:
-        model = Within(path=path, inside=backbone)
-        if isinstance(theirs, Model) and not isinstance(theirs, Part):
-            loaded = dataclasses.replace(loaded, model=backbone_of(theirs)[1])
-    loaded = scaled_like(loaded, model, ours, log)
-    for line in model_differences(backbone, loaded.model):
+        # Of a whole model it is the backbone that reads pixels and has positions.
+        family = Within(path=path, inside=backbone)
+        lines = model_differences(model, theirs, into)
+        theirs = backbone_of(theirs)[1] if isinstance(theirs, Model) else theirs
+    loaded = dataclasses.replace(loaded, variables=taken, model=theirs)
+    loaded = scaled_like(loaded, family, ours, log)
+    where = "/".join(name for name in (into, path) if name)
+    for line in (*lines, *model_differences(backbone, loaded.model, where)):
         log(f"init: {line}")
     names = loaded.class_names
     same_classes = names is None or names == class_names
     adapted = adapt(
-        loaded.variables, ours, init, model=model, same_classes=same_classes, log=log
+        loaded.variables, ours, init, model=family, same_classes=same_classes, log=log
     )
     return {**named, **trees.outside(adapted, into)}
 
@@ -127,36 +126,21 @@ def _places(loaded: Loaded, ours: Model, init: Init) -> tuple[str, str]:
     return init.part or loaded.part, init.into or backbone_of(ours)[0]
 
 
-@dataclasses.dataclass
-class Part(Model):
-    """A module inside of a model that says nothing of itself: all as by default.
-
-    It describes; it is never run.
-    """
-
-    def init(self, *args: Any, **kwargs: Any) -> Any:
-        raise NotImplementedError
-
-    def apply(self, *args: Any, **kwargs: Any) -> Any:
-        raise NotImplementedError
+class Part(Family):
+    """A module inside of a model that says nothing of itself: all as by default."""
 
 
-@dataclasses.dataclass
-class Within(Part):
+@dataclasses.dataclass(frozen=True)
+class Within(Family):
     """A model by what its backbone says of itself, in the names of the whole."""
 
     path: str
     inside: Any
 
-    def __post_init__(self) -> None:
-        inner = self.inside
-        self.mean, self.std = inner.mean, inner.std
-        self.reads_patches = inner.reads_patches
-        self.standardises_kernels = inner.standardises_kernels
-        if inner.input_kernel is not None:
-            self.input_kernel = f"{self.path}/{inner.input_kernel}"
-        if inner.reads_patches:
-            self.patch_size = inner.patch_size
+    @property
+    def input_kernel(self) -> str | None:
+        kernel = self.inside.input_kernel
+        return None if kernel is None else f"{self.path}/{kernel}"
 
     @property
     def head_modules(self) -> tuple[str, ...]:
@@ -165,6 +149,26 @@ class Within(Part):
     @property
     def position_embeddings(self) -> tuple[str, ...]:
         return tuple(f"{self.path}/{name}" for name in self.inside.position_embeddings)
+
+    @property
+    def reads_patches(self) -> bool:
+        return self.inside.reads_patches
+
+    @property
+    def patch_size(self) -> int:
+        return self.inside.patch_size
+
+    @property
+    def standardises_kernels(self) -> bool:
+        return self.inside.standardises_kernels
+
+    @property
+    def mean(self) -> tuple[float, ...]:
+        return self.inside.mean
+
+    @property
+    def std(self) -> tuple[float, ...]:
+        return self.inside.std
 
 
 def _module(model: Any, path: str) -> Any:
@@ -177,7 +181,7 @@ def _module(model: Any, path: str) -> Any:
 
 def scaled_like(
     loaded: Loaded,
-    model: Model,
+    model: Family,
     fresh: Mapping[str, Any],
     log: Callable[[str], None] = print,
 ) -> Loaded:
@@ -239,14 +243,16 @@ def _not_folded(before: InputRange, after: InputRange, old: int, new: int) -> st
     )
 
 
-def model_differences(ours: Any, theirs: Any) -> list[str]:
+def model_differences(ours: Any, theirs: Any, where: str = "") -> list[str]:
     """Lists the fields of two models that change what the same weights compute.
 
+    `where` in the recipe's model they are, "" where they are all of it.
     Empty for models of different classes: there the names differ, and are listed.
     """
-    if type(ours) is not type(theirs):
+    if type(ours) is not type(theirs) or not isinstance(ours, Model):
         return []
     lines = []
+    path = ".".join(("model", *where.split("/"))) if where else "model"
     for field in serialize.fields(ours):
         mine, other = getattr(ours, field.name), getattr(theirs, field.name)
         if field.name in (*ours.free_fields, ours.backbone):
@@ -255,7 +261,7 @@ def model_differences(ours: Any, theirs: Any) -> list[str]:
             lines.append(
                 f"the weights were made for {field.name}={other}, this recipe has "
                 f"{mine}: the features will differ. To follow the weights: "
-                f"--config.model.{field.name}={other}"
+                f"--config.{path}.{field.name}={other}"
             )
     return lines
 
@@ -265,7 +271,7 @@ def adapt(
     fresh: Mapping[str, Any],
     init: Init,
     *,
-    model: Model,
+    model: Family,
     same_classes: bool = True,
     log: Callable[[str], None] = print,
 ) -> dict[str, Array]:
@@ -329,7 +335,7 @@ def _dropped(
     loaded: Mapping[str, Any],
     fresh: Mapping[str, Any],
     init: Init,
-    model: Model,
+    model: Family,
     same_classes: bool,
     log: Callable[[str], None],
 ) -> set[str]:
@@ -366,7 +372,7 @@ def _dropped(
 
 
 def _say_resized(
-    model: Model, name: str, message: str, init: Init, log: Callable[[str], None]
+    model: Family, name: str, message: str, init: Init, log: Callable[[str], None]
 ) -> None:
     if name not in model.position_embeddings:
         log(f"init: {message}")

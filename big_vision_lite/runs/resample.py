@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from big_vision_lite.models.blocks import patches
-from big_vision_lite.types import Model
+from big_vision_lite.types import Family
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -18,7 +18,7 @@ class Fitted:
     message: str | None = None
 
 
-def fit(model: Model, name: str, values: Any, shape: tuple[int, ...]) -> Fitted:
+def fit(model: Family, name: str, values: Any, shape: tuple[int, ...]) -> Fitted:
     """Returns `values` in another shape where that has a meaning, else as they are.
 
     Of parameters of `model`: learned positions [rows, columns, D] go to another grid,
@@ -78,7 +78,7 @@ def resize_channels(kernel: Any, channels: int) -> np.ndarray:
     return kernel[:, :, source] / counts[source].astype(np.float32)[:, None]
 
 
-def channels_message(model: Model, old: int, new: int) -> str:
+def channels_message(model: Family, old: int, new: int) -> str:
     """Says what `resize_channels` does with the kernel of `model` on the image."""
     if new == 1:
         done = "weights summed, so that gray images give what they gave"

@@ -15,7 +15,15 @@ from big_vision_lite.training import state as state_lib
 from big_vision_lite.training.accumulation import accumulate_gradients
 from big_vision_lite.training.forward import BoundModel, progress_of
 from big_vision_lite.training.state import TrainState
-from big_vision_lite.types import Array, Batch, DeviceOp, Forward, Model, Objective
+from big_vision_lite.types import (
+    Array,
+    Batch,
+    DeviceOp,
+    Forward,
+    Model,
+    Objective,
+    backbone_of,
+)
 
 # Random keys of evaluation are others than those of any step.
 EVALUATION = 2**31 - 1
@@ -84,13 +92,17 @@ def make_train_step(
     gradient = jax.value_and_grad(loss_of, has_aux=True)
     places = state_lib.gradient_shardings(abstract)
 
-    keeps = jax.tree.leaves(abstract.collections)
-    if micro_batches > 1 and keeps and model.statistics != "frozen":
+    part, pretrained = backbone_of(model)
+    read_only = {"batch_stats"} if pretrained.statistics == "frozen" else set()
+    keeps = [name for name in abstract.collections if name not in read_only]
+    if micro_batches > 1 and keeps:
+        option = ".".join(("config", "model", *(part.split("/") if part else ())))
+        frozen = f", or for fine-tuning --{option}.statistics=frozen"
         raise ValueError(
             f"micro_batches={micro_batches} with a model that keeps "
-            f"{', '.join(abstract.collections)}: batch statistics of a part are not "
-            "those of the batch. Use --config.micro_batches=1, or for fine-tuning "
-            "--config.model.statistics=frozen."
+            f"{', '.join(keeps)}: batch statistics of a part are not those of the "
+            "batch. Use --config.micro_batches=1"
+            f"{frozen if keeps == ['batch_stats'] else ''}."
         )
     if micro_batches > 1 and objective.needs_whole_batch:
         raise ValueError(

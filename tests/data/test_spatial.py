@@ -195,6 +195,18 @@ def test_boxes_by_hand():
     np.testing.assert_allclose(flipped, [[0.0, 0.5, 0.5, 1.0], [0.0, 0.75, 1.0, 1.0]])
 
 
+def test_a_small_box_survives_in_a_thumbnail():
+    image = np.zeros((2000, 2000, 3), np.uint8)
+    box = np.array([[1000, 1000, 1001, 1001]], np.float32) / 2000
+    example = {"image": image, "boxes": box}
+    found = ops.Resize(size=16)(example, np.random.default_rng(0))["boxes"]
+    np.testing.assert_allclose(found, box, atol=1e-6)
+    # Beside the crop by a rounding is outside of it all the same.
+    beside = {"image": image, "boxes": np.array([[0, 0, 0.25, 1]], np.float32)}
+    lower = ops.CentralCrop(size=1000)(beside, np.random.default_rng(0))["boxes"]
+    np.testing.assert_array_equal(lower, np.zeros((1, 4), np.float32))
+
+
 def test_an_image_without_boxes_has_none_afterwards():
     none = np.zeros((0, 4), np.float32)
     for op in ALL:

@@ -32,6 +32,7 @@ from big_vision_lite.data.ops.geometry import RandomResizedCrop
 from big_vision_lite.data.ops.views import View, Views
 from big_vision_lite.data.pipeline import Stream
 from big_vision_lite.data.sources import ImageFolder
+from big_vision_lite.data.sources.files import ImageFiles
 from big_vision_lite.evaluators.finetune import FineTune
 from big_vision_lite.evaluators.loss import Loss
 from big_vision_lite.models.vit import ViT
@@ -207,10 +208,9 @@ def test_the_loss_of_any_objective_is_evaluated_and_again_from_the_folder(traine
     assert f"{prefix}/loss" in alone
 
 
+@pytest.mark.parametrize("trained", ["segmentation"], indirect=True)
 def test_a_mask_is_counted_pixel_by_pixel_on_the_device(trained):
-    kind, workdir, _, _ = trained
-    if kind != "segmentation":
-        pytest.skip("only where there are masks")
+    _, workdir, _, _ = trained
     inside = records(workdir)
     assert inside["iou/pixels"] == 19 * SIZE * SIZE
     assert 0 <= inside["iou/mean_iou"] <= 1
@@ -339,3 +339,20 @@ def test_text_that_no_op_makes_numbers_of_is_refused(tmp_path):
     config.data.ops = (*config.data.ops, Keep(keys=("image",)))
     with pytest.raises(ValueError, match="SigmoidContrast asks for .text., which neit"):
         train.train(config, epath.Path(tmp_path / "run"), quiet=True)
+
+
+class Demanding(TwoTowers):
+    def inputs(self, batch):
+        return {"image": batch["image"], "text": batch["text"]}
+
+
+def test_a_model_that_wants_more_than_an_image_is_refused_by_predict(tmp_path):
+    config = recipe("two_towers", num_steps=1, evaluators={})
+    config.model = Demanding(image_tower=vit())
+    train.train(config, epath.Path(tmp_path / "run"), quiet=True)
+    images = ImageFiles(str(shapes_run.shared()[0] / "val"))
+    run = load.load(tmp_path / "run", allowed_modules=[*MODULES, __name__])
+    with pytest.raises(ValueError, match="Demanding.inputs asks for .text., but pred"):
+        predict.predict(run, images)
+    found = predict.predict(run, images, top=0, embed=True)
+    assert found.features.shape == (27, 16)

@@ -183,7 +183,7 @@ NOT_CONFIG = {
 PARTS = {
     *("StandardisedConv", "Conv", "BatchNorm", "Unit", "Stage", "Bottleneck"),
     *("EncoderBlock", "Encoder", "MixerBlock", "_Multiplier"),
-    *("Dense", "LayerNorm", "GroupNorm", "SavedRun", "Part"),
+    *("Dense", "LayerNorm", "GroupNorm", "SavedRun"),
 }
 
 
@@ -494,14 +494,32 @@ def test_a_start_from_another_run_needs_no_more_than_its_path():
     assert "init.path is empty: give the run to start fr" in error_of("init.drop=head")
 
 
-def test_a_second_checkpoint_is_added_by_its_number(body):
+def test_a_second_checkpoint_is_added_by_its_number(body, tmp_path):
+    (tmp_path / "two").mkdir()
     second = Init(path="runs/y", into="teacher")
     flags = ("init[1].path=runs/y", "init[1].into=teacher")
     assert parse("init.path=runs/x", *flags).init == (Init(path="runs/x"), second)
     both = parse(*flags, file=body).init
     assert both == (Init(path="runs/x"), second)
     assert "init has 1, counted from 0" in error_of("init[2].path=z", file=body)
-    message = error_of("init[1].path=a", "init.drop=head", file=body)
+    assert "init has 0 elements; name one" in error_of("init.drop=none")
+    for words in ("init[0]=a", "init=a"):
+        assert "give what it holds: --config.init.path=a" in error_of(words)
+    # In any order, and after a recipe's own was cleared.
+    flags = ("init[1].path=runs/y", "init[0].path=runs/z")
+    assert [i.path for i in parse(*flags).init] == ["runs/z", "runs/y"]
+    assert parse("init=none", "init.path=runs/z", file=body).init == (
+        Init(path="runs/z"),
+    )
+    assert parse("init.path=runs/z", "init=none", file=body).init == ()
+    message = error_of("init[1].path=a", "init.drop=none", file=body)
+    assert "--config.init.drop=none: init has 2 elements; name one" in message
+    # What a recipe has, an override must name; what overrides add, they have named.
+    first = parse("init[1].path=a", "init.drop=head", file=body).init[0]
+    assert first == Init(path="runs/x", drop="head")
+    one = 'init=(Init(path="runs/x"),),'
+    two = write(tmp_path / "two", BODY.replace(one, one.replace("),)", "),) * 2")))
+    message = error_of("init.drop=head", file=two)
     assert "init has 2 elements; name one" in message
     assert "--config.init[0].drop=head" in message
 

@@ -4,6 +4,7 @@ import math
 import re
 from typing import ClassVar
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -22,12 +23,15 @@ from tiny_runs import (
 )
 
 from big_vision_lite import trees
+from big_vision_lite.models.blocks.batch_norm import Statistics
+from big_vision_lite.models.blocks.heads import Classifier
 from big_vision_lite.models.blocks.layers import Remat
+from big_vision_lite.models.resnet import ResNet
 from big_vision_lite.objectives.classification import SoftmaxClassification
 from big_vision_lite.training import state as state_lib
 from big_vision_lite.training.forward import BoundModel
 from big_vision_lite.training.step import make_eval_step, make_train_step
-from big_vision_lite.types import Objective
+from big_vision_lite.types import Model, Objective
 
 MESHES = {
     "one": dict(devices=1),
@@ -611,6 +615,34 @@ class Contrast(Objective):
 
 class WholeContrast(Contrast):
     needs_whole_batch: ClassVar[bool] = True
+
+
+class Wrapped(nn.Module, Model, kw_only=True):
+    """A backbone with batch norm, and a centre of its own where asked for."""
+
+    backbone: ClassVar = "net"
+
+    net: ResNet
+    centre: bool = False
+
+    @nn.compact
+    def __call__(self, image, *, train=False):
+        if self.centre:
+            self.variable("centres", "centre", jnp.zeros, (3,))
+        return self.net(image, train=train)
+
+
+def test_micro_batches_ask_the_backbone_whether_statistics_are_frozen():
+    def wrapped(statistics, **more):
+        head = Classifier(num_classes=10)
+        net = ResNet(stages=(1,), width=8, statistics=statistics, head=head)
+        return Wrapped(net=net, **more)
+
+    with pytest.raises(ValueError, match="--config.model.net.statistics=frozen"):
+        start(wrapped(Statistics.BATCH), micro_batches=2)
+    start(wrapped(Statistics.FROZEN), micro_batches=2)
+    with pytest.raises(ValueError, match=r"that keeps centres: .*micro_batches=1\.$"):
+        start(wrapped(Statistics.FROZEN, centre=True), micro_batches=2)
 
 
 def test_micro_batches_are_refused_for_an_objective_that_needs_the_whole_batch():

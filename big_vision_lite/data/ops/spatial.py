@@ -14,8 +14,8 @@ from big_vision_lite.data.ops.resampling import Box
 
 # Beside "image"; whatever moves pixels moves these, or refuses them.
 SPATIAL = ("mask", "boxes")
-# float32 fractions of a wide image are off by less: a box that ended where the crop
-# begins has no pixel in it.
+# Of the image before. float32 fractions of a wide image are off by less: a box that
+# ended where the crop begins has no pixel in it.
 LEAST_PX = 0.01
 
 # Each move knows `to_old` [2, 3]: the place (x, y) of the new image shows what was at
@@ -116,12 +116,20 @@ def refuse(example: Example, name: str, what: str) -> None:
 def _moved_mask(
     mask: np.ndarray, to_old: np.ndarray, size: tuple[int, int]
 ) -> np.ndarray:
+    height, width = mask.shape[:2]
     x, y = np.arange(size[1]) + 0.5, np.arange(size[0])[:, None] + 0.5
+    if not to_old[0, 1] and not to_old[1, 0]:
+        # Rows stay rows: two short lists of indices instead of one a pixel.
+        columns = np.floor(to_old[0, 0] * x + to_old[0, 2]).astype(np.int64)
+        rows = np.floor(to_old[1, 1] * y[:, 0] + to_old[1, 2]).astype(np.int64)
+        result = mask[rows.clip(0, height - 1)][:, columns.clip(0, width - 1)]
+        result[(rows < 0) | (rows >= height)] = 0
+        result[:, (columns < 0) | (columns >= width)] = 0
+        return result
     columns, rows = (
         np.floor(along_x * x + along_y * y + shift).astype(np.int64)
         for along_x, along_y, shift in to_old
     )
-    height, width = mask.shape[:2]
     inside = (rows >= 0) & (rows < height) & (columns >= 0) & (columns < width)
     result = mask[rows.clip(0, height - 1), columns.clip(0, width - 1)]
     result[~inside] = 0
@@ -143,5 +151,6 @@ def _moved_boxes(
     )
     edges = np.stack([new_y.min(0), new_x.min(0), new_y.max(0), new_x.max(0)], axis=1)
     edges = np.clip(edges, 0, (*new, *new))
-    edges[(edges[:, 2:] - edges[:, :2]).min(axis=1) < LEAST_PX] = 0
+    scale = abs(np.linalg.det(to_old[:, :2])) ** 0.5
+    edges[scale * (edges[:, 2:] - edges[:, :2]).min(axis=1) < LEAST_PX] = 0
     return (edges / (*new, *new)).astype(np.float32)

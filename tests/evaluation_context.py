@@ -81,7 +81,7 @@ def make_mesh(devices: int):
 
 def make_state(model, mesh, image_shape, *, seed=0, step=4, ema=None):
     image = jnp.zeros((mesh.size, *image_shape), jnp.uint8)
-    params = model.init(jax.random.key(seed), image)["params"]
+    params = jax.jit(model.init)(jax.random.key(seed), image)["params"]
     state = TrainState(
         step=jnp.int32(step),
         params=params,

@@ -21,7 +21,7 @@ import numpy as np
 
 from big_vision_lite import train
 from big_vision_lite.recipes import command_line
-from big_vision_lite.runs import checkpoint, evaluations
+from big_vision_lite.runs import checkpoint, evaluations, step_folder
 from big_vision_lite.runtime.cpu import SteadyStep
 
 RECIPE = str(pathlib.Path(__file__).parent / "recipes" / "digits_tiny.py")
@@ -54,7 +54,7 @@ def arm(moment: str, journal: pathlib.Path) -> None:
 
     SteadyStep.__call__ = journalled
     if what == "save":
-        save_async = checkpoint.ocp.save_async
+        save_async = step_folder.ocp.save_async
 
         def half_written(folder, state):
             pending = save_async(folder, state)
@@ -66,7 +66,7 @@ def arm(moment: str, journal: pathlib.Path) -> None:
                 kill()
             return pending
 
-        checkpoint.ocp.save_async = half_written
+        step_folder.ocp.save_async = half_written
     if what == "manifest":
         write_manifest = checkpoint.integrity.write_manifest
 

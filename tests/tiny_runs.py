@@ -96,7 +96,8 @@ def written_weights(
     model: Any, library: Library, folder: pathlib.Path, classes: Sequence[str] = ()
 ) -> dict[str, np.ndarray]:
     """Writes `model`, fresh, for images of 32x32x3 px; returns its variables."""
-    fresh = model.init(jax.random.key(0), jnp.zeros((1, 32, 32, 3), jnp.uint8))
+    image = jnp.zeros((1, 32, 32, 3), jnp.uint8)
+    fresh = jax.jit(model.init)(jax.random.key(0), image)
     variables = trees.flatten(jax.tree.map(np.asarray, fresh["params"]))
     road = Preprocessing(
         ops=(Decode(), Resize(size=32)),

@@ -7,7 +7,6 @@ from typing import Any
 
 import jax
 from etils import epath
-from orbax.checkpoint import v1 as ocp
 
 from big_vision_lite import trees
 from big_vision_lite.config import Checkpoints
@@ -79,7 +78,7 @@ class Checkpointer:
         sums = integrity.checksums(state)
         leaves = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), state)
         folder = self._folder / str(step)
-        pending = ocp.save_async(folder, state)
+        pending = step_folder.save_async(folder, state)
         about = self._metadata | {"step": step, "devices": count_devices(state)}
         finish = functools.partial(self._finish, folder, about, pending, leaves, sums)
         self._thread = threading.Thread(target=finish, name=f"save-{step}")

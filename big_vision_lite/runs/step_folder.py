@@ -107,6 +107,18 @@ def _incomplete(given: epath.Path) -> str:
     )
 
 
+def save_async(folder: epath.Path, state: Any) -> Any:
+    """Starts to write `state`; it may be donated on return, `result()` waits.
+
+    An array that all devices hold is written in parts, one by each of them, where it is
+    large. Small ones are not: every part is a program to compile in the first save.
+    """
+    context = ocp.Context()
+    context.array.saving.min_slice_bytes_for_replica_parallel = 2**20
+    with context:
+        return ocp.save_async(folder, state)
+
+
 def restore_part(
     folder: epath.Path, wanted: Mapping[str, Any], manifest: Mapping[str, Any]
 ) -> dict[str, Any]:

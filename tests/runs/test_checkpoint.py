@@ -143,8 +143,10 @@ def test_a_save_compiles_nothing_that_was_prepared(devices, tmp_path, caplog):
             checkpointer.prepare(blueprint(devices))
             checkpointer.wait()
             prepared = integrity._checksum_program.cache_info().currsize
+            caplog.clear()
             checkpointer.save(1, state)
-        assert "Compiling jit(leaf_checksum)" not in caplog.text
+        # Nor does Orbax compile anything: it would cut small arrays for each device.
+        assert "Compiling" not in caplog.text
     assert integrity._checksum_program.cache_info().currsize == prepared
     # Without it the same save compiles all of them.
     integrity._checksum_program.cache_clear()
@@ -221,13 +223,13 @@ def test_a_save_lasts_until_its_step_is_complete(tmp_path, monkeypatch):
 
 def test_a_step_is_saved_once(tmp_path, monkeypatch):
     saved = []
-    save_async = checkpoint.ocp.save_async
+    save_async = step_folder.ocp.save_async
 
     def counted(folder, state):
         saved.append(folder.name)
         return save_async(folder, state)
 
-    monkeypatch.setattr(checkpoint.ocp, "save_async", counted)
+    monkeypatch.setattr(step_folder.ocp, "save_async", counted)
     with open_checkpointer(tmp_path, Checkpoints(every_steps=5)) as checkpointer:
         assert [s for s in range(1, 16) if checkpointer.due(s)] == [5, 10, 15]
         checkpointer.save(5, at(build(), 5))
@@ -536,7 +538,7 @@ class Failing:
 
 def test_a_failed_save_comes_up_at_the_next_one_or_at_the_end(tmp_path, monkeypatch):
     save(tmp_path, 1)
-    monkeypatch.setattr(checkpoint.ocp, "save_async", lambda *_: Failing())
+    monkeypatch.setattr(step_folder.ocp, "save_async", lambda *_: Failing())
     expected = (
         r"Could not save step 2 in .*No space left.*Step 1 is complete. Free disk"
     )

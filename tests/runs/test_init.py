@@ -529,7 +529,7 @@ def test_weights_for_another_range_of_pixels_are_folded_into_the_patches():
     images = jnp.asarray(RNG.integers(0, 256, (2, 32, 32, 3), np.uint8))
     theirs = vit(depth=1, mean=(123.7, 116.3, 103.5), std=(58.4, 57.1, 57.4))
     ours = vit(depth=1)
-    variables = theirs.init(jax.random.key(0), image=images)
+    variables = jax.jit(theirs.init)(jax.random.key(0), image=images)
     given = saved_run.Loaded(variables=trees.flatten(variables["params"]), model=theirs)
     lines = []
     moved = adapt.scaled_like(given, ours, given.variables, lines.append)

@@ -21,7 +21,7 @@ from big_vision_lite.evaluators.classification import Classification
 from big_vision_lite.evaluators.fewshot import FewShot, FewShotSet
 from big_vision_lite.models.blocks.heads import Classifier
 from big_vision_lite.objectives.classification import SoftmaxClassification
-from big_vision_lite.runs import load as saved_run
+from big_vision_lite.runs import load
 from big_vision_lite.schedules import WarmupCosine
 from big_vision_lite.training.optimizers import AdamW
 from big_vision_lite.types import Model
@@ -95,9 +95,9 @@ def small_model(num_classes: int | None = 3) -> Net:
     )
 
 
-def load(path: pathlib.Path, **more):
+def load_run(path: pathlib.Path, **more):
     """Loads a run whose model comes from this file."""
-    return saved_run.load(str(path), allowed_modules=[MODULE], **more)
+    return load.load(str(path), allowed_modules=[MODULE], **more)
 
 
 def recipe(folder: pathlib.Path, **changes) -> TrainConfig:

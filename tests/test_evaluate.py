@@ -87,7 +87,7 @@ def test_scores_alone_are_bit_for_bit_those_of_training(run, step):
 
 def test_controls_computed_anew_are_those_of_training(run, tmp_path):
     """Bit for bit, although the training images are not looked at."""
-    loaded = shapes_run.load(run)
+    loaded = shapes_run.load_run(run)
     loaded.config.data.source.path = "gone"
     name = "fewshot"
     found = scores_of(loaded, {name: loaded.config.evaluators[name]}, tmp_path / "e")
@@ -98,7 +98,7 @@ def test_controls_computed_anew_are_those_of_training(run, tmp_path):
 def test_one_device_counts_every_image_once_and_scores_what_eight_do(run, tmp_path):
     found = {}
     for count in (1, 8):
-        loaded = shapes_run.load(run, devices=jax.devices()[:count])
+        loaded = shapes_run.load_run(run, devices=jax.devices()[:count])
         evaluators = {"val": loaded.config.evaluators["val"]}
         found[count] = scores_of(loaded, evaluators, tmp_path / str(count))
     assert found[1]["val/examples"] == found[8]["val/examples"] == 27
@@ -108,7 +108,7 @@ def test_one_device_counts_every_image_once_and_scores_what_eight_do(run, tmp_pa
 
 
 def test_averaged_parameters_are_used_and_the_names_say_so(run, tmp_path):
-    loaded = shapes_run.load(run)
+    loaded = shapes_run.load_run(run)
     evaluators = {"val": loaded.config.evaluators["val"]}
     plain = scores_of(loaded, evaluators, tmp_path / "plain")
     zero = jax.tree.map(lambda x: 0 * x, loaded.state.params)
@@ -160,7 +160,7 @@ def test_another_recipe_evaluates_other_images_by_the_names_of_the_classes(
 
 def test_the_file_keeps_the_scores_of_evaluators_that_ran_before(run):
     path = run / "evaluation_10.json"
-    loaded = shapes_run.load(run, log=lambda _: None)
+    loaded = shapes_run.load_run(run, log=lambda _: None)
     evaluate.record(loaded, {"val/accuracy": 0.5}, epath.Path(path), None, {})
     evaluate.record(loaded, {"fewshot/x": 0.25}, epath.Path(path), None, {})
     known = json.loads(path.read_text())
@@ -209,7 +209,7 @@ def test_run_checkpoints_and_step_folders_are_found_and_named(run, tmp_path, cap
         (run / "checkpoints" / "5", 5, run),
         (copied, 5, tmp_path / "copied"),
     ):
-        loaded = shapes_run.load(path)
+        loaded = shapes_run.load_run(path)
         said = capsys.readouterr().out
         assert ("using step 10" in said) == (step == 10)
         assert loaded.step == step and loaded.place_for_results() == epath.Path(place)

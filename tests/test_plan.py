@@ -30,6 +30,7 @@ SMALL = (
     "--config.model.depth=1",
     "--config.model.width=24",
     "--config.model.num_heads=2",
+    "--config.model.mlp_dim=24",
 )
 
 
@@ -76,10 +77,11 @@ def test_no_source_is_opened(monkeypatch):
     config = parse("tests/recipes/digits_vit.py")
     found = estimate.on_target(config, targets.parse("cpu:2"))
     assert found.parameters > 0 and found.flops
-    config = parse("configs/vit_s16_i1k.py", *SMALL, "--config.data.batch_size=8")
+    small = (*SMALL, "--config.data.batch_size=8")
+    config = parse("configs/vit_s16_i1k.py:size=32", *small)
     assert unopened.count(config.data.source) == 1_268_355
     assert estimate.on_target(config, targets.parse("cpu:1")).batch == {
-        "image": "(8, 224, 224, 3) uint8",
+        "image": "(8, 32, 32, 3) uint8",
         "label": "(8,) int32",
     }
 
@@ -91,7 +93,8 @@ def test_sizes_are_said_in_the_unit_that_fits():
 
 
 def test_data_that_are_not_there_are_not_missed(capsys):
-    words = ["plan", f"--config={ROOT}/configs/vit_s16_i1k.py:data_dir=/nowhere"]
+    recipe = f"{ROOT}/configs/vit_s16_i1k.py:size=32,data_dir=/nowhere"
+    words = ["plan", f"--config={recipe}"]
     words += [*SMALL, "--on=cpu:2", "--batch=4", "--json"]
     assert command_line.run(plan.main, words) == 0
     document = json.loads(capsys.readouterr().out)

@@ -23,8 +23,7 @@ from big_vision_lite.objectives.classification import (
     SoftmaxClassification,
 )
 from big_vision_lite.recipes import command_line
-from big_vision_lite.runs import load as saved_run
-from big_vision_lite.runs import step_folder
+from big_vision_lite.runs import load, step_folder
 from big_vision_lite.types import Objective
 
 
@@ -62,7 +61,7 @@ def test_top_1_agrees_with_the_accuracy_that_training_recorded(tmp_path, run, im
 
 def test_probabilities_equal_those_of_the_model_applied_by_hand(tmp_path, run, images):
     rows = predicted(tmp_path, run, images / "val", "--batch_size", "10")
-    params, manifest = saved_run.load_variables(step_folder.find(str(run)))
+    params, manifest = load.load_variables(step_folder.find(str(run)))
     apply = jax.jit(functools.partial(shapes_run.small_model().apply, train=False))
     for row in rows[::5]:
         file = (images / "val" / row["file"]).read_bytes()
@@ -147,7 +146,7 @@ def test_features_are_the_pooled_output_of_every_file(tmp_path, run, images):
     assert arrays["features"].shape == (27, 16)
     assert arrays["features"].dtype == np.float32
     # The head is linear: features times its kernel are the logits behind the table.
-    params, manifest = saved_run.load_variables(step_folder.find(str(run)))
+    params, manifest = load.load_variables(step_folder.find(str(run)))
     logits = arrays["features"] @ params["head/kernel"] + params["head/bias"]
     rows = predicted(tmp_path, run, images / "val")
     names = [manifest["class_names"][i] for i in logits.argmax(1)]
@@ -159,7 +158,7 @@ def test_one_device_predicts_what_eight_do(run, images):
     files = ImageFiles(str(images / "val"))
     found = {
         count: predict.predict(
-            shapes_run.load(run, devices=jax.devices()[:count]), files, embed=True
+            shapes_run.load_run(run, devices=jax.devices()[:count]), files, embed=True
         )
         for count in (1, 8)
     }
@@ -218,7 +217,7 @@ class Several(Unsaid):
 def test_an_objective_of_ones_own_says_what_its_logits_mean(run, images, top):
     found, said = {}, {}
     for objective in (Several(), Unsaid(), SoftmaxClassification()):
-        loaded = shapes_run.load(run)
+        loaded = shapes_run.load_run(run)
         loaded.config.objective = objective
         name, lines = type(objective).__name__, []
         found[name] = predict.predict(
@@ -237,7 +236,7 @@ def test_an_objective_of_ones_own_says_what_its_logits_mean(run, images, top):
     assert "Unsaid does not say what its logits mean" in line
     assert "def probabilities(self, logits)" in line
     # With the head applied by hand: a sigmoid a class, which need not sum to one.
-    params = shapes_run.load(run).state.params["head"]
+    params = shapes_run.load_run(run).state.params["head"]
     logits = found["Several"].features @ params["kernel"] + params["bias"]
     expected = -np.sort(-1 / (1 + np.exp(-logits)), axis=1)
     several = found["Several"].probabilities
@@ -280,7 +279,7 @@ def test_mistakes_are_one_message_and_leave_no_file(tmp_path, run, images, capsy
 
 
 def test_a_model_without_head_embeds_and_says_so_when_asked_for_classes(run, images):
-    loaded = shapes_run.load(run)
+    loaded = shapes_run.load_run(run)
     loaded.config.model = shapes_run.small_model(None)
     del loaded.state.params["head"]
     files = ImageFiles(str(images / "val"))

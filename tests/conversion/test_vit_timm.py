@@ -24,7 +24,7 @@ from big_vision_lite.models.blocks.mlp import Activation
 from big_vision_lite.models.blocks.patches import Positions, sincos
 from big_vision_lite.models.blocks.pooling import FinalNorm, Pooling
 from big_vision_lite.models.vit import ViT
-from big_vision_lite.runs import init as adapt
+from big_vision_lite.runs import init
 
 pytestmark = pytest.mark.parity
 
@@ -545,7 +545,7 @@ TOWERS = {
 )
 def test_towers_have_the_gelu_and_constants_of_the_weights_they_are_named_after(name):
     tower, found = TOWERS[name], check_counts(name)
-    assert adapt.model_differences(tower, found) == []
+    assert init.model_differences(tower, found) == []
     assert (tower.layer_scale is None) == (found.layer_scale is None)
     # Its value is where training starts, of which weights say nothing.
     assert tower.clone(head=found.head, layer_scale=found.layer_scale) == found

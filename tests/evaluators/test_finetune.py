@@ -33,9 +33,7 @@ from big_vision_lite.models.blocks.patches import Positions
 from big_vision_lite.models.blocks.pooling import Pooling
 from big_vision_lite.recipes import command_line, serialize
 from big_vision_lite.recipes.arguments import parse_arg
-from big_vision_lite.runs import evaluations, hyperrule, step_folder
-from big_vision_lite.runs import init as adapt
-from big_vision_lite.runs import load as saved_run
+from big_vision_lite.runs import evaluations, hyperrule, init, load, step_folder
 from big_vision_lite.runs.hyperrule import HyperRule, Repeated
 from big_vision_lite.runs.records import read_history
 from big_vision_lite.runtime.processes import Stopped, StopSignal
@@ -225,7 +223,7 @@ def test_a_set_below_one_batch_is_repeated_evenly():
 def test_everything_but_the_head_starts_from_the_run_and_the_head_from_zero(
     pretrained, images, two_shapes
 ):
-    loaded, _ = saved_run.load_variables(step_folder.find(str(pretrained)))
+    loaded, _ = load.load_variables(step_folder.find(str(pretrained)))
     assert np.any(loaded["head/kernel"])
     for folder, classes in ((two_shapes, 2), (images, 3)):  # the old head fits three
         config = small_rule().config(
@@ -235,7 +233,7 @@ def test_everything_but_the_head_starts_from_the_run_and_the_head_from_zero(
             (Decode(),),
             init=hyperrule.start(str(pretrained), shapes_run.small_model()),
         )
-        mesh = saved_run.sharding.make_mesh(config.mesh)
+        mesh = load.sharding.make_mesh(config.mesh)
         with (
             jax.set_mesh(mesh),
             pipeline.open_batches(config.data, 0, mesh) as batches,
@@ -243,7 +241,7 @@ def test_everything_but_the_head_starts_from_the_run_and_the_head_from_zero(
             built = program.build(config, mesh, batches.spec())
             origins = []
             begin = functools.partial(
-                adapt.initial_state,
+                init.initial_state,
                 config,
                 built,
                 log=lambda _: None,
@@ -308,7 +306,7 @@ def test_fine_tuning_alone_gives_the_scores_of_training(run, tmp_path):
 @pytest.fixture
 def ready(pretrained, two_shapes, tmp_path):
     """A context, the training it would run, and the parameters it would start from."""
-    loaded = shapes_run.load(pretrained, log=lambda _: None)
+    loaded = shapes_run.load_run(pretrained, log=lambda _: None)
     context = evaluations.make_context(
         "transfer",
         loaded.config,
@@ -412,7 +410,7 @@ def test_what_another_state_left_at_this_step_is_removed(ready, tmp_path):
 
 
 def test_averages_are_preferred_and_seeds_give_mean_and_spread(pretrained):
-    state = shapes_run.load(pretrained, log=lambda _: None).state
+    state = shapes_run.load_run(pretrained, log=lambda _: None).state
     zeros = jax.tree.map(jnp.zeros_like, state.params)
     found = state_lib.variables(state.replace(ema=zeros), averaged=True)
     assert not any(np.any(leaf) for leaf in found.values())
@@ -548,7 +546,7 @@ def test_recipes_fine_tune_weights_of_other_libraries(kind, images, tmp_path):
     still = dataclasses.replace(config.optimizer.schedule, peak=1e-30)
     optimizer = dataclasses.replace(config.optimizer, schedule=still)
     shapes_run.run(tmp_path / "run", dataclasses.replace(config, optimizer=optimizer))
-    tuned, _ = saved_run.load_variables(step_folder.find(str(tmp_path / "run")))
+    tuned, _ = load.load_variables(step_folder.find(str(tmp_path / "run")))
     for name, leaf in tuned.items():
         is_new = name.startswith(("head/", "distillation_head/"))
         expected = 0 * leaf if is_new else variables[name]

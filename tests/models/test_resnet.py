@@ -289,6 +289,7 @@ def test_layer_decay_counts_the_units():
     assert above["head/kernel"] == 0
 
 
+@pytest.mark.slow  # tests/outside resumes other collections
 def test_a_resumed_run_has_the_statistics_of_a_straight_one_bit_for_bit(tmp_path):
     config = TrainConfig(
         num_steps=2,

@@ -294,13 +294,14 @@ def test_a_step_lowered_for_gpus_holds_cudnns_attention(gpu, micro_batches):
         assert "callback" not in found and "xf64" not in found
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("remat", "options"),
     [
         (Remat.NONE, "plain"),
-        pytest.param(Remat.DOTS, "plain", marks=SLOW),
-        pytest.param(Remat.FULL, "plain", marks=SLOW),
-        pytest.param(Remat.NONE, "micro-batches", marks=SLOW),
+        (Remat.DOTS, "plain"),
+        (Remat.FULL, "plain"),
+        (Remat.NONE, "micro-batches"),
     ],
 )
 def test_branches_of_other_platforms_cost_a_cpu_nothing(gpu, remat, options):

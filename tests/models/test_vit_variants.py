@@ -161,16 +161,22 @@ def test_queries_and_keys_are_normalised_within_each_head():
 def test_the_constant_of_the_norms_reaches_every_norm(name, count):
     model, image = variant(name, norm_epsilon=0.5), pixels(2, 8, 8)
     params = random_params(model, image)
-    seen = {}
 
-    def look(call, args, kwargs, context):
-        result = call(*args, **kwargs)
-        if isinstance(context.module, LayerNorm):
-            seen["/".join(context.module.path)] = args[0], result
-        return result
+    @jax.jit
+    def norms(params):
+        seen = {}
 
-    with nn.intercept_methods(look):
-        model.apply({"params": params}, image)
+        def look(call, args, kwargs, context):
+            result = call(*args, **kwargs)
+            if isinstance(context.module, LayerNorm):
+                seen["/".join(context.module.path)] = args[0], result
+            return result
+
+        with nn.intercept_methods(look):
+            model.apply({"params": params}, image)
+        return seen
+
+    seen = norms(params)
     assert len(seen) == count
     for path, (x, found) in seen.items():
         leaves = {n: trees.flatten(params)[f"{path}/{n}"] for n in ("scale", "bias")}

@@ -15,8 +15,7 @@ from etils import epath
 
 from big_vision_lite import trees
 from big_vision_lite.config import Checkpoints
-from big_vision_lite.runs import checkpoint, integrity, step_folder
-from big_vision_lite.runs import load as saved_run
+from big_vision_lite.runs import integrity, load, step_folder
 from big_vision_lite.runs.checkpoint import Checkpointer
 from big_vision_lite.runs.integrity import DamagedCheckpoint
 from big_vision_lite.runtime import files, sharding
@@ -425,13 +424,13 @@ def test_a_manifest_that_is_no_manifest_is_damage(run):
             restore(run)
 
 
-@pytest.mark.parametrize("load", [saved_run.load, saved_run.load_variables])
-def test_who_else_loads_a_damaged_step_is_offered_the_intact_one(load, run):
+@pytest.mark.parametrize("reader", [load.load, load.load_variables])
+def test_who_else_loads_a_damaged_step_is_offered_the_intact_one(reader, run):
     newest = epath.Path(run / "checkpoints" / "3")
     data = next(p for p in files_of_a_step(newest) if "/d/" in str(p))
     data.write_bytes(data.read_bytes()[:-1])
     with pytest.raises(DamagedCheckpoint, match="Step 2 is intact. To continue from"):
-        load(newest)
+        reader(newest)
 
 
 def test_a_copied_step_folder_is_enough(run, tmp_path):
@@ -440,7 +439,7 @@ def test_a_copied_step_folder_is_enough(run, tmp_path):
     shutil.rmtree(run)
     folder = step_folder.find(copy)
     assert folder == copy
-    params, manifest = saved_run.load_variables(folder)
+    params, manifest = load.load_variables(folder)
     assert manifest["step"] == 2
     expected = at(build(), 2)
     np.testing.assert_array_equal(

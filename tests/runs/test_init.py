@@ -25,9 +25,7 @@ from big_vision_lite.models.mixer import MlpMixer
 from big_vision_lite.models.resnet import ResNet
 from big_vision_lite.models.vit import ViT
 from big_vision_lite.models.vit_variants import hybrid
-from big_vision_lite.runs import init as adapt
-from big_vision_lite.runs import integrity
-from big_vision_lite.runs import load as saved_run
+from big_vision_lite.runs import init, integrity, load
 from big_vision_lite.runs.checkpoint import Checkpointer
 from big_vision_lite.runs.integrity import DamagedCheckpoint
 from big_vision_lite.training.state import TrainState
@@ -55,7 +53,7 @@ PLAIN = ViT.of("Ti/16", head=Classifier(num_classes=10))
 def start_from(loaded, fresh, same_classes=True, model=PLAIN, **init):
     lines = []
     fresh = {name: jnp.asarray(leaf) for name, leaf in fresh.items()}
-    found = adapt.adapt(
+    found = init.adapt(
         loaded,
         fresh,
         Init(path="runs/x", **init),
@@ -160,7 +158,7 @@ def test_resampled_positions_keep_their_place_in_the_image():
 
 
 def test_the_embedding_of_a_real_vit_moves_to_another_image_size():
-    def init(side, patch=2):
+    def weights(side, patch=2):
         model = ViT(
             width=16,
             depth=1,
@@ -180,7 +178,7 @@ def test_the_embedding_of_a_real_vit_moves_to_another_image_size():
             for n, x in trees.flatten(shapes["params"]).items()
         }
 
-    loaded, fresh = init(8), init(12)
+    loaded, fresh = weights(8), weights(12)
     found, lines = start_from(loaded, fresh)
     assert lines[0].startswith("Checkpoint grid 4x4, model grid 6x6: resizing")
     (name,) = [n for n in fresh if n in ViT.position_embeddings]
@@ -336,7 +334,7 @@ def saved(tmp_path_factory):
 @pytest.mark.parametrize("average", [False, True])
 def test_the_average_is_loaded_when_there_is_one_with_the_frozen_rest(average, saved):
     folder, expected = saved[average]
-    loaded, manifest = saved_run.load_variables(folder)
+    loaded, manifest = load.load_variables(folder)
     assert set(loaded) == set(expected)
     assert_from(loaded, expected, expected)
     assert manifest["class_names"] == ["a"] and manifest["step"] == 3
@@ -353,10 +351,10 @@ def test_a_damaged_folder_is_not_started_from(saved, tmp_path):
     manifest["leaves"]["ema/head/bias"]["checksum"] = "00000000"
     integrity.write_manifest(copy, manifest)
     with pytest.raises(DamagedCheckpoint, match="3: ema/head/bias differ from what"):
-        saved_run.load_variables(copy)
+        load.load_variables(copy)
     (copy / "config.json").write_text("{} ")
     with pytest.raises(DamagedCheckpoint, match="3/config.json has 3 bytes, 2 were"):
-        saved_run.load_variables(copy)
+        load.load_variables(copy)
 
 
 def test_init_holds_only_what_flags_can_set():
@@ -530,9 +528,9 @@ def test_weights_for_another_range_of_pixels_are_folded_into_the_patches():
     theirs = vit(depth=1, mean=(123.7, 116.3, 103.5), std=(58.4, 57.1, 57.4))
     ours = vit(depth=1)
     variables = jax.jit(theirs.init)(jax.random.key(0), image=images)
-    given = saved_run.Loaded(variables=trees.flatten(variables["params"]), model=theirs)
+    given = load.Loaded(variables=trees.flatten(variables["params"]), model=theirs)
     lines = []
-    moved = adapt.scaled_like(given, ours, given.variables, lines.append)
+    moved = init.scaled_like(given, ours, given.variables, lines.append)
     params = trees.unflatten(moved.variables)
     expected = theirs.apply(variables, image=images)["pooled"]
     found = ours.apply({"params": params}, image=images)["pooled"]
@@ -540,7 +538,7 @@ def test_weights_for_another_range_of_pixels_are_folded_into_the_patches():
     wrong = ours.apply(variables, image=images)["pooled"]
     assert np.abs(wrong - expected).max() > 1e-2
     assert "folded into the patch embedding" in lines[0]
-    assert adapt.model_differences(ours, moved.model) == []
+    assert init.model_differences(ours, moved.model) == []
 
 
 IMAGENET = {"mean": (123.7, 116.3, 103.5), "std": (58.4, 57.1, 57.4)}
@@ -549,8 +547,8 @@ IMAGENET = {"mean": (123.7, 116.3, 103.5), "std": (58.4, 57.1, 57.4)}
 def started(loaded, model, fresh):
     """The variables for `model` as start.py makes them, and what was said."""
     lines = []
-    moved = adapt.scaled_like(loaded, model, fresh, lines.append)
-    lines += adapt.model_differences(model, moved.model)
+    moved = init.scaled_like(loaded, model, fresh, lines.append)
+    lines += init.model_differences(model, moved.model)
     found, more = start_from(moved.variables, fresh, model=model)
     return {"params": trees.unflatten(found)}, lines + more
 
@@ -577,7 +575,7 @@ def test_another_range_and_other_channels_at_once_are_exact(family, channels, ba
     variables, fresh = (
         random_variables(*pair) for pair in ((theirs, before), (ours, after))
     )
-    given = saved_run.Loaded(variables=trees.flatten(variables["params"]), model=theirs)
+    given = load.Loaded(variables=trees.flatten(variables["params"]), model=theirs)
     found, lines = started(given, ours, trees.flatten(fresh["params"]))
     expected = stem_output(theirs, "patch_embedding", variables, before)
     got = stem_output(ours, "patch_embedding", found, after)
@@ -597,7 +595,7 @@ def test_another_range_is_exact_at_the_patch_size_of_the_model(patch, stored):
     ours = vit(depth=1, patch_size=patch, kernel_patch_size=stored)
     images = jnp.asarray(noise(3, size=48))
     variables, fresh = (random_variables(model, images) for model in (theirs, ours))
-    given = saved_run.Loaded(variables=trees.flatten(variables["params"]), model=theirs)
+    given = load.Loaded(variables=trees.flatten(variables["params"]), model=theirs)
     found, _ = started(given, ours, trees.flatten(fresh["params"]))
     same_range = ours.clone(kernel_patch_size=16, **IMAGENET)
     expected = stem_output(same_range, "patch_embedding", variables, images)
@@ -612,11 +610,11 @@ def test_padded_stems_keep_their_range_and_say_what_to_set(family, channels):
     ours = FAMILIES[family][0]
     variables = trees.flatten(random_variables(theirs, noise(3))["params"])
     fresh = trees.flatten(random_variables(ours, noise(channels))["params"])
-    given = saved_run.Loaded(variables=variables, model=theirs)
+    given = load.Loaded(variables=variables, model=theirs)
     lines = []
-    kept = adapt.scaled_like(given, ours, fresh, lines.append)
+    kept = init.scaled_like(given, ours, fresh, lines.append)
     assert kept.variables is variables
-    said = adapt.model_differences(ours, kept.model)
+    said = init.model_differences(ours, kept.model)
     if channels == 3:
         assert lines == [] and "--config.model.mean=(123.7, 116.3, 103.5)" in said[0]
     else:
@@ -640,7 +638,7 @@ def test_what_a_flexivit_stores_and_was_resized_is_no_difference():
     ours = theirs.clone(kernel_patch_size=None, position_grid=())
     images = jnp.asarray(noise(3, size=64))
     variables, fresh = (random_variables(model, images) for model in (theirs, ours))
-    given = saved_run.Loaded(variables=trees.flatten(variables["params"]), model=theirs)
+    given = load.Loaded(variables=trees.flatten(variables["params"]), model=theirs)
     found, lines = started(given, ours, trees.flatten(fresh["params"]))
     kernel, positions = lines
     assert "for patches of 32 px, the model has 16" in kernel
@@ -652,15 +650,15 @@ def test_what_a_flexivit_stores_and_was_resized_is_no_difference():
 
 def test_what_changes_the_features_of_the_same_weights_is_said():
     ours, theirs = vit(), vit(norm_epsilon=1e-12, head=Classifier(num_classes=3))
-    (line,) = adapt.model_differences(ours, theirs)
+    (line,) = init.model_differences(ours, theirs)
     assert "norm_epsilon=1e-12, this recipe has 1e-06" in line
     assert "--config.model.norm_epsilon=1e-12" in line
-    assert adapt.model_differences(ours, object()) == []
+    assert init.model_differences(ours, object()) == []
 
 
 def test_where_parameters_start_that_the_weights_bring_is_no_difference():
     ours, theirs = vit(depth=1, layer_scale=1e-6), vit(depth=1, layer_scale=1e-5)
-    assert adapt.model_differences(ours, theirs) == []
+    assert init.model_differences(ours, theirs) == []
     image = jnp.asarray(RNG.integers(0, 256, (2, 32, 32, 3), np.uint8))
     variables = jax.jit(theirs.init)(jax.random.key(0), image)
     found, expected = (
@@ -674,7 +672,7 @@ def test_where_parameters_start_that_the_weights_bring_is_no_difference():
     with pytest.raises(ValueError, match="- encoder/block_00/attention_scale"):
         start_from(scaled, plain)
     last = [ResNet(stages=(1,), width=4, last_scale=scale) for scale in (0.0, 1.0)]
-    assert adapt.model_differences(*last) == []
+    assert init.model_differences(*last) == []
 
 
 def test_a_wrapped_backbone_is_started_from_as_it_would_be_alone():
@@ -698,8 +696,8 @@ def test_a_wrapped_backbone_is_started_from_as_it_would_be_alone():
     theirs, loaded = student(16, 5, **IMAGENET)
     ours, fresh = student(32, 5)
     lines = []
-    found = adapt.start_from(
-        saved_run.Loaded(
+    found = init.start_from(
+        load.Loaded(
             variables=loaded,
             class_names=("b",) * 5,
             model=theirs,

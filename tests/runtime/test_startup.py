@@ -14,8 +14,7 @@ from etils import epath
 from big_vision_lite import evaluate, predict
 from big_vision_lite.recipes import command_line
 from big_vision_lite.runs import folder as run_folder
-from big_vision_lite.runs import integrity
-from big_vision_lite.runs import load as saved_run
+from big_vision_lite.runs import integrity, load
 from big_vision_lite.runtime import processes, startup
 from big_vision_lite.runtime.startup import Platform
 
@@ -139,10 +138,10 @@ def use(tmp_path, joined, monkeypatch, capsys):
     fake = functools.partial(startup.check_not_idle, proc=fake_gpu(tmp_path))
     monkeypatch.setattr(startup, "check_not_idle", fake)
 
-    def load(*_, **__):
+    def settled(*_, **__):
         raise ValueError("all set up")
 
-    monkeypatch.setattr(saved_run, "load", load)
+    monkeypatch.setattr(load, "load", settled)
 
     def run(program, config: str, *flags: str) -> str:
         folder = tmp_path / "run" / "checkpoints" / "5"

@@ -20,8 +20,7 @@ from big_vision_lite.conversion import export, foreign
 from big_vision_lite.conversion.formats import Library
 from big_vision_lite.data.sources.files import ImageFiles
 from big_vision_lite.recipes import command_line
-from big_vision_lite.runs import load as saved_run
-from big_vision_lite.runs import step_folder
+from big_vision_lite.runs import load, step_folder
 
 pytestmark = pytest.mark.parity
 
@@ -109,7 +108,7 @@ def run(tmp_path_factory):
 
 
 def variables_of(run):
-    return saved_run.load_variables(step_folder.find(str(run)))[0]
+    return load.load_variables(step_folder.find(str(run)))[0]
 
 
 def assert_same(found, expected):
@@ -132,7 +131,7 @@ def test_there_and_back_again_gives_the_same_bits(library, run, tmp_path, capsys
     # And as a run again, from which the same bits are read.
     convert(out, "--to", "orbax", "--out", tmp_path / "again")
     assert_same(variables_of(tmp_path / "again"), variables_of(run))
-    _, manifest = saved_run.load_variables(step_folder.find(str(tmp_path / "again")))
+    _, manifest = load.load_variables(step_folder.find(str(tmp_path / "again")))
     assert manifest["origin"]["path"] == str(out)
     assert manifest["class_names"] == list("0123456789")
 
@@ -149,7 +148,7 @@ def test_the_other_library_gives_every_digit_the_same_class(library, run, tmp_pa
     folder, pixels = digits(tmp_path / "images")
     found = {}
     for place in (run, out):
-        opened = saved_run.load(str(place), devices=jax.devices()[:1])
+        opened = load.load(str(place), devices=jax.devices()[:1])
         found[place] = predict.predict(opened, ImageFiles(str(folder)), top=1).classes
     np.testing.assert_array_equal(found[run], found[out])
 
@@ -206,16 +205,16 @@ def test_a_wrong_number_is_found_by_its_layer_and_fails(
 
 
 def test_weights_that_are_not_finite_leave_nothing_behind(run, tmp_path, monkeypatch):
-    load = saved_run.load
+    intact = load.load
 
     def damaged(*arguments, **options):
-        found = load(*arguments, **options)
+        found = intact(*arguments, **options)
         params = trees.flatten(found.state.params)
         params["head/bias"] = params["head/bias"] * math.nan
         state = found.state.replace(params=trees.unflatten(params))
         return dataclasses.replace(found, state=state)
 
-    monkeypatch.setattr(saved_run, "load", damaged)
+    monkeypatch.setattr(load, "load", damaged)
     with pytest.raises(ValueError, match="head/bias holds NaN or infinity. Export an"):
         convert(run, "--to", "npz", "--out", tmp_path / "out")
     assert not (tmp_path / "out").exists()

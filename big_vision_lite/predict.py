@@ -14,36 +14,23 @@ import io
 import sys
 import time
 import unicodedata
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any
+from collections.abc import Callable, Iterator, Sequence
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from etils import epath
 from jaxtyping import Float32, Int32
 from rich.console import Console
-from rich.progress import track
 from rich.table import Table
 from rich.text import Text
 
-from big_vision_lite.data import pipeline
 from big_vision_lite.data.sources.files import Guarded, ImageFiles
 from big_vision_lite.data.sources.listing import SUFFIXES
 from big_vision_lite.recipes import command_line
-from big_vision_lite.runs import load
+from big_vision_lite.runs import inference, load
 from big_vision_lite.runs.saved_run import SavedRun
 from big_vision_lite.runtime import files, startup
 from big_vision_lite.runtime.startup import Platform
-from big_vision_lite.training import step as step_lib
-from big_vision_lite.types import (
-    Array,
-    Batch,
-    Forward,
-    Model,
-    Objective,
-    backbone_of,
-)
 
 SHOWN_ROWS = 5
 
@@ -141,96 +128,14 @@ def predict(
         ValueError: not one image can be read, the preprocessing does not give all of
             them one size, or classes are asked of a model without a head.
     """
-    num_devices = run.mesh.size
-    batch_size = -(-min(batch_size, len(images)) // num_devices) * num_devices
     ops = Guarded(run.config.preprocess)
-    batches = pipeline.eval_batches(images, (ops,), batch_size, run.mesh)
-    model = run.config.model
-    part, backbone = backbone_of(model)
-    steps = []
-    if top:
-        probabilities = meaning_of_logits(run.config.objective, log)
-
-        def classify(forward: Forward, batch: Batch, rng: Array) -> dict[str, Array]:
-            outputs = forward(**_inputs(model, batch))
-            check_head(run, outputs)
-            likely = probabilities(outputs["logits"].astype(jnp.float32))
-            best = jax.lax.top_k(likely, min(top, likely.shape[-1]))
-            rows = {"probabilities": best[0], "classes": best[1]}
-            if embed and not part:
-                rows["features"] = _features(outputs)
-            return rows
-
-        steps.append(_make_step(run, classify, model, ""))
-    if embed and (part or not top):
-
-        def represent(forward: Forward, batch: Batch, rng: Array) -> dict[str, Array]:
-            outputs = forward(**_inputs(backbone, batch))
-            return {"features": _features(outputs)}
-
-        steps.append(_make_step(run, represent, backbone, part))
-    found: dict[str, np.ndarray] = {}
-    with jax.set_mesh(run.mesh), _refusing(images, ops):
-        for batch in track(batches, "predicting", transient=True, disable=quiet):
-            # Zeros where nothing could be read, whole batches of it included.
-            rows = jax.device_get([step(run.state, batch) for step in steps])
-            rows = {name: x for found_rows in rows for name, x in found_rows.items()}
-            valid = np.asarray(batch["valid"])
-            for name, values in rows.items():
-                if name not in found:
-                    shape = (len(images), *values.shape[1:])
-                    found[name] = np.zeros(shape, values.dtype)
-                found[name][np.asarray(batch["index"])[valid]] = values[valid]
+    steps = inference.make_steps(run, classes=top, features=embed, log=log)
+    with _refusing(images, ops):
+        found = inference.run_steps(
+            run, steps, images, ops, batch_size, hidden=quiet or None
+        )
     errors = {images.files[i]: reason for i, reason in sorted(ops.errors.items())}
     return Predictions(files=images.files, errors=errors, **found)
-
-
-def _make_step(
-    run: SavedRun, function: Any, model: Model, part: str
-) -> Callable[..., dict[str, Array]]:
-    return step_lib.make_eval_step(
-        model,
-        function,
-        seed=run.config.seed,
-        num_steps=int(run.manifest["num_steps"]),
-        part=part,
-    )
-
-
-def _inputs(model: Model, batch: Batch) -> dict[str, Any]:
-    try:
-        return model.inputs(batch)
-    except KeyError as error:
-        raise ValueError(
-            f"{type(model).__name__}.inputs asks for {error}, but predict has images "
-            "alone. Let it leave out what the batch has not, or take the features of "
-            "its backbone: --embed features.npz without --out."
-        ) from error
-
-
-def _features(outputs: Mapping[str, Any]) -> Array:
-    if "pooled" not in outputs:
-        raise ValueError(
-            f"The model gives {', '.join(sorted(outputs))}; features need "
-            '"pooled" [B, D].'
-        )
-    return outputs["pooled"].astype(jnp.float32)
-
-
-def check_head(run: SavedRun, outputs: Mapping[str, Any]) -> None:
-    """Refuses a model that gives no logits, or not one for each class of the data."""
-    if "logits" not in outputs:
-        raise ValueError(
-            f"The model of {run.folder} has no head, so it names no classes. Write its "
-            "features with --embed features.npz and without --out, or give it a head "
-            f"by fine-tuning: --config configs/finetune.py:init={run.folder},"
-            "data=FOLDER"
-        )
-    width, count = outputs["logits"].shape[-1], len(run.class_names)
-    if run.class_names and width != count:
-        raise ValueError(
-            f"The model has {width} logits, but {run.folder} names {count} classes."
-        )
 
 
 @contextlib.contextmanager
@@ -250,18 +155,6 @@ def _refusing(images: ImageFiles, ops: Guarded) -> Iterator[None]:
                 f"first is {first}: {reason}"
             )
         raise ValueError(text) from error
-
-
-def meaning_of_logits(objective: Objective, log: Callable[[str], None]) -> Any:
-    """Returns the objective's `probabilities`; says so where softmax stands in."""
-    declared = objective.probabilities
-    if declared is None:
-        log(
-            f"{type(objective).__name__} does not say what its logits mean: taken as "
-            "one class an image (softmax). If several may be right, give it a method: "
-            "def probabilities(self, logits): return jax.nn.sigmoid(logits)"
-        )
-    return declared or jax.nn.softmax
 
 
 def _output(path: str | None, flag: str) -> epath.Path | None:

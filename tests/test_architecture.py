@@ -8,19 +8,7 @@ PACKAGE = ROOT / "big_vision_lite"
 FILES = sorted(PACKAGE.rglob("*.py"))
 
 # Rooms and root files: each imports only what stands in lines above its own.
-ARROWS = """
-types messages
-trees schedules
-runtime
-objectives recipes console models data
-config
-conversion training
-runs
-plan
-train
-evaluators
-evaluate predict
-"""
+ARROWS = (PACKAGE / "README.md").read_text().split("```arrows\n")[1].split("```")[0]
 LINES = [line.split() for line in ARROWS.strip().splitlines()]
 PLACE = {name: place for place, names in enumerate(LINES) for name in names}
 # A file is a noun, whole. In these rooms a short one is, too.

@@ -8,6 +8,7 @@ import subprocess
 import sys
 
 import cv2
+import draw_rooms
 import numpy as np
 import pytest
 
@@ -16,13 +17,9 @@ pytestmark = pytest.mark.usefixtures("module_optimised")
 ROOT = pathlib.Path(__file__).parents[1]
 HEAVY = ("tensorflow", "torch", "pandas")
 README = (ROOT / "README.md").read_text()
-TRAIN = (
-    "python3 -m venv .venv && .venv/bin/pip install -e . && .venv/bin/python -m "
-    "big_vision_lite.train --config configs/quickstart.py --workdir runs/first"
-)
-TEST = (
-    "python3 -m venv .venv && .venv/bin/pip install -e '.[test]' && .venv/bin/python "
-    "-m pytest -n 2 --dist loadfile"
+TRAIN, TEST, PREDICT = (
+    block.split("```")[0].replace("\\\n ", "").strip()
+    for block in README.split("```bash\n")[1:4]
 )
 
 
@@ -59,22 +56,26 @@ def first(tmp_path_factory, tripwires) -> pathlib.Path:
 
 
 def quickstart(tmp_path_factory, tripwires, *flags) -> pathlib.Path:
-    words = TRAIN.split(" && ")[-1].split()[2:]
+    setup, install, train = (part.split() for part in TRAIN.split(" && "))
+    assert setup == ["python3", "-m", "venv", ".venv"]
+    assert install == [".venv/bin/pip", "install", "-e", "."]
     workdir = tmp_path_factory.mktemp("quickstart") / "first"
-    finished = run([*words[:-1], workdir, *flags], tripwires)
+    assert train[-2:] == ["--workdir", "runs/first"]
+    finished = run([*train[2:-1], workdir, *flags], tripwires)
     (workdir / "shown.txt").write_text(finished.stdout)
     assert finished.stderr == ""
     return workdir
 
 
-def test_the_readme_has_the_two_commands_and_ci_runs_the_second():
-    assert TRAIN in README and TEST in README
+def test_ci_runs_the_second_command_of_the_readme():
+    install, test = TEST.split(" && ")[1:]
+    assert install == ".venv/bin/pip install -e '.[test]'"
     ci = (ROOT / ".ci" / "run").read_text()
     steps = ("-m venv", 'pip" install', "-m pytest")
     lines = [line for line in ci.splitlines() if any(step in line for step in steps)]
     assert lines[0].startswith("python3 -m venv")
     assert lines[1].endswith("pip\" install --quiet -e '.[test]'")
-    assert 'python" -m pytest -n 2 --dist loadfile --at_least=' in lines[2]
+    assert f"{test.removeprefix('.venv/bin/python ')} --at_least=" in lines[2]
     # Then what the second command leaves out where torch is not installed.
     assert "install --quiet -e '.[test,torch]'" in lines[3]
     assert "-n 2 --dist loadfile -m 'parity and not slow'" in lines[4]
@@ -119,15 +120,39 @@ def test_the_run_predicts_a_folder_of_images(first, tripwires, tmp_path):
     for index in range(40):
         cv2.imwrite(str(tmp_path / f"{index:02d}.png"), test[index]["image"])
     out = tmp_path / "preds.csv"
-    run(
-        ["big_vision_lite.predict", "--workdir", first, "--images", tmp_path]
-        + ["--out", out],
-        tripwires,
-    )
+    given = {"runs/first": first, "FOLDER": tmp_path, "preds.csv": out}
+    words = PREDICT.split()[2:]
+    assert given.keys() <= set(words)
+    run([given.get(word, word) for word in words], tripwires)
     with out.open() as file:
         rows = list(csv.reader(file))[1:]
     found = np.array([int(row[1]) for row in rows])
     assert (found == [test[index]["label"] for index in range(40)]).mean() >= 0.9
+
+
+def test_the_python_of_the_readme_names_the_digits(first):
+    from big_vision_lite.data.sources import Digits
+
+    test = Digits(split="test")
+    (code,) = (b for b in README.split("```python\n") if "bvl.load" in b[:200])
+    images = [test[index]["image"] for index in range(40)]
+    names: dict = {"images": images}
+    exec(code.split("```")[0].replace("runs/first", str(first)), names)
+    assert names["features"].shape == (40, 128)
+    found = names["probabilities"].argmax(-1)
+    labels = np.array([test[index]["label"] for index in range(40)])
+    assert (found == labels).mean() >= 0.9
+    assert names["model"].class_names == test.class_names
+
+
+def test_the_commands_of_the_readme_take_two_lines_at_most():
+    for block in README.split("```bash\n")[1:]:
+        commands = block.split("```")[0].strip().splitlines()
+        assert len(commands) <= 2 and max(map(len, commands)) <= 88, commands
+
+
+def test_the_picture_of_the_rooms_is_the_one_of_today():
+    assert draw_rooms.OUT.read_text() == draw_rooms.draw()
 
 
 def test_the_readme_names_only_files_of_the_repository():

@@ -1,0 +1,305 @@
+"""Runs a saved model on images: classes, probabilities and features."""
+
+import contextlib
+import functools
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Float32
+from rich.console import Console
+from rich.progress import track
+
+from big_vision_lite.data import pipeline
+from big_vision_lite.data.sources.files import Guarded
+from big_vision_lite.runs import load as load_lib
+from big_vision_lite.runs.saved_run import SavedRun
+from big_vision_lite.training import step as step_lib
+from big_vision_lite.types import (
+    Array,
+    Batch,
+    Forward,
+    Model,
+    Objective,
+    Source,
+    backbone_of,
+)
+
+# From the state and a batch to one row an image of every output.
+Step = Callable[..., dict[str, Array]]
+
+
+class LoadedModel:
+    """A model with its preprocessing: uint8 images in, numpy arrays out.
+
+    `images` is an array [N, H, W, C] or a sequence of arrays [H, W, C] or [H, W] of any
+    sizes, uint8 in 0..255; of a sequence an item may be the bytes of an image file,
+    too. They go through the preprocessing of the run's evaluations, in batches of at
+    most `batch_size`. `class_names` are empty where the weights came without them.
+    Averaged parameters are taken where the run kept some. `run` holds the rest: the
+    recipe, the parameters, the manifest.
+    """
+
+    def __init__(self, run: SavedRun, *, batch_size: int = 64):
+        self.run = run
+        self.class_names = run.class_names
+        self._batch_size = batch_size
+
+    def features(self, images: Any) -> Float32[np.ndarray, "N D"]:
+        """Returns the "pooled" output of the backbone for every image.
+
+        Raises:
+            ValueError: an image cannot be read, or the preprocessing does not give all
+                of them one size; says which image.
+        """
+        return self._rows(self._features, images)["features"]
+
+    def predict(self, images: Any) -> Float32[np.ndarray, "N C"]:
+        """Returns the probability of every class, in the order of `class_names`.
+
+        Of one class an image they add up to 1; where the objective lets several be
+        right, each is a probability of its own.
+
+        Raises:
+            ValueError: the model has no head, an image cannot be read, or the
+                preprocessing does not give all of them one size; says which image.
+        """
+        return self._rows(self._probabilities, images)["probabilities"]
+
+    @functools.cached_property
+    def _features(self) -> list[Step]:
+        return make_steps(self.run, classes=0, features=True)
+
+    @functools.cached_property
+    def _probabilities(self) -> list[Step]:
+        return make_steps(self.run, classes=None, features=False)
+
+    def _rows(self, steps: Sequence[Step], images: Any) -> dict[str, np.ndarray]:
+        source = _Images(images)
+        ops = Guarded(self.run.config.preprocess)
+        # A few sizes of batches, each of them compiled once.
+        power_of_two = 1 << (len(source) - 1).bit_length()
+        batch_size = min(self._batch_size, power_of_two)
+        with _naming_all(source, ops):
+            found = run_steps(self.run, steps, source, ops, batch_size, hidden=None)
+        if ops.errors:
+            index, reason = min(ops.errors.items())
+            raise ValueError(f"{source.name(index)} cannot be read: {reason}")
+        return found
+
+
+class _Images:
+    """What a user hands over, as a source."""
+
+    class_names: tuple[str, ...] = ()
+    fingerprint: str = ""
+
+    def __init__(self, images: Any):
+        one = isinstance(images, bytes | str) or (
+            isinstance(images, np.ndarray) and images.ndim < 4
+        )
+        if one:
+            found = (
+                f"an array of shape {images.shape}"
+                if isinstance(images, np.ndarray)
+                else f"one {type(images).__name__}"
+            )
+            raise ValueError(
+                f"images is {found}; expected an array [N, H, W, C] or a sequence of "
+                "images. Put one image in a list: [image]."
+            )
+        if not len(images):
+            raise ValueError("images is empty; give at least one.")
+        self._images = images
+        for index in range(len(images)):
+            self._check(index, images[index])
+
+    def __len__(self) -> int:
+        return len(self._images)
+
+    def __getitem__(self, index: Any) -> dict[str, Any]:
+        image = self._images[index]
+        return {
+            "image": image if isinstance(image, bytes) else np.asarray(image).copy(),
+            "index": index.__index__(),
+        }
+
+    def name(self, index: Any) -> str:
+        """Returns the place, for messages."""
+        return f"images[{index.__index__()}]"
+
+    def _check(self, index: int, image: Any) -> None:
+        if isinstance(image, bytes):
+            return
+        kind = getattr(image, "dtype", None)
+        shape = getattr(image, "shape", ())
+        if kind != np.uint8 or len(shape) not in (2, 3) or 0 in shape:
+            what = type(image).__name__ if kind is None else f"{kind} {tuple(shape)}"
+            raise ValueError(
+                f"{self.name(index)} is {what}; expected uint8 [H, W, C] or [H, W] in "
+                "0..255, or the bytes of an image file. Floats in 0..1 become that by "
+                "np.uint8(np.round(255 * image))."
+            )
+
+
+def load(
+    path: str, *, batch_size: int = 64, allowed_modules: Sequence[str] = ()
+) -> LoadedModel:
+    """Loads what `big_vision_lite.load` says, on the devices of this process."""
+    if batch_size < 1:
+        raise ValueError(f"batch_size={batch_size} is no number of images; use 64.")
+    run = load_lib.load(
+        path, allowed_modules=allowed_modules, devices=jax.local_devices()
+    )
+    return LoadedModel(run, batch_size=batch_size)
+
+
+def make_steps(
+    run: SavedRun,
+    *,
+    classes: int | None,
+    features: bool,
+    log: Callable[[str], None] = print,
+) -> list[Step]:
+    """Returns jitted functions that give rows of a batch.
+
+    "classes" and "probabilities" [B, K] of the most probable `classes` (0: none);
+    where that is None "probabilities" of all, in their order; "features" [B, D].
+    """
+    model = run.config.model
+    part, backbone = backbone_of(model)
+    steps = []
+    if classes != 0:
+        probabilities = meaning_of_logits(run.config.objective, log)
+
+        def classify(forward: Forward, batch: Batch, rng: Array) -> dict[str, Array]:
+            outputs = forward(**_inputs(model, batch))
+            check_head(run, outputs)
+            likely = probabilities(outputs["logits"].astype(jnp.float32))
+            rows = {"probabilities": likely}
+            if classes is not None:
+                best = jax.lax.top_k(likely, min(classes, likely.shape[-1]))
+                rows = {"probabilities": best[0], "classes": best[1]}
+            if features and not part:
+                rows["features"] = _pooled(outputs)
+            return rows
+
+        steps.append(_make_step(run, classify, model, ""))
+    if features and (part or classes == 0):
+
+        def represent(forward: Forward, batch: Batch, rng: Array) -> dict[str, Array]:
+            return {"features": _pooled(forward(**_inputs(backbone, batch)))}
+
+        steps.append(_make_step(run, represent, backbone, part))
+    return steps
+
+
+def run_steps(
+    run: SavedRun,
+    steps: Sequence[Step],
+    source: Source,
+    ops: Guarded,
+    batch_size: int,
+    *,
+    hidden: bool | None,
+) -> dict[str, np.ndarray]:
+    """Returns what `steps` give of every example, one row each, in order.
+
+    Rows of images that `ops.errors` names are zeros. The batch is made a multiple of
+    the devices; progress is shown in a terminal or notebook unless `hidden`.
+    """
+    num_devices = run.mesh.size
+    batch_size = -(-min(batch_size, len(source)) // num_devices) * num_devices
+    batches = pipeline.eval_batches(source, (ops,), batch_size, run.mesh)
+    console = Console()
+    if hidden is None:
+        shown = console.is_terminal or console.is_jupyter
+        hidden = not shown or len(source) <= 4 * batch_size
+    found: dict[str, np.ndarray] = {}
+    with jax.set_mesh(run.mesh):
+        for batch in track(
+            batches, "predicting", console=console, transient=True, disable=hidden
+        ):
+            # Zeros where nothing could be read, whole batches of it included.
+            rows = jax.device_get([step(run.state, batch) for step in steps])
+            rows = {name: x for found_rows in rows for name, x in found_rows.items()}
+            valid = np.asarray(batch["valid"])
+            for name, values in rows.items():
+                if name not in found:
+                    shape = (len(source), *values.shape[1:])
+                    found[name] = np.zeros(shape, values.dtype)
+                found[name][np.asarray(batch["index"])[valid]] = values[valid]
+    return found
+
+
+@contextlib.contextmanager
+def _naming_all(source: _Images, ops: Guarded) -> Iterator[None]:
+    """Names the first image where not one of them can be read."""
+    try:
+        yield
+    except ValueError as error:
+        if len(ops.errors) < len(source):
+            raise
+        index, reason = min(ops.errors.items())
+        raise ValueError(f"{source.name(index)} cannot be read: {reason}") from error
+
+
+def _make_step(run: SavedRun, function: Any, model: Model, part: str) -> Step:
+    return step_lib.make_eval_step(
+        model,
+        function,
+        seed=run.config.seed,
+        num_steps=int(run.manifest["num_steps"]),
+        part=part,
+    )
+
+
+def _inputs(model: Model, batch: Batch) -> dict[str, Any]:
+    try:
+        return model.inputs(batch)
+    except KeyError as error:
+        raise ValueError(
+            f"{type(model).__name__}.inputs asks for {error}, but predict has images "
+            "alone. Let it leave out what the batch has not, or take the features of "
+            "its backbone: --embed features.npz without --out, in Python "
+            "model.features(images)."
+        ) from error
+
+
+def _pooled(outputs: Mapping[str, Any]) -> Array:
+    if "pooled" not in outputs:
+        raise ValueError(
+            f"The model gives {', '.join(sorted(outputs))}; features need "
+            '"pooled" [B, D].'
+        )
+    return outputs["pooled"].astype(jnp.float32)
+
+
+def check_head(run: SavedRun, outputs: Mapping[str, Any]) -> None:
+    """Refuses a model that gives no logits, or not one for each class of the data."""
+    if "logits" not in outputs:
+        raise ValueError(
+            f"The model of {run.folder} has no head, so it names no classes. Write its "
+            "features with --embed features.npz and without --out (in Python: "
+            "model.features(images)), or give it a head by fine-tuning: --config "
+            f"configs/finetune.py:init={run.folder},data=FOLDER"
+        )
+    width, count = outputs["logits"].shape[-1], len(run.class_names)
+    if run.class_names and width != count:
+        raise ValueError(
+            f"The model has {width} logits, but {run.folder} names {count} classes."
+        )
+
+
+def meaning_of_logits(objective: Objective, log: Callable[[str], None]) -> Any:
+    """Returns the objective's `probabilities`; says so where softmax stands in."""
+    declared = objective.probabilities
+    if declared is None:
+        log(
+            f"{type(objective).__name__} does not say what its logits mean: taken as "
+            "one class an image (softmax). If several may be right, give it a method: "
+            "def probabilities(self, logits): return jax.nn.sigmoid(logits)"
+        )
+    return declared or jax.nn.softmax

@@ -74,17 +74,18 @@ class WarmupCosine:
 
 @dataclasses.dataclass(kw_only=True)
 class WarmupLinear:
-    """Rises linearly to `peak`, then falls linearly to `end * peak` at the end."""
+    """Rises linearly to `peak`, then falls linearly to `end_fraction * peak`."""
 
     peak: float
     warmup_steps: int = 0
-    end: float = 0.0
+    end_fraction: float = 0.0
 
     def __post_init__(self) -> None:
         _check(self)
-        if not 0 <= self.end <= 1:
+        if not 0 <= self.end_fraction <= 1:
             raise ValueError(
-                f"schedule.end={self.end} is a fraction of the peak: use 0.0 to 1.0."
+                f"schedule.end_fraction={self.end_fraction} is a fraction of the peak: "
+                "use 0.0 to 1.0."
             )
 
     def build(self, num_steps: int) -> Callable[[Any], Array]:
@@ -93,7 +94,8 @@ class WarmupLinear:
 
         def learning_rate(step: Any) -> Array:
             done = _done(step, self.warmup_steps, num_steps)
-            decay = self.end + (1.0 - self.end) * (1.0 - done)
+            low = self.end_fraction
+            decay = low + (1.0 - low) * (1.0 - done)
             return self.peak * decay * _warmup(step, self.warmup_steps)
 
         return learning_rate

@@ -27,7 +27,7 @@ CASES = {
         lambda s: PEAK * 0.5 * (1 + np.cos(np.pi * done(s))) * warmup(s),
     ),
     "linear": (
-        schedules.WarmupLinear(peak=PEAK, warmup_steps=WARMUP, end=0.1),
+        schedules.WarmupLinear(peak=PEAK, warmup_steps=WARMUP, end_fraction=0.1),
         lambda s: PEAK * (0.1 + 0.9 * (1 - done(s))) * warmup(s),
     ),
     "rsqrt": (
@@ -184,7 +184,10 @@ def test_a_warm_up_that_does_not_fit_is_refused_with_the_numbers():
     [
         (lambda: schedules.WarmupCosine(peak=0.0), r"peak=0.0 .*freeze="),
         (lambda: schedules.WarmupCosine(peak=float("nan")), "peak=nan"),
-        (lambda: schedules.WarmupLinear(peak=1.0, end=2.0), "end=2.0 is a fraction"),
+        (
+            lambda: schedules.WarmupLinear(peak=1.0, end_fraction=2.0),
+            "end_fraction=2.0 is a",
+        ),
         (lambda: schedules.Constant(peak=1.0, warmup_steps=-1), "warmup_steps=-1"),
         (lambda: schedules.Constant(peak=1.0, cooldown_steps=-1), "cooldown_steps=-1"),
         (lambda: schedules.WarmupRsqrt(peak=1.0, timescale_steps=0), "timescale"),

@@ -39,32 +39,32 @@ class MomentumDtype(enum.StrEnum):
 class Rule:
     """Changes learning rate and decay of the parameters whose whole name matches.
 
-    `learning_rate` multiplies the schedule; 0 leaves the parameters untouched, decay
-    included (`freeze=` in the recipe does the same and saves their gradient and
-    state). `weight_decay` multiplies the optimiser's; None keeps the default: 1 for
-    names that end in "kernel", 0 for others.
+    `learning_rate_multiplier` multiplies the schedule; 0 leaves the parameters
+    untouched, decay included (`freeze=` in the recipe does the same and saves their
+    gradient and state). `weight_decay_multiplier` multiplies the optimizer's; None
+    keeps the default: 1 for names that end in "kernel", 0 for others.
     """
 
     pattern: str
-    learning_rate: float = 1.0
-    weight_decay: float | None = None
+    learning_rate_multiplier: float = 1.0
+    weight_decay_multiplier: float | None = None
 
     def __post_init__(self) -> None:
-        if not self.learning_rate >= 0:
+        rate, decay = self.learning_rate_multiplier, self.weight_decay_multiplier
+        where = f'optimizer.rules "{self.pattern}"'
+        if not rate >= 0:
             raise ValueError(
-                f'optimizer.rules "{self.pattern}": learning_rate='
-                f"{self.learning_rate} is a multiplier; use 0.0 or more."
+                f"{where}: learning_rate_multiplier={rate}; use 0.0 or more."
             )
-        if self.weight_decay is not None and not self.weight_decay >= 0:
+        if decay is not None and not decay >= 0:
             raise ValueError(
-                f'optimizer.rules "{self.pattern}": weight_decay={self.weight_decay} '
-                "is a multiplier; use 0.0 or more, or None for the default."
+                f"{where}: weight_decay_multiplier={decay}; use 0.0 or more, or None "
+                "for the default."
             )
-        if self.learning_rate == 0 and self.weight_decay:
+        if rate == 0 and decay:
             raise ValueError(
-                f'optimizer.rules "{self.pattern}": learning_rate=0.0 freezes the '
-                f"parameters, so weight_decay={self.weight_decay} would do nothing; "
-                "leave it out."
+                f"{where}: learning_rate_multiplier=0.0 freezes the parameters, so "
+                f"weight_decay_multiplier={decay} would do nothing; leave it out."
             )
 
 
@@ -272,14 +272,14 @@ def _multipliers(
     multipliers = {}
     for name in names:
         rule = rules[name] or Rule(pattern=name)
-        decay = rule.weight_decay
+        decay = rule.weight_decay_multiplier
         if decay is None:
             decay = float(name.endswith("kernel"))
         # The layer's scale is on the decay too, as in torch, where decay comes with the
         # group's learning rate: MAE's 0.65 leaves the lowest layers 0.4 % of it, and
         # undiminished decay would shrink them to nothing.
         multipliers[name] = _Multiplier(
-            learning_rate=rule.learning_rate * scales[name],
+            learning_rate=rule.learning_rate_multiplier * scales[name],
             weight_decay=decay * scales[name],
         )
     return multipliers

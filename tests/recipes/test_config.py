@@ -115,7 +115,10 @@ def everything() -> list[TrainConfig]:
         preprocess=every_op[:2],
         optimizer=AdamW(
             schedule=WarmupCosine(peak=1e-3, warmup_steps=2),
-            rules=(Rule(pattern="head/.*", learning_rate=0.5), Rule(pattern=".*")),
+            rules=(
+                Rule(pattern="head/.*", learning_rate_multiplier=0.5),
+                Rule(pattern=".*"),
+            ),
             layer_decay=0.75,
             clip_norm=None,
         ),
@@ -148,7 +151,7 @@ def everything() -> list[TrainConfig]:
         profile_steps=(2, 3),
     )
     schedules = (
-        WarmupLinear(peak=0.1, warmup_steps=1, end=0.5),
+        WarmupLinear(peak=0.1, warmup_steps=1, end_fraction=0.5),
         WarmupRsqrt(peak=0.1, cooldown_steps=2),
         StepDrops(peak=0.1, drop_fractions=(0.3, 0.6)),
     )
@@ -358,7 +361,7 @@ def get_config(arg=""):
         optimizer=AdamW(
             schedule=WarmupCosine(peak=0.1, warmup_steps=2),
             weight_decay=0.1,
-            rules=(Rule(pattern="head/.*", learning_rate=0.5),),
+            rules=(Rule(pattern="head/.*", learning_rate_multiplier=0.5),),
         ),
         evaluators={"test": Classification(source=Digits(split="test"))},
         init=(Init(path="runs/x"),),
@@ -380,7 +383,7 @@ OTHER = {
     "optimizer.beta1": 0.5,
     "optimizer.beta2": 0.5,
     "optimizer.layer_decay": 0.5,
-    "optimizer.rules[0].learning_rate": 0.25,
+    "optimizer.rules[0].learning_rate_multiplier": 0.25,
     "ema": None,
     "objective.label_smoothing": 0.5,
     "model.dropout": 0.5,

@@ -33,10 +33,14 @@ SHAPES = {
 # Depths 1, 2, above the last of the two blocks (3), and embeddings (0).
 LAYERS_ABOVE = {"encoder/block_00": 2, "encoder/block_01": 1, "patches": 3}
 RULES = (
-    Rule(pattern="head/.*", learning_rate=10.0),
-    Rule(pattern="encoder/norm/.*", weight_decay=0.5),
-    Rule(pattern=".*/block_00/.*kernel", learning_rate=0.5, weight_decay=2.0),
-    Rule(pattern=".*block_01.*bias", learning_rate=0.0),
+    Rule(pattern="head/.*", learning_rate_multiplier=10.0),
+    Rule(pattern="encoder/norm/.*", weight_decay_multiplier=0.5),
+    Rule(
+        pattern=".*/block_00/.*kernel",
+        learning_rate_multiplier=0.5,
+        weight_decay_multiplier=2.0,
+    ),
+    Rule(pattern=".*block_01.*bias", learning_rate_multiplier=0.0),
 )
 
 
@@ -262,7 +266,7 @@ def test_decay_follows_the_schedule_but_not_its_height():
 
 
 def test_multiplier_zero_leaves_parameters_untouched_whatever_the_gradient():
-    rules = (Rule(pattern="head/.*", learning_rate=0.0),)
+    rules = (Rule(pattern="head/.*", learning_rate_multiplier=0.0),)
     gradients = [random_leaves(i) for i in range(NUM_STEPS)]
     gradients[1]["head/bias"] *= 1e30
     for optimizer in (
@@ -278,8 +282,8 @@ def test_multiplier_zero_leaves_parameters_untouched_whatever_the_gradient():
 
 def test_the_first_rule_that_matches_gives_both_multipliers():
     rules = (
-        Rule(pattern="head/kernel", learning_rate=0.0),
-        Rule(pattern="head/.*", learning_rate=3.0),
+        Rule(pattern="head/kernel", learning_rate_multiplier=0.0),
+        Rule(pattern="head/.*", learning_rate_multiplier=3.0),
     )
     gradients = [random_leaves(i) for i in range(3)]
     ours = run(SGD(schedule=SCHEDULE, rules=rules), gradients)
@@ -395,10 +399,18 @@ def test_a_warm_up_longer_than_the_run_is_refused_when_built():
         (lambda: SGD(schedule=SCHEDULE, momentum=-0.1), "momentum=-0.1"),
         (lambda: SGD(schedule=SCHEDULE, momentum=0.0, nesterov=True), "does nothing"),
         (lambda: Adafactor(schedule=SCHEDULE, beta2_cap=1.0), "beta2_cap=1.0"),
-        (lambda: Rule(pattern="x", learning_rate=-1.0), "learning_rate=-1.0"),
-        (lambda: Rule(pattern="x", weight_decay=float("nan")), "weight_decay=nan"),
         (
-            lambda: Rule(pattern="x", learning_rate=0.0, weight_decay=1.0),
+            lambda: Rule(pattern="x", learning_rate_multiplier=-1.0),
+            "learning_rate_multiplier=-1.0",
+        ),
+        (
+            lambda: Rule(pattern="x", weight_decay_multiplier=float("nan")),
+            "multiplier=nan",
+        ),
+        (
+            lambda: Rule(
+                pattern="x", learning_rate_multiplier=0.0, weight_decay_multiplier=1.0
+            ),
             "would do nothing",
         ),
     ],

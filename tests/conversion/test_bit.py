@@ -13,10 +13,11 @@ from foreign_models import randomise, relative_difference
 from tiers import PUBLISHED, crossed, few
 
 from big_vision_lite import trees
-from big_vision_lite.conversion import engine, export, foreign, formats
+from big_vision_lite.conversion import export, foreign, formats
 from big_vision_lite.conversion import files as weights
 from big_vision_lite.conversion.families import bit_huggingface, bit_npz, bit_timm
-from big_vision_lite.conversion.formats import Library, Weights
+from big_vision_lite.conversion.formats import Library
+from big_vision_lite.conversion.weights import Weights
 from big_vision_lite.models.bit import BiT, Block, PoolPadding, Stem
 from big_vision_lite.models.bit_v1 import BiTV1, Standardisation, Trunk
 from big_vision_lite.models.blocks.heads import Classifier
@@ -176,7 +177,7 @@ def test_ours_to_timm_and_back_is_bit_for_bit(case):
     form, found, _ = read(weights_of(theirs, config))
     model, channels = found.model, found.channels
     variables = random_variables(model, EVEN, channels, seed=3)
-    arrays = engine.write(form.entries(model, EVEN), variables)
+    arrays = formats.write(form, model, EVEN, variables)
     load_strictly(theirs, arrays)
     image = pixels(EVEN, channels)
     ours = our_outputs(model, variables, image)
@@ -203,13 +204,13 @@ EXPRESSIBLE = {
 @pytest.mark.parametrize("case", few(EXPRESSIBLE, "two stages", "basic"))
 def test_timm_builds_by_name_what_is_described(case):
     model = EXPRESSIBLE[case]
-    form = export.find(model, Library.TIMM)
-    described = form.describe(model, EVEN)
+    form = export.find(model, Library.TIMM, EVEN)
+    described = form.describe(model, EVEN, 3)
     # As config.json holds it.
     described = json.loads(json.dumps(described))
     theirs = timm.create_model(described["architecture"], **described["model_args"])
     variables = random_variables(model, EVEN)
-    load_strictly(theirs, engine.write(form.entries(model, EVEN), variables))
+    load_strictly(theirs, formats.write(form, model, EVEN, variables))
     image = pixels(EVEN)
     ours = our_outputs(model, variables, image)
     assert worst(ours, their_outputs(theirs, image)) < BOUND
@@ -246,13 +247,13 @@ HF_MODELS = {
 @pytest.mark.parametrize("case", few(HF_MODELS, "preactivation", "bottleneck"))
 def test_ours_to_huggingface_and_back_is_bit_for_bit(case, tmp_path):
     model = HF_MODELS[case]
-    form = export.find(model, Library.HUGGINGFACE)
-    described = form.describe(model, EVEN)
+    form = export.find(model, Library.HUGGINGFACE, EVEN)
+    described = form.describe(model, EVEN, 3)
     (tmp_path / "config.json").write_text(json.dumps(described))
     config = transformers.BitConfig.from_pretrained(tmp_path)
     theirs = getattr(transformers, described["architectures"][0])(config)
     variables = random_variables(model, EVEN)
-    load_strictly(theirs, engine.write(form.entries(model, EVEN), variables))
+    load_strictly(theirs, formats.write(form, model, EVEN, variables))
     image = pixels((128, 128) if "five" in case else EVEN)
     ours = our_outputs(model, variables, image)
     assert worst(ours, their_outputs(theirs, image)) < BOUND
@@ -408,9 +409,9 @@ def test_big_visions_bit_gives_the_numbers_of_its_definition(tmp_path, size, squ
     ids=["first BiT", "bit_paper", "bit"],
 )
 def test_ours_to_archives_and_back_is_bit_for_bit(tmp_path, model, names):
-    form = export.find(model, Library.NPZ)
+    form = export.find(model, Library.NPZ, EVEN)
     variables = random_variables(model, EVEN)
-    written = engine.write(form.entries(model, EVEN), variables)
+    written = formats.write(form, model, EVEN, variables)
     wanted = {name: array.shape for name, array in names().items()}
     assert {name: array.shape for name, array in written.items()} == wanted
     _, found, back = read(weights.read(saved(tmp_path, written)))
@@ -649,7 +650,7 @@ def test_what_a_library_cannot_express_is_refused_by_its_field(case):
     model, libraries, words = REFUSED[case]
     for library in libraries:
         with pytest.raises(ValueError, match=words):
-            export.find(model, library)
+            export.find(model, library, EVEN)
 
 
 UNREADABLE = {
@@ -709,7 +710,7 @@ def test_published_sizes_have_as_many_parameters_as_timms(name):
     with torch.device("meta"):
         theirs = timm.create_model(name)
     assert count(model) == sum(p.numel() for p in theirs.parameters())
-    described = export.find(model, Library.TIMM).describe(model, (224, 224))
+    described = export.find(model, Library.TIMM, EVEN).describe(model, (224, 224), 3)
     arguments = {"num_classes": 1000}
     assert described == {"architecture": name, "model_args": arguments}
 

@@ -12,10 +12,11 @@ from foreign_models import randomise, relative_difference
 from tiers import PUBLISHED, SLOW, crossed, few
 
 from big_vision_lite import trees
-from big_vision_lite.conversion import engine, export, foreign, formats
+from big_vision_lite.conversion import export, foreign, formats
 from big_vision_lite.conversion import files as weights
 from big_vision_lite.conversion.families import hybrid_npz, hybrid_timm
-from big_vision_lite.conversion.formats import Library, Weights
+from big_vision_lite.conversion.formats import Library
+from big_vision_lite.conversion.weights import Weights
 from big_vision_lite.models import vit_variants
 from big_vision_lite.models.bit_v1 import Standardisation, Trunk
 from big_vision_lite.models.blocks.heads import Classifier
@@ -165,7 +166,7 @@ def test_ours_to_timm_and_back_is_bit_for_bit(pooling):
     config = config_of(**arguments)
     form, found, _ = read(weights_of(theirs, config))
     variables = random_variables(found.model, EVEN, seed=3)
-    load_strictly(theirs, engine.write(form.entries(found.model, EVEN), variables))
+    load_strictly(theirs, formats.write(form, found.model, EVEN, variables))
     image = pixels(EVEN)
     ours = our_outputs(found.model, variables, image)
     assert worst(ours, their_outputs(theirs, image)) < BOUND
@@ -188,11 +189,11 @@ def small(size="R26+S/32", **fields):
 )
 def test_timm_builds_by_name_what_is_described(size, image_size):
     model = small(size)
-    form = export.find(model, Library.TIMM)
-    described = json.loads(json.dumps(form.describe(model, image_size)))
+    form = export.find(model, Library.TIMM, EVEN)
+    described = json.loads(json.dumps(form.describe(model, image_size, 3)))
     theirs = timm.create_model(described["architecture"], **described["model_args"])
     variables = random_variables(model, image_size)
-    written = engine.write(form.entries(model, image_size), variables)
+    written = formats.write(form, model, image_size, variables)
     load_strictly(theirs, written)
     image = pixels(image_size)
     ours = our_outputs(model, variables, image)
@@ -384,10 +385,10 @@ def test_ours_to_archives_and_back_is_bit_for_bit(tmp_path):
         head=Classifier(num_classes=CLASSES),
         stem=Trunk(stages=(1, 2), width=32),
     )
-    form = export.find(model, Library.NPZ)
+    form = export.find(model, Library.NPZ, EVEN)
     assert form == NPZ
     variables = random_variables(model, EVEN)
-    written = engine.write(form.entries(model, EVEN), variables)
+    written = formats.write(form, model, EVEN, variables)
     wanted = {name: array.shape for name, array in archive().items()}
     assert {name: array.shape for name, array in written.items()} == wanted
     _, found, back = read(weights.read(saved(tmp_path, written)))
@@ -435,13 +436,13 @@ REFUSED = {
 def test_what_a_library_cannot_express_is_refused_by_its_field(case):
     model, library, words = REFUSED[case]
     with pytest.raises(ValueError, match=words):
-        export.find(model, library)
+        export.find(model, library, EVEN)
 
 
 def test_plain_transformers_are_not_taken_for_hybrids():
     plain = PLAIN.clone(head=Classifier(num_classes=2))
-    assert export.find(plain, Library.TIMM) not in hybrid_timm.FORMATS
-    assert export.find(plain, Library.NPZ) not in hybrid_npz.FORMATS
+    assert export.find(plain, Library.TIMM, EVEN) not in hybrid_timm.FORMATS
+    assert export.find(plain, Library.NPZ, EVEN) not in hybrid_npz.FORMATS
 
 
 NAMES = {

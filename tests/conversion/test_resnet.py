@@ -11,9 +11,10 @@ from foreign_models import randomise, relative_difference
 from tiers import PUBLISHED, SLOW, few
 
 from big_vision_lite import trees
-from big_vision_lite.conversion import engine, export, foreign, formats, preprocessing
-from big_vision_lite.conversion.families import resnet_huggingface, resnet_torch
-from big_vision_lite.conversion.formats import Library, Weights
+from big_vision_lite.conversion import export, foreign, formats, preprocessing
+from big_vision_lite.conversion.families import resnet
+from big_vision_lite.conversion.formats import Library
+from big_vision_lite.conversion.weights import Weights
 from big_vision_lite.models.bit import Block, Stem
 from big_vision_lite.models.blocks.heads import Classifier
 from big_vision_lite.models.resnet import SIZES, ResNet
@@ -36,8 +37,7 @@ CLASSES = 7
 # Even at every stride, odd at every stride, and neither square nor of one kind.
 IMAGES = {"even": (64, 64), "odd": (65, 65), "not square": (48, 82)}
 EVEN = IMAGES["even"]
-TIMM, TORCHVISION = resnet_torch.FORMATS
-HF, HF_BODY = resnet_huggingface.FORMATS
+HF, HF_BODY, TIMM, TORCHVISION = resnet.FORMATS
 
 
 def timm_model(name="resnet50", **arguments):
@@ -192,7 +192,7 @@ def test_our_weights_give_our_numbers_there_and_come_back_bit_for_bit(case):
     # Others than came in: nothing can be left over from there.
     rng = np.random.default_rng(3)
     ours = {name: _like(name, x, rng) for name, x in variables.items()}
-    arrays = engine.write(form.entries(model, EVEN), ours) | form.constants(model)
+    arrays = formats.write(form, model, EVEN, ours)
     theirs = MODELS[case]()
     state = {name: torch.from_numpy(array) for name, array in arrays.items()}
     theirs.load_state_dict(state, strict=True)
@@ -242,7 +242,7 @@ EXPORTS = {
 @pytest.mark.parametrize(("library", "size"), EXPORTS)
 def test_published_sizes_are_described_by_their_names(library, size):
     model = ResNet.of(size, head=Classifier(num_classes=CLASSES))
-    described = export.find(model, Library(library)).describe(model, EVEN)
+    described = export.find(model, Library(library), EVEN).describe(model, EVEN, 3)
     name, arguments = described.values()
     assert (name, arguments) == (
         EXPORTS[library, size][0],
@@ -257,12 +257,12 @@ def test_published_sizes_have_the_parameters_of_timm_and_torchvision(size):
     count = sum(
         np.prod(shape, dtype=np.int64)
         for name, shape in formats.shapes(model, (224, 224), 3).items()
-        if not name.startswith(formats.STATISTICS)
+        if not name.startswith(trees.STATISTICS)
     )
-    described = TIMM.describe(model, EVEN)
+    described = TIMM.describe(model, EVEN, 3)
     with torch.device("meta"):
         theirs = timm.create_model(described["architecture"], **described["model_args"])
-        described = TORCHVISION.describe(model, EVEN)
+        described = TORCHVISION.describe(model, EVEN, 3)
         other = getattr(torchvision.models, described["builder"])(
             **described["arguments"]
         )
@@ -279,7 +279,7 @@ def test_flops_are_those_that_torch_counts(size):
     model = ResNet.of(size, head=Classifier(num_classes=1000))
     image = jax.ShapeDtypeStruct((1, 224, 224, 3), jax.numpy.uint8)
     variables = jax.eval_shape(model.init, jax.random.key(0), image)
-    described = TIMM.describe(model, EVEN)
+    described = TIMM.describe(model, EVEN, 3)
     with torch.device("meta"), flop_counter.FlopCounterMode(display=False) as counter:
         theirs = timm.create_model(described["architecture"], **described["model_args"])
         theirs.eval()(torch.zeros(1, 3, 224, 224))
@@ -335,7 +335,8 @@ def test_every_unit_has_the_same_output_on_both_sides(case):
     form, architecture, variables = imported(case)
     model = architecture.model
     params, collections = state_lib.split_variables(variables)
-    pairs = parity.paired_modules(form.entries(model, EVEN))
+    leaves = formats.shapes(model, EVEN, 3)
+    pairs = parity.paired_modules(form.entries(model, EVEN, leaves))
     outputs, ours = parity.run_ours(
         model, {"params": params, **collections}, pixels(EVEN), [p[0] for p in pairs]
     )
@@ -363,7 +364,7 @@ def test_a_batch_in_training_gives_their_logits_and_running_statistics():
     assert difference <= BOUND
     expected = {name: x.numpy() for name, x in theirs.named_buffers() if "run" in name}
     moved = {**variables, **trees.flatten(changed)}
-    found = engine.write(TIMM.entries(model, EVEN), moved)
+    found = formats.write(TIMM, model, EVEN, moved)
     worst_of_all = max(
         relative_difference(found[name], x) for name, x in expected.items()
     )
@@ -467,8 +468,9 @@ def test_files_that_do_not_fit_are_refused_with_the_names():
     assert "- layer1.0.bn1.extra" in text and "(3, 3, 4, 16)" in text
     arrays = {n: x for n, x in weights.arrays.items() if "layer1.1" not in n}
     arrays["layer1.2.conv1.weight"] = weights.arrays["layer1.0.conv1.weight"]
-    with pytest.raises(ValueError, match="leaves out units"):
-        TIMM.architecture(Weights(arrays=arrays, path="file.pth"))
+    gap = Weights(arrays=arrays, path="file.pth")
+    with pytest.raises(ValueError, match=r"\+ layer1\.1\.conv1\.weight"):
+        formats.load(gap, TIMM, TIMM.architecture(gap), EVEN)
     odd = timm_model("resnet18", channels=(8, 16, 24, 32))
     with pytest.raises(ValueError, match=r"\[8, 16, 24, 32\].*\[8, 16, 32, 64\]"):
         TIMM.architecture(weights_of(odd))
@@ -482,19 +484,19 @@ def test_files_that_do_not_fit_are_refused_with_the_names():
 @pytest.mark.parametrize(
     ("library", "fields", "message"),
     [
-        ("timm", {"stem": Stem.SMALL}, "7x7"),
-        ("timm", {"stem_width": 32}, "after 64 channels"),
+        ("timm", {"stem": Stem.SMALL}, "stem=large, this model stem=small.*7x7"),
+        ("timm", {"stem_width": 32}, "stem_width=64, this model stem_width=32"),
         ("timm", {"stages": (1, 1)}, "4 stages"),
         ("timm", {"head": Classifier(num_classes=3, hidden_dim=4)}, "hidden_dim=4"),
         ("torchvision", {}, r"stages=\(1, 1, 1, 1\)"),
-        ("torchvision", {"head": None}, "always has a head"),
+        ("torchvision", {"head": None}, "head=Classifier, this model head=none"),
         ("huggingface", {"groups": 2}, "groups=2.*--to timm"),
     ],
 )
 def test_what_has_no_counterpart_is_refused_with_a_sentence(library, fields, message):
     model = ResNet(**{**NARROW, **fields})
     with pytest.raises(ValueError, match=message):
-        export.find(model, Library(library))
+        export.find(model, Library(library), EVEN)
 
 
 @pytest.mark.slow

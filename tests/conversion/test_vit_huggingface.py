@@ -176,11 +176,11 @@ def differences(model, path):
 
 def put(model, variables, image_size, folder):
     """Writes our model as theirs, as export does; returns the class of theirs."""
-    form = export.find(model, Library.HUGGINGFACE)
-    arrays = engine.write(form.entries(model, image_size), variables)
+    form = export.find(model, Library.HUGGINGFACE, (24, 24))
+    arrays = formats.write(form, model, image_size, variables)
     if hasattr(form, "constants"):
         arrays |= form.constants(model)
-    config = form.describe(model, image_size)
+    config = form.describe(model, image_size, 3)
     folder.mkdir()
     (folder / "config.json").write_text(json.dumps(config))
     safetensors.numpy.save_file(
@@ -319,7 +319,7 @@ def test_the_class_token_beside_the_mean_is_refused_where_nothing_reads_it(libra
     scale = None if library == Library.NPZ else 0.3
     model = ours(layer_scale=scale, pooling=BOTH, **HEADLESS)
     with pytest.raises(ValueError, match="pooling=class_token_and_average"):
-        export.find(model, library)
+        export.find(model, library, (24, 24))
     with pytest.raises(ValueError, match="goes with final_norm=tokens"):
         ours(pooling=BOTH, final_norm=FinalNorm.POOLED)
 
@@ -452,7 +452,7 @@ def test_classification_does_not_go_through_the_pooler(tmp_path):
     # So a tanh layer before our head has no place there.
     head = Classifier(num_classes=CLASSES, hidden_dim=7)
     with pytest.raises(ValueError, match=r"head.hidden_dim=7.*--to timm"):
-        export.find(ours(head=head), Library.HUGGINGFACE)
+        export.find(ours(head=head), Library.HUGGINGFACE, (24, 24))
 
 
 def test_the_siglip_classifier_reads_the_average_and_not_its_own_pooling(tmp_path):
@@ -541,28 +541,28 @@ def test_a_config_that_says_little_means_the_defaults_of_theirs():
 )
 def test_what_has_no_counterpart_is_refused_with_a_way_out(fields, message):
     with pytest.raises(ValueError, match=message):
-        export.find(ours(**fields), Library.HUGGINGFACE)
+        export.find(ours(**fields), Library.HUGGINGFACE, (24, 24))
 
 
 def test_an_average_does_not_go_to_the_class_that_reads_token_zero():
     model = ours(pooling=Pooling.AVERAGE)
     with pytest.raises(ValueError, match="pooling=average.*--to timm"):
-        vit_huggingface.HuggingFaceViT().describe(model, (24, 24))
+        vit_huggingface.HuggingFaceViT().describe(model, (24, 24), 3)
 
 
 @pytest.mark.parametrize("name", ["siglip", "dinov2"])
 def test_images_that_are_no_squares_do_not_go_where_squares_are_assumed(name):
     model = ours(**OURS[name])
-    form = export.find(model, Library.HUGGINGFACE)
+    form = export.find(model, Library.HUGGINGFACE, (24, 24))
     with pytest.raises(ValueError, match="square.*16x32 px.*--to timm"):
-        form.describe(model, (16, 32))
+        form.describe(model, (16, 32), 3)
 
 
 def test_a_dinov2_mlp_is_a_whole_number_of_widths_wide():
     form = vit_huggingface_dinov2.FORMATS[0]
     model = ours(layer_scale=1.0, mlp_dim=40)
     with pytest.raises(ValueError, match="mlp_dim=40 at width=16.*--to timm"):
-        form.describe(model, (24, 24))
+        form.describe(model, (24, 24), 3)
 
 
 GIANT = {

@@ -12,8 +12,8 @@ import torch_libraries
 from foreign_models import relative_difference
 
 from big_vision_lite import trees
-from big_vision_lite.conversion import engine, foreign, formats
 from big_vision_lite.conversion import files as weights
+from big_vision_lite.conversion import foreign, formats
 from big_vision_lite.conversion.families import vit_npz
 from big_vision_lite.models.blocks.heads import Classifier
 from big_vision_lite.models.blocks.mlp import Activation
@@ -530,7 +530,7 @@ def test_there_and_back_gives_the_same_bits(folder, form, pooling, hidden_dim):
         name: np.float32(rng.normal(size=shape))
         for name, shape in formats.shapes(model, size, 3).items()
     }
-    written = engine.write(form.entries(model, size), before)
+    written = formats.write(form, model, size, before)
     path = save(folder, written, size)
     assert foreign.recognise(weights.read(path)) == form
     loaded, after = load(path, size)
@@ -544,7 +544,7 @@ def test_fixed_positions_need_no_array(positions):
     model = ours(Pooling.AVERAGE, positions)
     shapes = formats.shapes(model, (16, 24), 3)
     variables = {name: np.ones(shape, np.float32) for name, shape in shapes.items()}
-    written = engine.write(BIG_VISION.entries(model, (16, 24)), variables)
+    written = formats.write(BIG_VISION, model, (16, 24), variables)
     assert ("pos_embedding" in written) == (positions == Positions.LEARNED)
 
 
@@ -561,15 +561,15 @@ def test_what_archives_cannot_say_is_refused_with_a_way_out():
         (name,) = fields
         model = ours(Pooling.CLASS_TOKEN, **fields)
         with pytest.raises(ValueError, match=rf"{name}=.*--to safetensors"):
-            BIG_VISION.describe(model, (24, 24))
+            BIG_VISION.describe(model, (24, 24), 3)
     with pytest.raises(ValueError, match="positions=none.*--to safetensors"):
-        BIG_VISION.describe(ours(Pooling.AVERAGE, Positions.NONE), (24, 24))
+        BIG_VISION.describe(ours(Pooling.AVERAGE, Positions.NONE), (24, 24), 3)
     head = Classifier(num_classes=2, hidden_dim=3)
     fits = ours(Pooling.ATTENTION, Positions.SINCOS, head=head)
-    assert BIG_VISION.describe(fits, (24, 24)) == {}
+    assert BIG_VISION.describe(fits, (24, 24), 3) == {}
 
 
 def test_archives_are_written_in_one_layout():
     for form in vit_npz.FORMATS[1:]:
         with pytest.raises(ValueError, match="big_vision"):
-            form.describe(ours(Pooling.CLASS_TOKEN), (24, 24))
+            form.describe(ours(Pooling.CLASS_TOKEN), (24, 24), 3)

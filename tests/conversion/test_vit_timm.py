@@ -14,9 +14,9 @@ from foreign_models import randomise, relative_difference
 from tiers import PUBLISHED, few
 
 from big_vision_lite import trees
-from big_vision_lite.conversion import engine, foreign, formats
+from big_vision_lite.conversion import foreign, formats
 from big_vision_lite.conversion.families import vit_timm
-from big_vision_lite.conversion.formats import Weights
+from big_vision_lite.conversion.weights import Weights
 from big_vision_lite.models import vit_variants
 from big_vision_lite.models.blocks import patches
 from big_vision_lite.models.blocks.heads import Classifier
@@ -176,8 +176,8 @@ def test_our_weights_give_our_logits_in_timm_and_come_back_the_same(case):
     _, architecture, variables = imported(case)
     model, size = architecture.model, image_size(case)
     form = vit_timm.FORMATS[0]
-    described = json.loads(json.dumps(form.describe(model, size)))
-    arrays = engine.write(form.entries(model, size), variables)
+    described = json.loads(json.dumps(form.describe(model, size, 3)))
+    arrays = formats.write(form, model, size, variables)
     theirs = timm.create_model(described["architecture"], **described["model_args"])
     state = {name: torch.from_numpy(array) for name, array in arrays.items()}
     theirs.load_state_dict(state, strict=True)
@@ -315,7 +315,7 @@ def test_the_sincos_form_of_mae_is_another_one_and_misses_the_bound():
         theirs.pos_embed.copy_(torch.from_numpy(mae_sincos(2, 5, 32))[None])
     assert max(differences(ours, their_outputs(theirs, image)).values()) > 3 * BOUND
 
-    config = vit_timm.FORMATS[0].describe(model, size)
+    config = vit_timm.FORMATS[0].describe(model, size, 3)
     again = vit_timm.FORMATS[0].architecture(
         Weights(arrays=arrays, path="file", config=config)
     )
@@ -333,8 +333,8 @@ def random_variables(model, size, channels=3, seed=0):
 
 def to_timm(model, variables, size):
     form = vit_timm.FORMATS[0]
-    described = form.describe(model, size)
-    arrays = engine.write(form.entries(model, size), variables)
+    described = form.describe(model, size, 3)
+    arrays = formats.write(form, model, size, variables)
     theirs = timm.create_model(described["architecture"], **described["model_args"])
     state = {name: torch.from_numpy(array) for name, array in arrays.items()}
     theirs.load_state_dict(state, strict=True)
@@ -398,7 +398,7 @@ def test_one_channel_comes_and_goes():
 def test_what_timm_has_no_counterpart_of_is_refused_with_what_to_do(fields, words):
     model = ViT(width=32, depth=1, mlp_dim=64, num_heads=4, patch_size=8, **fields)
     with pytest.raises(ValueError, match=re.escape(words)):
-        vit_timm.FORMATS[0].describe(model, (16, 16))
+        vit_timm.FORMATS[0].describe(model, (16, 16), 3)
 
 
 @pytest.mark.parametrize(

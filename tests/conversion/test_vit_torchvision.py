@@ -10,10 +10,11 @@ from foreign_models import randomise, relative_difference
 from tiers import PUBLISHED, few
 
 from big_vision_lite import trees
-from big_vision_lite.conversion import engine, export, foreign, formats, preprocessing
+from big_vision_lite.conversion import export, foreign, formats, preprocessing
 from big_vision_lite.conversion.families import vit_torchvision
-from big_vision_lite.conversion.formats import Library, Weights
+from big_vision_lite.conversion.formats import Library
 from big_vision_lite.conversion.preprocessing import from_torchvision
+from big_vision_lite.conversion.weights import Weights
 from big_vision_lite.models.blocks.heads import Classifier
 from big_vision_lite.models.blocks.mlp import Activation
 from big_vision_lite.models.blocks.pooling import Pooling
@@ -109,7 +110,6 @@ def test_ours_go_there_as_a_folder_and_come_back_bit_for_bit(case, tmp_path):
         road,
         3,
         exported,
-        list(form.entries(model, found.image_size)),
         tmp_path / "out",
     )
     assert report.passed and report.pixels <= 1
@@ -129,7 +129,9 @@ def test_the_names_of_the_published_files_are_read():
     _, _, first = read(Weights(arrays=old, path="file", config={"arguments": TINY}))
     for name, array in today.items():
         np.testing.assert_array_equal(first[name], array, err_msg=name)
-    road = preprocessing.read(weights, (224, 224))
+    road = preprocessing.read(
+        weights, vit_torchvision.TorchvisionViT.assumes, (224, 224)
+    )
     assert (
         road.mean[0] == pytest.approx(0.485 * 255) and "torchvision's" in road.notes[0]
     )
@@ -147,7 +149,7 @@ def test_published_sizes_have_the_shapes_and_the_names_of_theirs(size):
     assert found.model.num_heads == theirs.encoder.layers[0].num_heads
     ours = formats.shapes(found.model, found.image_size, 3)
     variables = {n: np.broadcast_to(np.float32(0), s) for n, s in ours.items()}
-    written = engine.write(form.entries(found.model, found.image_size), variables)
+    written = formats.write(form, found.model, found.image_size, variables)
     assert {n: x.shape for n, x in written.items()} == shapes
     # Ours has no position of the class token.
     assert sum(np.prod(s) for s in ours.values()) + found.model.width == sum(
@@ -197,7 +199,7 @@ def test_what_torchvision_has_not_is_refused_with_a_way_out(fields, message):
     model = ViT(width=32, depth=1, mlp_dim=32, num_heads=2, **{**plain, **fields})
     (form,) = vit_torchvision.FORMATS
     with pytest.raises(ValueError, match=f"{message}.*--to timm"):
-        form.describe(model, image_size)
+        form.describe(model, image_size, 3)
 
 
 def test_heads_that_nothing_tells_are_assumed_and_said_or_asked_for():

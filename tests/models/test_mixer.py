@@ -13,10 +13,11 @@ from foreign_models import randomise, relative_difference
 from tiers import few
 
 from big_vision_lite import trees
-from big_vision_lite.conversion import engine, foreign, formats
+from big_vision_lite.conversion import foreign, formats
 from big_vision_lite.conversion.families.mixer_npz import NpzMixer
 from big_vision_lite.conversion.families.mixer_timm import NAMES, TimmMixer
-from big_vision_lite.conversion.formats import Architecture, Weights
+from big_vision_lite.conversion.formats import Architecture
+from big_vision_lite.conversion.weights import Weights
 from big_vision_lite.models.blocks.heads import Classifier
 from big_vision_lite.models.blocks.mlp import Activation
 from big_vision_lite.models.mixer import PUBLISHED, MlpMixer
@@ -119,7 +120,7 @@ def test_weights_of_timm_give_their_logits_here(case, tanh):
 def test_our_weights_give_our_logits_in_timm_and_come_back_bit_for_bit(case):
     architecture, variables = imported(case)
     model, form = architecture.model, TimmMixer()
-    arrays = engine.write(form.entries(model, image_size(case)), variables)
+    arrays = formats.write(form, model, image_size(case), variables)
     module = timm.models.mlp_mixer.MlpMixer(**(TINY | SIZES[case]))
     state = {name: torch.from_numpy(array) for name, array in arrays.items()}
     module.load_state_dict(state, strict=True)
@@ -181,9 +182,7 @@ def test_an_archive_gives_the_logits_of_the_timm_model_with_the_same_weights(
     difference = differences(ours(found.model, found.variables, images(case)), expected)
     print(f"{case}: {difference}")
     assert max(difference.values()) <= BOUND
-    back = engine.write(
-        NpzMixer().entries(found.model, found.image_size), found.variables
-    )
+    back = formats.write(NpzMixer(), found.model, found.image_size, found.variables)
     assert back.keys() == written.keys()
     for name, array in back.items():
         if written[name].dtype != "V2":
@@ -242,12 +241,12 @@ def test_a_published_size_is_described_so_that_timm_builds_it():
     model = MlpMixer.of(
         "S/32", head=Classifier(num_classes=7), activation=Activation.GELU_ERF
     )
-    described = json.loads(json.dumps(TimmMixer().describe(model, (64, 96))))
+    described = json.loads(json.dumps(TimmMixer().describe(model, (64, 96), 3)))
     with torch.device("meta"):
         module = timm.create_model(described["architecture"], **described["model_args"])
     shapes = {name: tuple(v.shape) for name, v in module.state_dict().items()}
     ours = {n: np.zeros(s) for n, s in formats.shapes(model, (64, 96), 3).items()}
-    arrays = engine.write(TimmMixer().entries(model, (64, 96)), ours)
+    arrays = formats.write(TimmMixer(), model, (64, 96), ours)
     assert {name: array.shape for name, array in arrays.items()} == shapes
 
 
@@ -321,14 +320,14 @@ def test_flops_equal_the_formula():
 def test_what_timm_cannot_build_is_refused(fields, message):
     model = MlpMixer.of("S/16", **({"activation": Activation.GELU_ERF} | fields))
     with pytest.raises(ValueError, match=message):
-        TimmMixer().describe(model, (224, 224))
+        TimmMixer().describe(model, (224, 224), 3)
 
 
 def test_an_archive_of_the_exact_gelu_is_refused():
     model = MlpMixer.of("S/16", activation=Activation.GELU_ERF)
     with pytest.raises(ValueError, match="tanh GELU"):
-        NpzMixer().describe(model, (224, 224))
-    assert NpzMixer().describe(MlpMixer.of("S/16"), (224, 224)) == {}
+        NpzMixer().describe(model, (224, 224), 3)
+    assert NpzMixer().describe(MlpMixer.of("S/16"), (224, 224), 3) == {}
 
 
 def test_gated_mixers_and_grids_that_nothing_tells_are_refused():

@@ -1,1 +1,48 @@
-"""One file a family and library: names and layouts of their arrays."""
+"""The formats that are known, family by family, in the order they are tried in."""
+
+from big_vision_lite.conversion import preprocessing
+from big_vision_lite.conversion.families import (
+    bit_huggingface,
+    bit_npz,
+    bit_timm,
+    hybrid_npz,
+    hybrid_timm,
+    mixer_npz,
+    mixer_timm,
+    ours,
+    resnet,
+    vit_huggingface,
+    vit_huggingface_dinov2,
+    vit_huggingface_siglip,
+    vit_npz,
+    vit_timm,
+    vit_torchvision,
+)
+from big_vision_lite.conversion.formats import Format
+
+FORMATS: tuple[Format, ...] = (
+    *bit_huggingface.FORMATS,
+    *bit_npz.FORMATS,
+    *bit_timm.FORMATS,
+    *hybrid_npz.FORMATS,
+    *hybrid_timm.FORMATS,
+    *mixer_npz.FORMATS,
+    *mixer_timm.FORMATS,
+    *ours.FORMATS,
+    *resnet.FORMATS,
+    *vit_huggingface.FORMATS,
+    *vit_huggingface_dinov2.FORMATS,
+    *vit_huggingface_siglip.FORMATS,
+    *vit_npz.FORMATS,
+    *vit_timm.FORMATS,
+    *vit_torchvision.FORMATS,
+)
+
+# Until these families are tables, too.
+for _form in FORMATS:
+    if _form.library == "npz" or _form.name == "big_vision_lite":
+        type(_form).assumes = preprocessing.OF_BIG_VISION
+    elif _form.name == "torchvision ViT":
+        type(_form).assumes = preprocessing.OF_TORCHVISION
+    elif _form.name.startswith(("timm BiT", "timm ResNetV2")):
+        type(_form).assumes = preprocessing.OF_TIMMS_BIT

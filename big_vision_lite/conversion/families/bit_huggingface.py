@@ -6,7 +6,8 @@ from typing import Any
 
 from big_vision_lite.conversion.engine import Entry, conv, norm
 from big_vision_lite.conversion.families import bit_tables
-from big_vision_lite.conversion.formats import Architecture, Library, Weights
+from big_vision_lite.conversion.formats import Architecture, Format, Library
+from big_vision_lite.conversion.weights import Weights
 from big_vision_lite.models.bit import BiT, Block, PoolPadding
 from big_vision_lite.models.bit_v1 import BiTV1, Standardisation, Trunk
 
@@ -24,7 +25,7 @@ UNIT = "encoder.stages.{stage}.layers.{index}"
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class HuggingFaceBiT:
+class HuggingFaceBiT(Format):
     """BitForImageClassification, and BitModel when there is no head."""
 
     name: str = "Hugging Face BiT"
@@ -52,7 +53,9 @@ class HuggingFaceBiT:
         )
         return Architecture(model=model, channels=stem[1])
 
-    def entries(self, model: BiT, image_size: tuple[int, int]) -> Sequence[Entry]:
+    def entries(
+        self, model: BiT, image_size: tuple[int, int], leaves: Any = None
+    ) -> Sequence[Entry]:
         root = _root_for(model)
         units = bit_tables.units_of_bit(model)
         return [
@@ -62,7 +65,9 @@ class HuggingFaceBiT:
             *_head(model),
         ]
 
-    def describe(self, model: BiT, image_size: tuple[int, int]) -> dict[str, Any]:
+    def describe(
+        self, model: BiT, image_size: tuple[int, int], channels: int = 3
+    ) -> dict[str, Any]:
         what = "Hugging Face's BiT"
         bit_tables.check_expressible(model, what=what)
         bit_tables.check_multiple(what, model.width)
@@ -77,7 +82,7 @@ class HuggingFaceBiT:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class HuggingFaceBiTV1:
+class HuggingFaceBiTV1(Format):
     """Bit with layer_type="bottleneck" and TensorFlow's padding."""
 
     name: str = "Hugging Face BiT, norms after convolutions"
@@ -108,7 +113,9 @@ class HuggingFaceBiTV1:
         )
         return Architecture(model=model, channels=stem[1])
 
-    def entries(self, model: BiTV1, image_size: tuple[int, int]) -> Sequence[Entry]:
+    def entries(
+        self, model: BiTV1, image_size: tuple[int, int], leaves: Any = None
+    ) -> Sequence[Entry]:
         root = _root_for(model)
         units = bit_tables.units_of_trunk(model.trunk, "trunk")
         return [
@@ -118,7 +125,9 @@ class HuggingFaceBiTV1:
             *_head(model),
         ]
 
-    def describe(self, model: BiTV1, image_size: tuple[int, int]) -> dict[str, Any]:
+    def describe(
+        self, model: BiTV1, image_size: tuple[int, int], channels: int = 3
+    ) -> dict[str, Any]:
         what = "Hugging Face's BiT with norms after convolutions"
         trunk = model.trunk
         bit_tables.check_head(model.head, what=what)

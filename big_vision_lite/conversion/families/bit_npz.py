@@ -7,7 +7,8 @@ from typing import Any
 
 from big_vision_lite.conversion.engine import Entry, reshaped, same
 from big_vision_lite.conversion.families import bit_tables
-from big_vision_lite.conversion.formats import Architecture, Library, Weights
+from big_vision_lite.conversion.formats import Architecture, Format, Library
+from big_vision_lite.conversion.weights import Weights
 from big_vision_lite.models.bit import BiT, Block, PoolPadding
 from big_vision_lite.models.bit_v1 import BiTV1, Trunk
 
@@ -20,7 +21,7 @@ GROUPS = 32
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class NpzBiT:
+class NpzBiT(Format):
     """The archives published with arXiv:1912.11370, in TensorFlow's names."""
 
     name: str = "BiT (npz)"
@@ -55,7 +56,9 @@ class NpzBiT:
         )
         return Architecture(model=model, channels=root[2])
 
-    def entries(self, model: BiT, image_size: tuple[int, int]) -> Sequence[Entry]:
+    def entries(
+        self, model: BiT, image_size: tuple[int, int], leaves: Any = None
+    ) -> Sequence[Entry]:
         return list(self._entries(model))
 
     def _entries(self, model: BiT) -> Iterator[Entry]:
@@ -77,13 +80,15 @@ class NpzBiT:
             )
             yield same("resnet/head/conv2d/bias", "head/bias")
 
-    def describe(self, model: BiT, image_size: tuple[int, int]) -> dict[str, Any]:
+    def describe(
+        self, model: BiT, image_size: tuple[int, int], channels: int = 3
+    ) -> dict[str, Any]:
         _check_bit(model, "The first BiT", PoolPadding.ZEROS)
         return {}
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class NpzBitPaper:
+class NpzBitPaper(Format):
     """big_vision's form of the same: -inf around the image at the max-pooling."""
 
     name: str = "big_vision bit_paper (npz)"
@@ -108,7 +113,9 @@ class NpzBitPaper:
         note = "pool_padding=negative_infinity, as bit_paper computes it"
         return Architecture(model=model, channels=root[2], notes=(note,))
 
-    def entries(self, model: BiT, image_size: tuple[int, int]) -> Sequence[Entry]:
+    def entries(
+        self, model: BiT, image_size: tuple[int, int], leaves: Any = None
+    ) -> Sequence[Entry]:
         unit = "block{stage}/unit{index:02d}"
         units = bit_tables.units_of_bit(model)
         return [
@@ -118,13 +125,15 @@ class NpzBitPaper:
             *_head(model),
         ]
 
-    def describe(self, model: BiT, image_size: tuple[int, int]) -> dict[str, Any]:
+    def describe(
+        self, model: BiT, image_size: tuple[int, int], channels: int = 3
+    ) -> dict[str, Any]:
         _check_bit(model, "big_vision's bit_paper", PoolPadding.NEGATIVE_INFINITY)
         return {}
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class NpzBiTV1:
+class NpzBiTV1(Format):
     """big_vision's bit: ResNet v1 with group norm."""
 
     name: str = "big_vision bit (npz)"
@@ -146,10 +155,14 @@ class NpzBiTV1:
             channels=weights.shape("conv_root/kernel", 4)[2],
         )
 
-    def entries(self, model: BiTV1, image_size: tuple[int, int]) -> Sequence[Entry]:
+    def entries(
+        self, model: BiTV1, image_size: tuple[int, int], leaves: Any = None
+    ) -> Sequence[Entry]:
         return [*trunk_entries(model.trunk, "trunk"), *_head(model)]
 
-    def describe(self, model: BiTV1, image_size: tuple[int, int]) -> dict[str, Any]:
+    def describe(
+        self, model: BiTV1, image_size: tuple[int, int], channels: int = 3
+    ) -> dict[str, Any]:
         what = "big_vision's bit"
         bit_tables.check_head(model.head, what=what)
         check_trunk(model.trunk, what)

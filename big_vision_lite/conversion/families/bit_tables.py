@@ -5,7 +5,7 @@ from collections.abc import Iterable, Iterator
 from typing import NamedTuple
 
 from big_vision_lite.conversion.engine import Entry, conv, dense, norm, reshaped, same
-from big_vision_lite.conversion.formats import Weights
+from big_vision_lite.conversion.weights import Weights
 from big_vision_lite.models.bit import BiT, Block, Stem
 from big_vision_lite.models.bit_v1 import Standardisation, Trunk
 from big_vision_lite.models.blocks.heads import Classifier

@@ -6,7 +6,8 @@ from typing import Any
 
 from big_vision_lite.conversion.engine import Entry, conv, norm
 from big_vision_lite.conversion.families import bit_tables
-from big_vision_lite.conversion.formats import Architecture, Library, Weights
+from big_vision_lite.conversion.formats import Architecture, Format, Library
+from big_vision_lite.conversion.weights import Weights
 from big_vision_lite.models.bit import BiT, Block, PoolPadding
 from big_vision_lite.models.bit_v1 import BiTV1, Standardisation, Trunk
 
@@ -29,7 +30,7 @@ GROUPS = 32
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class TimmBiT:
+class TimmBiT(Format):
     """ResNetV2(preact=True), standardised with eps 1e-8, of which ours is no other."""
 
     name: str = "timm BiT"
@@ -71,7 +72,9 @@ class TimmBiT:
         )
         return Architecture(model=model, channels=stem[1], notes=notes)
 
-    def entries(self, model: BiT, image_size: tuple[int, int]) -> Sequence[Entry]:
+    def entries(
+        self, model: BiT, image_size: tuple[int, int], leaves: Any = None
+    ) -> Sequence[Entry]:
         units = bit_tables.units_of_bit(model)
         return [
             conv("stem.conv.weight", "stem/kernel"),
@@ -80,7 +83,9 @@ class TimmBiT:
             *_head(model),
         ]
 
-    def describe(self, model: BiT, image_size: tuple[int, int]) -> dict[str, Any]:
+    def describe(
+        self, model: BiT, image_size: tuple[int, int], channels: int = 3
+    ) -> dict[str, Any]:
         bit_tables.check_expressible(model, what="timm's BiT")
         bit_tables.check_multiple("timm's BiT", model.width)
         if model.pool_padding != PoolPadding.ZEROS:
@@ -109,7 +114,7 @@ class TimmBiT:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class TimmBiTV1:
+class TimmBiTV1(Format):
     """ResNetV2(preact=False, stem_type="same") with StdConv2dSame(eps=1e-8).
 
     timm has it inside hybrids only: by itself it comes in, and goes out nowhere.
@@ -144,10 +149,14 @@ class TimmBiTV1:
             else ('padding as of stem_type="same" assumed: no configuration says it',),
         )
 
-    def entries(self, model: BiTV1, image_size: tuple[int, int]) -> Sequence[Entry]:
+    def entries(
+        self, model: BiTV1, image_size: tuple[int, int], leaves: Any = None
+    ) -> Sequence[Entry]:
         return [*trunk_entries(model.trunk, "", "trunk"), *_head(model)]
 
-    def describe(self, model: BiTV1, image_size: tuple[int, int]) -> dict[str, Any]:
+    def describe(
+        self, model: BiTV1, image_size: tuple[int, int], channels: int = 3
+    ) -> dict[str, Any]:
         raise ValueError(
             "timm has this ResNet (norms after convolutions, TensorFlow's padding) "
             "inside hybrid transformers only, no architecture by itself. Export it "

@@ -13,7 +13,8 @@ from big_vision_lite.conversion.families.hybrid_tables import (
     with_trunk,
 )
 from big_vision_lite.conversion.families.vit_tables import check_fields
-from big_vision_lite.conversion.formats import Architecture, Library, Weights
+from big_vision_lite.conversion.formats import Architecture, Format, Library
+from big_vision_lite.conversion.weights import Weights
 from big_vision_lite.models.blocks.patches import Positions
 from big_vision_lite.models.blocks.pooling import Pooling
 from big_vision_lite.models.vit import ViT
@@ -23,7 +24,7 @@ TRANSFORMER = next(f for f in vit_npz.FORMATS if f.token_position)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class NpzHybrid:
+class NpzHybrid(Format):
     """vision_transformer's R+ViT: the trunk of big_vision's bit, then its ViT."""
 
     name: str = "vision_transformer hybrid ViT (npz)"
@@ -48,7 +49,9 @@ class NpzHybrid:
         channels = weights.shape("conv_root/kernel", 4)[2]
         return with_trunk(TRANSFORMER.architecture(inner), trunk, channels)
 
-    def entries(self, model: ViT, image_size: tuple[int, int]) -> Sequence[Entry]:
+    def entries(
+        self, model: ViT, image_size: tuple[int, int], leaves: Any = None
+    ) -> Sequence[Entry]:
         trunk = trunk_in(model)
         plain = model.clone(stem=None)
         return [
@@ -56,7 +59,9 @@ class NpzHybrid:
             *TRANSFORMER.entries(plain, cells(trunk, image_size)),
         ]
 
-    def describe(self, model: ViT, image_size: tuple[int, int]) -> dict[str, Any]:
+    def describe(
+        self, model: ViT, image_size: tuple[int, int], channels: int = 3
+    ) -> dict[str, Any]:
         check_stem(model, lambda plain: vit_npz.FORMATS[0].describe(plain, image_size))
         what = "vision_transformer's hybrid ViT"
         bit_npz.check_trunk(trunk_in(model), what)

@@ -12,7 +12,8 @@ from big_vision_lite.conversion.families.hybrid_tables import (
     trunk_in,
     with_trunk,
 )
-from big_vision_lite.conversion.formats import Architecture, Library, Weights
+from big_vision_lite.conversion.formats import Architecture, Format, Library
+from big_vision_lite.conversion.weights import Weights
 from big_vision_lite.models.vit import ViT
 
 BACKBONE = "patch_embed.backbone."
@@ -29,7 +30,7 @@ WIDTH = 64
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class TimmHybrid:
+class TimmHybrid(Format):
     """A ResNetV2(preact=False, stem_type="same") before timm's ViT."""
 
     name: str = "timm hybrid ViT"
@@ -54,7 +55,9 @@ class TimmHybrid:
         channels = weights.shape(f"{root}conv.weight", 4)[1]
         return with_trunk(TRANSFORMER.architecture(inner), trunk, channels)
 
-    def entries(self, model: ViT, image_size: tuple[int, int]) -> Sequence[Entry]:
+    def entries(
+        self, model: ViT, image_size: tuple[int, int], leaves: Any = None
+    ) -> Sequence[Entry]:
         trunk = trunk_in(model)
         plain = model.clone(stem=None)
         return [
@@ -62,7 +65,9 @@ class TimmHybrid:
             *TRANSFORMER.entries(plain, cells(trunk, image_size)),
         ]
 
-    def describe(self, model: ViT, image_size: tuple[int, int]) -> dict[str, Any]:
+    def describe(
+        self, model: ViT, image_size: tuple[int, int], channels: int = 3
+    ) -> dict[str, Any]:
         check_stem(model, lambda plain: TRANSFORMER.describe(plain, image_size))
         what, trunk = "timm's hybrid ViT", trunk_in(model)
         bit_tables.check_torch_form(trunk, what=what)

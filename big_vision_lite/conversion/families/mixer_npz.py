@@ -7,7 +7,8 @@ from typing import Any
 
 from big_vision_lite.conversion.engine import Entry, same
 from big_vision_lite.conversion.families.mixer_timm import grid_of
-from big_vision_lite.conversion.formats import Architecture, Library, Weights
+from big_vision_lite.conversion.formats import Architecture, Format, Library
+from big_vision_lite.conversion.weights import Weights
 from big_vision_lite.models.blocks.heads import Classifier
 from big_vision_lite.models.blocks.mlp import Activation
 from big_vision_lite.models.mixer import MlpMixer
@@ -26,7 +27,7 @@ BLOCK = {
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class NpzMixer:
+class NpzMixer(Format):
     """The names of both programs, which have tanh GELU and eps 1e-6, as here."""
 
     name: str = "big_vision MLP-Mixer (npz)"
@@ -66,7 +67,9 @@ class NpzMixer:
             model=model, image_size=(rows * patch, columns * patch), channels=channels
         )
 
-    def entries(self, model: MlpMixer, image_size: tuple[int, int]) -> Sequence[Entry]:
+    def entries(
+        self, model: MlpMixer, image_size: tuple[int, int], leaves: Any = None
+    ) -> Sequence[Entry]:
         names = {
             "stem": ("patch_embedding", DENSE),
             "pre_head_layer_norm": ("norm", NORM),
@@ -84,7 +87,9 @@ class NpzMixer:
             for leaf in leaves
         ]
 
-    def describe(self, model: MlpMixer, image_size: tuple[int, int]) -> dict[str, Any]:
+    def describe(
+        self, model: MlpMixer, image_size: tuple[int, int], channels: int = 3
+    ) -> dict[str, Any]:
         if model.activation != Activation.GELU_TANH:
             raise ValueError(
                 f"big_vision's MLP-Mixer has the tanh GELU, not {model.activation}. "

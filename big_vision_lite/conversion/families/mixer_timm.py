@@ -6,7 +6,8 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from big_vision_lite.conversion.engine import Entry, conv, linear, norm, same
-from big_vision_lite.conversion.formats import Architecture, Library, Weights
+from big_vision_lite.conversion.formats import Architecture, Format, Library
+from big_vision_lite.conversion.weights import Weights
 from big_vision_lite.models.blocks.heads import Classifier
 from big_vision_lite.models.blocks.mlp import Activation
 from big_vision_lite.models.mixer import MlpMixer
@@ -23,7 +24,7 @@ NAMES = {
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class TimmMixer:
+class TimmMixer(Format):
     """timm's names; its GELU is the exact one, eps 1e-6 as here."""
 
     name: str = "timm MLP-Mixer"
@@ -69,7 +70,9 @@ class TimmMixer:
             channels=channels,
         )
 
-    def entries(self, model: MlpMixer, image_size: tuple[int, int]) -> Sequence[Entry]:
+    def entries(
+        self, model: MlpMixer, image_size: tuple[int, int], leaves: Any = None
+    ) -> Sequence[Entry]:
         table = [
             conv("stem.proj.weight", "patch_embedding/kernel"),
             same("stem.proj.bias", "patch_embedding/bias"),
@@ -85,7 +88,9 @@ class TimmMixer:
             table += linear("head", "head")
         return table
 
-    def describe(self, model: MlpMixer, image_size: tuple[int, int]) -> dict[str, Any]:
+    def describe(
+        self, model: MlpMixer, image_size: tuple[int, int], channels: int = 3
+    ) -> dict[str, Any]:
         key = (model.width, model.depth, model.patch_size)
         unfit = []
         if key not in NAMES:

@@ -6,11 +6,12 @@ from typing import Any
 
 from big_vision_lite.conversion import engine, formats
 from big_vision_lite.conversion.engine import Entry
-from big_vision_lite.conversion.formats import Architecture, Library, Weights
+from big_vision_lite.conversion.formats import Architecture, Format, Library
+from big_vision_lite.conversion.weights import Weights
 from big_vision_lite.recipes import serialize
 
 
-class Ours:
+class Ours(Format):
     """Any model of big_vision_lite: names like "encoder/block_03/mlp/out/kernel"."""
 
     name = "big_vision_lite"
@@ -32,12 +33,16 @@ class Ours:
             channels=channels,
         )
 
-    def entries(self, model: Any, image_size: tuple[int, int]) -> Sequence[Entry]:
+    def entries(
+        self, model: Any, image_size: tuple[int, int], leaves: Any = None
+    ) -> Sequence[Entry]:
         channels = len(model.mean) if len(model.mean) > 1 else 3
         names = formats.shapes(model, image_size, channels)
         return [engine.same(name, name) for name in names]
 
-    def describe(self, model: Any, image_size: tuple[int, int]) -> dict[str, Any]:
+    def describe(
+        self, model: Any, image_size: tuple[int, int], channels: int = 3
+    ) -> dict[str, Any]:
         return json.loads(serialize.to_json(model))
 
 

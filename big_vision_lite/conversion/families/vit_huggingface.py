@@ -21,7 +21,8 @@ from big_vision_lite.conversion.families.vit_tables import (
     check_fields,
     tokens_and_positions,
 )
-from big_vision_lite.conversion.formats import Architecture, Library, Weights
+from big_vision_lite.conversion.formats import Architecture, Format, Library
+from big_vision_lite.conversion.weights import Weights
 from big_vision_lite.models.blocks.mlp import Activation
 from big_vision_lite.models.blocks.patches import grid_size
 from big_vision_lite.models.blocks.pooling import Pooling
@@ -44,7 +45,7 @@ EXPRESSES = ("pooling", "positions", "activation", "norm_epsilon", "qkv_bias")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class HuggingFaceViT:
+class HuggingFaceViT(Format):
     """ViTForImageClassification, and ViTModel when there is no head."""
 
     name: str = "Hugging Face ViT"
@@ -73,13 +74,17 @@ class HuggingFaceViT:
         )
         return architecture_of(model, config, _pooler_notes(weights))
 
-    def entries(self, model: ViT, image_size: tuple[int, int]) -> Sequence[Entry]:
+    def entries(
+        self, model: ViT, image_size: tuple[int, int], leaves: Any = None
+    ) -> Sequence[Entry]:
         root = "" if model.head is None else "vit."
         head = [] if model.head is None else linear("classifier", "head")
         tokens = {f"{root}embeddings.cls_token": "class_token"}
         return _entries(model, image_size, root, tokens) + head
 
-    def describe(self, model: ViT, image_size: tuple[int, int]) -> dict[str, Any]:
+    def describe(
+        self, model: ViT, image_size: tuple[int, int], channels: int = 3
+    ) -> dict[str, Any]:
         if model.pooling != Pooling.CLASS_TOKEN:
             raise ValueError(
                 "Hugging Face's ViT classifies by the class token, this model has "
@@ -94,7 +99,7 @@ class HuggingFaceViT:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class HuggingFaceDeiT:
+class HuggingFaceDeiT(Format):
     """DeiTForImageClassificationWithTeacher, ...ForImageClassification, DeiTModel.
 
     With one head the distillation token only takes part in attention, as a register
@@ -128,7 +133,9 @@ class HuggingFaceDeiT:
         )
         return architecture_of(model, config, _pooler_notes(weights))
 
-    def entries(self, model: ViT, image_size: tuple[int, int]) -> Sequence[Entry]:
+    def entries(
+        self, model: ViT, image_size: tuple[int, int], leaves: Any = None
+    ) -> Sequence[Entry]:
         root = "" if model.head is None else "deit."
         second = "distillation_token" if model.distillation_token else "registers"
         tokens = {
@@ -143,7 +150,9 @@ class HuggingFaceDeiT:
         table += linear("cls_classifier", "head")
         return table + linear("distillation_classifier", "distillation_head")
 
-    def describe(self, model: ViT, image_size: tuple[int, int]) -> dict[str, Any]:
+    def describe(
+        self, model: ViT, image_size: tuple[int, int], channels: int = 3
+    ) -> dict[str, Any]:
         one_head = (model.registers, model.distillation_token) == (1, False)
         two_heads = (model.registers, model.distillation_token) == (0, True)
         if not two_heads and (not one_head or model.head is None):

@@ -23,7 +23,8 @@ from big_vision_lite.conversion.families.vit_tables import (
     check_fields,
     tokens_and_positions,
 )
-from big_vision_lite.conversion.formats import Architecture, Library, Weights
+from big_vision_lite.conversion.formats import Architecture, Format, Library
+from big_vision_lite.conversion.weights import Weights
 from big_vision_lite.models.blocks.mlp import Activation
 from big_vision_lite.models.blocks.patches import grid_size
 from big_vision_lite.models.blocks.pooling import WITH_CLASS_TOKEN, Pooling
@@ -58,7 +59,7 @@ def swiglu_dim(width: int, ratio: int) -> int:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class HuggingFaceDINOv2:
+class HuggingFaceDINOv2(Format):
     """Dinov2ForImageClassification, and Dinov2Model when there is no head.
 
     The classifier reads the class token and the mean of the patches, one after the
@@ -104,7 +105,9 @@ class HuggingFaceDINOv2:
         )
         return architecture_of(model, config, ())
 
-    def entries(self, model: ViT, image_size: tuple[int, int]) -> Sequence[Entry]:
+    def entries(
+        self, model: ViT, image_size: tuple[int, int], leaves: Any = None
+    ) -> Sequence[Entry]:
         root = self._root(model)
         mlp = ("mlp.fc1", "mlp.fc2")
         if model.activation == Activation.SWIGLU:
@@ -142,7 +145,9 @@ class HuggingFaceDINOv2:
         name = f"{self._root(model)}embeddings.mask_token"
         return {name: np.zeros((1, model.width), np.float32)}
 
-    def describe(self, model: ViT, image_size: tuple[int, int]) -> dict[str, Any]:
+    def describe(
+        self, model: ViT, image_size: tuple[int, int], channels: int = 3
+    ) -> dict[str, Any]:
         what = "Hugging Face's DINOv2"
         if model.layer_scale is None or model.pooling not in WITH_CLASS_TOKEN:
             raise ValueError(

@@ -29,7 +29,8 @@ from big_vision_lite.conversion.families.vit_tables import (
     check_fields,
     tokens_and_positions,
 )
-from big_vision_lite.conversion.formats import Architecture, Library, Weights
+from big_vision_lite.conversion.formats import Architecture, Format, Library
+from big_vision_lite.conversion.weights import Weights
 from big_vision_lite.models.blocks.mlp import Activation
 from big_vision_lite.models.blocks.patches import grid_size
 from big_vision_lite.models.blocks.pooling import Pooling
@@ -58,7 +59,7 @@ BLOCK = BlockNames(
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class HuggingFaceSigLIP:
+class HuggingFaceSigLIP(Format):
     """SiglipVisionModel, and SiglipForImageClassification when there is a head.
 
     The classifier reads the mean of all tokens, not the attention pooling that
@@ -104,7 +105,9 @@ class HuggingFaceSigLIP:
         )
         return architecture_of(model, config, ())
 
-    def entries(self, model: ViT, image_size: tuple[int, int]) -> Sequence[Entry]:
+    def entries(
+        self, model: ViT, image_size: tuple[int, int], leaves: Any = None
+    ) -> Sequence[Entry]:
         root = self.root
         table = [
             *patches(f"{root}embeddings.patch_embedding"),
@@ -121,7 +124,9 @@ class HuggingFaceSigLIP:
             table += _attention_pooling(f"{root}head")
         return table if model.head is None else table + linear("classifier", "head")
 
-    def describe(self, model: ViT, image_size: tuple[int, int]) -> dict[str, Any]:
+    def describe(
+        self, model: ViT, image_size: tuple[int, int], channels: int = 3
+    ) -> dict[str, Any]:
         what = "Hugging Face's SigLIP"
         probes = model.pooling == Pooling.ATTENTION
         if not probes and model.pooling != Pooling.AVERAGE:

@@ -17,7 +17,8 @@ from big_vision_lite.conversion.engine import (
     projections,
     same,
 )
-from big_vision_lite.conversion.formats import Architecture, Weights
+from big_vision_lite.conversion.formats import Architecture
+from big_vision_lite.conversion.weights import Weights
 from big_vision_lite.models.blocks.heads import Classifier
 from big_vision_lite.models.blocks.mlp import Activation
 from big_vision_lite.models.blocks.patches import Positions

@@ -12,7 +12,8 @@ from big_vision_lite.conversion.families.vit_tables import (
     check_fields,
     tokens_and_positions,
 )
-from big_vision_lite.conversion.formats import Architecture, Library, Weights
+from big_vision_lite.conversion.formats import Architecture, Format, Library
+from big_vision_lite.conversion.weights import Weights
 from big_vision_lite.models.blocks.heads import Classifier
 from big_vision_lite.models.blocks.patches import Positions, grid_size
 from big_vision_lite.models.blocks.pooling import Pooling
@@ -33,7 +34,7 @@ MLP = {
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class NpzViT:
+class NpzViT(Format):
     """Both programs have tanh GELU and eps 1e-6; names and one addition differ.
 
     `submodel` are the names before all others ("img/" in image-text checkpoints).
@@ -110,7 +111,9 @@ class NpzViT:
             notes=tuple(notes),
         )
 
-    def entries(self, model: ViT, image_size: tuple[int, int]) -> Sequence[Entry]:
+    def entries(
+        self, model: ViT, image_size: tuple[int, int], leaves: Any = None
+    ) -> Sequence[Entry]:
         root = self.submodel
         table = [
             same(f"{root}embedding/{leaf}", f"patch_embedding/{leaf}") for leaf in DENSE
@@ -148,7 +151,9 @@ class NpzViT:
                 ]
         return table
 
-    def describe(self, model: ViT, image_size: tuple[int, int]) -> dict[str, Any]:
+    def describe(
+        self, model: ViT, image_size: tuple[int, int], channels: int = 3
+    ) -> dict[str, Any]:
         if self != FORMATS[0]:
             raise ValueError(f"Archives are written as {FORMATS[0].name} only.")
         check_fields(

@@ -31,7 +31,8 @@ from big_vision_lite.conversion.families.vit_timm_config import (
 )
 from big_vision_lite.conversion.families.vit_timm_names import in_timm_names
 from big_vision_lite.conversion.families.vit_timm_tokens import tokens_and_positions
-from big_vision_lite.conversion.formats import Architecture, Library, Weights
+from big_vision_lite.conversion.formats import Architecture, Format, Library
+from big_vision_lite.conversion.weights import Weights
 from big_vision_lite.models.blocks import patches
 from big_vision_lite.models.blocks.heads import Classifier
 from big_vision_lite.models.blocks.mlp import Activation
@@ -51,7 +52,7 @@ UNKNOWN_PARTS = {
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class TimmViT:
+class TimmViT(Format):
     """timm's names. A class token that no pooling reads is a register of ours.
 
     With `unread_class_token` it is the first of them; such models come in only: they
@@ -135,7 +136,9 @@ class TimmViT:
             notes=tuple(n for n in (num_heads.note, activation.note, note) if n),
         )
 
-    def entries(self, model: ViT, image_size: tuple[int, int]) -> Sequence[Entry]:
+    def entries(
+        self, model: ViT, image_size: tuple[int, int], leaves: Any = None
+    ) -> Sequence[Entry]:
         grid = grid_size(*image_size, model.patch_size)
         return [
             _patches(model),
@@ -144,7 +147,9 @@ class TimmViT:
             *encoder_entries(model),
         ]
 
-    def describe(self, model: ViT, image_size: tuple[int, int]) -> dict[str, Any]:
+    def describe(
+        self, model: ViT, image_size: tuple[int, int], channels: int = 3
+    ) -> dict[str, Any]:
         if self.unread_class_token:
             raise ValueError("A ViT leaves in the format timm ViT.")
         vit_tables.check_fields(

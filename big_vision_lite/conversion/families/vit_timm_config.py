@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from big_vision_lite.conversion.formats import Weights
+from big_vision_lite.conversion.weights import Weights
 from big_vision_lite.models.blocks.mlp import Activation
 from big_vision_lite.models.blocks.patches import Positions, sincos
 from big_vision_lite.models.blocks.pooling import FinalNorm, Pooling

@@ -8,7 +8,7 @@ import re
 
 import numpy as np
 
-from big_vision_lite.conversion.formats import Weights
+from big_vision_lite.conversion.weights import Weights
 
 # Theirs: timm's. DINOv2's SwiGLU has the gate in the first half of w12, as timm's fc1.
 RENAMED = {

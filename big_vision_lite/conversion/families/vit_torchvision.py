@@ -17,7 +17,8 @@ from big_vision_lite.conversion.engine import (
     same,
 )
 from big_vision_lite.conversion.families import vit_tables
-from big_vision_lite.conversion.formats import Architecture, Library, Weights
+from big_vision_lite.conversion.formats import Architecture, Format, Library
+from big_vision_lite.conversion.weights import Weights
 from big_vision_lite.models.blocks.heads import Classifier
 from big_vision_lite.models.blocks.mlp import Activation
 from big_vision_lite.models.blocks.patches import Positions, grid_size
@@ -35,7 +36,7 @@ FIRST_VERSION = {"mlp.linear_1.": "mlp.0.", "mlp.linear_2.": "mlp.3."}
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class TorchvisionViT:
+class TorchvisionViT(Format):
     """A class token with a position, exact GELU, one projection for queries to values.
 
     Its representation_size is the width of the tanh layer before the head.
@@ -89,7 +90,9 @@ class TorchvisionViT:
             notes=notes,
         )
 
-    def entries(self, model: ViT, image_size: tuple[int, int]) -> Sequence[Entry]:
+    def entries(
+        self, model: ViT, image_size: tuple[int, int], leaves: Any = None
+    ) -> Sequence[Entry]:
         table = [
             conv(PATCHES, "patch_embedding/kernel"),
             same("conv_proj.bias", "patch_embedding/bias"),
@@ -109,7 +112,9 @@ class TorchvisionViT:
             table += linear("heads.head", "head")
         return table
 
-    def describe(self, model: ViT, image_size: tuple[int, int]) -> dict[str, Any]:
+    def describe(
+        self, model: ViT, image_size: tuple[int, int], channels: int = 3
+    ) -> dict[str, Any]:
         vit_tables.check_fields(
             model,
             what="torchvision's VisionTransformer",

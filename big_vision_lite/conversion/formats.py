@@ -69,7 +69,8 @@ class Format:
     ignored: Sequence[str] = ()
     requires: Mapping[str, Any] = {}
     hints: Mapping[str, str] = {
-        "stem": "A large stem begins with a 7x7 convolution and max-pooling.",
+        "stem": "A large stem is a 7x7 convolution and max-pooling: a model trained "
+        "with stem=large goes there, or a ViT.",
         "head.hidden_dim": "To leave that layer behind, train a new head: "
         "--config.init.drop='head/.*' with head.hidden_dim=none.",
     }
@@ -133,7 +134,7 @@ class Format:
             here = " and ".join(f"{name}={_words(found[name])}" for name in wrong)
             hints = [self.hints[name] for name in wrong if name in self.hints]
             why = f"{self.name} has {there}, this model {here}."
-            return Refusal(" ".join([why, *hints]), len(wrong))
+            return Refusal(" ".join([why, *dict.fromkeys(hints)]), len(wrong))
         try:
             self.describe(model, image_size, channels)
         except ValueError as error:

@@ -13,10 +13,9 @@ from foreign_models import randomise, relative_difference
 from tiers import few
 
 from big_vision_lite import trees
-from big_vision_lite.conversion import foreign, formats
-from big_vision_lite.conversion.families.mixer_npz import NpzMixer
-from big_vision_lite.conversion.families.mixer_timm import NAMES, TimmMixer
-from big_vision_lite.conversion.formats import Architecture
+from big_vision_lite.conversion import export, foreign, formats
+from big_vision_lite.conversion.families.mixer import NAMES, ArchivedMixer, TimmMixer
+from big_vision_lite.conversion.formats import Architecture, Library
 from big_vision_lite.conversion.weights import Weights
 from big_vision_lite.models.blocks.heads import Classifier
 from big_vision_lite.models.blocks.mlp import Activation
@@ -176,13 +175,15 @@ def test_an_archive_gives_the_logits_of_the_timm_model_with_the_same_weights(
     (tmp_path / "config.json").write_text(json.dumps(config))
 
     found = foreign.load(str(path))
-    assert found.format == NpzMixer().name
+    assert found.format == ArchivedMixer().name
     assert found.image_size == image_size(case)
     assert found.model.activation == Activation.GELU_TANH
     difference = differences(ours(found.model, found.variables, images(case)), expected)
     print(f"{case}: {difference}")
     assert max(difference.values()) <= BOUND
-    back = formats.write(NpzMixer(), found.model, found.image_size, found.variables)
+    back = formats.write(
+        ArchivedMixer(), found.model, found.image_size, found.variables
+    )
     assert back.keys() == written.keys()
     for name, array in back.items():
         if written[name].dtype != "V2":
@@ -320,14 +321,15 @@ def test_flops_equal_the_formula():
 def test_what_timm_cannot_build_is_refused(fields, message):
     model = MlpMixer.of("S/16", **({"activation": Activation.GELU_ERF} | fields))
     with pytest.raises(ValueError, match=message):
-        TimmMixer().describe(model, (224, 224), 3)
+        export.find(model, Library.TIMM, (224, 224))
 
 
 def test_an_archive_of_the_exact_gelu_is_refused():
     model = MlpMixer.of("S/16", activation=Activation.GELU_ERF)
-    with pytest.raises(ValueError, match="tanh GELU"):
-        NpzMixer().describe(model, (224, 224), 3)
-    assert NpzMixer().describe(MlpMixer.of("S/16"), (224, 224), 3) == {}
+    with pytest.raises(ValueError, match="activation=gelu_tanh, this model"):
+        export.find(model, Library.NPZ, (224, 224))
+    found = export.find(MlpMixer.of("S/16"), Library.NPZ, (224, 224))
+    assert found.name == ArchivedMixer.name
 
 
 def test_gated_mixers_and_grids_that_nothing_tells_are_refused():

@@ -2,13 +2,12 @@
 
 from big_vision_lite.conversion import preprocessing
 from big_vision_lite.conversion.families import (
+    bit,
+    bit_archives,
     bit_huggingface,
-    bit_npz,
-    bit_timm,
     hybrid_npz,
     hybrid_timm,
-    mixer_npz,
-    mixer_timm,
+    mixer,
     ours,
     resnet,
     vit_huggingface,
@@ -22,12 +21,11 @@ from big_vision_lite.conversion.formats import Format
 
 FORMATS: tuple[Format, ...] = (
     *bit_huggingface.FORMATS,
-    *bit_npz.FORMATS,
-    *bit_timm.FORMATS,
+    *bit_archives.FORMATS,
+    *bit.FORMATS,
     *hybrid_npz.FORMATS,
     *hybrid_timm.FORMATS,
-    *mixer_npz.FORMATS,
-    *mixer_timm.FORMATS,
+    *mixer.FORMATS,
     *ours.FORMATS,
     *resnet.FORMATS,
     *vit_huggingface.FORMATS,

@@ -33,10 +33,10 @@ def width_ratio(hidden: int, width: int) -> float:
     return ratio if int(ratio * width) == hidden else (hidden + 0.5) / width
 
 
-def labels(head: Any) -> dict[str, Any]:
+def labels(num_classes: int) -> dict[str, Any]:
     """Returns names for classes, which tell Hugging Face how many there are."""
-    count = 0 if head is None else head.num_classes
+    names = {index: f"LABEL_{index}" for index in range(num_classes)}
     return {
-        "id2label": {str(index): f"LABEL_{index}" for index in range(count)},
-        "label2id": {f"LABEL_{index}": index for index in range(count)},
+        "id2label": {str(index): name for index, name in names.items()},
+        "label2id": {name: index for index, name in names.items()},
     }

@@ -14,7 +14,7 @@ from big_vision_lite.models.blocks.heads import Classifier
 from big_vision_lite.models.resnet import SIZES, ResNet
 
 UNIT = "stage_{s}/unit_{u}"
-TORCH = {
+TORCH: Rows = {
     "stem": "conv1",
     "stem_norm": "bn1",
     f"{UNIT}/conv{{i}}": "layer{s}.{u-1}.conv{i}",
@@ -23,7 +23,7 @@ TORCH = {
     f"{UNIT}/norm_proj": "layer{s}.{u-1}.downsample.1",
     "head": "fc",
 }
-HUGGINGFACE = {
+HUGGINGFACE: Rows = {
     "stem": "embedder.embedder.convolution",
     "stem_norm": "embedder.embedder.normalization",
     f"{UNIT}/conv{{i}}": "encoder.stages.{s-1}.layers.{u-1}.layer.{i-1}.convolution",

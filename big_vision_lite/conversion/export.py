@@ -131,8 +131,7 @@ def find(
         raise ValueError(
             f"{library} has no counterpart of {name}. Export it with {ways}."
         )
-    # Of several formats the nearest.
-    reason = min(reasons, key=lambda reason: reason.differences)
+    reason = min(reasons, key=lambda reason: reason.distance)
     only = "As no other library has it, export it" if len(others) == 1 else "Export it"
     raise ValueError(f"{reason.sentence} {only} with {ways}.")
 

@@ -69,8 +69,6 @@ class Format:
     ignored: Sequence[str] = ()
     requires: Mapping[str, Any] = {}
     hints: Mapping[str, str] = {
-        "stem": "A large stem is a 7x7 convolution and max-pooling: a model trained "
-        "with stem=large goes there, or a ViT.",
         "head.hidden_dim": "To leave that layer behind, train a new head: "
         "--config.init.drop='head/.*' with head.hidden_dim=none.",
     }
@@ -134,20 +132,25 @@ class Format:
             here = " and ".join(f"{name}={_words(found[name])}" for name in wrong)
             hints = [self.hints[name] for name in wrong if name in self.hints]
             why = f"{self.name} has {there}, this model {here}."
-            return Refusal(" ".join([why, *dict.fromkeys(hints)]), len(wrong))
+            # A part that is missing or another is further away than any number.
+            parts = [
+                n for n in wrong if _is_part(found[n]) or _is_part(self.requires[n])
+            ]
+            distance = len(wrong) + 10 * len(parts)
+            return Refusal(" ".join([why, *dict.fromkeys(hints)]), distance)
         try:
             self.describe(model, image_size, channels)
         except ValueError as error:
-            return Refusal(str(error), 1)
+            return Refusal(str(error), 0)
         return None
 
 
 @dataclasses.dataclass(frozen=True)
 class Refusal:
-    """Why a model has no counterpart; `differences` counts the fields in its way."""
+    """Why a model has no counterpart; of several formats the nearest one's is said."""
 
     sentence: str
-    differences: int
+    distance: int
 
 
 @functools.lru_cache(maxsize=4)
@@ -214,12 +217,14 @@ def _fits(value: Any, wanted: Any) -> bool:
     return value in wanted if isinstance(wanted, list) else value == wanted
 
 
+def _is_part(value: Any) -> bool:
+    return isinstance(value, type) or dataclasses.is_dataclass(value)
+
+
 def _words(value: Any) -> str:
     """Writes a value as flags do; of a module its class."""
     if isinstance(value, list):
         return " or ".join(map(_words, value))
-    if isinstance(value, type):
-        return value.__name__
-    if dataclasses.is_dataclass(value):
-        return type(value).__name__
+    if _is_part(value):
+        return (value if isinstance(value, type) else type(value)).__name__
     return "none" if value is None else str(value)

@@ -7,6 +7,7 @@ leaves and layouts follow from our own parameters and the library's dialect.
 import dataclasses
 import re
 from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 import numpy as np
 
@@ -28,9 +29,10 @@ class To:
 
 # Ours: theirs, in the order of the computation. A name may be that of a module or the
 # whole one of a parameter. "{u}" is a number, written without zeros in front; theirs
-# may count otherwise ("{u-1}") and with zeros ("{u:02d}"). A tuple of modules of ours
-# lies in one array of theirs, and so do blocks that theirs does not number.
-Rows = Mapping[str | tuple[str, ...], str | To]
+# may count otherwise ("{u-1}") and with zeros ("{u:02d}"). Where theirs is not
+# "module.weight", "{leaf}" says where the word for the leaf stands. Several modules of
+# ours, a tuple, lie in one array there, and so do blocks that theirs does not number.
+Rows = Mapping[Any, str | To]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -70,7 +72,7 @@ def entries(
 
     A leaf without a row is a mistake in the table of `format_name`.
     """
-    compiled = _compiled(rows)
+    compiled = _compiled(rows, dialect)
     tied: dict[str, list[_Leaf]] = {}
     for name in leaves:
         leaf = _find(compiled, dialect, leaves, name)
@@ -113,22 +115,31 @@ class _Row:
     """A row for one module; `place` is its block, its number and its part there."""
 
     pattern: re.Pattern[str]
-    to: str | To
+    theirs: str
+    layout: Layout
     place: tuple[int, int, int]
 
 
-def _compiled(rows: Rows) -> list[_Row]:
+def _compiled(rows: Rows, dialect: Dialect) -> list[_Row]:
     blocks: dict[str, int] = {}
     found = []
     for index, (key, to) in enumerate(rows.items()):
         modules = key if isinstance(key, tuple) else (key,)
+        to = to if isinstance(to, To) else To(theirs=to, layout=dialect.layout)
         # Rows of one block stand together: block 0 is whole before block 1.
         before, number, _ = modules[0].partition("{")
         block = blocks.setdefault(before, index) if number else index
+        numbers = set(re.findall(r"{(\w+)}", modules[0]))
+        counted = numbers <= set(re.findall(r"{(\w+)", to.theirs))
         for part, module in enumerate(modules):
             pattern = re.sub(r"\\{(\w+)\\}", r"0*(?P<\1>\\d+)", re.escape(module))
-            place = (block, index, part)
-            found.append(_Row(pattern=re.compile(pattern), to=to, place=place))
+            row = _Row(
+                pattern=re.compile(pattern),
+                theirs=to.theirs,
+                layout=to.layout if counted else _stacked,
+                place=(block, index, part),
+            )
+            found.append(row)
     return found
 
 
@@ -141,15 +152,16 @@ def _find(
         whole = row.pattern.fullmatch(name)
         if not (found := whole or row.pattern.fullmatch(module)):
             continue
-        theirs = row.to.theirs if isinstance(row.to, To) else row.to
-        theirs = _filled(theirs, found.groupdict())
-        numbers = tuple(int(number) for number in found.groups())
+        theirs = row.theirs
+        if not whole and "{leaf}" not in theirs:
+            theirs += f"{dialect.separator}{{leaf}}"
+        theirs = theirs.replace("{leaf}", words.get(leaf, leaf))
         block, index, part = row.place
         return _Leaf(
             ours=name,
-            theirs=theirs if whole else f"{theirs}{dialect.separator}{words[leaf]}",
-            layout=row.to.layout if isinstance(row.to, To) else dialect.layout,
-            place=(block, numbers, index, part),
+            theirs=_filled(theirs, found.groupdict()),
+            layout=row.layout,
+            place=(block, tuple(map(int, found.groups())), index, part),
         )
     return None
 
@@ -161,6 +173,22 @@ def _filled(template: str, numbers: Mapping[str, str]) -> str:
             int(numbers[found[1]]) + int(found[2] or 0), found[3] or ""
         ),
         template,
+    )
+
+
+def _stacked(theirs: str, ours: Sequence[str], shapes: Sequence[Shape]) -> Entry:
+    """One array holds those of all blocks, one after the other."""
+
+    def to_ours(arrays: Arrays, shapes: Sequence[Shape]) -> Arrays:
+        if len(arrays[0]) != len(shapes):
+            raise ValueError(f"{arrays[0].shape} holds not {len(shapes)} blocks")
+        return list(arrays[0])
+
+    return Entry(
+        theirs=(theirs,),
+        ours=tuple(ours),
+        to_ours=to_ours,
+        to_theirs=lambda arrays: [np.stack(arrays)],
     )
 
 
@@ -179,21 +207,8 @@ def torch_layout(theirs: str, ours: Sequence[str], shapes: Sequence[Shape]) -> E
 
 
 def archive_layout(theirs: str, ours: Sequence[str], shapes: Sequence[Shape]) -> Entry:
-    """Arrays are as here, or those of all blocks one after the other."""
-    if len(ours) == 1:
-        return engine.same(theirs, ours[0])
-
-    def to_ours(arrays: Arrays, shapes: Sequence[Shape]) -> Arrays:
-        if len(arrays[0]) != len(shapes):
-            raise ValueError(f"{arrays[0].shape} holds not {len(shapes)} blocks")
-        return list(arrays[0])
-
-    return Entry(
-        theirs=(theirs,),
-        ours=tuple(ours),
-        to_ours=to_ours,
-        to_theirs=lambda arrays: [np.stack(arrays)],
-    )
+    """Arrays are as here."""
+    return engine.same(theirs, ours[0])
 
 
 TORCH = Dialect(

@@ -14,7 +14,7 @@ from tiers import PUBLISHED, SLOW, crossed, few
 from big_vision_lite import trees
 from big_vision_lite.conversion import export, foreign, formats
 from big_vision_lite.conversion import files as weights
-from big_vision_lite.conversion.families import hybrid_npz, hybrid_timm
+from big_vision_lite.conversion.families import hybrid as hybrid_formats
 from big_vision_lite.conversion.formats import Library
 from big_vision_lite.conversion.weights import Weights
 from big_vision_lite.models import vit_variants
@@ -40,7 +40,7 @@ CLASSES, WIDTH, DEPTH, HEADS = 7, 32, 2, 2
 # The grid has ceil(side / 8) cells a side.
 SIZES = {"even": (64, 64), "odd": (65, 65), "not square": (48, 82)}
 EVEN = SIZES["even"]
-TIMM, NPZ = hybrid_timm.FORMATS[0], hybrid_npz.FORMATS[0]
+NPZ, TIMM = hybrid_formats.FORMATS
 TORCH_FORM = dict(standardisation=Standardisation.INSIDE_ROOT, norm_epsilon=1e-5)
 OURS_AS_TIMMS = dict(
     standardisation=Standardisation.INSIDE_ROOT, trunk_norm_epsilon=1e-5
@@ -409,7 +409,7 @@ REFUSED = {
     "big_vision's constants": (
         hybrid("R26+S/32"),
         Library.TIMM,
-        "standardisation=outside_root and norm_epsilon=1e-06",
+        "standardisation=outside_root and stem.norm_epsilon=1e-06",
     ),
     "torch's constants": (small(), Library.NPZ, "standardisation=inside_root"),
     "trunk": (
@@ -441,8 +441,8 @@ def test_what_a_library_cannot_express_is_refused_by_its_field(case):
 
 def test_plain_transformers_are_not_taken_for_hybrids():
     plain = PLAIN.clone(head=Classifier(num_classes=2))
-    assert export.find(plain, Library.TIMM, EVEN) not in hybrid_timm.FORMATS
-    assert export.find(plain, Library.NPZ, EVEN) not in hybrid_npz.FORMATS
+    assert export.find(plain, Library.TIMM, EVEN) not in hybrid_formats.FORMATS
+    assert export.find(plain, Library.NPZ, EVEN) not in hybrid_formats.FORMATS
 
 
 NAMES = {

@@ -13,14 +13,14 @@ from foreign_models import randomise, relative_difference
 from tiers import few
 
 from big_vision_lite import trees
-from big_vision_lite.conversion import engine, export, foreign, formats
-from big_vision_lite.conversion import files as weights
+from big_vision_lite.conversion import engine, export, files, foreign, formats
 from big_vision_lite.conversion.families import (
     vit_huggingface,
     vit_huggingface_dinov2,
     vit_huggingface_siglip,
 )
 from big_vision_lite.conversion.formats import Library
+from big_vision_lite.conversion.weights import Weights
 from big_vision_lite.models.blocks.heads import Classifier
 from big_vision_lite.models.blocks.mlp import Activation
 from big_vision_lite.models.blocks.patches import Positions
@@ -157,7 +157,7 @@ def save(model, folder):
 
 def load(path):
     """Returns (format, architecture, our variables), all found by content."""
-    found = weights.read(path)
+    found = files.read(path)
     form = foreign.recognise(found)
     architecture = form.architecture(found)
     assert architecture.image_size is not None
@@ -174,13 +174,11 @@ def differences(model, path):
     return {n: relative_difference(ours[n], theirs[n]) for n in theirs if n in ours}
 
 
-def put(model, variables, image_size, folder):
+def put(model, variables, image_size, folder, channels=3):
     """Writes our model as theirs, as export does; returns the class of theirs."""
-    form = export.find(model, Library.HUGGINGFACE, (24, 24))
+    form = export.find(model, Library.HUGGINGFACE, image_size, channels)
     arrays = formats.write(form, model, image_size, variables)
-    if hasattr(form, "constants"):
-        arrays |= form.constants(model)
-    config = form.describe(model, image_size, 3)
+    config = form.describe(model, image_size, channels)
     folder.mkdir()
     (folder / "config.json").write_text(json.dumps(config))
     safetensors.numpy.save_file(
@@ -288,8 +286,8 @@ def test_ours_give_the_same_numbers_there_and_come_back(tmp_path, name):
         assert architecture.model == model
     else:  # fixed positions come back as the table that they are
         back = engine.read(
-            form.entries(model, size),
-            weights.read(str(tmp_path / "saved")).arrays,
+            form.entries(model, size, formats.shapes(model, size, 3)),
+            files.read(str(tmp_path / "saved")).arrays,
             formats.shapes(model, size, 3),
             what="saved",
             ignored=form.ignored,
@@ -330,7 +328,7 @@ def test_images_of_four_channels_go_there_and_come_back(tmp_path, name):
     model, size = ours(**OURS[name], mean=grey, std=grey), (24, 24)
     variables = random_variables(model, size, channels=4)
     theirs = from_pretrained(
-        put(model, variables, size, tmp_path / "put"), tmp_path / "put"
+        put(model, variables, size, tmp_path / "put", channels=4), tmp_path / "put"
     )
     image = images(size, channels=4)
     expected = their_outputs(theirs, image)
@@ -451,7 +449,7 @@ def test_classification_does_not_go_through_the_pooler(tmp_path):
     assert relative_difference(found, through) > BOUND
     # So a tanh layer before our head has no place there.
     head = Classifier(num_classes=CLASSES, hidden_dim=7)
-    with pytest.raises(ValueError, match=r"head.hidden_dim=7.*--to timm"):
+    with pytest.raises(ValueError, match=r"head.hidden_dim=7.*--to npz"):
         export.find(ours(head=head), Library.HUGGINGFACE, (24, 24))
 
 
@@ -520,8 +518,8 @@ def test_a_config_that_says_little_means_the_defaults_of_theirs():
     for defaults, config in (
         (vit_huggingface.DEFAULTS, transformers.ViTConfig()),
         (vit_huggingface.DEFAULTS, transformers.DeiTConfig()),
-        (vit_huggingface_siglip.DEFAULTS, transformers.SiglipVisionConfig()),
-        (vit_huggingface_dinov2.DEFAULTS, transformers.Dinov2Config()),
+        (vit_huggingface_siglip.SIGLIP, transformers.SiglipVisionConfig()),
+        (vit_huggingface_dinov2.DINOV2, transformers.Dinov2Config()),
         (vit_huggingface_dinov2.REGISTERS, transformers.Dinov2WithRegistersConfig()),
     ):
         theirs = config.to_dict()
@@ -546,23 +544,23 @@ def test_what_has_no_counterpart_is_refused_with_a_way_out(fields, message):
 
 def test_an_average_does_not_go_to_the_class_that_reads_token_zero():
     model = ours(pooling=Pooling.AVERAGE)
-    with pytest.raises(ValueError, match="pooling=average.*--to timm"):
-        vit_huggingface.HuggingFaceViT().describe(model, (24, 24), 3)
+    reason = vit_huggingface.HuggingFaceViT().refusal(model, (24, 24), 3)
+    assert "this model pooling=average" in reason.sentence
+    form = export.find(model, Library.HUGGINGFACE, (24, 24))
+    assert form.name == "Hugging Face SigLIP"
 
 
 @pytest.mark.parametrize("name", ["siglip", "dinov2"])
 def test_images_that_are_no_squares_do_not_go_where_squares_are_assumed(name):
     model = ours(**OURS[name])
-    form = export.find(model, Library.HUGGINGFACE, (24, 24))
     with pytest.raises(ValueError, match="square.*16x32 px.*--to timm"):
-        form.describe(model, (16, 32), 3)
+        export.find(model, Library.HUGGINGFACE, (16, 32))
 
 
 def test_a_dinov2_mlp_is_a_whole_number_of_widths_wide():
-    form = vit_huggingface_dinov2.FORMATS[0]
     model = ours(layer_scale=1.0, mlp_dim=40)
     with pytest.raises(ValueError, match="mlp_dim=40 at width=16.*--to timm"):
-        form.describe(model, (24, 24), 3)
+        export.find(model, Library.HUGGINGFACE, (24, 24))
 
 
 GIANT = {
@@ -632,7 +630,7 @@ def test_published_sizes_have_as_many_parameters_as_theirs(name):
     config = getattr(transformers, case.config)(**case.arguments)
     with torch.device("meta"):
         model = getattr(transformers, case.kind)(config)
-    found = weights.Weights(
+    found = Weights(
         arrays={head: np.zeros((1000, 1))} if head else {},
         path=name,
         config=config.to_dict(),

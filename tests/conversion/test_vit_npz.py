@@ -12,9 +12,10 @@ import torch_libraries
 from foreign_models import relative_difference
 
 from big_vision_lite import trees
+from big_vision_lite.conversion import export, foreign, formats
 from big_vision_lite.conversion import files as weights
-from big_vision_lite.conversion import foreign, formats
-from big_vision_lite.conversion.families import vit_npz
+from big_vision_lite.conversion.families import vit_archives
+from big_vision_lite.conversion.formats import Library
 from big_vision_lite.models.blocks.heads import Classifier
 from big_vision_lite.models.blocks.mlp import Activation
 from big_vision_lite.models.blocks.patches import Positions
@@ -27,7 +28,8 @@ torch_libraries.import_torchvision()
 
 WIDTH, DEPTH, HEADS, HIDDEN, CLASSES, REPRESENTATION = 16, 3, 2, 64, 5, 12
 BOUND = 1e-5  # of logits and pooled features in float32
-BIG_VISION, STACKED, *_, VISION_TRANSFORMER = vit_npz.FORMATS
+BIG_VISION, STACKED, *_, VISION_TRANSFORMER = vit_archives.FORMATS
+POOLINGS = (Pooling.CLASS_TOKEN, Pooling.AVERAGE, Pooling.ATTENTION)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -515,8 +517,8 @@ def ours(pooling, positions=Positions.LEARNED, **fields):
     ("form", "pooling"),
     [
         (form, pooling)
-        for form in vit_npz.FORMATS
-        for pooling in vit_npz.POOLINGS
+        for form in vit_archives.FORMATS
+        for pooling in POOLINGS
         if (form, pooling) != (VISION_TRANSFORMER, Pooling.ATTENTION)
     ],
 )
@@ -548,6 +550,10 @@ def test_fixed_positions_need_no_array(positions):
     assert ("pos_embedding" in written) == (positions == Positions.LEARNED)
 
 
+def to_archive(model):
+    return export.find(model, Library.NPZ, (24, 24))
+
+
 def test_what_archives_cannot_say_is_refused_with_a_way_out():
     for fields in (
         {"activation": Activation.GELU_ERF},
@@ -561,15 +567,15 @@ def test_what_archives_cannot_say_is_refused_with_a_way_out():
         (name,) = fields
         model = ours(Pooling.CLASS_TOKEN, **fields)
         with pytest.raises(ValueError, match=rf"{name}=.*--to safetensors"):
-            BIG_VISION.describe(model, (24, 24), 3)
+            to_archive(model)
     with pytest.raises(ValueError, match="positions=none.*--to safetensors"):
-        BIG_VISION.describe(ours(Pooling.AVERAGE, Positions.NONE), (24, 24), 3)
-    head = Classifier(num_classes=2, hidden_dim=3)
-    fits = ours(Pooling.ATTENTION, Positions.SINCOS, head=head)
-    assert BIG_VISION.describe(fits, (24, 24), 3) == {}
+        to_archive(ours(Pooling.AVERAGE, Positions.NONE))
 
 
 def test_archives_are_written_in_one_layout():
-    for form in vit_npz.FORMATS[1:]:
+    head = Classifier(num_classes=2, hidden_dim=3)
+    fits = ours(Pooling.ATTENTION, Positions.SINCOS, head=head)
+    assert to_archive(fits) is to_archive(ours(Pooling.CLASS_TOKEN)) is BIG_VISION
+    for form in vit_archives.FORMATS[1:]:
         with pytest.raises(ValueError, match="big_vision"):
             form.describe(ours(Pooling.CLASS_TOKEN), (24, 24), 3)

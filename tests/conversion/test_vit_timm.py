@@ -14,8 +14,9 @@ from foreign_models import randomise, relative_difference
 from tiers import PUBLISHED, few
 
 from big_vision_lite import trees
-from big_vision_lite.conversion import foreign, formats
+from big_vision_lite.conversion import export, foreign, formats
 from big_vision_lite.conversion.families import vit_timm
+from big_vision_lite.conversion.formats import Library
 from big_vision_lite.conversion.weights import Weights
 from big_vision_lite.models import vit_variants
 from big_vision_lite.models.blocks import patches
@@ -398,7 +399,7 @@ def test_one_channel_comes_and_goes():
 def test_what_timm_has_no_counterpart_of_is_refused_with_what_to_do(fields, words):
     model = ViT(width=32, depth=1, mlp_dim=64, num_heads=4, patch_size=8, **fields)
     with pytest.raises(ValueError, match=re.escape(words)):
-        vit_timm.FORMATS[0].describe(model, (16, 16), 3)
+        export.find(model, Library.TIMM, (16, 16))
 
 
 @pytest.mark.parametrize(
@@ -512,9 +513,9 @@ def check_counts(name):
     assert model.pooling == pools[theirs.global_pool]
 
     size = found.image_size or (224, 224)
-    entries = form.entries(model, size)
-    assert {n for entry in entries for n in entry.theirs} == arrays.keys()
     shapes = formats.shapes(model, size, found.channels)
+    entries = form.entries(model, size, shapes)
+    assert {n for entry in entries for n in entry.theirs} == arrays.keys()
     ours = sum(int(np.prod(shape)) for shape in shapes.values())
     patches = (size[0] // model.patch_size) * (size[1] // model.patch_size)
     rows = arrays["pos_embed"].shape[1] - patches  # those of tokens, which are added

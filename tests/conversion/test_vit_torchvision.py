@@ -187,7 +187,7 @@ def test_positions_and_projections_in_another_order_are_seen():
     [
         (dict(pooling=Pooling.AVERAGE), "pooling=average"),
         (dict(activation=Activation.GELU_TANH), "activation=gelu_tanh"),
-        (dict(head=None), "head=none"),
+        (dict(head=None), "head=Classifier, this model head=none"),
         (dict(registers=2), "registers=2"),
         (dict(image_size=(16, 32)), "images of 16x32 px"),
     ],
@@ -197,9 +197,8 @@ def test_what_torchvision_has_not_is_refused_with_a_way_out(fields, message):
     plain = dict(pooling=Pooling.CLASS_TOKEN, activation=Activation.GELU_ERF)
     plain |= dict(head=Classifier(num_classes=3), patch_size=8)
     model = ViT(width=32, depth=1, mlp_dim=32, num_heads=2, **{**plain, **fields})
-    (form,) = vit_torchvision.FORMATS
     with pytest.raises(ValueError, match=f"{message}.*--to timm"):
-        form.describe(model, image_size, 3)
+        export.find(model, Library.TORCHVISION, image_size)
 
 
 def test_heads_that_nothing_tells_are_assumed_and_said_or_asked_for():

@@ -31,8 +31,16 @@ GROUPS = 32
 # Channels of timm's and Hugging Face's models are rounded to multiples of it.
 DIVISOR = 8
 PLAIN = {"stem": Stem.LARGE, "head.hidden_dim": None}
+HINTS = {
+    **Format.hints,
+    **libraries.LARGE_STEM,
+    "pool_padding": "Other padding gives other numbers near the border.",
+}
 # Constants of a trunk in torch's libraries; big_vision has those of a plain Trunk.
-TORCH_FORM = {"standardisation": Standardisation.INSIDE_ROOT, "norm_epsilon": 1e-5}
+TORCH_FORM: dict[str, Any] = {
+    "standardisation": Standardisation.INSIDE_ROOT,
+    "norm_epsilon": 1e-5,
+}
 # The standardisation alone could be moved into the kernels (times 1e-4 /
 # sqrt(2e-5 std + 1e-10), exactly); the constant of the norms could not.
 OTHER_NUMBERS = (
@@ -96,10 +104,7 @@ class TimmBiT(Format):
     # Of those with batch norm.
     strangers = ("norm.running_var",)
     requires = {**PLAIN, "pool_padding": PoolPadding.ZEROS, "groups": GROUPS}
-    hints = {
-        **Format.hints,
-        "pool_padding": "Other padding gives other numbers near the border.",
-    }
+    hints = HINTS
 
     def architecture(self, weights: Weights) -> Architecture:
         arguments = _arguments(weights)

@@ -3,11 +3,13 @@
 import dataclasses
 import re
 from collections.abc import Sequence
+from typing import Any
 
 from big_vision_lite.conversion import engine, preprocessing, tables
 from big_vision_lite.conversion.engine import Entry, Shape
 from big_vision_lite.conversion.families.bit import (
     GROUPS,
+    HINTS,
     PLAIN,
     UNIT,
     UNIT_V1,
@@ -22,7 +24,7 @@ from big_vision_lite.models.bit_v1 import BiTV1, Standardisation, Trunk
 
 ARCHIVE_UNIT = r"block(\d+)/unit(\d+)/"
 # Constants of a trunk in big_vision.
-ARCHIVE_FORM = {
+ARCHIVE_FORM: dict[str, Any] = {
     "standardisation": Standardisation.OUTSIDE_ROOT,
     "norm_epsilon": 1e-6,
     "groups": GROUPS,
@@ -95,6 +97,7 @@ class FirstBiT(Format):
         "groups": GROUPS,
         "pool_padding": PoolPadding.ZEROS,
     }
+    hints = HINTS
 
     def normalised_names(self, weights: Weights) -> Weights:
         """Returns the names with "resnet/" in front and without numbers of layers."""
@@ -131,6 +134,7 @@ class BitPaper(Format):
     assumes = preprocessing.OF_BIG_VISION
     signs = ("root_block/conv_root/kernel", "norm-pre-head/scale")
     requires = {**FirstBiT.requires, "pool_padding": PoolPadding.NEGATIVE_INFINITY}
+    hints = HINTS
 
     def architecture(self, weights: Weights) -> Architecture:
         stem = weights.sizes({self.signs[0]: "7 7 channels width"})

@@ -5,6 +5,7 @@ from typing import Any
 
 from big_vision_lite.conversion.families import libraries
 from big_vision_lite.conversion.families.bit import (
+    HINTS,
     PLAIN,
     TORCH_FORM,
     UNIT,
@@ -56,6 +57,7 @@ class HuggingFaceBiT(Format):
         "block": Block.BOTTLENECK,
         "pool_padding": PoolPadding.ZEROS,
     }
+    hints = HINTS
     table = HUGGINGFACE
     layer_type = "preactivation"
     padding: str | None = None

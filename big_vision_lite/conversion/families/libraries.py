@@ -2,6 +2,12 @@
 
 from typing import Any
 
+# What to do about a small stem, which no library has.
+LARGE_STEM = {
+    "stem": "A large stem is a 7x7 convolution and max-pooling: a model trained with "
+    "stem=large goes there, or a ViT."
+}
+
 
 def timm(
     architecture: str, model: Any, channels: int, /, **arguments: Any

@@ -133,7 +133,7 @@ class ArchivedMixer(Format):
         return ARCHIVE
 
 
-def _fields(sizes: Mapping[str, int]) -> dict[str, int]:
+def _fields(sizes: Mapping[str, int]) -> dict[str, Any]:
     names = ("width", "token_mlp_dim", "channel_mlp_dim", "patch_size")
     return {name: sizes[name] for name in names}
 

@@ -1,12 +1,11 @@
 """Our own names in one safetensors file, with a config.json that rebuilds the model."""
 
 import json
-from collections.abc import Sequence
 from typing import Any
 
-from big_vision_lite.conversion import engine, formats
+from big_vision_lite.conversion import engine, preprocessing
 from big_vision_lite.conversion.engine import Entry
-from big_vision_lite.conversion.formats import Architecture, Format, Library
+from big_vision_lite.conversion.formats import Architecture, Format, Leaves, Library
 from big_vision_lite.conversion.weights import Weights
 from big_vision_lite.recipes import serialize
 
@@ -17,7 +16,7 @@ class Ours(Format):
     name = "big_vision_lite"
     library = Library.SAFETENSORS
     model = object
-    ignored: tuple[str, ...] = ()
+    assumes = preprocessing.OF_BIG_VISION
 
     def recognises(self, weights: Weights) -> bool:
         document = weights.config.get("config")
@@ -26,22 +25,19 @@ class Ours(Format):
     def architecture(self, weights: Weights) -> Architecture:
         document = {name: weights.config[name] for name in ("version", "config")}
         size = weights.config.get("image_size")
-        channels = weights.config.get("channels", 3)
         return Architecture(
             model=serialize.from_json(json.dumps(document)),
             image_size=None if size is None else (size[0], size[1]),
-            channels=channels,
+            channels=weights.config.get("channels", 3),
         )
 
     def entries(
-        self, model: Any, image_size: tuple[int, int], leaves: Any = None
-    ) -> Sequence[Entry]:
-        channels = len(model.mean) if len(model.mean) > 1 else 3
-        names = formats.shapes(model, image_size, channels)
-        return [engine.same(name, name) for name in names]
+        self, model: Any, image_size: tuple[int, int], leaves: Leaves
+    ) -> list[Entry]:
+        return [engine.same(name, name) for name in leaves]
 
     def describe(
-        self, model: Any, image_size: tuple[int, int], channels: int = 3
+        self, model: Any, image_size: tuple[int, int], channels: int
     ) -> dict[str, Any]:
         return json.loads(serialize.to_json(model))
 

@@ -33,6 +33,7 @@ HUGGINGFACE: Rows = {
 }
 # What no library has: small stems, a layer in the head.
 PLAIN = {"stem": Stem.LARGE, "head.hidden_dim": None}
+HINTS = {**Format.hints, **libraries.LARGE_STEM}
 
 # Architectures of timm that are nothing but this model; the prefixes are old names.
 NAMED = re.compile(
@@ -76,6 +77,7 @@ class TorchvisionResNet(Format):
     assumes = preprocessing.OF_TORCHVISION
     signs = ("layer1.0.conv1.weight", "layer1.0.bn1.weight", "bn1.weight")
     requires = {**PLAIN, "stem_width": 64, "head": Classifier}
+    hints = HINTS
 
     def recognises(self, weights: Weights) -> bool:
         # timm's files say what they are in a config.json.
@@ -177,6 +179,7 @@ class HuggingFaceResNet(Format):
         "resnet.encoder.stages.0.layers.0.layer.0.convolution.weight",
     )
     requires = {**PLAIN, "groups": 1, "width_per_group": 64}
+    hints = HINTS
     # What their configuration must say, or leave out, for this to be its model.
     fixed = {
         "hidden_act": "relu",

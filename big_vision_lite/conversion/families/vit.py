@@ -1,14 +1,21 @@
-"""What the formats of ViTs share: refusing what has no counterpart, and positions."""
+"""What the formats of ViTs share: which fields a library has, tokens and positions."""
 
 import dataclasses
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import numpy as np
 
 from big_vision_lite.conversion.engine import Arrays, Entry, Shape
+from big_vision_lite.conversion.weights import Weights
+from big_vision_lite.models.blocks.mlp import Activation
 from big_vision_lite.models.blocks.patches import Positions, sincos
 from big_vision_lite.models.vit import ViT
 
+BLOCK = "encoder/block_{b}/"
+PARTS = ("query", "key", "value")
+QUERY_KEY_VALUE = tuple(f"attention/{part}" for part in PARTS)
+GELUS = [Activation.GELU_ERF, Activation.GELU_TANH]
 # Fields that change no number of a trained model, or sizes that every format has.
 ANYWHERE = (
     *("width", "depth", "mlp_dim", "num_heads", "patch_size", "head", "mean", "std"),
@@ -17,25 +24,41 @@ ANYWHERE = (
 )
 
 
-def check_fields(
-    model: ViT, *, what: str, expresses: Collection[str], instead: str
-) -> None:
-    """Refuses a model of which some field has no counterpart in another library.
+def requires(*free: str, **values: Any) -> dict[str, Any]:
+    """Returns what a format requires of our ViT: all at its default, but what is given.
 
-    A field passes at its default, or when `expresses` names it; the tanh layer before
-    the head goes by "pre_logits". `what` opens the message and `instead` ends it.
+    `free` fields may have any value, those in `values` the one, or one of a list.
     """
     plain = {field.name: field.default for field in dataclasses.fields(ViT)}
-    unfit = [
-        f"{name}={getattr(model, name)}"
-        for name, default in plain.items()
-        if name not in (*ANYWHERE, *expresses) and getattr(model, name) != default
-    ]
-    if model.head is not None and model.head.hidden_dim is not None:
-        unfit += [f"head.hidden_dim={model.head.hidden_dim}"]
-        unfit = unfit[:-1] if "pre_logits" in expresses else unfit
-    if unfit:
-        raise ValueError(f"{what} has no counterpart for {', '.join(unfit)}. {instead}")
+    plain |= {"head.hidden_dim": None}
+    found = {n: v for n, v in plain.items() if n not in (*ANYWHERE, *free)}
+    return {**values, **{n: v for n, v in found.items() if n not in values}}
+
+
+def check_square(name: str, image_size: tuple[int, int]) -> None:
+    """Refuses images that are no squares, for the format of a name."""
+    height, width = image_size
+    if height != width:
+        raise ValueError(
+            f"{name} takes its positions for a square, this model is for images of "
+            f"{height}x{width} px."
+        )
+
+
+def usual_heads(
+    weights: Weights, width: int, others: Mapping[int, int], hint: str
+) -> int:
+    """Returns the heads of a width, which no shape shows: of 64 channels, or `others`.
+
+    Raises:
+        ValueError: such heads do not make the width; `hint` ends the message.
+    """
+    if width % 64 and width not in others:
+        raise ValueError(
+            f"{weights.path} does not say how many heads of attention it has, and its "
+            f"width {width} is no multiple of 64. {hint}"
+        )
+    return others.get(width, width // 64)
 
 
 def tokens_and_positions(
@@ -69,13 +92,13 @@ def tokens_and_positions(
         rows = rows[count:]
         if learned:
             return [*folded, rows.reshape(*grid, width)]
-        if not np.array_equal(rows, _fixed(model, grid)):
+        if not np.array_equal(rows, fixed(model, grid)):
             raise ValueError(f"the positions are not those of {model.positions}")
         return folded
 
     def to_theirs(arrays: Arrays) -> Arrays:
         width, count = model.width, len(tokens)
-        patches = arrays[count] if learned else _fixed(model, grid)
+        patches = arrays[count] if learned else fixed(model, grid)
         rows = np.concatenate(
             [np.zeros((count, width), np.float32), patches.reshape(-1, width)]
         )
@@ -89,7 +112,8 @@ def tokens_and_positions(
     )
 
 
-def _fixed(model: ViT, grid: tuple[int, int]) -> np.ndarray:
+def fixed(model: ViT, grid: tuple[int, int]) -> np.ndarray:
+    """Returns positions [N, D] that are no parameters: sines, or zeros for none."""
     if model.positions == Positions.SINCOS:
         return sincos(*grid, model.width)
     return np.zeros((grid[0] * grid[1], model.width), np.float32)

@@ -19,6 +19,8 @@ from big_vision_lite.conversion.weights import Weights
 from big_vision_lite.types import Model
 
 Leaves = Mapping[str, Shape]
+# (height, width) in px.
+Size = tuple[int, int]
 
 
 class Library(enum.StrEnum):
@@ -43,7 +45,7 @@ class Architecture:
     """
 
     model: Any
-    image_size: tuple[int, int] | None = None
+    image_size: Size | None = None
     channels: int = 3
     notes: tuple[str, ...] = ()
 
@@ -52,9 +54,10 @@ class Format:
     """One family of models in the names of one library; a family inherits it.
 
     Of each file the names in `signs` are there and those in `strangers` are not.
-    `ignored` are patterns of names that carry nothing. `requires` says which values
-    the fields of our model have there, {"head.hidden_dim": None}: one value, a list of
-    some, or a class; `hints` {field: sentence} says what else to do about one.
+    `table` holds the names of modules in the library's `dialect`, `ignored` patterns of
+    names that carry nothing. `requires` says which values the fields of our model have
+    there, {"head.hidden_dim": None}: one value, a list of some, or a class; `hints`
+    {field: sentence} says what else to do about one.
     """
 
     # What messages call it: "timm ViT".
@@ -62,6 +65,7 @@ class Format:
     library: Library
     model: type
     dialect: Dialect = tables.TORCH
+    table: Rows = {}
     # Where no preprocessing comes with the weights.
     assumes: Assumed = preprocessing.OF_TRANSFORMERS
     signs: Sequence[str] = ()
@@ -87,10 +91,10 @@ class Format:
         raise NotImplementedError
 
     def rows(self, model: Any) -> Rows:
-        """Returns the table of module names."""
-        raise NotImplementedError
+        """Returns the table for a model, where it depends on that."""
+        return self.table
 
-    def special(self, model: Any, image_size: tuple[int, int]) -> Sequence[Entry]:
+    def special(self, model: Any, size: Size) -> Sequence[Entry]:
         """Returns what ties several arrays at once; the rows tie the rest."""
         return ()
 
@@ -98,9 +102,7 @@ class Format:
         """Returns arrays that they have and nothing of ours corresponds to."""
         return {}
 
-    def describe(
-        self, model: Any, image_size: tuple[int, int], channels: int
-    ) -> dict[str, Any]:
+    def describe(self, model: Any, size: Size, channels: int) -> dict[str, Any]:
         """Returns what the other library needs to build the same model.
 
         timm: {"architecture": name, "model_args": {...}}; torchvision: {"builder":
@@ -109,19 +111,15 @@ class Format:
         """
         return {}
 
-    def entries(
-        self, model: Any, image_size: tuple[int, int], leaves: Leaves
-    ) -> list[Entry]:
+    def entries(self, model: Any, size: Size, leaves: Leaves) -> list[Entry]:
         """Ties all `leaves` {name: shape} of a model at an image size, both ways."""
-        special = list(self.special(model, image_size))
+        special = list(self.special(model, size))
         tied = {name for entry in special for name in entry.ours}
         rest = {name: shape for name, shape in leaves.items() if name not in tied}
         plain = tables.entries(self.rows(model), self.dialect, rest, self.name)
         return [*special, *plain]
 
-    def refusal(
-        self, model: Any, image_size: tuple[int, int], channels: int
-    ) -> "Refusal | None":
+    def refusal(self, model: Any, size: Size, channels: int) -> "Refusal | None":
         """Returns why a model has no counterpart, None where it has one."""
         found = {name: _value(model, name) for name in self.requires}
         wrong = [
@@ -139,7 +137,7 @@ class Format:
             distance = len(wrong) + 10 * len(parts)
             return Refusal(" ".join([why, *dict.fromkeys(hints)]), distance)
         try:
-            self.describe(model, image_size, channels)
+            self.describe(model, size, channels)
         except ValueError as error:
             return Refusal(str(error), 0)
         return None
@@ -154,9 +152,7 @@ class Refusal:
 
 
 @functools.lru_cache(maxsize=4)
-def shapes(
-    model: Model, image_size: tuple[int, int], channels: int
-) -> Mapping[str, Shape]:
+def shapes(model: Model, image_size: Size, channels: int) -> Mapping[str, Shape]:
     """Returns {name: shape} of parameters and "batch_stats/...", computing nothing."""
     image = jax.ShapeDtypeStruct((1, *image_size, channels), jnp.uint8)
     variables = dict(
@@ -174,7 +170,7 @@ def load(
     weights: Weights,
     form: Format,
     architecture: Architecture,
-    image_size: tuple[int, int],
+    image_size: Size,
 ) -> dict[str, np.ndarray]:
     """Returns our {name: float32 array} of weights in a format.
 
@@ -195,7 +191,7 @@ def load(
 def write(
     form: Format,
     model: Any,
-    image_size: tuple[int, int],
+    image_size: Size,
     variables: Mapping[str, np.ndarray],
 ) -> dict[str, np.ndarray]:
     """Returns our {name: array} in the names and layout of a format, all it has."""

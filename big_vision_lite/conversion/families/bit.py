@@ -8,7 +8,7 @@ from typing import Any
 from big_vision_lite.conversion import engine, preprocessing
 from big_vision_lite.conversion.engine import Entry, Shape
 from big_vision_lite.conversion.families import libraries
-from big_vision_lite.conversion.formats import Architecture, Format, Library
+from big_vision_lite.conversion.formats import Architecture, Format, Library, Size
 from big_vision_lite.conversion.tables import Rows, To, under
 from big_vision_lite.conversion.weights import Weights
 from big_vision_lite.models.bit import BiT, Block, PoolPadding, Stem
@@ -99,6 +99,7 @@ class TimmBiT(Format):
     name = "timm BiT"
     library = Library.TIMM
     model = BiT
+    table = TIMM
     assumes = preprocessing.OF_TIMMS_BIT
     signs = ("stem.conv.weight", "stages.0.blocks.0.norm1.weight", "norm.weight")
     # Of those with batch norm.
@@ -131,12 +132,7 @@ class TimmBiT(Format):
         )
         return Architecture(model=model, channels=stem["channels"], notes=notes)
 
-    def rows(self, model: BiT) -> Rows:
-        return TIMM
-
-    def describe(
-        self, model: BiT, image_size: tuple[int, int], channels: int
-    ) -> dict[str, Any]:
+    def describe(self, model: BiT, size: Size, channels: int) -> dict[str, Any]:
         check_multiple(self.name, model.width)
         count = len(model.stages)
         fitting = {n: f for n, (s, f) in NAMES.items() if s[:count] == model.stages}
@@ -169,6 +165,7 @@ class TimmBiTV1(Format):
     name = "timm ResNetV2, norms after convolutions"
     library = Library.TIMM
     model = BiTV1
+    table: Rows = {**under("", TIMM_TRUNK, ours="trunk/"), "head": TIMM["head"]}
     assumes = preprocessing.OF_TIMMS_BIT
     signs = ("stem.conv.weight", "stem.norm.weight")
     strangers = ("stem.norm.running_var",)
@@ -188,12 +185,7 @@ class TimmBiTV1(Format):
             notes=() if stem_type else (note,),
         )
 
-    def rows(self, model: BiTV1) -> Rows:
-        return {**under("", TIMM_TRUNK, ours="trunk/"), "head": TIMM["head"]}
-
-    def describe(
-        self, model: BiTV1, image_size: tuple[int, int], channels: int
-    ) -> dict[str, Any]:
+    def describe(self, model: BiTV1, size: Size, channels: int) -> dict[str, Any]:
         raise ValueError(
             "timm has this ResNet (norms after convolutions, TensorFlow's padding) "
             "inside hybrid transformers only, no architecture by itself."

@@ -90,6 +90,7 @@ class FirstBiT(Format):
         tables.ARCHIVE, norms={"scale": "gamma", "bias": "beta"}
     )
     assumes = preprocessing.OF_BIG_VISION
+    table = FIRST
     signs = ("resnet/root_block/standardized_conv2d/kernel",)
     requires = {
         **PLAIN,
@@ -120,9 +121,6 @@ class FirstBiT(Format):
         )
         return Architecture(model=model, channels=stem["channels"])
 
-    def rows(self, model: BiT) -> Rows:
-        return FIRST
-
 
 class BitPaper(Format):
     """big_vision's form of the same: -inf around the image at the max-pooling."""
@@ -132,6 +130,7 @@ class BitPaper(Format):
     model = BiT
     dialect = tables.ARCHIVE
     assumes = preprocessing.OF_BIG_VISION
+    table = PAPER
     signs = ("root_block/conv_root/kernel", "norm-pre-head/scale")
     requires = {**FirstBiT.requires, "pool_padding": PoolPadding.NEGATIVE_INFINITY}
     hints = HINTS
@@ -148,9 +147,6 @@ class BitPaper(Format):
         note = "pool_padding=negative_infinity, as bit_paper computes it"
         return Architecture(model=model, channels=stem["channels"], notes=(note,))
 
-    def rows(self, model: BiT) -> Rows:
-        return PAPER
-
 
 class ArchivedBiTV1(Format):
     """big_vision's bit: ResNet v1 with group norm."""
@@ -160,6 +156,7 @@ class ArchivedBiTV1(Format):
     model = BiTV1
     dialect = tables.ARCHIVE
     assumes = preprocessing.OF_BIG_VISION
+    table: Rows = {**under("", ARCHIVE_TRUNK, ours="trunk/"), "head": "head"}
     signs = ("conv_root/kernel", "gn_root/scale")
     # Hybrids have a transformer behind it.
     strangers = ("embedding/kernel",)
@@ -170,9 +167,6 @@ class ArchivedBiTV1(Format):
         trunk, channels = archived_trunk(weights)
         head = weights.head("head/bias", "classes")
         return Architecture(model=BiTV1(trunk=trunk, head=head), channels=channels)
-
-    def rows(self, model: BiTV1) -> Rows:
-        return {**under("", ARCHIVE_TRUNK, ours="trunk/"), "head": "head"}
 
 
 def archived_trunk(weights: Weights) -> tuple[Trunk, int]:

@@ -15,7 +15,7 @@ from big_vision_lite.conversion.families.bit import (
     in_field,
     torch_units,
 )
-from big_vision_lite.conversion.formats import Architecture, Format, Library
+from big_vision_lite.conversion.formats import Architecture, Format, Library, Size
 from big_vision_lite.conversion.tables import Rows, under
 from big_vision_lite.conversion.weights import Weights
 from big_vision_lite.models.bit import BiT, Block, PoolPadding
@@ -84,9 +84,7 @@ class HuggingFaceBiT(Format):
         root = "" if model.head is None else "bit."
         return {**under(root, self.table), "head": "classifier.1"}
 
-    def describe(
-        self, model: Any, image_size: tuple[int, int], channels: int
-    ) -> dict[str, Any]:
+    def describe(self, model: Any, size: Size, channels: int) -> dict[str, Any]:
         trunk = getattr(model, "trunk", model)
         if not trunk.stages:
             raise ValueError(f"{self.name} has stages; this model has none.")

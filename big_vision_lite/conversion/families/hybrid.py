@@ -8,7 +8,7 @@ from big_vision_lite.conversion.engine import Entry
 from big_vision_lite.conversion.families import bit, bit_archives, vit
 from big_vision_lite.conversion.families.vit_archives import VisionTransformerViT
 from big_vision_lite.conversion.families.vit_timm import TimmViT
-from big_vision_lite.conversion.formats import Architecture
+from big_vision_lite.conversion.formats import Architecture, Size
 from big_vision_lite.conversion.tables import Rows, under
 from big_vision_lite.conversion.weights import Weights
 from big_vision_lite.models.bit_v1 import Trunk, stride_of
@@ -58,19 +58,17 @@ class TimmHybrid(TimmViT):
             trunk = {**trunk, "conv_root": "conv", "gn_root": "norm"}
         return {**under(BACKBONE, trunk, ours="stem/"), **super().rows(model)}
 
-    def special(self, model: ViT, image_size: tuple[int, int]) -> Sequence[Entry]:
-        return super().special(model, cells(_trunk_in(model), image_size))
+    def special(self, model: ViT, size: Size) -> Sequence[Entry]:
+        return super().special(model, cells(_trunk_in(model), size))
 
-    def describe(
-        self, model: ViT, image_size: tuple[int, int], channels: int
-    ) -> dict[str, Any]:
+    def describe(self, model: ViT, size: Size, channels: int) -> dict[str, Any]:
         stages = _trunk_in(model).stages
         if stages not in NAMES:
             raise ValueError(
                 f"{self.name} has a trunk with stages of {', '.join(map(str, NAMES))}; "
                 f"this model has stages={stages}."
             )
-        described = super().describe(model, image_size, channels)
+        described = super().describe(model, size, channels)
         return {**described, "architecture": NAMES[stages]}
 
 
@@ -105,12 +103,10 @@ class ArchivedHybrid(VisionTransformerViT):
         trunk = under("", bit_archives.ARCHIVE_TRUNK, ours="stem/")
         return {**trunk, **super().rows(model)}
 
-    def special(self, model: ViT, image_size: tuple[int, int]) -> Sequence[Entry]:
-        return super().special(model, cells(_trunk_in(model), image_size))
+    def special(self, model: ViT, size: Size) -> Sequence[Entry]:
+        return super().special(model, cells(_trunk_in(model), size))
 
-    def describe(
-        self, model: ViT, image_size: tuple[int, int], channels: int
-    ) -> dict[str, Any]:
+    def describe(self, model: ViT, size: Size, channels: int) -> dict[str, Any]:
         return {}
 
 

@@ -5,7 +5,7 @@ from typing import Any
 
 from big_vision_lite.conversion import preprocessing, tables
 from big_vision_lite.conversion.families import libraries
-from big_vision_lite.conversion.formats import Architecture, Format, Library
+from big_vision_lite.conversion.formats import Architecture, Format, Library, Size
 from big_vision_lite.conversion.tables import Rows
 from big_vision_lite.conversion.weights import Weights
 from big_vision_lite.models.blocks.mlp import Activation
@@ -50,6 +50,7 @@ class TimmMixer(Format):
     name = "timm MLP-Mixer"
     library = Library.TIMM
     model = MlpMixer
+    table = TIMM
     signs = ("stem.proj.weight", "blocks.0.mlp_tokens.fc1.weight")
     # The other GELU changes logits by up to 5e-4.
     requires = {"activation": Activation.GELU_ERF, "head.hidden_dim": None}
@@ -81,12 +82,7 @@ class TimmMixer(Format):
         )
         return _architecture(model, sizes, _size_of_timm(weights.config), weights)
 
-    def rows(self, model: MlpMixer) -> Rows:
-        return TIMM
-
-    def describe(
-        self, model: MlpMixer, image_size: tuple[int, int], channels: int
-    ) -> dict[str, Any]:
+    def describe(self, model: MlpMixer, size: Size, channels: int) -> dict[str, Any]:
         key = (model.width, model.depth, model.patch_size)
         if key not in NAMES:
             raise ValueError(
@@ -96,7 +92,7 @@ class TimmMixer(Format):
         hidden = (model.token_mlp_dim, model.channel_mlp_dim)
         ratios = [libraries.width_ratio(each, model.width) for each in hidden]
         return libraries.timm(
-            NAMES[key], model, channels, img_size=list(image_size), mlp_ratio=ratios
+            NAMES[key], model, channels, img_size=list(size), mlp_ratio=ratios
         )
 
 
@@ -107,6 +103,7 @@ class ArchivedMixer(Format):
     library = Library.NPZ
     model = MlpMixer
     dialect = tables.ARCHIVE
+    table = ARCHIVE
     assumes = preprocessing.OF_BIG_VISION
     signs = ("stem/kernel", "MixerBlock_0/token_mixing/Dense_0/kernel")
     requires = {"activation": Activation.GELU_TANH, "head.hidden_dim": None}
@@ -128,9 +125,6 @@ class ArchivedMixer(Format):
         size = weights.config.get("image_size")
         size = (size, size) if isinstance(size, int) else size and tuple(size)
         return _architecture(model, sizes, size, weights)
-
-    def rows(self, model: MlpMixer) -> Rows:
-        return ARCHIVE
 
 
 def _fields(sizes: Mapping[str, int]) -> dict[str, Any]:

@@ -5,7 +5,13 @@ from typing import Any
 
 from big_vision_lite.conversion import engine, preprocessing
 from big_vision_lite.conversion.engine import Entry
-from big_vision_lite.conversion.formats import Architecture, Format, Leaves, Library
+from big_vision_lite.conversion.formats import (
+    Architecture,
+    Format,
+    Leaves,
+    Library,
+    Size,
+)
 from big_vision_lite.conversion.weights import Weights
 from big_vision_lite.recipes import serialize
 
@@ -31,14 +37,10 @@ class Ours(Format):
             channels=weights.config.get("channels", 3),
         )
 
-    def entries(
-        self, model: Any, image_size: tuple[int, int], leaves: Leaves
-    ) -> list[Entry]:
+    def entries(self, model: Any, size: Size, leaves: Leaves) -> list[Entry]:
         return [engine.same(name, name) for name in leaves]
 
-    def describe(
-        self, model: Any, image_size: tuple[int, int], channels: int
-    ) -> dict[str, Any]:
+    def describe(self, model: Any, size: Size, channels: int) -> dict[str, Any]:
         return json.loads(serialize.to_json(model))
 
 

@@ -6,7 +6,7 @@ from typing import Any
 
 from big_vision_lite.conversion import preprocessing
 from big_vision_lite.conversion.families import libraries
-from big_vision_lite.conversion.formats import Architecture, Format, Library
+from big_vision_lite.conversion.formats import Architecture, Format, Library, Size
 from big_vision_lite.conversion.tables import Rows, under
 from big_vision_lite.conversion.weights import Weights
 from big_vision_lite.models.bit import Block, Stem
@@ -74,6 +74,7 @@ class TorchvisionResNet(Format):
     name = "torchvision ResNet"
     library = Library.TORCHVISION
     model = ResNet
+    table = TORCH
     assumes = preprocessing.OF_TORCHVISION
     signs = ("layer1.0.conv1.weight", "layer1.0.bn1.weight", "bn1.weight")
     requires = {**PLAIN, "stem_width": 64, "head": Classifier}
@@ -110,29 +111,21 @@ class TorchvisionResNet(Format):
         )
         return Architecture(model=model, channels=stem["channels"])
 
-    def rows(self, model: ResNet) -> Rows:
-        return TORCH
-
-    def describe(
-        self, model: ResNet, image_size: tuple[int, int], channels: int
-    ) -> dict[str, Any]:
-        builder = next(
-            (
-                NAMES[size]
-                for size in SIZES
-                if size.startswith("R")
-                and _same(model, size, "stages", "block", "width")
-            ),
-            None,
-        )
-        if builder is None:
+    def describe(self, model: ResNet, size: Size, channels: int) -> dict[str, Any]:
+        plain = {n: name for n, name in NAMES.items() if n.startswith("R")}
+        fitting = [
+            name
+            for published, name in plain.items()
+            if _same(model, published, "stages", "block", "width")
+        ]
+        if not fitting:
             raise ValueError(
                 f"torchvision builds no ResNet of stages={model.stages} and width="
                 f"{model.width} with {model.block} units."
             )
         groups = {"groups": model.groups, "width_per_group": model.width_per_group}
         given = {} if tuple(groups.values()) == (1, 64) else groups
-        return libraries.torchvision(builder, model, channels, **given)
+        return libraries.torchvision(fitting[0], model, channels, **given)
 
 
 class TimmResNet(TorchvisionResNet):
@@ -142,19 +135,17 @@ class TimmResNet(TorchvisionResNet):
     library = Library.TIMM
     requires = {**PLAIN, "stem_width": 64}
 
-    def describe(
-        self, model: ResNet, image_size: tuple[int, int], channels: int
-    ) -> dict[str, Any]:
+    def describe(self, model: ResNet, size: Size, channels: int) -> dict[str, Any]:
         if len(model.stages) != 4:
             raise ValueError(
                 f"timm's ResNet has 4 stages, this model has stages={model.stages}."
             )
         fields = ("stages", "width", "block", "groups", "width_per_group")
         # timm has no name for the widest ResNeXt.
-        known = (size for size in SIZES if size != "X101_32x48d")
-        for size in known:
-            if _same(model, size, *fields):
-                return libraries.timm(NAMES[size], model, channels)
+        known = {n: NAMES[n] for n in SIZES if n != "X101_32x48d"}
+        for published, name in known.items():
+            if _same(model, published, *fields):
+                return libraries.timm(name, model, channels)
         basic = model.block == Block.BASIC
         arguments: dict[str, Any] = {
             "layers": list(model.stages),
@@ -219,9 +210,7 @@ class HuggingFaceResNet(Format):
     def rows(self, model: ResNet) -> Rows:
         return {**under(self.root, HUGGINGFACE), "head": "classifier.1"}
 
-    def describe(
-        self, model: ResNet, image_size: tuple[int, int], channels: int
-    ) -> dict[str, Any]:
+    def describe(self, model: ResNet, size: Size, channels: int) -> dict[str, Any]:
         if (model.head is None) == bool(self.root):
             raise ValueError(f"{self.name} is written with the other names.")
         head = model.head

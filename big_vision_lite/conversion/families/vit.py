@@ -4,12 +4,17 @@ import dataclasses
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import jax.numpy as jnp
 import numpy as np
 
 from big_vision_lite.conversion.engine import Arrays, Entry, Shape
 from big_vision_lite.conversion.weights import Weights
 from big_vision_lite.models.blocks.mlp import Activation
-from big_vision_lite.models.blocks.patches import Positions, sincos
+from big_vision_lite.models.blocks.patches import (
+    Positions,
+    resample_positions,
+    sincos,
+)
 from big_vision_lite.models.vit import ViT
 
 BLOCK = "encoder/block_{b}/"
@@ -35,9 +40,9 @@ def requires(*free: str, **values: Any) -> dict[str, Any]:
     return {**values, **{n: v for n, v in found.items() if n not in values}}
 
 
-def check_square(name: str, image_size: tuple[int, int]) -> None:
+def check_square(name: str, size: tuple[int, int]) -> None:
     """Refuses images that are no squares, for the format of a name."""
-    height, width = image_size
+    height, width = size
     if height != width:
         raise ValueError(
             f"{name} takes its positions for a square, this model is for images of "
@@ -65,55 +70,82 @@ def tokens_and_positions(
     model: ViT,
     grid: tuple[int, int],
     *,
-    positions: str,
-    tokens: Mapping[str, str] | None = None,
+    positions: str | None,
+    theirs: Mapping[str, int] = {},
+    ours: Mapping[str, int] = {},
+    rows: Sequence[int] = (0,),
     leading: Shape = (1,),
 ) -> Entry:
-    """Ties positions [*leading, K + N, D] and K `tokens` {theirs: ours} to ours.
+    """Ties tokens [1, K, D] and positions [*leading, R + N, D] of patches to ours.
 
-    Ours have no positions for those tokens: they are added to the tokens on the way
-    in, and are zeros on the way out. Fixed positions go out as the table that they
-    are, and come in only where they are that table.
+    `theirs` and `ours` say how many tokens have which name, in one order. Their
+    positions may begin with R rows for tokens, R one of `rows`; ours never do, so that
+    these are added to the tokens, the same function. Out go zeros for the first of
+    `rows`. Fixed positions go out as the table that they are, and come in only where
+    they are that table; learned ones that are resampled at every use leave as those of
+    `grid`. With `positions` None there are none.
     """
-    tokens = tokens or {}
+    count = sum(ours.values())
     learned = model.positions == Positions.LEARNED
 
     def to_ours(arrays: Arrays, shapes: Sequence[Shape]) -> Arrays:
-        *found, table = arrays
-        width, count = table.shape[-1], len(found)
-        rows = table.reshape(-1, width)
-        wanted = count + grid[0] * grid[1]
-        if len(rows) != wanted:
+        tokens = _join(arrays[: len(theirs)], model.width)
+        if tokens.shape[1] != count:
+            raise ValueError(f"hold {tokens.shape[1]} tokens, not {count}")
+        if positions is None:
+            return _split(tokens, ours)
+        table = arrays[-1].reshape(-1, arrays[-1].shape[-1])
+        before = len(table) - grid[0] * grid[1]
+        if before not in rows:
             raise ValueError(
-                f"{table.shape} holds {len(rows)} positions, not {wanted}: {count} of "
-                f"tokens and {grid[0]}x{grid[1]} of patches"
+                f"{arrays[-1].shape} holds {len(table)} positions, not "
+                f"{' or '.join(str(r + grid[0] * grid[1]) for r in rows)}: "
+                f"{' or '.join(map(str, rows))} of tokens and {grid[0]}x{grid[1]} of "
+                "patches"
             )
-        folded = [t + row for t, row in zip(found, rows[:count], strict=True)]
-        rows = rows[count:]
+        if before:
+            tokens = tokens + table[:before]
+        patches = table[before:]
         if learned:
-            return [*folded, rows.reshape(*grid, width)]
-        if not np.array_equal(rows, fixed(model, grid)):
+            return [*_split(tokens, ours), patches.reshape(*grid, -1)]
+        if not np.array_equal(patches, _fixed(model, grid)):
             raise ValueError(f"the positions are not those of {model.positions}")
-        return folded
+        return _split(tokens, ours)
 
     def to_theirs(arrays: Arrays) -> Arrays:
-        width, count = model.width, len(tokens)
-        patches = arrays[count] if learned else fixed(model, grid)
-        rows = np.concatenate(
-            [np.zeros((count, width), np.float32), patches.reshape(-1, width)]
-        )
-        return [*arrays[:count], rows.reshape(*leading, -1, width)]
+        tokens = _split(_join(arrays[: len(ours)], model.width), theirs)
+        if positions is None:
+            return tokens
+        patches = _resampled(arrays[-1], grid) if learned else _fixed(model, grid)
+        before = np.zeros((rows[0], model.width), np.float32)
+        table = np.concatenate([before, patches.reshape(-1, model.width)])
+        return [*tokens, table.reshape(*leading, -1, model.width)]
 
     return Entry(
-        theirs=(*tokens, positions),
-        ours=(*tokens.values(), *(("position_embedding",) if learned else ())),
+        theirs=(*theirs, *(() if positions is None else (positions,))),
+        ours=(*ours, *(("position_embedding",) if learned else ())),
         to_ours=to_ours,
         to_theirs=to_theirs,
     )
 
 
-def fixed(model: ViT, grid: tuple[int, int]) -> np.ndarray:
+def _fixed(model: ViT, grid: tuple[int, int]) -> np.ndarray:
     """Returns positions [N, D] that are no parameters: sines, or zeros for none."""
     if model.positions == Positions.SINCOS:
         return sincos(*grid, model.width)
     return np.zeros((grid[0] * grid[1], model.width), np.float32)
+
+
+def _join(tokens: Arrays, width: int) -> np.ndarray:
+    return np.concatenate([np.zeros((1, 0, width), np.float32), *tokens], axis=1)
+
+
+def _split(tokens: np.ndarray, counts: Mapping[str, int]) -> Arrays:
+    ends = np.cumsum(list(counts.values()), dtype=int)
+    return np.split(tokens, ends, axis=1)[:-1]
+
+
+def _resampled(positions: np.ndarray, grid: tuple[int, int]) -> np.ndarray:
+    if positions.shape[:2] == grid:
+        return positions
+    return np.asarray(resample_positions(jnp.asarray(positions), grid))

@@ -1,11 +1,12 @@
 """ViT in the npz archives of big_vision and of vision_transformer."""
 
 from collections.abc import Sequence
+from typing import Any
 
 from big_vision_lite.conversion import preprocessing, tables
 from big_vision_lite.conversion.engine import Entry
 from big_vision_lite.conversion.families import vit
-from big_vision_lite.conversion.formats import Architecture, Format, Library
+from big_vision_lite.conversion.formats import Architecture, Format, Library, Size
 from big_vision_lite.conversion.tables import Rows, under
 from big_vision_lite.conversion.weights import Weights
 from big_vision_lite.models.blocks.heads import Classifier
@@ -129,17 +130,18 @@ class BigVisionViT(Format):
         }
         return under(self.root, rows)
 
-    def special(self, model: ViT, image_size: tuple[int, int]) -> Sequence[Entry]:
+    def special(self, model: ViT, size: Size) -> Sequence[Entry]:
         if model.positions != Positions.LEARNED and not self.token_position:
             return ()
         folds = model.pooling == Pooling.CLASS_TOKEN and self.token_position
-        token = {f"{self.root}cls": "class_token"}
         return [
             vit.tokens_and_positions(
                 model,
-                grid_size(*image_size, model.patch_size),
+                grid_size(*size, model.patch_size),
                 positions=f"{self.root}{self.positions}",
-                tokens=token if folds else None,
+                theirs={f"{self.root}cls": 1} if folds else {},
+                ours={"class_token": 1} if folds else {},
+                rows=(int(folds),),
             )
         ]
 
@@ -171,9 +173,7 @@ class BigVisionViT(Format):
 class ReadOnly(BigVisionViT):
     """Archives are written in one layout, the others only read."""
 
-    def describe(
-        self, model: ViT, image_size: tuple[int, int], channels: int
-    ) -> dict[str, str]:
+    def describe(self, model: ViT, size: Size, channels: int) -> dict[str, Any]:
         raise ValueError(f"Archives are written as {BigVisionViT.name} only.")
 
 

@@ -8,7 +8,7 @@ from typing import Any
 
 from big_vision_lite.conversion.engine import Entry
 from big_vision_lite.conversion.families import libraries, vit
-from big_vision_lite.conversion.formats import Architecture, Format, Library
+from big_vision_lite.conversion.formats import Architecture, Format, Library, Size
 from big_vision_lite.conversion.tables import Rows, under
 from big_vision_lite.conversion.weights import Weights
 from big_vision_lite.models.blocks.mlp import Activation
@@ -96,14 +96,16 @@ class HuggingFaceViT(Format):
         }
         return {**under(self._root(model), inside), "head": "classifier"}
 
-    def special(self, model: ViT, image_size: tuple[int, int]) -> Sequence[Entry]:
-        root = self._root(model)
+    def special(self, model: ViT, size: Size) -> Sequence[Entry]:
+        root, tokens = self._root(model), self.tokens(model)
         return [
             vit.tokens_and_positions(
                 model,
-                grid_size(*image_size, model.patch_size),
+                grid_size(*size, model.patch_size),
                 positions=f"{root}{self.positions}",
-                tokens={f"{root}{name}": n for name, n in self.tokens(model).items()},
+                theirs={f"{root}{name}": 1 for name in tokens},
+                ours=dict.fromkeys(tokens.values(), 1),
+                rows=(len(tokens),),
             )
         ]
 
@@ -111,13 +113,11 @@ class HuggingFaceViT(Format):
         """Returns the tokens {theirs: ours} that have a position there."""
         return {"embeddings.cls_token": "class_token"}
 
-    def describe(
-        self, model: ViT, image_size: tuple[int, int], channels: int
-    ) -> dict[str, Any]:
+    def describe(self, model: ViT, size: Size, channels: int) -> dict[str, Any]:
         return {
             "architectures": [self.kind_of_body if model.head is None else self.kind],
             "model_type": self.model_types[0],
-            **sizes_of(model, image_size, channels),
+            **sizes_of(model, size, channels),
             "intermediate_size": model.mlp_dim,
             "qkv_bias": model.qkv_bias,
             **labels_of(model),
@@ -220,9 +220,7 @@ class HuggingFaceDeiT(HuggingFaceViT):
         second = "distillation_token" if model.distillation_token else "registers"
         return {**super().tokens(model), "embeddings.distillation_token": second}
 
-    def describe(
-        self, model: ViT, image_size: tuple[int, int], channels: int
-    ) -> dict[str, Any]:
+    def describe(self, model: ViT, size: Size, channels: int) -> dict[str, Any]:
         one_head = (model.registers, model.distillation_token) == (1, False)
         two_heads = (model.registers, model.distillation_token) == (0, True)
         if not two_heads and (not one_head or model.head is None):
@@ -231,7 +229,7 @@ class HuggingFaceDeiT(HuggingFaceViT):
                 f"distillation_token={model.distillation_token} and "
                 f"registers={model.registers}."
             )
-        described = super().describe(model, image_size, channels)
+        described = super().describe(model, size, channels)
         if two_heads and model.head is not None:
             described["architectures"] = [f"{self.kind}WithTeacher"]
         return described
@@ -265,9 +263,9 @@ def _architecture(
     )
 
 
-def sizes_of(model: ViT, image_size: tuple[int, int], channels: int) -> dict[str, Any]:
+def sizes_of(model: ViT, size: Size, channels: int) -> dict[str, Any]:
     """Returns the keys of config.json that all these models have."""
-    height, width = image_size
+    height, width = size
     acts = {ours: theirs for theirs, ours in reversed(ACTIVATIONS.items())}
     return {
         "hidden_size": model.width,

@@ -12,6 +12,7 @@ from big_vision_lite.conversion.families.vit_huggingface import (
     DEFAULTS,
     HuggingFaceViT,
 )
+from big_vision_lite.conversion.formats import Size
 from big_vision_lite.conversion.tables import Rows, To, under
 from big_vision_lite.conversion.weights import Weights
 from big_vision_lite.models.blocks.mlp import Activation
@@ -89,9 +90,7 @@ class HuggingFaceDINOv2(HuggingFaceViT):
         name = f"{self._root(model)}embeddings.mask_token"
         return {name: np.zeros((1, model.width), np.float32)}
 
-    def describe(
-        self, model: ViT, image_size: tuple[int, int], channels: int
-    ) -> dict[str, Any]:
+    def describe(self, model: ViT, size: Size, channels: int) -> dict[str, Any]:
         has_registers = self.defaults is REGISTERS
         if bool(model.registers) != has_registers:
             raise ValueError(f"{self.name} does not have registers={model.registers}.")
@@ -100,8 +99,8 @@ class HuggingFaceDINOv2(HuggingFaceViT):
                 f"{self.name} without a head gives the class token alone, not pooling="
                 f"{model.pooling}; a head makes it one that goes there."
             )
-        vit.check_square(self.name, image_size)
-        described = super().describe(model, image_size, channels)
+        vit.check_square(self.name, size)
+        described = super().describe(model, size, channels)
         del described["intermediate_size"]
         registers = {"num_register_tokens": model.registers} if has_registers else {}
         return {

@@ -11,6 +11,7 @@ from big_vision_lite.conversion.families.vit_huggingface import (
     labels_of,
     sizes_of,
 )
+from big_vision_lite.conversion.formats import Size
 from big_vision_lite.conversion.tables import Rows, under
 from big_vision_lite.conversion.weights import Weights
 from big_vision_lite.models.blocks.patches import grid_size
@@ -86,29 +87,27 @@ class HuggingFaceSigLIP(HuggingFaceViT):
         pooling = under(f"{self.root}head.", self.pooling, ours="pooling/")
         return {**super().rows(model), **pooling}
 
-    def special(self, model: ViT, image_size: tuple[int, int]) -> Sequence[Entry]:
+    def special(self, model: ViT, size: Size) -> Sequence[Entry]:
         return [
             vit.tokens_and_positions(
                 model,
-                grid_size(*image_size, model.patch_size),
+                grid_size(*size, model.patch_size),
                 positions=f"{self.root}{self.positions}",
                 leading=(),
             )
         ]
 
-    def describe(
-        self, model: ViT, image_size: tuple[int, int], channels: int
-    ) -> dict[str, Any]:
+    def describe(self, model: ViT, size: Size, channels: int) -> dict[str, Any]:
         probes = model.pooling == Pooling.ATTENTION
         if probes and model.head is not None:
             raise ValueError(
                 f"{self.name} classifies by the average of the tokens, this model has "
                 f"pooling={model.pooling} and a head."
             )
-        vit.check_square(self.name, image_size)
+        vit.check_square(self.name, size)
         vision = {
             "model_type": "siglip_vision_model",
-            **sizes_of(model, image_size, channels),
+            **sizes_of(model, size, channels),
             "intermediate_size": model.mlp_dim,
             "vision_use_head": probes,
         }
@@ -140,9 +139,7 @@ class HuggingFaceSigLIPTower(HuggingFaceSigLIP):
     name = "Hugging Face SigLIP tower"
     root = ""
 
-    def describe(
-        self, model: ViT, image_size: tuple[int, int], channels: int
-    ) -> dict[str, Any]:
+    def describe(self, model: ViT, size: Size, channels: int) -> dict[str, Any]:
         raise ValueError(f"{self.name} is written with names in vision_model.")
 
 

@@ -9,11 +9,10 @@ import re
 from collections.abc import Sequence
 from typing import Any
 
-import jax.numpy as jnp
 import numpy as np
 
 from big_vision_lite.conversion import engine
-from big_vision_lite.conversion.engine import Arrays, Entry, Shape
+from big_vision_lite.conversion.engine import Entry
 from big_vision_lite.conversion.families import libraries, vit
 from big_vision_lite.conversion.families.vit_timm_config import (
     ACTIVATIONS,
@@ -25,12 +24,12 @@ from big_vision_lite.conversion.families.vit_timm_config import (
     pooling_of,
     positions_of,
 )
-from big_vision_lite.conversion.formats import Architecture, Format, Library
+from big_vision_lite.conversion.formats import Architecture, Format, Library, Size
 from big_vision_lite.conversion.tables import Rows, under
 from big_vision_lite.conversion.weights import Weights
 from big_vision_lite.models.blocks import patches
 from big_vision_lite.models.blocks.mlp import Activation
-from big_vision_lite.models.blocks.patches import Positions, grid_size, sincos
+from big_vision_lite.models.blocks.patches import Positions, grid_size
 from big_vision_lite.models.blocks.pooling import FinalNorm, Pooling
 from big_vision_lite.models.vit import ViT
 
@@ -93,6 +92,7 @@ class TimmViT(Format):
     name = "timm ViT"
     library = Library.TIMM
     model = ViT
+    table = ROWS
     signs = (PATCHES, "blocks.0.attn.qkv.weight", "blocks.0.norm1.weight")
     requires = vit.requires(
         *("positions", "activation", "final_norm", "layer_scale", "qkv_bias"),
@@ -179,19 +179,34 @@ class TimmViT(Format):
             notes=tuple(note for note in notes if note),
         )
 
-    def rows(self, model: ViT) -> Rows:
-        return ROWS
-
-    def special(self, model: ViT, image_size: tuple[int, int]) -> Sequence[Entry]:
-        grid = grid_size(*image_size, model.patch_size)
+    def special(self, model: ViT, size: Size) -> Sequence[Entry]:
+        unread = self.unread_class_token
+        class_token = int(model.pooling == Pooling.CLASS_TOKEN)
+        distilled = int(model.distillation_token)
+        count = class_token + distilled + model.registers
         return [
             *([] if model.kernel_patch_size is None else [_resized_patches(model)]),
-            tokens_and_positions(model, grid, self.unread_class_token),
+            vit.tokens_and_positions(
+                model,
+                grid_size(*size, model.patch_size),
+                positions=None if model.positions == Positions.NONE else "pos_embed",
+                theirs=_present(
+                    cls_token=class_token + unread,
+                    dist_token=distilled,
+                    reg_token=model.registers - unread,
+                ),
+                ours=_present(
+                    class_token=class_token,
+                    distillation_token=distilled,
+                    registers=model.registers,
+                ),
+                # The rows of the distilled DeiT are always there; those of others go
+                # out as no_embed_class=True, without.
+                rows=(count, 0) if distilled else (0, count),
+            ),
         ]
 
-    def describe(
-        self, model: ViT, image_size: tuple[int, int], channels: int
-    ) -> dict[str, Any]:
+    def describe(self, model: ViT, size: Size, channels: int) -> dict[str, Any]:
         gated = model.activation == Activation.SWIGLU
         if gated and model.pooling == Pooling.ATTENTION:
             raise ValueError(
@@ -215,7 +230,7 @@ class TimmViT(Format):
             base,
             model,
             channels,
-            img_size=list(image_size),
+            img_size=list(size),
             patch_size=model.patch_size,
             global_pool=pools[model.pooling],
             class_token=model.pooling == Pooling.CLASS_TOKEN,
@@ -241,9 +256,7 @@ class TimmViTUnread(TimmViT):
     name = "timm ViT, class token unread"
     unread_class_token = True
 
-    def describe(
-        self, model: ViT, image_size: tuple[int, int], channels: int
-    ) -> dict[str, Any]:
+    def describe(self, model: ViT, size: Size, channels: int) -> dict[str, Any]:
         raise ValueError("A ViT leaves in the format timm ViT.")
 
 
@@ -276,85 +289,8 @@ def _resized_patches(model: ViT) -> Entry:
     )
 
 
-def tokens_and_positions(
-    model: ViT, grid: tuple[int, int], unread_class_token: bool = False
-) -> Entry:
-    """Ties timm's class, distillation and register tokens and positions to ours.
-
-    timm's positions may begin with rows for those tokens (no_embed_class=False); ours
-    never do, so that such rows are added to the tokens, the same function. On the way
-    out there are none, but for the distilled DeiT, whose rows are always there: zeros.
-    With `unread_class_token` their class token is our first register. Positions that
-    are resampled at every use leave as those of `grid`.
-    """
-    class_token = int(model.pooling == Pooling.CLASS_TOKEN)
-    distilled = int(model.distillation_token)
-    ours = _present(
-        class_token=class_token, distillation_token=distilled, registers=model.registers
-    )
-    theirs = _present(
-        cls_token=class_token + unread_class_token,
-        dist_token=distilled,
-        reg_token=model.registers - unread_class_token,
-    )
-    count = sum(ours.values())
-    learned = model.positions == Positions.LEARNED
-    placed = model.positions != Positions.NONE
-
-    def to_ours(arrays: Arrays, shapes: Sequence[Shape]) -> Arrays:
-        tokens = _join(arrays[: len(theirs)], model.width)
-        if not placed:
-            return _split(tokens, ours)
-        rows = arrays[-1].reshape(-1, model.width)
-        before = len(rows) - grid[0] * grid[1]
-        if before not in (0, count) or tokens.shape[1] != count:
-            raise ValueError(
-                f"{arrays[-1].shape} holds {len(rows)} positions, not those of "
-                f"{grid[0]}x{grid[1]} patches, alone or after those of {count} tokens"
-            )
-        if before:
-            tokens = tokens + rows[:before]
-        found = rows[before:]
-        if learned:
-            return [*_split(tokens, ours), found.reshape(*grid, model.width)]
-        if not np.array_equal(found, sincos(*grid, model.width)):
-            raise ValueError("the positions are not those of positions=sincos")
-        return _split(tokens, ours)
-
-    def to_theirs(arrays: Arrays) -> Arrays:
-        tokens = _split(_join(arrays[: len(ours)], model.width), theirs)
-        if not placed:
-            return tokens
-        found = _resampled(arrays[-1], grid) if learned else sincos(*grid, model.width)
-        before = np.zeros((count if distilled else 0, model.width), np.float32)
-        rows = np.concatenate([before, found.reshape(-1, model.width)])
-        return [*tokens, rows[None]]
-
-    return Entry(
-        theirs=(*theirs, *(("pos_embed",) if placed else ())),
-        ours=(*ours, *(("position_embedding",) if learned else ())),
-        to_ours=to_ours,
-        to_theirs=to_theirs,
-    )
-
-
 def _present(**counts: int) -> dict[str, int]:
     return {name: count for name, count in counts.items() if count}
-
-
-def _join(tokens: Arrays, width: int) -> np.ndarray:
-    return np.concatenate([np.zeros((1, 0, width), np.float32), *tokens], axis=1)
-
-
-def _split(tokens: np.ndarray, counts: dict[str, int]) -> Arrays:
-    ends = np.cumsum(list(counts.values()), dtype=int)
-    return np.split(tokens, ends, axis=1)[:-1]
-
-
-def _resampled(positions: np.ndarray, grid: tuple[int, int]) -> np.ndarray:
-    if positions.shape[:2] == grid:
-        return positions
-    return np.asarray(patches.resample_positions(jnp.asarray(positions), grid))
 
 
 FORMATS = (TimmViT(), TimmViTUnread())

@@ -8,7 +8,7 @@ from typing import Any
 from big_vision_lite.conversion import preprocessing
 from big_vision_lite.conversion.engine import Entry
 from big_vision_lite.conversion.families import libraries, vit
-from big_vision_lite.conversion.formats import Architecture, Format, Library
+from big_vision_lite.conversion.formats import Architecture, Format, Library, Size
 from big_vision_lite.conversion.tables import Rows, under
 from big_vision_lite.conversion.weights import Weights
 from big_vision_lite.models.blocks.heads import Classifier
@@ -53,6 +53,7 @@ class TorchvisionViT(Format):
     name = "torchvision ViT"
     library = Library.TORCHVISION
     model = ViT
+    table = ROWS
     assumes = preprocessing.OF_TORCHVISION
     signs = (PATCHES, POSITIONS, f"{FIRST}ln_1.weight")
     requires = vit.requires(
@@ -102,28 +103,25 @@ class TorchvisionViT(Format):
             notes=notes,
         )
 
-    def rows(self, model: ViT) -> Rows:
-        return ROWS
-
-    def special(self, model: ViT, image_size: tuple[int, int]) -> Sequence[Entry]:
+    def special(self, model: ViT, size: Size) -> Sequence[Entry]:
         return [
             vit.tokens_and_positions(
                 model,
-                grid_size(*image_size, model.patch_size),
+                grid_size(*size, model.patch_size),
                 positions=POSITIONS,
-                tokens={"class_token": "class_token"},
+                theirs={"class_token": 1},
+                ours={"class_token": 1},
+                rows=(1,),
             )
         ]
 
-    def describe(
-        self, model: ViT, image_size: tuple[int, int], channels: int
-    ) -> dict[str, Any]:
-        vit.check_square(self.name, image_size)
+    def describe(self, model: ViT, size: Size, channels: int) -> dict[str, Any]:
+        vit.check_square(self.name, size)
         return libraries.torchvision(
             "VisionTransformer",
             model,
             channels,
-            image_size=image_size[0],
+            image_size=size[0],
             patch_size=model.patch_size,
             num_layers=model.depth,
             num_heads=model.num_heads,

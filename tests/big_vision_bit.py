@@ -108,6 +108,8 @@ def random_variables(model, image_size, channels=3, seed=0):
             values = rng.normal(size=shape) / np.sqrt(np.prod(shape[:-1]))
         elif name.endswith("scale"):
             values = rng.uniform(0.5, 1.5, shape) * rng.choice((-1, 1), shape)
+        elif name.endswith("variance"):
+            values = rng.uniform(0.5, 1.5, shape)
         else:
             values = rng.normal(scale=0.3, size=shape)
         found[name] = np.float32(values)

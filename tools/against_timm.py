@@ -181,23 +181,16 @@ def timm_model(spec: str, image_size: int) -> Any:
     import model_spec
     import timm
 
-    from big_vision_lite.conversion import formats
+    from big_vision_lite.conversion import export
+    from big_vision_lite.conversion.formats import Library
 
     if spec in NAMES:
         return timm.create_model(NAMES[spec], num_classes=CLASSES)
     model = model_spec.build(spec, num_classes=CLASSES)
-    refused: list[str] = []
-    for form in formats.all_formats():
-        if form.library == formats.Library.TIMM and form.model is type(model):
-            try:
-                described = form.describe(model, (image_size, image_size))
-            except ValueError as error:
-                refused.append(str(error))
-                continue
-            return timm.create_model(
-                described["architecture"], **described["model_args"]
-            )
-    raise ValueError(" ".join(refused) or f"timm has no counterpart for {spec}.")
+    size = (image_size, image_size)
+    form = export.find(model, Library.TIMM, size, channels=3)
+    described = form.describe(model, size, channels=3)
+    return timm.create_model(described["architecture"], **described["model_args"])
 
 
 def serve(name: str, setting: Setting) -> None:

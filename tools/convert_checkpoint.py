@@ -107,7 +107,6 @@ def _prove(
         preprocessing,
         channels,
         exported,
-        list(exported.form.entries(model, preprocessing.image_size)),
         out,
     )
     (out / "parity.txt").write_text(report.text())

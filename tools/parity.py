@@ -140,7 +140,6 @@ def compare(
     preprocessing: Preprocessing,
     channels: int,
     exported: Exported,
-    entries: Sequence[Entry],
     folder: pathlib.Path,
 ) -> Report:
     """Runs our `model` and what lies in `folder` on the same images.
@@ -158,7 +157,7 @@ def compare(
     }
     logits, rounding, layers, scale = {}, {}, [], 0.0
     for kind, image in images.items():
-        pairs = paired_modules(in_memory(entries, exported.arrays, theirs))
+        pairs = paired_modules(in_memory(exported.entries, exported.arrays, theirs))
         ours, captured = run_ours(model, variables, image, [p[0] for p in pairs])
         other, seen = run_theirs(theirs, ours["image"], [p[1] for p in pairs])
         logits[kind] = relative(_result(ours), other)

@@ -72,22 +72,6 @@ def dense(theirs: str, ours: str) -> Entry:
     return transposed(theirs, ours, (1, 0))
 
 
-def linear(theirs: str, ours: str) -> list[Entry]:
-    """Ties torch's weight and bias of a dense layer to kernel and bias."""
-    return [
-        dense(f"{theirs}.weight", f"{ours}/kernel"),
-        same(f"{theirs}.bias", f"{ours}/bias"),
-    ]
-
-
-def norm(theirs: str, ours: str) -> list[Entry]:
-    """Ties torch's weight and bias of a layer or group norm to scale and bias."""
-    return [
-        same(f"{theirs}.weight", f"{ours}/scale"),
-        same(f"{theirs}.bias", f"{ours}/bias"),
-    ]
-
-
 def conv(theirs: str, ours: str) -> Entry:
     """Ties torch's weight [O, I / groups, h, w] to a kernel [h, w, I / groups, O]."""
     return transposed(theirs, ours, (2, 3, 1, 0))

@@ -10,7 +10,9 @@ from typing import Any
 import numpy as np
 import safetensors.numpy
 
-from big_vision_lite.conversion import engine, foreign, formats, preprocessing_export
+from big_vision_lite.conversion import foreign, formats, preprocessing_export
+from big_vision_lite.conversion.engine import Entry
+from big_vision_lite.conversion.families import FORMATS
 from big_vision_lite.conversion.formats import Format, Library
 from big_vision_lite.conversion.preprocessing import Preprocessing
 from big_vision_lite.conversion.preprocessing_export import Written
@@ -24,14 +26,16 @@ SAFETENSORS = "model.safetensors"
 class Exported:
     """What the other side needs, before it is written.
 
-    `arrays` {name: float32} in its names, `form` whose they are, `described` how it
-    builds the model (see Format.describe), `files` {name: text} beside the weights,
-    `code` the lines that use them, `notes` what the other side computes otherwise.
+    `arrays` {name: float32} in its names, `form` whose they are, `entries` its table
+    for this model, `described` how it builds the model (see Format.describe), `files`
+    {name: text} beside the weights, `code` the lines that use them, `notes` what the
+    other side computes otherwise.
     """
 
     library: Library
     form: Format
     arrays: Mapping[str, np.ndarray]
+    entries: Sequence[Entry]
     described: Mapping[str, Any]
     files: Mapping[str, str]
     code: Sequence[str]
@@ -61,20 +65,16 @@ def export(
                 f"{name} holds NaN or infinity. Export an earlier step: "
                 "RUN/checkpoints/STEP."
             )
-    form = find(model, library)
-    described = _of_channels(
-        library, form.describe(model, preprocessing.image_size), channels
-    )
-    entries = form.entries(model, preprocessing.image_size)
-    arrays = engine.write(entries, variables)
-    constants = getattr(form, "constants", None)
-    if constants is not None:
-        arrays |= constants(model)
+    size = preprocessing.image_size
+    form = find(model, library, size, channels)
+    described = form.describe(model, size, channels)
+    leaves = {name: array.shape for name, array in variables.items()}
     images = _images(library, preprocessing, channels)
     return Exported(
         library=library,
         form=form,
-        arrays=arrays,
+        arrays=formats.write(form, model, size, variables),
+        entries=form.entries(model, size, leaves),
         described=described,
         files=_files(
             library, described, images.config, preprocessing, channels, class_names
@@ -82,27 +82,6 @@ def export(
         code=_code(library, described, images.config, folder),
         notes=images.inexact,
     )
-
-
-def _of_channels(
-    library: Library, described: Mapping[str, Any], channels: int
-) -> dict[str, Any]:
-    """Returns a description with the channels of the image, which no model knows."""
-    match library:
-        case Library.TIMM if channels != 3:
-            arguments = {**described["model_args"], "in_chans": channels}
-            return {**described, "model_args": arguments}
-        case Library.HUGGINGFACE if "vision_config" in described:
-            inside = {**described["vision_config"], "num_channels": channels}
-            return {**described, "vision_config": inside}
-        case Library.HUGGINGFACE:
-            return {**described, "num_channels": channels}
-        case Library.TORCHVISION if channels != 3:
-            raise ValueError(
-                f"torchvision's models take 3 channels, this one takes {channels}; "
-                "export it to timm."
-            )
-    return dict(described)
 
 
 def _images(library: Library, preprocessing: Preprocessing, channels: int) -> Written:
@@ -125,29 +104,36 @@ def _images(library: Library, preprocessing: Preprocessing, channels: int) -> Wr
             return Written(config={foreign.PREPROCESSING: own}, inexact=())
 
 
-def find(model: Any, library: Library) -> Format:
+def find(
+    model: Any, library: Library, image_size: tuple[int, int], channels: int = 3
+) -> Format:
     """Returns the format of a model in a library.
 
     Raises:
-        ValueError: the library has none for this kind of model; names those that have.
+        ValueError: the library has none for this model; says why, and who has.
     """
-    fitting = [f for f in formats.all_formats() if isinstance(model, f.model)]
-    inside = [form for form in fitting if form.library == library]
-    refusals = []
-    for form in inside:
-        try:
-            form.describe(model, (224, 224))
-        except ValueError as error:
-            refusals.append(str(error))
-            continue
-        return form
-    if refusals:
-        raise ValueError(refusals[0])
-    others = ", ".join(sorted({form.library.value for form in fitting})) or "none"
-    raise ValueError(
-        f"{library.value} has no counterpart of {type(model).__name__}; it can go to: "
-        f"{others}."
-    )
+    fitting = [form for form in FORMATS if isinstance(model, form.model)]
+    reasons = []
+    for form in fitting:
+        if form.library == library:
+            reason = form.refusal(model, image_size, channels)
+            if reason is None:
+                return form
+            reasons.append(reason)
+    others = {
+        form.library: f"--to {form.library}"
+        for form in fitting
+        if form.library != library and form.refusal(model, image_size, channels) is None
+    }
+    ways = " or ".join(others[each] for each in Library if each in others)
+    if not reasons:
+        name = type(model).__name__
+        raise ValueError(
+            f"{library} has no counterpart of {name}. Export it with {ways}."
+        )
+    reason = min(reasons, key=lambda reason: reason.distance)
+    only = "As no other library has it, export it" if len(others) == 1 else "Export it"
+    raise ValueError(f"{reason.sentence} {only} with {ways}.")
 
 
 def write(exported: Exported, folder: pathlib.Path) -> None:

@@ -20,7 +20,8 @@ import numpy as np
 import safetensors
 import safetensors.numpy
 
-from big_vision_lite.conversion.formats import Weights, all_formats
+from big_vision_lite.conversion.families import FORMATS
+from big_vision_lite.conversion.weights import Weights
 
 HUB = "hub:"
 # In the order in which they are looked for.
@@ -305,4 +306,4 @@ def beside(names: Iterable[str], prefix: str) -> list[str]:
 
 def _of_a_model(arrays: dict[str, np.ndarray], path: str) -> bool:
     found = Weights(arrays=arrays, path=path)
-    return any(form.recognises(found) for form in all_formats())
+    return any(form.recognises(found) for form in FORMATS)

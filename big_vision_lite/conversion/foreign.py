@@ -7,10 +7,11 @@ from typing import Any
 import numpy as np
 
 from big_vision_lite import __version__
-from big_vision_lite.conversion import files as weights
-from big_vision_lite.conversion import formats, preprocessing
-from big_vision_lite.conversion.formats import Format, Weights
+from big_vision_lite.conversion import files, formats, preprocessing
+from big_vision_lite.conversion.families import FORMATS
+from big_vision_lite.conversion.formats import Format
 from big_vision_lite.conversion.preprocessing import Preprocessing
+from big_vision_lite.conversion.weights import Weights
 from big_vision_lite.recipes import serialize
 from big_vision_lite.types import Op
 
@@ -54,13 +55,15 @@ def load(path: str) -> Foreign:
         ValueError: it is no weight file, is damaged, is in no known format, or is not
             what its format should hold; lists names with "+" and "-".
     """
-    found = weights.read(path)
+    found = files.read(path)
     form = recognise(found)
     architecture = form.architecture(found)
     channels = architecture.channels
     steps = _own_preprocessing(found)
     if steps is None:
-        steps = preprocessing.read(found, architecture.image_size, channels)
+        steps = preprocessing.read(
+            found, form.assumes, architecture.image_size, channels
+        )
     height, width = steps.image_size
     variables = formats.load(found, form, architecture, (height, width))
     model = architecture.model.clone(mean=tuple(steps.mean), std=tuple(steps.std))
@@ -84,11 +87,11 @@ def recognise(found: Weights) -> Format:
     Raises:
         ValueError: it is none of those known; says what the names look like.
     """
-    for form in formats.all_formats():
+    for form in FORMATS:
         if form.recognises(found):
             return form
     names = list(found.arrays)
-    known = ", ".join(sorted({form.name for form in formats.all_formats()}))
+    known = ", ".join(sorted({form.name for form in FORMATS}))
     raise ValueError(
         f"{found.path} holds {len(names)} arrays ({', '.join(names[:4])}, ...), the "
         f"names of no model that is known here. Known are: {known}."

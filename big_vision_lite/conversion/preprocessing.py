@@ -3,10 +3,10 @@
 import dataclasses
 import json
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
-from big_vision_lite.conversion.formats import Weights
+from big_vision_lite.conversion.weights import Weights
 from big_vision_lite.data.ops import CentralCrop, Decode, Resize, ResizeSmall
 from big_vision_lite.data.ops.resampling import Resampling, Rounding
 from big_vision_lite.types import Op
@@ -61,7 +61,22 @@ class Preprocessing:
     notes: tuple[str, ...] = ()
 
 
-def read(weights: Weights, image_size: Size | None, channels: int = 3) -> Preprocessing:
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Assumed:
+    """What is assumed of weights without a preprocessing; `words` say it to the user.
+
+    `make(image_size, channels)` gets None for a size that the weights leave open.
+    `words_of_colour` are added for images of 3 channels.
+    """
+
+    words: str
+    make: Callable[[Size | None, int], Preprocessing]
+    words_of_colour: Callable[[Size], str] = lambda size: ""
+
+
+def read(
+    weights: Weights, assumed: Assumed, image_size: Size | None, channels: int = 3
+) -> Preprocessing:
     """Returns the preprocessing that comes with weights; notes say what was assumed.
 
     `image_size` is (height, width) where the weights fix it: then it wins, and what
@@ -70,37 +85,17 @@ def read(weights: Weights, image_size: Size | None, channels: int = 3) -> Prepro
     Raises:
         ValueError: it cannot be expressed in our ops; says what it is.
     """
-    config, names = weights.config, weights.arrays
+    config = weights.config
     if weights.preprocessor.keys() & {"image_mean", "size", FLIP}:
         return from_huggingface(weights.preprocessor, image_size, channels)
     if "pretrained_cfg" in config or {"input_size", "mean"} <= config.keys():
         return from_timm(config, image_size, channels)
-    if any("/" in name for name in names):
-        assumed = from_big_vision(image_size or (224, 224), channels)
-        what = "big_vision's: resized to the input, no antialias, [-1, 1]"
-    elif "stem.conv.weight" in names:
-        half = {"mean": HALF, "std": HALF}
-        config = {"crop_pct": 0.875, "interpolation": "bilinear", **half}
-        assumed = from_timm(config, image_size, channels)
-        what = "timm's for BiT: 0.875 central crop, bilinear, [-1, 1]"
-    elif names.keys() & {"conv1.weight", "conv_proj.weight"}:
-        assumed = from_torchvision(image_size or (224, 224), channels=channels)
-        what = "torchvision's: 256, central 224, bilinear, ImageNet mean and std"
-    else:
-        # AugReg's transformers and mixers, timm's most common cfg.
-        config = {"crop_pct": 0.9, "mean": HALF, "std": HALF}
-        assumed = from_timm(config, image_size, channels)
-        what = "timm's for transformers: 0.9 central crop, bicubic, [-1, 1]"
-        if channels == 3:
-            size = [channels, *assumed.image_size]
-            scale = {"mean": IMAGENET_MEAN, "std": IMAGENET_STD}
-            line = json.dumps({"pretrained_cfg": {"input_size": size, **scale}})
-            what += (
-                ". DeiT, MAE and DINO have ImageNet's mean and std: for these a "
-                f"config.json with {line} beside the file."
-            )
-    note = f"no preprocessing comes with {weights.path}; assumed is {what}"
-    return dataclasses.replace(assumed, notes=(note,))
+    made = assumed.make(image_size, channels)
+    words = assumed.words
+    if channels == 3:
+        words += assumed.words_of_colour(made.image_size)
+    note = f"no preprocessing comes with {weights.path}; assumed is {words}"
+    return dataclasses.replace(made, notes=(note,))
 
 
 def from_timm(
@@ -296,3 +291,35 @@ def _wins(image_size: Size | None, written: Size | None) -> tuple[str, ...]:
         f"the preprocessing is for {said}, the weights for {held}: images are resized "
         f"and cropped to {held} in proportion",
     )
+
+
+def _of_transformers_with_colour(size: Size) -> str:
+    scale = {"mean": IMAGENET_MEAN, "std": IMAGENET_STD}
+    line = json.dumps({"pretrained_cfg": {"input_size": [3, *size], **scale}})
+    return (
+        ". DeiT, MAE and DINO have ImageNet's mean and std: for these a config.json "
+        f"with {line} beside the file."
+    )
+
+
+_HALF = {"mean": HALF, "std": HALF}
+# AugReg's transformers and mixers, timm's most common cfg.
+OF_TRANSFORMERS = Assumed(
+    words="timm's for transformers: 0.9 central crop, bicubic, [-1, 1]",
+    make=lambda size, channels: from_timm({"crop_pct": 0.9, **_HALF}, size, channels),
+    words_of_colour=_of_transformers_with_colour,
+)
+OF_TIMMS_BIT = Assumed(
+    words="timm's for BiT: 0.875 central crop, bilinear, [-1, 1]",
+    make=lambda size, channels: from_timm(
+        {"crop_pct": 0.875, "interpolation": "bilinear", **_HALF}, size, channels
+    ),
+)
+OF_TORCHVISION = Assumed(
+    words="torchvision's: 256, central 224, bilinear, ImageNet mean and std",
+    make=lambda size, channels: from_torchvision(size or (224, 224), channels=channels),
+)
+OF_BIG_VISION = Assumed(
+    words="big_vision's: resized to the input, no antialias, [-1, 1]",
+    make=lambda size, channels: from_big_vision(size or (224, 224), channels),
+)

@@ -1,6 +1,5 @@
-"""BiT and ResNet v1 with group norm: timm, Hugging Face, npz; the same numbers."""
+"""BiT and ResNet v1 with group norm: archives, and what other constants would show."""
 
-import functools
 import json
 
 import jax
@@ -13,11 +12,11 @@ from foreign_models import randomise, relative_difference
 from tiers import PUBLISHED, crossed, few
 
 from big_vision_lite import trees
-from big_vision_lite.conversion import engine, export, foreign, formats
-from big_vision_lite.conversion import files as weights
-from big_vision_lite.conversion.families import bit_huggingface, bit_npz, bit_timm
-from big_vision_lite.conversion.formats import Library, Weights
-from big_vision_lite.models.bit import BiT, Block, PoolPadding, Stem
+from big_vision_lite.conversion import export, files, foreign, formats
+from big_vision_lite.conversion.families import bit, bit_archives
+from big_vision_lite.conversion.formats import Library
+from big_vision_lite.conversion.weights import Weights
+from big_vision_lite.models.bit import BiT, PoolPadding
 from big_vision_lite.models.bit_v1 import BiTV1, Standardisation, Trunk
 from big_vision_lite.models.blocks.heads import Classifier
 
@@ -25,87 +24,26 @@ torch = pytest.importorskip("torch")
 torch_libraries.import_torchvision()
 timm = pytest.importorskip("timm")
 transformers = pytest.importorskip("transformers")
-from timm.layers import GroupNormAct, StdConv2d  # noqa: E402
-from timm.layers.std_conv import StdConv2dSame  # noqa: E402
-from timm.models.resnetv2 import ResNetV2  # noqa: E402
+import conversion_cases as cases  # noqa: E402
+from conversion_cases import (  # noqa: E402
+    BOUND,
+    CLASSES,
+    EVEN,
+    V1_CONFIG,
+    our_outputs,
+    pixels,
+    weights_of,
+)
 
 pytestmark = pytest.mark.parity
 
-BOUND = 1e-5  # max |difference| / max |value|, float32 on the CPU
-CLASSES = 7
-# Even at every stride, odd at every stride, and neither square nor of one kind.
-SIZES = {"even": (64, 64), "odd": (65, 65), "not square": (48, 82)}
-EVEN = SIZES["even"]
-BIT, TIMM_V1 = bit_timm.FORMATS
-HF, HF_V1 = bit_huggingface.FORMATS
-FIRST, PAPER, NPZ_V1 = bit_npz.FORMATS
-TORCH_FORM = dict(standardisation=Standardisation.INSIDE_ROOT, norm_epsilon=1e-5)
+SIZES = {"even": EVEN, "odd": cases.ODD, "not square": cases.NOT_SQUARE}
+FIRST, PAPER, NPZ_V1 = bit_archives.FORMATS
+BIT_CONFIG = cases.NAMED_BIT
 
 
-def timm_model(
-    *, epsilon=1e-8, norm_epsilon=1e-5, v1=False, same=None, seed=1, **arguments
-):
-    """Builds ResNetV2 with two stages; `same` is TensorFlow's padding."""
-    same = v1 if same is None else same
-    conv = StdConv2dSame if same else StdConv2d
-    plain = dict(
-        layers=(1, 2),
-        channels=(128, 256),
-        stem_chs=32,
-        num_classes=CLASSES,
-        preact=not v1,
-        stem_type="same" if same else "fixed",
-    )
-    model = ResNetV2(
-        **{**plain, **arguments},
-        conv_layer=functools.partial(conv, eps=epsilon),
-        norm_layer=functools.partial(GroupNormAct, num_groups=32, eps=norm_epsilon),
-    )
-    return randomise(model, seed)
-
-
-BASIC = dict(basic=True, bottle_ratio=1.0, channels=(32, 64))
-# {what: (arguments of ResNetV2, configuration)}
-TIMM_CASES = {
-    "zeros": ({}, {"architecture": "resnetv2_50x1_bit"}),
-    "zeros assumed": ({}, {}),
-    "negative infinity": ({"stem_type": ""}, {"model_args": {"stem_type": ""}}),
-    "basic": (BASIC, {"architecture": "resnetv2_50x1_bit"}),
-    "no head": ({"num_classes": 0}, {"architecture": "resnetv2_50x1_bit"}),
-    "gray": ({"in_chans": 1}, {"architecture": "resnetv2_50x1_bit"}),
-    "norms after convolutions": (
-        {"v1": True},
-        {"model_args": {"stem_type": "same"}},
-    ),
-}
-
-
-def huggingface_model(*, layer_type="preactivation", seed=2, **arguments):
-    v1 = layer_type == "bottleneck"
-    plain = dict(
-        embedding_size=32,
-        hidden_sizes=(128, 256),
-        depths=(1, 2),
-        num_labels=CLASSES,
-        layer_type=layer_type,
-        global_padding="same" if v1 else None,
-        embedding_dynamic_padding=v1,
-    )
-    config = transformers.BitConfig(**{**plain, **arguments})
-    return randomise(transformers.BitForImageClassification(config), seed)
-
-
-HF_CASES = {
-    "preactivation": {},
-    "bottleneck": {"layer_type": "bottleneck"},
-    "groups": {"num_groups": 8},
-    "gray": {"num_channels": 1},
-}
-
-
-def pixels(size, channels=3, seed=7):
-    rng = np.random.default_rng(seed)
-    return rng.integers(0, 256, (2, *size, channels), np.uint8)
+def timm_model(**arguments):
+    return randomise(cases.timm_bit(**arguments), seed=1)
 
 
 def scaled(image):
@@ -113,153 +51,17 @@ def scaled(image):
 
 
 def their_outputs(model, image):
-    """Returns "pooled" of timm or transformers, and "logits" if there is a head."""
-    x = torch.from_numpy(scaled(image).transpose(0, 3, 1, 2))
-    x = x.to(next(model.parameters()).dtype)
-    with torch.no_grad():
-        if isinstance(model, ResNetV2):
-            features = model.forward_features(x)
-            found = {"pooled": features.mean((2, 3))}
-            return found | ({"logits": model(x)} if model.num_classes else {})
-        body = getattr(model, "bit", model)
-        found = {"pooled": body(x).pooler_output[:, :, 0, 0]}
-        return found if body is model else found | {"logits": model(x).logits}
-
-
-@functools.cache
-def compiled(model):
-    return jax.jit(lambda params, image: model.apply({"params": params}, image))
-
-
-def our_outputs(model, variables, image):
-    return compiled(model)(trees.unflatten(variables), image)
+    return cases.their_outputs(model, scaled(image))
 
 
 def worst(ours, theirs):
     return max(relative_difference(ours[name], theirs[name]) for name in theirs)
 
 
-def weights_of(model, config):
-    arrays = {n: t.detach().numpy().copy() for n, t in model.state_dict().items()}
-    return Weights(arrays=arrays, path="file", config=config)
-
-
 def read(found, size=EVEN):
     """Returns (format, architecture, our variables) of weights, known by content."""
-    form = foreign.recognise(found)
-    architecture = form.architecture(found)
-    return form, architecture, formats.load(found, form, architecture, size)
-
-
-def load_strictly(model, arrays):
-    state = {name: torch.tensor(array) for name, array in arrays.items()}
-    model.load_state_dict(state, strict=True)
-    return model.eval()
-
-
-@pytest.mark.parametrize(("case", "size"), crossed(TIMM_CASES, SIZES))
-def test_timms_weights_give_timms_numbers(case, size):
-    arguments, config = TIMM_CASES[case]
-    theirs = timm_model(**arguments)
-    _, found, variables = read(weights_of(theirs, config), SIZES[size])
-    image = pixels(SIZES[size], found.channels)
-    assert (
-        worst(our_outputs(found.model, variables, image), their_outputs(theirs, image))
-        < BOUND
-    )
-
-
-@pytest.mark.parametrize("case", TIMM_CASES)
-def test_ours_to_timm_and_back_is_bit_for_bit(case):
-    arguments, config = TIMM_CASES[case]
-    theirs = timm_model(**arguments)
-    form, found, _ = read(weights_of(theirs, config))
-    model, channels = found.model, found.channels
-    variables = random_variables(model, EVEN, channels, seed=3)
-    arrays = engine.write(form.entries(model, EVEN), variables)
-    load_strictly(theirs, arrays)
-    image = pixels(EVEN, channels)
-    ours = our_outputs(model, variables, image)
-    assert worst(ours, their_outputs(theirs, image)) < BOUND
-    _, again, back = read(weights_of(theirs, config))
-    assert again.model == model
-    for name, array in variables.items():
-        np.testing.assert_array_equal(back[name], array)
-
-
-EXPRESSIBLE = {
-    "two stages": BiT(stages=(3, 4), width=32, head=Classifier(num_classes=CLASSES)),
-    "two stages of 152 layers": BiT(stages=(3, 8), width=32),
-    "wide": BiT(stages=(3,), width=96, head=Classifier(num_classes=CLASSES)),
-    "basic": BiT(
-        stages=(3, 4),
-        width=32,
-        block=Block.BASIC,
-        head=Classifier(num_classes=CLASSES),
-    ),
-}
-
-
-@pytest.mark.parametrize("case", few(EXPRESSIBLE, "two stages", "basic"))
-def test_timm_builds_by_name_what_is_described(case):
-    model = EXPRESSIBLE[case]
-    form = export.find(model, Library.TIMM)
-    described = form.describe(model, EVEN)
-    # As config.json holds it.
-    described = json.loads(json.dumps(described))
-    theirs = timm.create_model(described["architecture"], **described["model_args"])
-    variables = random_variables(model, EVEN)
-    load_strictly(theirs, engine.write(form.entries(model, EVEN), variables))
-    image = pixels(EVEN)
-    ours = our_outputs(model, variables, image)
-    assert worst(ours, their_outputs(theirs, image)) < BOUND
-    _, found, back = read(weights_of(theirs, described))
-    assert found.model == model and not found.notes
-    for name, array in variables.items():
-        np.testing.assert_array_equal(back[name], array)
-
-
-@pytest.mark.parametrize(("case", "size"), crossed(HF_CASES, SIZES))
-def test_huggingface_weights_give_their_numbers(case, size):
-    theirs = huggingface_model(**HF_CASES[case])
-    found = weights_of(theirs, theirs.config.to_dict())
-    _, architecture, variables = read(found, SIZES[size])
-    image = pixels(SIZES[size], architecture.channels)
-    ours = our_outputs(architecture.model, variables, image)
-    assert worst(ours, their_outputs(theirs, image)) < BOUND
-
-
-HF_MODELS = {
-    "preactivation": BiT(
-        stages=(1, 2), width=32, groups=8, head=Classifier(num_classes=CLASSES)
-    ),
-    "no head": BiT(stages=(2,), width=32),
-    "five stages": BiT(stages=(1,) * 5, width=8, groups=4),
-    "bottleneck": BiTV1(
-        trunk=Trunk(stages=(1, 2), width=32, groups=8, **TORCH_FORM),
-        head=Classifier(num_classes=CLASSES),
-    ),
-    "bottleneck, no head": BiTV1(trunk=Trunk(stages=(1, 1), width=32, **TORCH_FORM)),
-}
-
-
-@pytest.mark.parametrize("case", few(HF_MODELS, "preactivation", "bottleneck"))
-def test_ours_to_huggingface_and_back_is_bit_for_bit(case, tmp_path):
-    model = HF_MODELS[case]
-    form = export.find(model, Library.HUGGINGFACE)
-    described = form.describe(model, EVEN)
-    (tmp_path / "config.json").write_text(json.dumps(described))
-    config = transformers.BitConfig.from_pretrained(tmp_path)
-    theirs = getattr(transformers, described["architectures"][0])(config)
-    variables = random_variables(model, EVEN)
-    load_strictly(theirs, engine.write(form.entries(model, EVEN), variables))
-    image = pixels((128, 128) if "five" in case else EVEN)
-    ours = our_outputs(model, variables, image)
-    assert worst(ours, their_outputs(theirs, image)) < BOUND
-    _, found, back = read(weights_of(theirs, config.to_dict()))
-    assert found.model == model
-    for name, array in variables.items():
-        np.testing.assert_array_equal(back[name], array)
+    found = cases.read(found, size)
+    return found.form, found.architecture, found.variables
 
 
 def first_arrays(stages=(1, 2), width=32, *, channels=3, numbered=False, seed=4):
@@ -316,7 +118,7 @@ def saved(tmp_path, arrays, name="weights.npz"):
 @pytest.mark.parametrize(("numbered", "size"), crossed([False, True], SIZES))
 def test_first_archives_give_the_numbers_of_timms_own_loader(tmp_path, size, numbered):
     path = saved(tmp_path, first_arrays(numbered=numbered)[0])
-    form, found, variables = read(weights.read(path), SIZES[size])
+    form, found, variables = read(files.read(path), SIZES[size])
     assert form == FIRST and found.model.pool_padding == PoolPadding.ZEROS
     theirs = timm_model()
     # It knows no numbers of layers.
@@ -328,9 +130,9 @@ def test_first_archives_give_the_numbers_of_timms_own_loader(tmp_path, size, num
 
 def test_first_archives_are_read_without_their_prefix(tmp_path):
     arrays = first_arrays()[0]
-    _, found, variables = read(weights.read(saved(tmp_path, arrays)))
+    _, found, variables = read(files.read(saved(tmp_path, arrays)))
     bare = {name.removeprefix("resnet/"): array for name, array in arrays.items()}
-    _, again, same = read(weights.read(saved(tmp_path, bare)))
+    _, again, same = read(files.read(saved(tmp_path, bare)))
     assert again.model == found.model
     for name, array in variables.items():
         np.testing.assert_array_equal(same[name], array)
@@ -342,7 +144,7 @@ def test_bit_paper_gives_the_numbers_of_timm(tmp_path, size, flat):
     if flat:
         paper = {n: a.reshape(-1) if "gn" in n else a for n, a in paper.items()}
     form, found, variables = read(
-        weights.read(saved(tmp_path, paper, "paper.npz")), SIZES[size]
+        files.read(saved(tmp_path, paper, "paper.npz")), SIZES[size]
     )
     assert form == PAPER
     assert found.model.pool_padding == PoolPadding.NEGATIVE_INFINITY
@@ -374,7 +176,7 @@ def test_big_visions_bit_gives_the_numbers_of_its_definition(tmp_path, size, squ
         name: array[None, None, None] if square and "gn" in name else array
         for name, array in arrays.items()
     }
-    form, found, variables = read(weights.read(saved(tmp_path, written)), SIZES[size])
+    form, found, variables = read(files.read(saved(tmp_path, written)), SIZES[size])
     assert form == NPZ_V1
     image = pixels(SIZES[size])
     ours = our_outputs(found.model, variables, image)
@@ -408,12 +210,12 @@ def test_big_visions_bit_gives_the_numbers_of_its_definition(tmp_path, size, squ
     ids=["first BiT", "bit_paper", "bit"],
 )
 def test_ours_to_archives_and_back_is_bit_for_bit(tmp_path, model, names):
-    form = export.find(model, Library.NPZ)
+    form = export.find(model, Library.NPZ, EVEN)
     variables = random_variables(model, EVEN)
-    written = engine.write(form.entries(model, EVEN), variables)
+    written = formats.write(form, model, EVEN, variables)
     wanted = {name: array.shape for name, array in names().items()}
     assert {name: array.shape for name, array in written.items()} == wanted
-    _, found, back = read(weights.read(saved(tmp_path, written)))
+    _, found, back = read(files.read(saved(tmp_path, written)))
     assert found.model == model
     for name, array in variables.items():
         np.testing.assert_array_equal(back[name], array)
@@ -475,10 +277,6 @@ def difference(theirs, config, size=EVEN):
     return worst(ours, their_outputs(theirs, image))
 
 
-V1_CONFIG = {"model_args": {"stem_type": "same"}}
-BIT_CONFIG = {"architecture": "resnetv2_50x1_bit"}
-
-
 @pytest.mark.parametrize("v1", [False, True])
 def test_a_constant_of_group_norm_other_than_1e_5_is_another_model(v1):
     config = V1_CONFIG if v1 else BIT_CONFIG
@@ -496,7 +294,7 @@ def test_archives_of_big_vision_have_flaxs_constant_of_group_norm(tmp_path):
     arrays = v1_arrays()
     for name in [name for name in arrays if "gn" in name]:
         arrays[name] = arrays[name] * np.float32(0.01)
-    _, found, variables = read(weights.read(saved(tmp_path, arrays)))
+    _, found, variables = read(files.read(saved(tmp_path, arrays)))
     image = pixels(EVEN)
     wanted = reference(arrays, image)
     assert worst(our_outputs(found.model, variables, image), wanted) < BOUND
@@ -526,7 +324,7 @@ def test_the_constant_of_standardisation_inside_or_outside_the_root_shows(tmp_pa
     assert worst(wrong, their_outputs(theirs, image)) > BOUND
 
     arrays = small_kernels(v1_arrays())
-    _, found, variables = read(weights.read(saved(tmp_path, arrays)))
+    _, found, variables = read(files.read(saved(tmp_path, arrays)))
     trunk = found.model.trunk
     assert trunk.standardisation == Standardisation.OUTSIDE_ROOT
     wanted = reference(arrays, image)
@@ -588,70 +386,6 @@ def test_names_of_21841_classes_are_not_given_to_a_head_of_21843(tmp_path):
     assert foreign.load(path).model.head.num_classes == 21_843
 
 
-REFUSED = {
-    "small stem": (BiT.of("small"), (Library.TIMM, Library.NPZ), "stem=small"),
-    "medium stem": (
-        BiT.of("small", stem=Stem.MEDIUM),
-        (Library.TIMM, Library.HUGGINGFACE, Library.NPZ),
-        "stem=medium.*no other library has.*safetensors",
-    ),
-    "layer before the head": (
-        BiT(stages=(3,), width=32, head=Classifier(num_classes=3, hidden_dim=4)),
-        (Library.TIMM, Library.HUGGINGFACE, Library.NPZ),
-        "hidden_dim=4",
-    ),
-    "negative infinity": (
-        BiT(stages=(3,), width=32, pool_padding=PoolPadding.NEGATIVE_INFINITY),
-        (Library.TIMM, Library.HUGGINGFACE),
-        "pool_padding=negative_infinity.*--to npz",
-    ),
-    "depth": (
-        BiT(stages=(2, 2, 2, 2), width=32),
-        (Library.TIMM,),
-        r"50, 101 and 152 layers.*\(2, 2, 2, 2\).*huggingface",
-    ),
-    "groups": (BiT(stages=(3,), width=32, groups=8), (Library.TIMM,), "groups=8"),
-    "groups of archives": (
-        BiT(stages=(3,), width=32, groups=8),
-        (Library.NPZ,),
-        "groups=8",
-    ),
-    "rounded width": (
-        BiT(stages=(3,), width=36, groups=4),
-        (Library.TIMM, Library.HUGGINGFACE),
-        "multiples of 8, width=36",
-    ),
-    "basic": (
-        BiT(stages=(3,), width=32, block=Block.BASIC),
-        (Library.HUGGINGFACE, Library.NPZ),
-        "block=basic",
-    ),
-    "norms after convolutions": (
-        BiTV1(trunk=Trunk(stages=(3,), **TORCH_FORM)),
-        (Library.TIMM,),
-        "inside hybrid transformers only.*huggingface",
-    ),
-    "big_vision's constants": (
-        BiTV1(trunk=Trunk(stages=(3,))),
-        (Library.HUGGINGFACE,),
-        "standardisation=outside_root and norm_epsilon=1e-06.*--to npz",
-    ),
-    "torch's constants": (
-        BiTV1(trunk=Trunk(stages=(3,), **TORCH_FORM)),
-        (Library.NPZ,),
-        "standardisation=inside_root, norm_epsilon=1e-05",
-    ),
-}
-
-
-@pytest.mark.parametrize("case", REFUSED)
-def test_what_a_library_cannot_express_is_refused_by_its_field(case):
-    model, libraries, words = REFUSED[case]
-    for library in libraries:
-        with pytest.raises(ValueError, match=words):
-            export.find(model, library)
-
-
 UNREADABLE = {
     "padding": ({"model_args": {"stem_type": "same"}}, 'stem_type="same"'),
     "average pooling": ({"model_args": {"avg_down": True}}, "avg_down=True"),
@@ -677,7 +411,7 @@ def test_timms_arguments_that_change_the_numbers_are_refused(case):
     ids=lambda wrong: next(iter(wrong)),
 )
 def test_huggingface_settings_that_change_the_numbers_are_refused(wrong):
-    theirs = huggingface_model()
+    theirs = cases.huggingface_bit()
     config = theirs.config.to_dict() | wrong
     with pytest.raises(ValueError, match=f"{next(iter(wrong))}="):
         read(weights_of(theirs, config))
@@ -700,16 +434,14 @@ def count(model, size=(224, 224)):
     return sum(int(np.prod(shape)) for shape in shapes.values())
 
 
-@pytest.mark.parametrize(
-    "name", few(bit_timm.NAMES, "resnetv2_50x1_bit", marks=PUBLISHED)
-)
+@pytest.mark.parametrize("name", few(bit.NAMES, "resnetv2_50x1_bit", marks=PUBLISHED))
 def test_published_sizes_have_as_many_parameters_as_timms(name):
     size = f"R{name.removeprefix('resnetv2_').removesuffix('_bit')}"
     model = BiT.of(size, head=Classifier(num_classes=1000))
     with torch.device("meta"):
         theirs = timm.create_model(name)
     assert count(model) == sum(p.numel() for p in theirs.parameters())
-    described = export.find(model, Library.TIMM).describe(model, (224, 224))
+    described = export.find(model, Library.TIMM, EVEN).describe(model, (224, 224), 3)
     arguments = {"num_classes": 1000}
     assert described == {"architecture": name, "model_args": arguments}
 
@@ -720,7 +452,7 @@ def test_published_sizes_have_as_many_parameters_as_timms(name):
 def test_v1_has_as_many_parameters_as_timms(depth, stages):
     model = BiTV1.of(f"{depth}x1", head=Classifier(num_classes=1000))
     with torch.device("meta"):
-        theirs = ResNetV2(layers=stages, preact=False)
+        theirs = cases.ResNetV2(layers=stages, preact=False)
     assert count(model) == sum(p.numel() for p in theirs.parameters())
 
 

@@ -1,14 +1,14 @@
 """Weight files of every format with one array missing, flat, a number or empty."""
 
 import dataclasses
-import functools
 import re
 
 import numpy as np
 import pytest
 
-from big_vision_lite.conversion import engine, foreign, formats
-from big_vision_lite.conversion.formats import Weights
+from big_vision_lite.conversion import foreign, formats
+from big_vision_lite.conversion.families import FORMATS
+from big_vision_lite.conversion.weights import Weights
 from big_vision_lite.models.bit import BiT, PoolPadding
 from big_vision_lite.models.bit_v1 import BiTV1, Standardisation, Trunk
 from big_vision_lite.models.blocks.heads import Classifier
@@ -102,26 +102,18 @@ DAMAGES = {
 OPTIONAL = re.compile("(img/)?(cls|pos_embedding)|(cls|reg)_token|pos_embed")
 
 
-@pytest.fixture(autouse=True)
-def what_a_model_has_worked_out_once(monkeypatch):
-    monkeypatch.setattr(formats, "shapes", functools.cache(formats.shapes))
-    for kind in {type(form) for form in formats.all_formats()}:
-        monkeypatch.setattr(kind, "entries", functools.cache(kind.entries))
-
-
 def written(name):
     """Returns random weights in the format of a name."""
-    form = next(f for f in formats.all_formats() if f.name == name)
+    form = next(f for f in FORMATS if f.name == name)
     model, config = CASES[name]
     rng = np.random.default_rng(0)
     ours = {
         name: rng.uniform(0.5, 1, shape).astype(np.float32)
         for name, shape in formats.shapes(model, SIZE, 3).items()
     }
-    arrays = engine.write(form.entries(model, SIZE), ours)
-    constants = getattr(form, "constants", lambda _: {})(model)
-    config = form.describe(model, SIZE) if config is None else config
-    return Weights(arrays=arrays | constants, path=PATH, config=config)
+    arrays = formats.write(form, model, SIZE, ours)
+    config = form.describe(model, SIZE, 3) if config is None else config
+    return Weights(arrays=arrays, path=PATH, config=config)
 
 
 def load(weights):
@@ -138,7 +130,7 @@ def same(found, expected):
 
 
 def test_every_format_is_tried():
-    assert CASES.keys() == {form.name for form in formats.all_formats()}
+    assert CASES.keys() == {form.name for form in FORMATS}
 
 
 @pytest.mark.parametrize("name", CASES)

@@ -1,6 +1,5 @@
 """Hybrid vision transformers: timm and vision_transformer's npz, the same numbers."""
 
-import functools
 import json
 
 import jax
@@ -9,13 +8,12 @@ import pytest
 import torch_libraries
 from big_vision_bit import grid, random_variables, trunk_arrays
 from foreign_models import randomise, relative_difference
-from tiers import PUBLISHED, SLOW, crossed, few
+from tiers import PUBLISHED, SLOW, few
 
 from big_vision_lite import trees
-from big_vision_lite.conversion import engine, export, foreign, formats
-from big_vision_lite.conversion import files as weights
-from big_vision_lite.conversion.families import hybrid_npz, hybrid_timm
-from big_vision_lite.conversion.formats import Library, Weights
+from big_vision_lite.conversion import export, files, formats
+from big_vision_lite.conversion.families import hybrid as hybrid_formats
+from big_vision_lite.conversion.formats import Library
 from big_vision_lite.models import vit_variants
 from big_vision_lite.models.bit_v1 import Standardisation, Trunk
 from big_vision_lite.models.blocks.heads import Classifier
@@ -27,61 +25,26 @@ from big_vision_lite.models.vit_variants import hybrid
 torch = pytest.importorskip("torch")
 torch_libraries.import_torchvision()
 timm = pytest.importorskip("timm")
-from timm.layers import HybridEmbed, StdConv2d  # noqa: E402
+pytest.importorskip("transformers")
+import conversion_cases as cases  # noqa: E402
+from conversion_cases import (  # noqa: E402
+    BOUND,
+    CLASSES,
+    EVEN,
+    TORCH_FORM,
+    hybrid_config,
+    our_outputs,
+    pixels,
+    weights_of,
+)
 from timm.layers.std_conv import StdConv2dSame  # noqa: E402
-from timm.models.resnetv2 import ResNetV2  # noqa: E402
-from timm.models.vision_transformer import VisionTransformer  # noqa: E402
 
 pytestmark = pytest.mark.parity
 
-BOUND = 1e-5  # max |difference| / max |value|, float32 on the CPU
-CLASSES, WIDTH, DEPTH, HEADS = 7, 32, 2, 2
+WIDTH, DEPTH, HEADS = 32, 2, 2
 # The grid has ceil(side / 8) cells a side.
-SIZES = {"even": (64, 64), "odd": (65, 65), "not square": (48, 82)}
-EVEN = SIZES["even"]
-TIMM, NPZ = hybrid_timm.FORMATS[0], hybrid_npz.FORMATS[0]
-TORCH_FORM = dict(standardisation=Standardisation.INSIDE_ROOT, norm_epsilon=1e-5)
-OURS_AS_TIMMS = dict(
-    standardisation=Standardisation.INSIDE_ROOT, trunk_norm_epsilon=1e-5
-)
-
-
-@functools.cache
-def timm_model(size=EVEN, *, same=True, seed=1, **arguments):
-    conv = functools.partial(StdConv2dSame if same else StdConv2d, eps=1e-8)
-    backbone = ResNetV2(
-        layers=(1, 2),
-        channels=(128, 256),
-        stem_chs=32,
-        num_classes=0,
-        global_pool="",
-        preact=False,
-        stem_type="same" if same else "fixed",
-        conv_layer=conv,
-    )
-    model = VisionTransformer(
-        img_size=size,
-        embed_dim=WIDTH,
-        depth=DEPTH,
-        num_heads=HEADS,
-        num_classes=CLASSES,
-        patch_size=1,
-        embed_layer=functools.partial(HybridEmbed, backbone=backbone),
-        act_layer="gelu_tanh",
-        **arguments,
-    )
-    return randomise(model, seed)
-
-
-def config_of(size=EVEN, **arguments):
-    # As timm writes them: in pixels.
-    told = {"img_size": list(size), "num_heads": HEADS, "act_layer": "gelu_tanh"}
-    return {"architecture": "vit_small_r26_s32_224", "model_args": told | arguments}
-
-
-def pixels(size, seed=7):
-    rng = np.random.default_rng(seed)
-    return rng.integers(0, 256, (2, *size, 3), np.uint8)
+SIZES = {"even": EVEN, "odd": cases.ODD, "not square": cases.NOT_SQUARE}
+NPZ, TIMM = hybrid_formats.FORMATS
 
 
 def scaled(image):
@@ -89,29 +52,11 @@ def scaled(image):
 
 
 def their_outputs(model, image):
-    x = torch.from_numpy(scaled(image).transpose(0, 3, 1, 2))
-    with torch.no_grad():
-        features = model.forward_features(x)
-        pooled = model.forward_head(features, pre_logits=True)
-        return {"pooled": pooled, "logits": model.forward_head(features)}
-
-
-@functools.cache
-def compiled(model):
-    return jax.jit(lambda params, image: model.apply({"params": params}, image))
-
-
-def our_outputs(model, variables, image):
-    return compiled(model)(trees.unflatten(variables), image)
+    return cases.their_outputs(model, scaled(image))
 
 
 def worst(ours, theirs):
     return max(relative_difference(ours[name], theirs[name]) for name in theirs)
-
-
-def weights_of(model, config):
-    arrays = {n: t.detach().numpy().copy() for n, t in model.state_dict().items()}
-    return Weights(arrays=arrays, path="file", config=config)
 
 
 def cells(size):
@@ -119,88 +64,25 @@ def cells(size):
 
 
 def read(found, size=EVEN):
-    form = foreign.recognise(found)
-    architecture = form.architecture(found)
-    return form, architecture, formats.load(found, form, architecture, size)
-
-
-def load_strictly(model, arrays):
-    state = {name: torch.tensor(array) for name, array in arrays.items()}
-    model.load_state_dict(state, strict=True)
-    return model.eval()
-
-
-POOLINGS = {
-    "token": {},
-    "average": dict(global_pool="avg", class_token=False),
-    "attention": dict(global_pool="map", class_token=False),
-}
-
-
-@pytest.mark.parametrize(("pooling", "size"), crossed(POOLINGS, SIZES))
-def test_timms_weights_give_timms_numbers(pooling, size):
-    theirs = timm_model(SIZES[size], **POOLINGS[pooling])
-    config = config_of(SIZES[size], **POOLINGS[pooling])
-    form, found, variables = read(weights_of(theirs, config), SIZES[size])
-    assert form == TIMM
-    # In whole cells: an odd size is one that ends in the middle of a cell.
-    assert found.image_size == tuple(8 * side for side in cells(SIZES[size]))
-    image = pixels(SIZES[size])
-    ours = our_outputs(found.model, variables, image)
-    assert worst(ours, their_outputs(theirs, image)) < BOUND
+    found = cases.read(found, size)
+    return found.form, found.architecture, found.variables
 
 
 def test_weights_without_a_configuration_are_read_as_square():
-    theirs = timm_model()
+    theirs = randomise(cases.timm_hybrid(), seed=1)
     told = {"model_args": {"num_heads": HEADS}}
     _, found, _ = read(weights_of(theirs, told))
     assert found.image_size == EVEN
     assert any("gelu_erf" in note for note in found.notes)
 
 
-@pytest.mark.parametrize("pooling", POOLINGS)
-def test_ours_to_timm_and_back_is_bit_for_bit(pooling):
-    arguments = POOLINGS[pooling] | dict(no_embed_class=True)
-    theirs = timm_model(seed=2, **arguments)
-    config = config_of(**arguments)
-    form, found, _ = read(weights_of(theirs, config))
-    variables = random_variables(found.model, EVEN, seed=3)
-    load_strictly(theirs, engine.write(form.entries(found.model, EVEN), variables))
-    image = pixels(EVEN)
-    ours = our_outputs(found.model, variables, image)
-    assert worst(ours, their_outputs(theirs, image)) < BOUND
-    _, again, back = read(weights_of(theirs, config))
-    assert again.model == found.model
-    for name, array in variables.items():
-        np.testing.assert_array_equal(back[name], array)
-
-
-def small(size="R26+S/32", **fields):
-    """Returns a hybrid with the trunk of a published one and a small transformer."""
-    plain = dict(width=WIDTH, depth=DEPTH, num_heads=HEADS, mlp_dim=4 * WIDTH)
-    head = Classifier(num_classes=CLASSES)
-    return hybrid(size, **{**plain, "head": head, **OURS_AS_TIMMS, **fields})
-
-
-@pytest.mark.parametrize(
-    "size, image_size",
-    [("R+Ti/16", (64, 96)), pytest.param("R26+S/32", (96, 64), marks=SLOW)],
-)
-def test_timm_builds_by_name_what_is_described(size, image_size):
-    model = small(size)
-    form = export.find(model, Library.TIMM)
-    described = json.loads(json.dumps(form.describe(model, image_size)))
-    theirs = timm.create_model(described["architecture"], **described["model_args"])
-    variables = random_variables(model, image_size)
-    written = engine.write(form.entries(model, image_size), variables)
-    load_strictly(theirs, written)
-    image = pixels(image_size)
-    ours = our_outputs(model, variables, image)
-    assert worst(ours, their_outputs(theirs, image)) < BOUND
-    _, found, back = read(weights_of(theirs, described), image_size)
-    assert found.model == model and found.image_size == image_size
-    for name, array in variables.items():
-        np.testing.assert_array_equal(back[name], array)
+@pytest.mark.parametrize("place", ["even", "odd"])
+def test_positions_of_the_class_token_are_folded_into_it(place):
+    theirs = randomise(cases.timm_hybrid(SIZES[place]), seed=1)
+    _, found, variables = read(
+        weights_of(theirs, hybrid_config(SIZES[place])), SIZES[place]
+    )
+    assert cases.worst(found.model, variables, theirs, SIZES[place]) < BOUND
 
 
 def archive(stages=(1, 2), count=64, seed=4):
@@ -271,28 +153,7 @@ def saved(tmp_path, arrays, size=EVEN):
 
 def timm_from(path, size=EVEN):
     """Returns a timm hybrid filled by timm's own loader of archives."""
-    model = VisionTransformer(
-        img_size=size,
-        embed_dim=WIDTH,
-        depth=DEPTH,
-        num_heads=HEADS,
-        num_classes=CLASSES,
-        patch_size=1,
-        embed_layer=functools.partial(
-            HybridEmbed,
-            backbone=ResNetV2(
-                layers=(1, 2),
-                channels=(128, 256),
-                stem_chs=32,
-                num_classes=0,
-                global_pool="",
-                preact=False,
-                stem_type="same",
-                conv_layer=functools.partial(StdConv2dSame, eps=1e-8),
-            ),
-        ),
-        act_layer="gelu_tanh",
-    )
+    model = cases.timm_hybrid(size)
     model.load_pretrained(path)
     return model.eval()
 
@@ -314,7 +175,7 @@ def test_archives_give_the_numbers_of_timms_own_loader(tmp_path, size, square):
         for name, array in archive(count=rows * columns).items()
     }
     path = saved(tmp_path, arrays, size)
-    form, found, variables = read(weights.read(path), size)
+    form, found, variables = read(files.read(path), size)
     assert form == NPZ and found.image_size == (8 * rows, 8 * columns)
     image = pixels(size)
     # timm's own form: the same weights with its constants.
@@ -349,7 +210,7 @@ def test_an_archive_of_timms_names_has_other_constants_than_one_of_big_visions(
         if name.startswith(("conv_root", "block")) and name.endswith("kernel"):
             arrays[name] = arrays[name] * np.float32(0.1)
     path = saved(tmp_path, arrays)
-    _, found, variables = read(weights.read(path))
+    _, found, variables = read(files.read(path))
     assert found.model.stem.standardisation == Standardisation.OUTSIDE_ROOT
     assert found.model.stem.norm_epsilon == 1e-6
     image = pixels(EVEN)
@@ -362,8 +223,8 @@ def test_an_archive_of_timms_names_has_other_constants_than_one_of_big_visions(
 
 def test_torchs_padding_in_the_trunk_shows_at_even_sizes_only():
     for size in ("odd", "even"):
-        theirs = timm_model(SIZES[size], same=False)
-        found = weights_of(theirs, config_of(SIZES[size]))
+        theirs = randomise(cases.timm_hybrid(SIZES[size], same=False), seed=1)
+        found = weights_of(theirs, hybrid_config(SIZES[size]))
         _, architecture, variables = read(found, SIZES[size])
         image = pixels(SIZES[size])
         ours = our_outputs(architecture.model, variables, image)
@@ -384,64 +245,16 @@ def test_ours_to_archives_and_back_is_bit_for_bit(tmp_path):
         head=Classifier(num_classes=CLASSES),
         stem=Trunk(stages=(1, 2), width=32),
     )
-    form = export.find(model, Library.NPZ)
+    form = export.find(model, Library.NPZ, EVEN)
     assert form == NPZ
     variables = random_variables(model, EVEN)
-    written = engine.write(form.entries(model, EVEN), variables)
+    written = formats.write(form, model, EVEN, variables)
     wanted = {name: array.shape for name, array in archive().items()}
     assert {name: array.shape for name, array in written.items()} == wanted
-    _, found, back = read(weights.read(saved(tmp_path, written)))
+    _, found, back = read(files.read(saved(tmp_path, written)))
     assert found.model == model
     for name, array in variables.items():
         np.testing.assert_array_equal(back[name], array)
-
-
-PLAIN = ViT(
-    width=WIDTH,
-    depth=1,
-    mlp_dim=WIDTH,
-    num_heads=1,
-    patch_size=8,
-    head=Classifier(num_classes=2, hidden_dim=3),
-)
-REFUSED = {
-    "big_vision's constants": (
-        hybrid("R26+S/32"),
-        Library.TIMM,
-        "standardisation=outside_root and norm_epsilon=1e-06",
-    ),
-    "torch's constants": (small(), Library.NPZ, "standardisation=inside_root"),
-    "trunk": (
-        small(stem=Trunk(stages=(3,), **TORCH_FORM)),
-        Library.TIMM,
-        r"stages=\(3,\)",
-    ),
-    "pooling": (
-        small(
-            standardisation=Standardisation.OUTSIDE_ROOT,
-            trunk_norm_epsilon=1e-6,
-            pooling=Pooling.ATTENTION,
-        ),
-        Library.NPZ,
-        "pooling=attention",
-    ),
-    "other library": (small(), Library.HUGGINGFACE, "stem"),
-    # A plain ViT is refused for its own reason.
-    "plain": (PLAIN, Library.TIMM, "hidden_dim=3"),
-}
-
-
-@pytest.mark.parametrize("case", REFUSED)
-def test_what_a_library_cannot_express_is_refused_by_its_field(case):
-    model, library, words = REFUSED[case]
-    with pytest.raises(ValueError, match=words):
-        export.find(model, library)
-
-
-def test_plain_transformers_are_not_taken_for_hybrids():
-    plain = PLAIN.clone(head=Classifier(num_classes=2))
-    assert export.find(plain, Library.TIMM) not in hybrid_timm.FORMATS
-    assert export.find(plain, Library.NPZ) not in hybrid_npz.FORMATS
 
 
 NAMES = {
@@ -473,7 +286,8 @@ def test_r26_s_32_at_224_gives_the_numbers_of_timm():
         "R26+S/32",
         head=Classifier(num_classes=1000),
         activation=found.model.activation,
-        **OURS_AS_TIMMS,
+        standardisation=Standardisation.INSIDE_ROOT,
+        trunk_norm_epsilon=1e-5,
     )
     image = pixels((224, 224))
     ours = our_outputs(found.model, variables, image)

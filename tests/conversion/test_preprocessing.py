@@ -12,12 +12,13 @@ import torch_libraries
 from sklearn.datasets import load_sample_images
 
 from big_vision_lite.conversion import foreign, preprocessing, preprocessing_export
-from big_vision_lite.conversion.formats import Weights
+from big_vision_lite.conversion.families import FORMATS
 from big_vision_lite.conversion.input_range import (
     SYMMETRIC,
     InputRange,
     fold_input_range,
 )
+from big_vision_lite.conversion.weights import Weights
 from big_vision_lite.data import ops
 from big_vision_lite.data.ops import resampling as crops
 from big_vision_lite.data.ops.decode import decode
@@ -335,33 +336,36 @@ def test_the_first_forms_of_a_preprocessor_are_read():
 # What comes with weights
 
 
-def weights(names=(), **side_files):
-    arrays = {name: np.zeros(1, np.float32) for name in names}
-    return Weights(arrays=arrays, path="x.npz", **side_files)
+# What a format assumes of weights without a preprocessing.
+OTHER = preprocessing.OF_TRANSFORMERS
+
+
+def weights(**side_files):
+    return Weights(arrays={}, path="x.npz", **side_files)
 
 
 def test_what_the_weights_fix_wins_and_is_said():
     stored = {"size": {"shortest_edge": 256}, "crop_size": 224, "do_center_crop": True}
-    found = preprocessing.read(weights(preprocessor=stored), (518, 518))
+    found = preprocessing.read(weights(preprocessor=stored), OTHER, (518, 518))
     assert found.image_size == (518, 518)
     assert (found.ops[1].size, found.ops[2].size) == (592, 518)
     assert "224x224" in found.notes[0] and "518x518" in found.notes[0]
     config = {"pretrained_cfg": {"input_size": [3, 224, 224], "crop_pct": 0.875}}
-    found = preprocessing.read(weights(config=config), (384, 384))
+    found = preprocessing.read(weights(config=config), OTHER, (384, 384))
     assert (found.ops[1].size, found.ops[2].size) == (438, 384)
-    assert preprocessing.read(weights(config=config), None).notes == ()
+    assert preprocessing.read(weights(config=config), OTHER, None).notes == ()
 
 
 @pytest.mark.parametrize(
-    "names, mean, resampling",
+    "assumed, mean, resampling",
     [
-        (("embedding/kernel",), 127.5, Resampling.BILINEAR),
-        (("conv1.weight",), 255 * 0.485, Resampling.PIL_BILINEAR),
-        (("patch_embed.proj.weight",), 127.5, Resampling.PIL_BICUBIC),
+        (preprocessing.OF_BIG_VISION, 127.5, Resampling.BILINEAR),
+        (preprocessing.OF_TORCHVISION, 255 * 0.485, Resampling.PIL_BILINEAR),
+        (preprocessing.OF_TRANSFORMERS, 127.5, Resampling.PIL_BICUBIC),
     ],
 )
-def test_what_is_assumed_is_said(names, mean, resampling):
-    found = preprocessing.read(weights(names), None)
+def test_what_is_assumed_is_said(assumed, mean, resampling):
+    found = preprocessing.read(weights(), assumed, None)
     assert found.mean[0] == pytest.approx(mean)
     assert found.ops[1].resampling == resampling
     assert "assumed" in found.notes[0]
@@ -396,9 +400,12 @@ def test_what_is_not_read_is_refused(read, message):
 def test_weights_of_images_in_bgr_are_refused_and_others_are_not():
     stored = {"do_flip_channel_order": True}
     with pytest.raises(ValueError, match="images here are RGB"):
-        preprocessing.read(weights(preprocessor=stored), None)
+        preprocessing.read(weights(preprocessor=stored), OTHER, None)
     stored = {"do_flip_channel_order": False, "size": {"height": 64, "width": 64}}
-    assert preprocessing.read(weights(preprocessor=stored), None).image_size == (64, 64)
+    assert preprocessing.read(weights(preprocessor=stored), OTHER, None).image_size == (
+        64,
+        64,
+    )
 
 
 def test_the_line_that_the_note_gives_makes_the_scaling_that_of_imagenet(tmp_path):
@@ -424,7 +431,7 @@ def test_the_line_that_the_note_gives_makes_the_scaling_that_of_imagenet(tmp_pat
 
 
 def test_images_of_one_channel_are_not_told_of_imagenet():
-    found = preprocessing.read(weights(("patch_embed.proj.weight",)), None, channels=1)
+    found = preprocessing.read(weights(), OTHER, None, channels=1)
     assert "assumed" in found.notes[0] and "ImageNet" not in found.notes[0]
 
 
@@ -538,12 +545,12 @@ def test_a_padded_stem_is_refused_because_its_zeros_are_another_gray():
     assert np.abs(difference[:, 1:-1, 1:-1]).max() < 1e-5
 
 
-def test_what_comes_without_a_configuration_is_assumed_by_its_names_and_said():
+def test_what_comes_without_a_configuration_is_assumed_by_its_format_and_said():
     def assumed(name):
-        arrays = {name: np.zeros((1, 1), np.float32)}
-        return preprocessing.read(Weights(arrays=arrays, path="x"), None)
+        form = next(form for form in FORMATS if form.name == name)
+        return preprocessing.read(weights(), form.assumes, None)
 
-    bit, resnet, vit = map(assumed, ("stem.conv.weight", "conv1.weight", "cls_token"))
+    bit, resnet, vit = map(assumed, ("timm BiT", "timm ResNet", "timm ViT"))
     assert bit.mean == vit.mean == (127.5,) != resnet.mean
     for road, word in ((bit, "BiT"), (resnet, "torchvision"), (vit, "transformers")):
         (note,) = road.notes

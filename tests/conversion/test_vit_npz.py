@@ -12,13 +12,13 @@ import torch_libraries
 from foreign_models import relative_difference
 
 from big_vision_lite import trees
-from big_vision_lite.conversion import engine, foreign, formats
+from big_vision_lite.conversion import export, foreign, formats
 from big_vision_lite.conversion import files as weights
-from big_vision_lite.conversion.families import vit_npz
+from big_vision_lite.conversion.families import vit_archives
+from big_vision_lite.conversion.formats import Library
 from big_vision_lite.models.blocks.heads import Classifier
-from big_vision_lite.models.blocks.mlp import Activation
 from big_vision_lite.models.blocks.patches import Positions
-from big_vision_lite.models.blocks.pooling import FinalNorm, Pooling
+from big_vision_lite.models.blocks.pooling import Pooling
 from big_vision_lite.models.vit import ViT
 
 pytestmark = pytest.mark.parity
@@ -27,7 +27,8 @@ torch_libraries.import_torchvision()
 
 WIDTH, DEPTH, HEADS, HIDDEN, CLASSES, REPRESENTATION = 16, 3, 2, 64, 5, 12
 BOUND = 1e-5  # of logits and pooled features in float32
-BIG_VISION, STACKED, *_, VISION_TRANSFORMER = vit_npz.FORMATS
+BIG_VISION, STACKED, *_, VISION_TRANSFORMER = vit_archives.FORMATS
+POOLINGS = (Pooling.CLASS_TOKEN, Pooling.AVERAGE, Pooling.ATTENTION)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -515,8 +516,8 @@ def ours(pooling, positions=Positions.LEARNED, **fields):
     ("form", "pooling"),
     [
         (form, pooling)
-        for form in vit_npz.FORMATS
-        for pooling in vit_npz.POOLINGS
+        for form in vit_archives.FORMATS
+        for pooling in POOLINGS
         if (form, pooling) != (VISION_TRANSFORMER, Pooling.ATTENTION)
     ],
 )
@@ -530,7 +531,7 @@ def test_there_and_back_gives_the_same_bits(folder, form, pooling, hidden_dim):
         name: np.float32(rng.normal(size=shape))
         for name, shape in formats.shapes(model, size, 3).items()
     }
-    written = engine.write(form.entries(model, size), before)
+    written = formats.write(form, model, size, before)
     path = save(folder, written, size)
     assert foreign.recognise(weights.read(path)) == form
     loaded, after = load(path, size)
@@ -544,32 +545,18 @@ def test_fixed_positions_need_no_array(positions):
     model = ours(Pooling.AVERAGE, positions)
     shapes = formats.shapes(model, (16, 24), 3)
     variables = {name: np.ones(shape, np.float32) for name, shape in shapes.items()}
-    written = engine.write(BIG_VISION.entries(model, (16, 24)), variables)
+    written = formats.write(BIG_VISION, model, (16, 24), variables)
     assert ("pos_embedding" in written) == (positions == Positions.LEARNED)
 
 
-def test_what_archives_cannot_say_is_refused_with_a_way_out():
-    for fields in (
-        {"activation": Activation.GELU_ERF},
-        {"norm_epsilon": 1e-5},
-        {"final_norm": FinalNorm.POOLED},
-        {"layer_scale": 0.1},
-        {"registers": 2},
-        {"qk_norm": True},
-        {"qkv_bias": False},
-    ):
-        (name,) = fields
-        model = ours(Pooling.CLASS_TOKEN, **fields)
-        with pytest.raises(ValueError, match=rf"{name}=.*--to safetensors"):
-            BIG_VISION.describe(model, (24, 24))
-    with pytest.raises(ValueError, match="positions=none.*--to safetensors"):
-        BIG_VISION.describe(ours(Pooling.AVERAGE, Positions.NONE), (24, 24))
-    head = Classifier(num_classes=2, hidden_dim=3)
-    fits = ours(Pooling.ATTENTION, Positions.SINCOS, head=head)
-    assert BIG_VISION.describe(fits, (24, 24)) == {}
+def to_archive(model):
+    return export.find(model, Library.NPZ, (24, 24))
 
 
 def test_archives_are_written_in_one_layout():
-    for form in vit_npz.FORMATS[1:]:
+    head = Classifier(num_classes=2, hidden_dim=3)
+    fits = ours(Pooling.ATTENTION, Positions.SINCOS, head=head)
+    assert to_archive(fits) is to_archive(ours(Pooling.CLASS_TOKEN)) is BIG_VISION
+    for form in vit_archives.FORMATS[1:]:
         with pytest.raises(ValueError, match="big_vision"):
-            form.describe(ours(Pooling.CLASS_TOKEN), (24, 24))
+            form.describe(ours(Pooling.CLASS_TOKEN), (24, 24), 3)

@@ -6,7 +6,7 @@ import torch_libraries
 from foreign_models import randomise
 
 from big_vision_lite.conversion import foreign, formats
-from big_vision_lite.conversion.formats import Weights
+from big_vision_lite.conversion.weights import Weights
 from big_vision_lite.models.blocks.mlp import Activation
 
 pytestmark = pytest.mark.parity

@@ -1,14 +1,25 @@
 """Hugging Face's Bit: BiT (layer_type preactivation), BiTV1 (bottleneck)."""
 
-import dataclasses
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
-from big_vision_lite.conversion.engine import Entry, conv, norm
-from big_vision_lite.conversion.families import bit_tables
-from big_vision_lite.conversion.formats import Architecture, Library, Weights
+from big_vision_lite.conversion.families import libraries
+from big_vision_lite.conversion.families.bit import (
+    HINTS,
+    PLAIN,
+    TORCH_FORM,
+    UNIT,
+    UNIT_V1,
+    check_multiple,
+    hints_on,
+    in_field,
+    torch_units,
+)
+from big_vision_lite.conversion.formats import Architecture, Format, Library, Size
+from big_vision_lite.conversion.tables import Rows, under
+from big_vision_lite.conversion.weights import Weights
 from big_vision_lite.models.bit import BiT, Block, PoolPadding
-from big_vision_lite.models.bit_v1 import BiTV1, Standardisation, Trunk
+from big_vision_lite.models.bit_v1 import BiTV1, Trunk
 
 # What a config.json that leaves a key out means: BitConfig.
 DEFAULTS: Mapping[str, Any] = {
@@ -20,117 +31,141 @@ DEFAULTS: Mapping[str, Any] = {
     "embedding_dynamic_padding": False,
     "output_stride": 32,
 }
-UNIT = "encoder.stages.{stage}.layers.{index}"
+HUGGINGFACE: Rows = {
+    "stem": "embedder.convolution",
+    **torch_units(UNIT, "encoder.stages.{s-1}.layers.{u-1}"),
+    "norm": "norm",
+}
+HUGGINGFACE_TRUNK: Rows = {
+    "trunk/conv_root": "embedder.convolution",
+    "trunk/gn_root": "embedder.norm",
+    **torch_units(f"trunk/{UNIT_V1}", "encoder.stages.{s-1}.layers.{u-1}"),
+}
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class HuggingFaceBiT:
-    """BitForImageClassification, and BitModel when there is no head."""
+class HuggingFaceBiT(Format):
+    """BitForImageClassification, and BitModel when there is no head.
 
-    name: str = "Hugging Face BiT"
-    library: Library = Library.HUGGINGFACE
-    model: type = BiT
-    ignored: tuple[str, ...] = ()
+    `layer_type` and `padding` are what its configuration must say.
+    """
+
+    name = "Hugging Face BiT"
+    library = Library.HUGGINGFACE
+    model = BiT
+    requires = {
+        **PLAIN,
+        "block": Block.BOTTLENECK,
+        "pool_padding": PoolPadding.ZEROS,
+    }
+    hints = HINTS
+    table = HUGGINGFACE
+    layer_type = "preactivation"
+    padding: str | None = None
 
     def recognises(self, weights: Weights) -> bool:
-        return _root(weights) is not None and not _has_stem_norm(weights)
+        root = _root(weights)
+        has_norm = f"{root}embedder.norm.weight" in weights.arrays
+        return root is not None and has_norm == (self.padding is not None)
 
     def architecture(self, weights: Weights) -> Architecture:
-        config = _config_of(
-            weights,
-            layer_type="preactivation",
-            global_padding=None,
-            embedding_dynamic_padding=False,
+        config = self._config(weights)
+        stem = weights.sizes(
+            {f"{_root(weights)}embedder.convolution.weight": "width channels 7 7"}
         )
-        stem = _stem(weights)
-        model = BiT(
-            stages=_stages(weights),
-            width=stem[0],
-            pool_padding=PoolPadding.ZEROS,
-            groups=config["num_groups"],
-            head=bit_tables.head_of(weights, "classifier.1.bias"),
+        model = self._model(
+            _stages(weights),
+            stem["width"],
+            config["num_groups"],
+            weights.head("classifier.1.bias", "classes"),
         )
-        return Architecture(model=model, channels=stem[1])
+        return Architecture(model=model, channels=stem["channels"])
 
-    def entries(self, model: BiT, image_size: tuple[int, int]) -> Sequence[Entry]:
-        root = _root_for(model)
-        units = bit_tables.units_of_bit(model)
-        return [
-            conv(f"{root}embedder.convolution.weight", "stem/kernel"),
-            *bit_tables.torch_units(units, f"{root}{UNIT}", v1=False),
-            *norm(f"{root}norm", "norm"),
-            *_head(model),
-        ]
+    def rows(self, model: Any) -> Rows:
+        root = "" if model.head is None else "bit."
+        return {**under(root, self.table), "head": "classifier.1"}
 
-    def describe(self, model: BiT, image_size: tuple[int, int]) -> dict[str, Any]:
-        what = "Hugging Face's BiT"
-        bit_tables.check_expressible(model, what=what)
-        bit_tables.check_multiple(what, model.width)
-        if model.block != Block.BOTTLENECK or model.pool_padding != PoolPadding.ZEROS:
+    def describe(self, model: Any, size: Size, channels: int) -> dict[str, Any]:
+        trunk = getattr(model, "trunk", model)
+        if not trunk.stages:
+            raise ValueError(f"{self.name} has stages; this model has none.")
+        check_multiple(self.name, trunk.width)
+        head, stages = model.head, len(trunk.stages)
+        return {
+            "architectures": [
+                "BitModel" if head is None else "BitForImageClassification"
+            ],
+            "model_type": "bit",
+            "num_channels": channels,
+            "embedding_size": trunk.width,
+            # Not width_factor: the last norm does not follow it there.
+            "hidden_sizes": [4 * trunk.width * 2**stage for stage in range(stages)],
+            "depths": list(trunk.stages),
+            "num_groups": trunk.groups,
+            "output_stride": max(32, _output_stride(stages)),
+            "layer_type": self.layer_type,
+            "hidden_act": "relu",
+            "global_padding": self.padding,
+            "embedding_dynamic_padding": self.padding is not None,
+            "width_factor": 1,
+            **libraries.labels(2 if head is None else head.num_classes),
+        }
+
+    def _model(self, stages: Any, width: int, groups: int, head: Any) -> Any:
+        padding = PoolPadding.ZEROS
+        return BiT(
+            stages=stages, width=width, groups=groups, pool_padding=padding, head=head
+        )
+
+    def _config(self, weights: Weights) -> dict[str, Any]:
+        """Returns the configuration with defaults filled in.
+
+        Raises:
+            ValueError: it is that of another model.
+        """
+        config = {**DEFAULTS, **weights.config}
+        padding = config["global_padding"]
+        config["global_padding"] = padding.upper() if padding else None
+        wanted = {
+            "hidden_act": "relu",
+            "layer_type": self.layer_type,
+            "global_padding": self.padding,
+            "embedding_dynamic_padding": self.padding is not None,
+        }
+        for name, value in wanted.items():
+            # Without a configuration the names must do.
+            if weights.config and config[name] != value:
+                raise ValueError(
+                    f"{weights.path}: config.json has {name}={config[name]}; with "
+                    f"these weights only {name}={value} is read."
+                )
+        smallest = _output_stride(len(_stages(weights)))
+        if config["output_stride"] < smallest:
             raise ValueError(
-                f"{what} has block=bottleneck and pool_padding=zeros, this model has "
-                f"block={model.block} and pool_padding={model.pool_padding}. Export it "
-                "with --to npz or safetensors."
+                f"{weights.path}: config.json has output_stride="
+                f"{config['output_stride']}, dilated convolutions; here all are "
+                f"strided, output_stride={smallest}."
             )
-        sizes = _sizes(model.stages, model.width, model.groups)
-        return _described(model, sizes, "preactivation", None)
+        return config
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class HuggingFaceBiTV1:
+class HuggingFaceBiTV1(HuggingFaceBiT):
     """Bit with layer_type="bottleneck" and TensorFlow's padding."""
 
-    name: str = "Hugging Face BiT, norms after convolutions"
-    library: Library = Library.HUGGINGFACE
-    model: type = BiTV1
-    ignored: tuple[str, ...] = ()
+    name = "Hugging Face BiT, norms after convolutions"
+    model = BiTV1
+    requires = {"head.hidden_dim": None, **in_field("trunk", TORCH_FORM)}
+    hints = hints_on("trunk")
+    table = HUGGINGFACE_TRUNK
+    layer_type = "bottleneck"
+    padding = "SAME"
 
-    def recognises(self, weights: Weights) -> bool:
-        return _root(weights) is not None and _has_stem_norm(weights)
-
-    def architecture(self, weights: Weights) -> Architecture:
-        config = _config_of(
-            weights,
-            layer_type="bottleneck",
-            global_padding="SAME",
-            embedding_dynamic_padding=True,
-        )
-        stem = _stem(weights)
-        model = BiTV1(
-            trunk=Trunk(
-                stages=_stages(weights),
-                width=stem[0],
-                groups=config["num_groups"],
-                standardisation=Standardisation.INSIDE_ROOT,
-                norm_epsilon=1e-5,
-            ),
-            head=bit_tables.head_of(weights, "classifier.1.bias"),
-        )
-        return Architecture(model=model, channels=stem[1])
-
-    def entries(self, model: BiTV1, image_size: tuple[int, int]) -> Sequence[Entry]:
-        root = _root_for(model)
-        units = bit_tables.units_of_trunk(model.trunk, "trunk")
-        return [
-            conv(f"{root}embedder.convolution.weight", "trunk/conv_root/kernel"),
-            *norm(f"{root}embedder.norm", "trunk/gn_root"),
-            *bit_tables.torch_units(units, f"{root}{UNIT}", v1=True),
-            *_head(model),
-        ]
-
-    def describe(self, model: BiTV1, image_size: tuple[int, int]) -> dict[str, Any]:
-        what = "Hugging Face's BiT with norms after convolutions"
-        trunk = model.trunk
-        bit_tables.check_head(model.head, what=what)
-        bit_tables.check_torch_form(trunk, what=what)
-        if not trunk.stages:
-            raise ValueError(f"{what} has stages; this model has none.")
-        sizes = _sizes(trunk.stages, trunk.width, trunk.groups)
-        return _described(model, sizes, "bottleneck", "SAME")
+    def _model(self, stages: Any, width: int, groups: int, head: Any) -> Any:
+        trunk = Trunk(stages=stages, width=width, groups=groups, **TORCH_FORM)
+        return BiTV1(trunk=trunk, head=head)
 
 
 def _root(weights: Weights) -> str | None:
-    """Returns what stands before the names of the backbone, None in other models."""
+    """Returns what precedes the names of a backbone of Hugging Face, None elsewhere."""
     for root in ("bit.", ""):
         first = f"{root}encoder.stages.0.layers.0.conv1.weight"
         if {f"{root}embedder.convolution.weight", first} <= weights.arrays.keys():
@@ -138,93 +173,13 @@ def _root(weights: Weights) -> str | None:
     return None
 
 
-def _root_for(model: BiT | BiTV1) -> str:
-    return "" if model.head is None else "bit."
-
-
-def _has_stem_norm(weights: Weights) -> bool:
-    return f"{_root(weights)}embedder.norm.weight" in weights.arrays
-
-
-def _stem(weights: Weights) -> tuple[int, ...]:
-    """Returns (width, channels, ...) of the root convolution."""
-    stem = weights.shape(f"{_root(weights)}embedder.convolution.weight", 4)
-    bit_tables.check_root(weights.path, stem[2:])
-    return stem
-
-
 def _stages(weights: Weights) -> tuple[int, ...]:
-    root = _root(weights) or ""
-    pattern = r"encoder\.stages\.(\d+)\.layers\.(\d+)\."
-    names = [name.removeprefix(root) for name in weights.arrays]
-    return bit_tables.count_units(names, pattern)
-
-
-def _config_of(weights: Weights, **wanted: Any) -> dict[str, Any]:
-    """Returns the configuration with defaults filled in.
-
-    Raises:
-        ValueError: it has another value than wanted, or another activation.
-    """
-    config = {**DEFAULTS, **weights.config}
-    padding = config["global_padding"]
-    config["global_padding"] = padding.upper() if padding else None
-    for name, value in {"hidden_act": "relu", **wanted}.items():
-        # Without a configuration the names must do.
-        if weights.config and config[name] != value:
-            raise ValueError(
-                f"{weights.path}: config.json has {name}={config[name]}; with these "
-                f"weights only {name}={value} is read."
-            )
-    smallest = _output_stride(len(_stages(weights)))
-    if config["output_stride"] < smallest:
-        raise ValueError(
-            f"{weights.path}: config.json has output_stride={config['output_stride']}, "
-            f"dilated convolutions; here all are strided, output_stride={smallest}."
-        )
-    return config
-
-
-def _head(model: BiT | BiTV1) -> Iterator[Entry]:
-    if model.head is not None:
-        yield from bit_tables.torch_head("classifier.1", convolution=False)
-
-
-def _sizes(stages: tuple[int, ...], width: int, groups: int) -> dict[str, Any]:
-    return {
-        "embedding_size": width,
-        # Not width_factor: the last norm does not follow it there.
-        "hidden_sizes": [4 * width * 2**stage for stage in range(len(stages))],
-        "depths": list(stages),
-        "num_groups": groups,
-        "output_stride": max(32, _output_stride(len(stages))),
-    }
+    return weights.units(r"(?:bit\.)?encoder\.stages\.(\d+)\.layers\.(\d+)\.")
 
 
 def _output_stride(num_stages: int) -> int:
-    """Returns the stride of the last stage; below it the other side would dilate."""
+    """Returns the stride of the last stage; below it Hugging Face would dilate."""
     return 2 ** (num_stages + 1)
-
-
-def _described(
-    model: BiT | BiTV1, sizes: dict[str, Any], layer_type: str, padding: str | None
-) -> dict[str, Any]:
-    head = model.head
-    count = 2 if head is None else head.num_classes
-    kind = "BitModel" if head is None else "BitForImageClassification"
-    return {
-        "architectures": [kind],
-        "model_type": "bit",
-        "num_channels": len(model.mean) if len(model.mean) > 1 else 3,
-        **sizes,
-        "layer_type": layer_type,
-        "hidden_act": "relu",
-        "global_padding": padding,
-        "embedding_dynamic_padding": padding is not None,
-        "width_factor": 1,
-        "id2label": {str(index): f"LABEL_{index}" for index in range(count)},
-        "label2id": {f"LABEL_{index}": index for index in range(count)},
-    }
 
 
 FORMATS = (HuggingFaceBiT(), HuggingFaceBiTV1())

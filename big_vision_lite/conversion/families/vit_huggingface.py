@@ -1,32 +1,26 @@
-"""ViT and DeiT of Hugging Face's transformers."""
+"""ViT and DeiT of Hugging Face's transformers; what all ViTs there share.
 
-import dataclasses
+Names are those in files, which transformers 5 translates when it loads them.
+"""
+
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from big_vision_lite.conversion.engine import Entry, linear, norm
-from big_vision_lite.conversion.families.vit_huggingface_tables import (
-    TO_TIMM,
-    BlockNames,
-    architecture_of,
-    blocks,
-    config_for,
-    config_of,
-    head_of,
-    labels_for,
-    patches,
-    vit_fields,
-)
-from big_vision_lite.conversion.families.vit_tables import (
-    check_fields,
-    tokens_and_positions,
-)
-from big_vision_lite.conversion.formats import Architecture, Library, Weights
+from big_vision_lite.conversion.engine import Entry
+from big_vision_lite.conversion.families import libraries, vit
+from big_vision_lite.conversion.formats import Architecture, Format, Library, Size
+from big_vision_lite.conversion.tables import Rows, under
+from big_vision_lite.conversion.weights import Weights
 from big_vision_lite.models.blocks.mlp import Activation
-from big_vision_lite.models.blocks.patches import grid_size
+from big_vision_lite.models.blocks.patches import Positions, grid_size
 from big_vision_lite.models.blocks.pooling import Pooling
 from big_vision_lite.models.vit import ViT
 
+ACTIVATIONS = {
+    "gelu": Activation.GELU_ERF,
+    "gelu_pytorch_tanh": Activation.GELU_TANH,
+    "gelu_new": Activation.GELU_TANH,
+}
 # What a config.json that leaves a key out means: ViTConfig, DeiTConfig.
 DEFAULTS: Mapping[str, Any] = {
     "hidden_size": 768,
@@ -40,71 +34,170 @@ DEFAULTS: Mapping[str, Any] = {
     "num_channels": 3,
     "qkv_bias": True,
 }
-EXPRESSES = ("pooling", "positions", "activation", "norm_epsilon", "qkv_bias")
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class HuggingFaceViT:
-    """ViTForImageClassification, and ViTModel when there is no head."""
+class HuggingFaceViT(Format):
+    """ViTForImageClassification, and ViTModel when there is no head.
 
-    name: str = "Hugging Face ViT"
-    library: Library = Library.HUGGINGFACE
-    model: type = ViT
+    `root` precedes all names but the classifier's where there is one. `model_types`
+    are those of a config.json that is read, and `defaults` its keys.
+    """
+
+    name = "Hugging Face ViT"
+    library = Library.HUGGINGFACE
+    model = ViT
     # Classification does not go through the pooler.
-    ignored: tuple[str, ...] = (r"(vit\.)?pooler\.dense\.(weight|bias)",)
+    ignored: Sequence[str] = (r"(vit\.)?pooler\.dense\.(weight|bias)",)
+    requires = vit.requires(
+        *("positions", "norm_epsilon", "qkv_bias"),
+        pooling=Pooling.CLASS_TOKEN,
+        activation=vit.GELUS,
+    )
+    root = "vit."
+    model_types: Sequence[str] = ("vit",)
+    defaults = DEFAULTS
+    kind, kind_of_body = "ViTForImageClassification", "ViTModel"
+    patches = "embeddings.patch_embeddings.projection"
+    positions = "embeddings.position_embeddings"
+    block = "encoder.layer.{b}."
+    last_norm = "layernorm"
+    parts: Rows = {
+        "attention_norm": "layernorm_before",
+        "attention/query": "attention.attention.query",
+        "attention/key": "attention.attention.key",
+        "attention/value": "attention.attention.value",
+        "attention/out": "attention.output.dense",
+        "mlp_norm": "layernorm_after",
+        "mlp/hidden": "intermediate.dense",
+        "mlp/out": "output.dense",
+    }
 
     def recognises(self, weights: Weights) -> bool:
-        root = "vit." if "classifier.weight" in weights.arrays else ""
+        root = self.root if "classifier.weight" in weights.arrays else ""
         wanted = {
-            f"{root}embeddings.position_embeddings",
+            f"{root}{self.positions}",
             f"{root}encoder.layer.0.layernorm_before.weight",
         }
         distilled = f"{root}embeddings.distillation_token"
         return wanted <= weights.arrays.keys() and distilled not in weights.arrays
 
     def architecture(self, weights: Weights) -> Architecture:
-        config = config_of(weights, ("vit",), DEFAULTS)
-        model = ViT(
-            **vit_fields(config, weights.path),
-            mlp_dim=config["intermediate_size"],
-            qkv_bias=config["qkv_bias"],
-            pooling=Pooling.CLASS_TOKEN,
-            head=head_of(weights),
-        )
-        return architecture_of(model, config, _pooler_notes(weights))
+        config = self._config(weights)
+        model = ViT(**self._fields(config, weights))
+        note = "the pooler (a tanh layer) is left out: classification never uses it"
+        has_pooler = any("pooler.dense" in name for name in weights.arrays)
+        return _architecture(model, config, [note] if has_pooler else [])
 
-    def entries(self, model: ViT, image_size: tuple[int, int]) -> Sequence[Entry]:
-        root = "" if model.head is None else "vit."
-        head = [] if model.head is None else linear("classifier", "head")
-        tokens = {f"{root}embeddings.cls_token": "class_token"}
-        return _entries(model, image_size, root, tokens) + head
+    def rows(self, model: ViT) -> Rows:
+        inside = {
+            "patch_embedding": self.patches,
+            **under(self.block, self.parts, ours=vit.BLOCK),
+            "encoder/norm": self.last_norm,
+        }
+        return {**under(self._root(model), inside), "head": "classifier"}
 
-    def describe(self, model: ViT, image_size: tuple[int, int]) -> dict[str, Any]:
-        if model.pooling != Pooling.CLASS_TOKEN:
-            raise ValueError(
-                "Hugging Face's ViT classifies by the class token, this model has "
-                f"pooling={model.pooling}. {TO_TIMM}"
+    def special(self, model: ViT, size: Size) -> Sequence[Entry]:
+        root, tokens = self._root(model), self.tokens(model)
+        return [
+            vit.tokens_and_positions(
+                model,
+                grid_size(*size, model.patch_size),
+                positions=f"{root}{self.positions}",
+                theirs={f"{root}{name}": 1 for name in tokens},
+                ours=dict.fromkeys(tokens.values(), 1),
+                rows=(len(tokens),),
             )
-        check_fields(
-            model, what="Hugging Face's ViT", expresses=EXPRESSES, instead=TO_TIMM
-        )
-        _check_activation(model)
-        kind = "ViTModel" if model.head is None else "ViTForImageClassification"
-        return _config(model, image_size, "vit", kind)
+        ]
+
+    def tokens(self, model: ViT) -> dict[str, str]:
+        """Returns the tokens {theirs: ours} that have a position there."""
+        return {"embeddings.cls_token": "class_token"}
+
+    def describe(self, model: ViT, size: Size, channels: int) -> dict[str, Any]:
+        return {
+            "architectures": [self.kind_of_body if model.head is None else self.kind],
+            "model_type": self.model_types[0],
+            **sizes_of(model, size, channels),
+            "intermediate_size": model.mlp_dim,
+            "qkv_bias": model.qkv_bias,
+            **labels_of(model),
+        }
+
+    def _root(self, model: ViT) -> str:
+        return "" if model.head is None else self.root
+
+    def _config(self, weights: Weights) -> dict[str, Any]:
+        """Returns the keys that config.json may have; its absence is refused.
+
+        The vision part of a config of image and text is taken.
+        """
+        kind = self.model_types[0]
+        if not weights.config:
+            raise ValueError(
+                f"{weights.path} has the names of a Hugging Face {kind}, whose number "
+                "of heads, activation and norm constant stand in its config.json: put "
+                "that file beside the weights, or give the folder that holds both."
+            )
+        config = weights.config.get("vision_config", weights.config)
+        for named in (weights.config, config):
+            found = named.get("model_type", kind)
+            if found not in self.model_types:
+                raise ValueError(
+                    f"{weights.path} has the names of a Hugging Face {kind}, but its "
+                    f'config.json says model_type "{found}", which is not read here; '
+                    f"{', '.join(self.model_types)} is."
+                )
+        return {key: config.get(key, value) for key, value in self.defaults.items()}
+
+    def _fields(self, config: Mapping[str, Any], weights: Weights) -> dict[str, Any]:
+        """Returns the fields of our ViT that all these configurations have.
+
+        Raises:
+            ValueError: an activation or patches that our ViT does not have.
+        """
+        act, patch = config["hidden_act"], config["patch_size"]
+        if act not in ACTIVATIONS:
+            raise ValueError(
+                f'{weights.path}: hidden_act "{act}" is not known here; '
+                f"{', '.join(ACTIVATIONS)} are."
+            )
+        sides = set(patch) if isinstance(patch, list | tuple) else {patch}
+        if len(sides) != 1:
+            raise ValueError(
+                f"{weights.path}: patches of {patch} px; only squares are known here."
+            )
+        return {
+            "width": config["hidden_size"],
+            "depth": config["num_hidden_layers"],
+            "mlp_dim": config.get("intermediate_size"),
+            "num_heads": config["num_attention_heads"],
+            "patch_size": sides.pop(),
+            "pooling": Pooling.CLASS_TOKEN,
+            "positions": Positions.LEARNED,
+            "activation": ACTIVATIONS[act],
+            "norm_epsilon": config["layer_norm_eps"],
+            "qkv_bias": config.get("qkv_bias", True),
+            "head": weights.head("classifier.weight"),
+        }
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class HuggingFaceDeiT:
+class HuggingFaceDeiT(HuggingFaceViT):
     """DeiTForImageClassificationWithTeacher, ...ForImageClassification, DeiTModel.
 
     With one head the distillation token only takes part in attention, as a register
     does; its position is folded into it.
     """
 
-    name: str = "Hugging Face DeiT"
-    library: Library = Library.HUGGINGFACE
-    model: type = ViT
-    ignored: tuple[str, ...] = (r"(deit\.)?pooler\.dense\.(weight|bias)",)
+    name = "Hugging Face DeiT"
+    ignored = (r"(deit\.)?pooler\.dense\.(weight|bias)",)
+    requires = vit.requires(
+        *("positions", "norm_epsilon", "qkv_bias", "registers", "distillation_token"),
+        pooling=Pooling.CLASS_TOKEN,
+        activation=vit.GELUS,
+    )
+    root = "deit."
+    model_types = ("deit",)
+    kind, kind_of_body = "DeiTForImageClassification", "DeiTModel"
 
     def recognises(self, weights: Weights) -> bool:
         first = "encoder.layer.0.layernorm_before.weight"
@@ -114,99 +207,81 @@ class HuggingFaceDeiT:
             for root in ("", "deit.")
         )
 
-    def architecture(self, weights: Weights) -> Architecture:
-        config = config_of(weights, ("deit",), DEFAULTS)
-        single = head_of(weights)
-        model = ViT(
-            **vit_fields(config, weights.path),
-            mlp_dim=config["intermediate_size"],
-            qkv_bias=config["qkv_bias"],
-            pooling=Pooling.CLASS_TOKEN,
-            head=single or head_of(weights, "cls_classifier"),
-            registers=int(single is not None),
-            distillation_token=single is None,
-        )
-        return architecture_of(model, config, _pooler_notes(weights))
-
-    def entries(self, model: ViT, image_size: tuple[int, int]) -> Sequence[Entry]:
-        root = "" if model.head is None else "deit."
-        second = "distillation_token" if model.distillation_token else "registers"
-        tokens = {
-            f"{root}embeddings.cls_token": "class_token",
-            f"{root}embeddings.distillation_token": second,
-        }
-        table = _entries(model, image_size, root, tokens)
-        if model.head is None:
-            return table
+    def rows(self, model: ViT) -> Rows:
         if not model.distillation_token:
-            return table + linear("classifier", "head")
-        table += linear("cls_classifier", "head")
-        return table + linear("distillation_classifier", "distillation_head")
+            return super().rows(model)
+        heads = {
+            "head": "cls_classifier",
+            "distillation_head": "distillation_classifier",
+        }
+        return {**super().rows(model), **heads}
 
-    def describe(self, model: ViT, image_size: tuple[int, int]) -> dict[str, Any]:
+    def tokens(self, model: ViT) -> dict[str, str]:
+        second = "distillation_token" if model.distillation_token else "registers"
+        return {**super().tokens(model), "embeddings.distillation_token": second}
+
+    def describe(self, model: ViT, size: Size, channels: int) -> dict[str, Any]:
         one_head = (model.registers, model.distillation_token) == (1, False)
         two_heads = (model.registers, model.distillation_token) == (0, True)
         if not two_heads and (not one_head or model.head is None):
             raise ValueError(
-                "Hugging Face's DeiT has a distillation token; this model has "
+                f"{self.name} has a distillation token; this model has "
                 f"distillation_token={model.distillation_token} and "
-                f"registers={model.registers}. {TO_TIMM}"
+                f"registers={model.registers}."
             )
-        check_fields(
-            model,
-            what="Hugging Face's DeiT",
-            expresses=(*EXPRESSES, "registers", "distillation_token"),
-            instead=TO_TIMM,
-        )
-        _check_activation(model)
-        teacher = "WithTeacher" if two_heads else ""
-        kind = "DeiTModel"
-        if model.head is not None:
-            kind = f"DeiTForImageClassification{teacher}"
-        return _config(model, image_size, "deit", kind)
+        described = super().describe(model, size, channels)
+        if two_heads and model.head is not None:
+            described["architectures"] = [f"{self.kind}WithTeacher"]
+        return described
+
+    def _fields(self, config: Mapping[str, Any], weights: Weights) -> dict[str, Any]:
+        fields = super()._fields(config, weights)
+        single = fields["head"] is not None
+        head = fields["head"] or weights.head("cls_classifier.weight")
+        tokens = {"registers": int(single), "distillation_token": not single}
+        return {**fields, "head": head, **tokens}
 
 
-def _pooler_notes(weights: Weights) -> list[str]:
-    """Says that a pooler is left out, where there is one."""
-    if not any("pooler.dense" in name for name in weights.arrays):
-        return []
-    return ["the pooler (a tanh layer) is left out: classification never uses it"]
+def _architecture(
+    model: ViT, config: Mapping[str, Any], notes: Sequence[str]
+) -> Architecture:
+    """Returns a model at its config's image size, less the edge that fills no patch."""
+    given, patch = config["image_size"], model.patch_size
+    height, width = given if isinstance(given, list | tuple) else (given, given)
+    size = (height // patch * patch, width // patch * patch)
+    if size != (height, width):
+        notes = [
+            *notes,
+            f"of {height}x{width} px the model sees {size[0]}x{size[1]}: what fills no "
+            f"patch of {patch} px is cut off, here before and not after resizing",
+        ]
+    return Architecture(
+        model=model,
+        image_size=size,
+        channels=config["num_channels"],
+        notes=tuple(notes),
+    )
 
 
-def _entries(
-    model: ViT, image_size: tuple[int, int], root: str, tokens: Mapping[str, str]
-) -> list[Entry]:
-    return [
-        *patches(f"{root}embeddings.patch_embeddings.projection"),
-        tokens_and_positions(
-            model,
-            grid_size(*image_size, model.patch_size),
-            positions=f"{root}embeddings.position_embeddings",
-            tokens=tokens,
-        ),
-        *blocks(model, root, BlockNames()),
-        *norm(f"{root}layernorm", "encoder/norm"),
-    ]
-
-
-def _config(
-    model: ViT, image_size: tuple[int, int], model_type: str, kind: str
-) -> dict[str, Any]:
+def sizes_of(model: ViT, size: Size, channels: int) -> dict[str, Any]:
+    """Returns the keys of config.json that all these models have."""
+    height, width = size
+    acts = {ours: theirs for theirs, ours in reversed(ACTIVATIONS.items())}
     return {
-        "architectures": [kind],
-        "model_type": model_type,
-        **config_for(model, image_size),
-        "intermediate_size": model.mlp_dim,
-        "qkv_bias": model.qkv_bias,
-        **labels_for(model),
+        "hidden_size": model.width,
+        "num_hidden_layers": model.depth,
+        "num_attention_heads": model.num_heads,
+        "hidden_act": acts.get(model.activation, "gelu"),
+        "layer_norm_eps": model.norm_epsilon,
+        "image_size": height if height == width else [height, width],
+        "patch_size": model.patch_size,
+        "num_channels": channels,
+        "dtype": "float32",
     }
 
 
-def _check_activation(model: ViT) -> None:
-    if model.activation == Activation.SWIGLU:
-        raise ValueError(
-            f"Hugging Face's ViT has no activation={model.activation}. {TO_TIMM}"
-        )
+def labels_of(model: ViT) -> dict[str, Any]:
+    return {} if model.head is None else libraries.labels(model.head.num_classes)
 
 
 FORMATS = (HuggingFaceViT(), HuggingFaceDeiT())

@@ -1,150 +1,113 @@
 """The image tower of SigLIP in Hugging Face's transformers."""
 
-import dataclasses
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from big_vision_lite.conversion.engine import (
-    Entry,
-    linear,
-    norm,
-    output_projection,
-    projection_biases,
-    projections,
-    same,
+from big_vision_lite.conversion.engine import Entry
+from big_vision_lite.conversion.families import vit
+from big_vision_lite.conversion.families.vit_huggingface import (
+    DEFAULTS,
+    HuggingFaceViT,
+    labels_of,
+    sizes_of,
 )
-from big_vision_lite.conversion.families.vit_huggingface_tables import (
-    TO_TIMM,
-    BlockNames,
-    architecture_of,
-    blocks,
-    config_for,
-    config_of,
-    head_of,
-    labels_for,
-    patches,
-    vit_fields,
-)
-from big_vision_lite.conversion.families.vit_tables import (
-    check_fields,
-    tokens_and_positions,
-)
-from big_vision_lite.conversion.formats import Architecture, Library, Weights
-from big_vision_lite.models.blocks.mlp import Activation
+from big_vision_lite.conversion.formats import Size
+from big_vision_lite.conversion.tables import Rows, under
+from big_vision_lite.conversion.weights import Weights
 from big_vision_lite.models.blocks.patches import grid_size
 from big_vision_lite.models.blocks.pooling import Pooling
 from big_vision_lite.models.vit import ViT
 
 # What a config.json that leaves a key out means: SiglipVisionConfig. Published ones
 # leave out most.
-DEFAULTS: Mapping[str, Any] = {
-    "hidden_size": 768,
-    "num_hidden_layers": 12,
-    "num_attention_heads": 12,
-    "intermediate_size": 3072,
+SIGLIP: Mapping[str, Any] = {
+    **{key: value for key, value in DEFAULTS.items() if key != "qkv_bias"},
     "hidden_act": "gelu_pytorch_tanh",
     "layer_norm_eps": 1e-6,
-    "image_size": 224,
-    "patch_size": 16,
-    "num_channels": 3,
 }
-BLOCK = BlockNames(
-    layers="encoder.layers",
-    norms=("layer_norm1", "layer_norm2"),
-    query_key_value=("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"),
-    out="self_attn.out_proj",
-    mlp=("mlp.fc1", "mlp.fc2"),
-)
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class HuggingFaceSigLIP:
+class HuggingFaceSigLIP(HuggingFaceViT):
     """SiglipVisionModel, and SiglipForImageClassification when there is a head.
 
     The classifier reads the mean of all tokens, not the attention pooling that
     SiglipVisionModel ends in; so any ViT that averages can go there.
     """
 
-    name: str = "Hugging Face SigLIP"
-    library: Library = Library.HUGGINGFACE
-    model: type = ViT
-    root: str = "vision_model."
+    name = "Hugging Face SigLIP"
     # Text, temperature and bias; the pooling that a classifier leaves unused.
-    ignored: tuple[str, ...] = (
+    ignored = (
         r"text_model\..*",
         r"logit_(scale|bias)",
         r"vision_model\.head\..*",
         r".*\.position_ids",
     )
+    requires = vit.requires(
+        *("positions", "norm_epsilon"),
+        pooling=[Pooling.ATTENTION, Pooling.AVERAGE],
+        activation=vit.GELUS,
+    )
+    root = "vision_model."
+    model_types = ("siglip_vision_model", "siglip")
+    defaults = SIGLIP
+    patches = "embeddings.patch_embedding"
+    positions = "embeddings.position_embedding.weight"
+    block = "encoder.layers.{b}."
+    last_norm = "post_layernorm"
+    parts = {
+        "attention_norm": "layer_norm1",
+        "attention/query": "self_attn.q_proj",
+        "attention/key": "self_attn.k_proj",
+        "attention/value": "self_attn.v_proj",
+        "attention/out": "self_attn.out_proj",
+        "mlp_norm": "layer_norm2",
+        "mlp/hidden": "mlp.fc1",
+        "mlp/out": "mlp.fc2",
+    }
+    pooling: Rows = {
+        "probe": "probe",
+        vit.QUERY_KEY_VALUE: "attention.in_proj_{leaf}",
+        "attention/out": "attention.out_proj",
+        "norm": "layernorm",
+        "mlp/hidden": "mlp.fc1",
+        "mlp/out": "mlp.fc2",
+    }
 
     def recognises(self, weights: Weights) -> bool:
+        root, names = self.root, weights.arrays.keys()
         wanted = {
-            f"{self.root}embeddings.patch_embedding.weight",
-            f"{self.root}encoder.layers.0.layer_norm1.weight",
+            f"{root}embeddings.patch_embedding.weight",
+            f"{root}encoder.layers.0.layer_norm1.weight",
         }
         # CLIP has the same names and these two.
-        others = {
-            f"{self.root}embeddings.class_embedding",
-            f"{self.root}pre_layrnorm.weight",
-        }
-        names = weights.arrays.keys()
+        others = {f"{root}embeddings.class_embedding", f"{root}pre_layrnorm.weight"}
         return wanted <= names and not others & names
 
-    def architecture(self, weights: Weights) -> Architecture:
-        config = config_of(weights, ("siglip_vision_model", "siglip"), DEFAULTS)
-        head = head_of(weights)
-        probes = head is None and any(
-            name.startswith(f"{self.root}head.") for name in weights.arrays
-        )
-        model = ViT(
-            **vit_fields(config, weights.path),
-            mlp_dim=config["intermediate_size"],
-            pooling=Pooling.ATTENTION if probes else Pooling.AVERAGE,
-            head=head,
-        )
-        return architecture_of(model, config, ())
+    def rows(self, model: ViT) -> Rows:
+        pooling = under(f"{self.root}head.", self.pooling, ours="pooling/")
+        return {**super().rows(model), **pooling}
 
-    def entries(self, model: ViT, image_size: tuple[int, int]) -> Sequence[Entry]:
-        root = self.root
-        table = [
-            *patches(f"{root}embeddings.patch_embedding"),
-            tokens_and_positions(
+    def special(self, model: ViT, size: Size) -> Sequence[Entry]:
+        return [
+            vit.tokens_and_positions(
                 model,
-                grid_size(*image_size, model.patch_size),
-                positions=f"{root}embeddings.position_embedding.weight",
+                grid_size(*size, model.patch_size),
+                positions=f"{self.root}{self.positions}",
                 leading=(),
-            ),
-            *blocks(model, root, BLOCK),
-            *norm(f"{root}post_layernorm", "encoder/norm"),
+            )
         ]
-        if model.pooling == Pooling.ATTENTION:
-            table += _attention_pooling(f"{root}head")
-        return table if model.head is None else table + linear("classifier", "head")
 
-    def describe(self, model: ViT, image_size: tuple[int, int]) -> dict[str, Any]:
-        what = "Hugging Face's SigLIP"
+    def describe(self, model: ViT, size: Size, channels: int) -> dict[str, Any]:
         probes = model.pooling == Pooling.ATTENTION
-        if not probes and model.pooling != Pooling.AVERAGE:
-            raise ValueError(f"{what} has no pooling={model.pooling}. {TO_TIMM}")
         if probes and model.head is not None:
             raise ValueError(
-                f"{what} classifies by the average of the tokens, this model has "
-                f"pooling={model.pooling} and a head. {TO_TIMM}"
+                f"{self.name} classifies by the average of the tokens, this model has "
+                f"pooling={model.pooling} and a head."
             )
-        if self.root != FORMATS[0].root:
-            raise ValueError(f"{what} is written with names in {FORMATS[0].root}")
-        expresses = ("pooling", "positions", "activation", "norm_epsilon")
-        check_fields(model, what=what, expresses=expresses, instead=TO_TIMM)
-        if model.activation == Activation.SWIGLU:
-            raise ValueError(f"{what} has no activation=swiglu. {TO_TIMM}")
-        if image_size[0] != image_size[1]:
-            raise ValueError(
-                f"{what} knows square images only, this model is for "
-                f"{image_size[0]}x{image_size[1]} px. {TO_TIMM}"
-            )
+        vit.check_square(self.name, size)
         vision = {
             "model_type": "siglip_vision_model",
-            **config_for(model, image_size),
+            **sizes_of(model, size, channels),
             "intermediate_size": model.mlp_dim,
             "vision_use_head": probes,
         }
@@ -156,33 +119,28 @@ class HuggingFaceSigLIP:
             "vision_config": vision,
             "text_config": {"model_type": "siglip_text_model"},
             "dtype": vision["dtype"],
-            **labels_for(model),
+            **labels_of(model),
         }
 
+    def _root(self, model: ViT) -> str:
+        return self.root
 
-def _attention_pooling(root: str) -> list[Entry]:
-    attention = "pooling/attention"
-    parts = [f"{attention}/{part}" for part in ("query", "key", "value")]
-    return [
-        same(f"{root}.probe", "pooling/probe"),
-        projections(
-            f"{root}.attention.in_proj_weight", *(f"{part}/kernel" for part in parts)
-        ),
-        projection_biases(
-            f"{root}.attention.in_proj_bias", *(f"{part}/bias" for part in parts)
-        ),
-        output_projection(
-            f"{root}.attention.out_proj.weight", f"{attention}/out/kernel"
-        ),
-        same(f"{root}.attention.out_proj.bias", f"{attention}/out/bias"),
-        *norm(f"{root}.layernorm", "pooling/norm"),
-        *linear(f"{root}.mlp.fc1", "pooling/mlp/hidden"),
-        *linear(f"{root}.mlp.fc2", "pooling/mlp/out"),
-    ]
+    def _fields(self, config: Mapping[str, Any], weights: Weights) -> dict[str, Any]:
+        fields = super()._fields(config, weights)
+        start = f"{self.root}head."
+        probes = any(name.startswith(start) for name in weights.arrays)
+        pools = fields["head"] is None and probes
+        return {**fields, "pooling": Pooling.ATTENTION if pools else Pooling.AVERAGE}
 
 
-FORMATS = (
-    HuggingFaceSigLIP(),
-    # As transformers 5 saves a SiglipVisionModel.
-    HuggingFaceSigLIP(name="Hugging Face SigLIP tower", root=""),
-)
+class HuggingFaceSigLIPTower(HuggingFaceSigLIP):
+    """As transformers 5 saves a SiglipVisionModel; read only."""
+
+    name = "Hugging Face SigLIP tower"
+    root = ""
+
+    def describe(self, model: ViT, size: Size, channels: int) -> dict[str, Any]:
+        raise ValueError(f"{self.name} is written with names in vision_model.")
+
+
+FORMATS = (HuggingFaceSigLIP(), HuggingFaceSigLIPTower())

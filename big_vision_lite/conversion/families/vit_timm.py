@@ -1,45 +1,77 @@
 """timm's VisionTransformer (vit_*, deit_*, deit3_*, *_siglip, *_dinov2) and our ViT.
 
-Facebook's own files of DINOv2 and DeiT III are read, too.
+Facebook's own files of DINOv2 and DeiT III are read, too: the same arrays, a few of
+which timm renamed.
 """
 
 import dataclasses
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import Any
 
-from big_vision_lite.conversion.engine import (
-    Entry,
-    conv,
-    linear,
-    norm,
-    output_projection,
-    projection_biases,
-    projections,
-    same,
-)
-from big_vision_lite.conversion.families import vit_tables
+import numpy as np
+
+from big_vision_lite.conversion import engine
+from big_vision_lite.conversion.engine import Entry
+from big_vision_lite.conversion.families import libraries, vit
 from big_vision_lite.conversion.families.vit_timm_config import (
+    ACTIVATIONS,
     BASES,
     POOLINGS,
     activation_of,
     arguments_of,
-    model_args,
     num_heads_of,
     pooling_of,
     positions_of,
 )
-from big_vision_lite.conversion.families.vit_timm_names import in_timm_names
-from big_vision_lite.conversion.families.vit_timm_tokens import tokens_and_positions
-from big_vision_lite.conversion.formats import Architecture, Library, Weights
+from big_vision_lite.conversion.formats import Architecture, Format, Library, Size
+from big_vision_lite.conversion.tables import Rows, under
+from big_vision_lite.conversion.weights import Weights
 from big_vision_lite.models.blocks import patches
-from big_vision_lite.models.blocks.heads import Classifier
 from big_vision_lite.models.blocks.mlp import Activation
-from big_vision_lite.models.blocks.patches import grid_size
+from big_vision_lite.models.blocks.patches import Positions, grid_size
 from big_vision_lite.models.blocks.pooling import FinalNorm, Pooling
 from big_vision_lite.models.vit import ViT
 
 PATCHES = "patch_embed.proj.weight"
+ROWS: Rows = {
+    "patch_embedding": "patch_embed.proj",
+    **under(
+        "blocks.{b}.",
+        {
+            "attention_norm": "norm1",
+            vit.QUERY_KEY_VALUE: "attn.qkv",
+            "attention/query_norm": "attn.q_norm",
+            "attention/key_norm": "attn.k_norm",
+            "attention/out": "attn.proj",
+            "attention_scale": "ls1.gamma",
+            "mlp_norm": "norm2",
+            # With SwiGLU, both have the gate in the first half.
+            "mlp/hidden": "mlp.fc1",
+            "mlp/out": "mlp.fc2",
+            "mlp_scale": "ls2.gamma",
+        },
+        ours=vit.BLOCK,
+    ),
+    "encoder/norm": "norm",
+    "pooled_norm": "fc_norm",
+    "pooling/probe": "attn_pool.latent",
+    "pooling/attention/query": "attn_pool.q",
+    ("pooling/attention/key", "pooling/attention/value"): "attn_pool.kv",
+    "pooling/attention/out": "attn_pool.proj",
+    "pooling/norm": "attn_pool.norm",
+    "pooling/mlp/hidden": "attn_pool.mlp.fc1",
+    "pooling/mlp/out": "attn_pool.mlp.fc2",
+    "head": "head",
+    "distillation_head": "head_dist",
+}
+# Facebook's: timm's. DINOv2's SwiGLU has the gate in the first half of w12, as fc1.
+RENAMED = {
+    r"(blocks\.\d+\.)gamma_([12])": r"\1ls\2.gamma",  # DeiT III
+    r"(blocks\.\d+\.mlp\.)w12(\..*)": r"\1fc1\2",  # DINOv2, giant
+    r"(blocks\.\d+\.mlp\.)w3(\..*)": r"\1fc2\2",
+    r"register_tokens": "reg_token",  # DINOv2, with registers
+}
 # What some models of timm have and ours have not, by a name that shows it.
 UNKNOWN_PARTS = {
     "norm_pre.weight": "a norm before the first block (CLIP)",
@@ -50,121 +82,133 @@ UNKNOWN_PARTS = {
 }
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class TimmViT:
+class TimmViT(Format):
     """timm's names. A class token that no pooling reads is a register of ours.
 
     With `unread_class_token` it is the first of them; such models come in only: they
     leave in the other form, with a register token and the same numbers.
     """
 
-    name: str = "timm ViT"
-    unread_class_token: bool = False
-    library: Library = Library.TIMM
-    model: type = ViT
-    ignored: tuple[str, ...] = ()
+    name = "timm ViT"
+    library = Library.TIMM
+    model = ViT
+    table = ROWS
+    signs = (PATCHES, "blocks.0.attn.qkv.weight", "blocks.0.norm1.weight")
+    requires = vit.requires(
+        *("positions", "activation", "final_norm", "layer_scale", "qkv_bias"),
+        *("qk_norm", "registers", "distillation_token", "kernel_patch_size"),
+        "position_grid",
+        pooling=list(POOLINGS.values()),
+    )
+    unread_class_token = False
 
     def normalised_names(self, weights: Weights) -> Weights:
-        return in_timm_names(weights)
+        """Returns the weights in timm's names, not Facebook's.
+
+        Raises:
+            ValueError: the positions have another number of axes than theirs.
+        """
+        arrays = {
+            _renamed(name): array
+            for name, array in weights.arrays.items()
+            # Stands for masked patches in pretraining.
+            if name != "mask_token"
+        }
+        theirs = {"register_tokens", "cls_token", "pos_embed"}
+        if theirs <= weights.arrays.keys():
+            # The positions begin with that of the class token; registers have none.
+            weights.shape("cls_token", 3)
+            weights.shape("pos_embed", 3)
+            first, rest = np.split(arrays["pos_embed"], [1], axis=1)
+            arrays |= {"cls_token": arrays["cls_token"] + first, "pos_embed": rest}
+        return dataclasses.replace(weights, arrays=arrays)
 
     def recognises(self, weights: Weights) -> bool:
-        weights = self.normalised_names(weights)
-        arrays = weights.arrays
-        if not {PATCHES, "blocks.0.attn.qkv.weight", "blocks.0.norm1.weight"} <= (
-            arrays.keys()
-        ):
+        if not super().recognises(weights):
             return False
-        unread = "cls_token" in arrays and pooling_of(weights) != Pooling.CLASS_TOKEN
-        return unread == self.unread_class_token
+        weights = self.normalised_names(weights)
+        reads = pooling_of(weights) == Pooling.CLASS_TOKEN
+        return ("cls_token" in weights.arrays and not reads) == self.unread_class_token
 
     def architecture(self, weights: Weights) -> Architecture:
         weights = self.normalised_names(weights)
         arrays = weights.arrays
-        for name, what in UNKNOWN_PARTS.items():
-            if name in arrays:
-                raise ValueError(f"{weights.path} has {what}, which no ViT here has.")
-        if "blocks.0.norm1.bias" not in arrays:
-            raise ValueError(f"{weights.path} has RMS norms, which no ViT here has.")
-        width, channels, patch, patch_width = weights.shape(PATCHES, 4)
-        if patch != patch_width:
-            raise ValueError(
-                f"{weights.path} has patches of {patch}x{patch_width} px; here they "
-                "are square."
-            )
-        if not arrays.keys() & {"norm.weight", "fc_norm.weight"}:
-            raise ValueError(f"{weights.path} has no norm after the last block.")
-        blocks = {int(n.split(".")[1]) for n in arrays if re.match(r"blocks\.\d", n)}
-        made, _ = weights.shape("blocks.0.mlp.fc1.weight", 2)
-        _, mlp_dim = weights.shape("blocks.0.mlp.fc2.weight", 2)
+        _check_parts(weights)
+        sizes = weights.sizes(
+            {
+                PATCHES: "width channels patch_size patch_size",
+                "blocks.0.mlp.fc1.weight": "made width",
+                "blocks.0.mlp.fc2.weight": "width mlp_dim",
+            }
+        )
         num_heads = num_heads_of(weights)
-        activation = activation_of(weights, gated=made == 2 * mlp_dim)
+        gated = sizes["made"] == 2 * sizes["mlp_dim"]
+        activation = activation_of(weights, gated=gated)
         registers = sum(
             weights.shape(name, 3)[1]
             for name in ("reg_token", "cls_token" if self.unread_class_token else "")
             if name in arrays
         )
-        positions, image_size, note = positions_of(weights, patch)
-        arguments = arguments_of(weights)
-        scaled = "blocks.0.ls1.gamma" in arrays
+        placed = positions_of(weights, sizes["patch_size"])
+        scale = arguments_of(weights).get("init_values")
         model = ViT(
-            width=width,
-            depth=len(blocks),
-            mlp_dim=mlp_dim,
+            width=sizes["width"],
+            depth=weights.count(r"blocks\.(\d+)\."),
+            mlp_dim=sizes["mlp_dim"],
             num_heads=num_heads.value,
-            patch_size=patch,
+            patch_size=sizes["patch_size"],
             pooling=pooling_of(weights),
-            positions=positions,
-            head=Classifier(num_classes=weights.shape("head.weight", 2)[0])
-            if "head.weight" in arrays
-            else None,
+            positions=placed.positions,
+            head=weights.head("head.weight"),
             activation=activation.value,
             final_norm=FinalNorm.POOLED
             if "fc_norm.weight" in arrays
             else FinalNorm.TOKENS,
             # Where a fresh one starts; these weights have their own. DINOv2's.
-            layer_scale=(arguments.get("init_values") or 1e-5) if scaled else None,
+            layer_scale=(scale or 1e-5) if "blocks.0.ls1.gamma" in arrays else None,
             qkv_bias="blocks.0.attn.qkv.bias" in arrays,
             qk_norm="blocks.0.attn.q_norm.weight" in arrays,
             registers=registers,
             distillation_token="dist_token" in arrays,
         )
+        notes = (num_heads.note, activation.note, placed.note)
         return Architecture(
             model=model,
-            image_size=image_size,
-            channels=channels,
-            notes=tuple(n for n in (num_heads.note, activation.note, note) if n),
+            image_size=placed.image_size,
+            channels=sizes["channels"],
+            notes=tuple(note for note in notes if note),
         )
 
-    def entries(self, model: ViT, image_size: tuple[int, int]) -> Sequence[Entry]:
-        grid = grid_size(*image_size, model.patch_size)
+    def special(self, model: ViT, size: Size) -> Sequence[Entry]:
+        unread = self.unread_class_token
+        class_token = int(model.pooling == Pooling.CLASS_TOKEN)
+        distilled = int(model.distillation_token)
+        count = class_token + distilled + model.registers
         return [
-            _patches(model),
-            same("patch_embed.proj.bias", "patch_embedding/bias"),
-            tokens_and_positions(model, grid, self.unread_class_token),
-            *encoder_entries(model),
+            *([] if model.kernel_patch_size is None else [_resized_patches(model)]),
+            vit.tokens_and_positions(
+                model,
+                grid_size(*size, model.patch_size),
+                positions=None if model.positions == Positions.NONE else "pos_embed",
+                theirs=_present(
+                    cls_token=class_token + unread,
+                    dist_token=distilled,
+                    reg_token=model.registers - unread,
+                ),
+                ours=_present(
+                    class_token=class_token,
+                    distillation_token=distilled,
+                    registers=model.registers,
+                ),
+                # The rows of the distilled DeiT are always there; those of others go
+                # out as no_embed_class=True, without.
+                rows=(count, 0) if distilled else (0, count),
+            ),
         ]
 
-    def describe(self, model: ViT, image_size: tuple[int, int]) -> dict[str, Any]:
-        if self.unread_class_token:
-            raise ValueError("A ViT leaves in the format timm ViT.")
-        vit_tables.check_fields(
-            model,
-            what="timm's VisionTransformer",
-            expresses=(
-                *("pooling", "positions", "activation", "final_norm", "layer_scale"),
-                *("qkv_bias", "qk_norm", "registers", "distillation_token"),
-                *("kernel_patch_size", "position_grid"),
-            ),
-            instead="Use --to safetensors, which keeps everything, for this library. "
-            "For the layer before the head, drop it and train a new head: "
-            "--config.init.drop='head/.*' with head.hidden_dim=none.",
-        )
-        if model.pooling not in POOLINGS.values():
-            raise ValueError(
-                f"timm's VisionTransformer does not have pooling={model.pooling}. "
-                "Export with --to huggingface, whose DINOv2 has, or safetensors."
-            )
-        if model.activation == Activation.SWIGLU and model.pooling == Pooling.ATTENTION:
+    def describe(self, model: ViT, size: Size, channels: int) -> dict[str, Any]:
+        gated = model.activation == Activation.SWIGLU
+        if gated and model.pooling == Pooling.ATTENTION:
             raise ValueError(
                 "timm's attention pooling has no SwiGLU; use activation=gelu_tanh or "
                 "another pooling."
@@ -176,68 +220,67 @@ class TimmViT:
         base = BASES.get(model.width, "vit_base_patch16_224")
         if model.distillation_token:
             base = "deit_base_distilled_patch16_224"
-        if model.activation == Activation.SWIGLU:
+        if gated:
             # Its MLP is a class, which no config.json can name: take a model of it.
             base = "vit_giant_patch14_dinov2"
-        return {"architecture": base, "model_args": model_args(model, image_size)}
+        pools = {ours: theirs for theirs, ours in POOLINGS.items()}
+        acts = {ours: theirs for theirs, ours in ACTIVATIONS.items()}
+        act = {} if gated else {"act_layer": acts[model.activation]}
+        return libraries.timm(
+            base,
+            model,
+            channels,
+            img_size=list(size),
+            patch_size=model.patch_size,
+            global_pool=pools[model.pooling],
+            class_token=model.pooling == Pooling.CLASS_TOKEN,
+            embed_dim=model.width,
+            depth=model.depth,
+            num_heads=model.num_heads,
+            mlp_ratio=libraries.width_ratio(model.mlp_dim * (1 + gated), model.width),
+            qkv_bias=model.qkv_bias,
+            qk_norm=model.qk_norm,
+            # timm takes 0 for none, and drops arguments that are None.
+            init_values=0.0 if model.layer_scale is None else model.layer_scale or 1e-5,
+            no_embed_class=not model.distillation_token,
+            reg_tokens=model.registers,
+            pos_embed="none" if model.positions == Positions.NONE else "learn",
+            fc_norm=model.final_norm == FinalNorm.POOLED,
+            **act,
+        )
 
 
-def encoder_entries(model: ViT) -> Iterator[Entry]:
-    """Yields the entries of everything behind the positions."""
-    for index in range(model.depth):
-        yield from _block(model, f"blocks.{index}", f"encoder/block_{index:02d}")
-    if model.final_norm == FinalNorm.TOKENS:
-        yield from norm("norm", "encoder/norm")
-    else:
-        yield from norm("fc_norm", "pooled_norm")
-    if model.pooling == Pooling.ATTENTION:
-        yield same("attn_pool.latent", "pooling/probe")
-        ours = "pooling/attention"
-        for theirs, parts in (("q", ("query",)), ("kv", ("key", "value"))):
-            names = [f"{ours}/{part}" for part in parts]
-            yield from _projections(f"attn_pool.{theirs}", names, bias=True)
-        yield output_projection("attn_pool.proj.weight", f"{ours}/out/kernel")
-        yield same("attn_pool.proj.bias", f"{ours}/out/bias")
-        yield from norm("attn_pool.norm", "pooling/norm")
-        yield from _mlp("attn_pool.mlp", "pooling/mlp")
-    if model.head is not None:
-        yield from linear("head", "head")
-        if model.distillation_token:
-            yield from linear("head_dist", "distillation_head")
+class TimmViTUnread(TimmViT):
+    """A class token that no pooling reads."""
+
+    name = "timm ViT, class token unread"
+    unread_class_token = True
+
+    def describe(self, model: ViT, size: Size, channels: int) -> dict[str, Any]:
+        raise ValueError("A ViT leaves in the format timm ViT.")
 
 
-def _block(model: ViT, theirs: str, ours: str) -> Iterator[Entry]:
-    yield from norm(f"{theirs}.norm1", f"{ours}/attention_norm")
-    parts = [f"{ours}/attention/{part}" for part in ("query", "key", "value")]
-    yield from _projections(f"{theirs}.attn.qkv", parts, bias=model.qkv_bias)
-    if model.qk_norm:
-        yield from norm(f"{theirs}.attn.q_norm", f"{ours}/attention/query_norm")
-        yield from norm(f"{theirs}.attn.k_norm", f"{ours}/attention/key_norm")
-    out = f"{ours}/attention/out"
-    yield output_projection(f"{theirs}.attn.proj.weight", f"{out}/kernel")
-    yield same(f"{theirs}.attn.proj.bias", f"{out}/bias")
-    yield from norm(f"{theirs}.norm2", f"{ours}/mlp_norm")
-    yield from _mlp(f"{theirs}.mlp", f"{ours}/mlp")
-    if model.layer_scale is not None:
-        yield same(f"{theirs}.ls1.gamma", f"{ours}/attention_scale")
-        yield same(f"{theirs}.ls2.gamma", f"{ours}/mlp_scale")
+def _renamed(name: str) -> str:
+    for pattern, replacement in RENAMED.items():
+        if found := re.fullmatch(pattern, name):
+            return found.expand(replacement)
+    return name
 
 
-def _mlp(theirs: str, ours: str) -> Iterator[Entry]:
-    # With SwiGLU, both have the gate in the first half.
-    yield from linear(f"{theirs}.fc1", f"{ours}/hidden")
-    yield from linear(f"{theirs}.fc2", f"{ours}/out")
+def _check_parts(weights: Weights) -> None:
+    arrays = weights.arrays
+    for name, what in UNKNOWN_PARTS.items():
+        if name in arrays:
+            raise ValueError(f"{weights.path} has {what}, which no ViT here has.")
+    if "blocks.0.norm1.bias" not in arrays:
+        raise ValueError(f"{weights.path} has RMS norms, which no ViT here has.")
+    if not arrays.keys() & {"norm.weight", "fc_norm.weight"}:
+        raise ValueError(f"{weights.path} has no norm after the last block.")
 
 
-def _projections(theirs: str, ours: Sequence[str], *, bias: bool) -> Iterator[Entry]:
-    yield projections(f"{theirs}.weight", *(f"{part}/kernel" for part in ours))
-    if bias:
-        yield projection_biases(f"{theirs}.bias", *(f"{part}/bias" for part in ours))
-
-
-def _patches(model: ViT) -> Entry:
+def _resized_patches(model: ViT) -> Entry:
     """Ties the patch kernels; one stored for another patch size leaves resized."""
-    plain = conv(PATCHES, "patch_embedding/kernel")
+    plain = engine.conv(PATCHES, "patch_embedding/kernel")
     return dataclasses.replace(
         plain,
         to_theirs=lambda arrays: plain.to_theirs(
@@ -246,7 +289,8 @@ def _patches(model: ViT) -> Entry:
     )
 
 
-FORMATS = (
-    TimmViT(),
-    TimmViT(name="timm ViT, class token unread", unread_class_token=True),
-)
+def _present(**counts: int) -> dict[str, int]:
+    return {name: count for name, count in counts.items() if count}
+
+
+FORMATS = (TimmViT(), TimmViTUnread())

@@ -6,11 +6,11 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from big_vision_lite.conversion.formats import Weights
+from big_vision_lite.conversion.families.vit import usual_heads
+from big_vision_lite.conversion.weights import Weights
 from big_vision_lite.models.blocks.mlp import Activation
 from big_vision_lite.models.blocks.patches import Positions, sincos
-from big_vision_lite.models.blocks.pooling import FinalNorm, Pooling
-from big_vision_lite.models.vit import ViT
+from big_vision_lite.models.blocks.pooling import Pooling
 
 # A model of each width in timm, by name only: all that differs is an argument.
 BASES = {
@@ -112,13 +112,8 @@ def num_heads_of(weights: Weights) -> Found:
     for beginning, heads in NAMED_HEADS.items():
         if architecture.startswith(beginning):
             return Found(heads)
-    heads = HEADS.get(width, width // 64)
-    if width % 64 and width not in HEADS:
-        raise ValueError(
-            f"{weights.path} does not say how many heads of attention it has, and its "
-            f"width {width} is no multiple of 64. Write a config.json beside it: "
-            '{"model_args": {"num_heads": 6}}.'
-        )
+    hint = 'Write a config.json beside it: {"model_args": {"num_heads": 6}}.'
+    heads = usual_heads(weights, width, HEADS, hint)
     note = f"num_heads={heads} assumed of width={width}: no configuration came along."
     return Found(heads, None if architecture else note)
 
@@ -205,47 +200,3 @@ def _configured_size(weights: Weights) -> tuple[int, int] | None:
         size = images.get("input_size", (0, None))[1:]
     height, width = (size, size) if isinstance(size, int) else (size[0], size[-1])
     return (height, width) if height and width else None
-
-
-def model_args(model: ViT, image_size: tuple[int, int]) -> dict[str, Any]:
-    """Returns the arguments with which timm builds the model.
-
-    Raises:
-        ValueError: a number of ours that timm only takes as a Python object.
-    """
-    if model.norm_epsilon != 1e-6:
-        raise ValueError(
-            f"norm_epsilon={model.norm_epsilon}: a configuration of timm cannot say "
-            "it, its layer norms have 1e-6. Export to huggingface, which can."
-        )
-    pools = {ours: theirs for theirs, ours in POOLINGS.items()}
-    hidden = model.mlp_dim * (1 + (model.activation == Activation.SWIGLU))
-    ratio = hidden / model.width
-    if int(model.width * ratio) != hidden:
-        ratio = (hidden + 0.5) / model.width  # timm rounds down
-    # timm takes 0 for none, and drops arguments that are None.
-    scale = 0.0 if model.layer_scale is None else model.layer_scale or 1e-5
-    arguments: dict[str, Any] = {
-        "img_size": list(image_size),
-        "patch_size": model.patch_size,
-        "num_classes": 0 if model.head is None else model.head.num_classes,
-        "global_pool": pools[model.pooling],
-        "class_token": model.pooling == Pooling.CLASS_TOKEN,
-        "embed_dim": model.width,
-        "depth": model.depth,
-        "num_heads": model.num_heads,
-        "mlp_ratio": ratio,
-        "qkv_bias": model.qkv_bias,
-        "qk_norm": model.qk_norm,
-        "init_values": scale,
-        "no_embed_class": not model.distillation_token,
-        "reg_tokens": model.registers,
-        "pos_embed": "none" if model.positions == Positions.NONE else "learn",
-        "fc_norm": model.final_norm == FinalNorm.POOLED,
-    }
-    if len(model.mean) > 1:
-        arguments["in_chans"] = len(model.mean)
-    if model.activation != Activation.SWIGLU:
-        names = {ours: theirs for theirs, ours in ACTIVATIONS.items()}
-        arguments["act_layer"] = names[model.activation]
-    return arguments

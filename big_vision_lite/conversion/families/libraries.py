@@ -1,0 +1,48 @@
+"""What every family tells timm, torchvision and Hugging Face to build its models."""
+
+from typing import Any
+
+# What to do about a small stem, which no library has.
+LARGE_STEM = {
+    "stem": "A large stem is a 7x7 convolution and max-pooling: a model trained with "
+    "stem=large goes there, or a ViT."
+}
+
+
+def timm(
+    architecture: str, model: Any, channels: int, /, **arguments: Any
+) -> dict[str, Any]:
+    """Returns the name and arguments for `timm.create_model`."""
+    head = model.head
+    more = {"num_classes": 0 if head is None else head.num_classes}
+    # Three is what it takes when nothing is said.
+    more |= {} if channels == 3 else {"in_chans": channels}
+    return {"architecture": architecture, "model_args": {**more, **arguments}}
+
+
+def torchvision(
+    builder: str, model: Any, channels: int, /, **arguments: Any
+) -> dict[str, Any]:
+    """Returns the function of torchvision.models and its arguments."""
+    if channels != 3:
+        raise ValueError(
+            f"torchvision's models take 3 channels, this one takes {channels}."
+        )
+    classes = {"num_classes": model.head.num_classes}
+    return {"builder": builder, "arguments": {**classes, **arguments}}
+
+
+def width_ratio(hidden: int, width: int) -> float:
+    """Returns the mlp_ratio from which timm computes a hidden width."""
+    ratio = hidden / width
+    # timm rounds the product down.
+    return ratio if int(ratio * width) == hidden else (hidden + 0.5) / width
+
+
+def labels(num_classes: int) -> dict[str, Any]:
+    """Returns names for classes, which tell Hugging Face how many there are."""
+    names = {index: f"LABEL_{index}" for index in range(num_classes)}
+    return {
+        "id2label": {str(index): name for index, name in names.items()},
+        "label2id": {name: index for index, name in names.items()},
+    }

@@ -50,13 +50,13 @@ def params(classes=10, grid=4, width=8):
 PLAIN = ViT.of("Ti/16", head=Classifier(num_classes=10))
 
 
-def start_from(loaded, fresh, same_classes=True, model=PLAIN, **init):
+def start_from(loaded, fresh, same_classes=True, model=PLAIN, **fields):
     lines = []
     fresh = {name: jnp.asarray(leaf) for name, leaf in fresh.items()}
     found = init.adapt(
         loaded,
         fresh,
-        Init(path="runs/x", **init),
+        Init(path="runs/x", **fields),
         model=model,
         same_classes=same_classes,
         log=lines.append,

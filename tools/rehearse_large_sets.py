@@ -4,9 +4,9 @@
   python tools/rehearse_large_sets.py array_record --out DIR --records 13000000
   python tools/rehearse_large_sets.py folder --out DIR --records 1000000
 
-What is slow or large in a set of many records shows without their pixels. Of a prepared
-set the images are 8x8; those of a folder are PNG files as small. Every measurement runs
-in a new process that may open 1,024 files, the limit of most systems; memory is what
+What is slow or large in a set of many records shows without their pixels: images are
+8x8, the files of a folder are links to few of them. Every measurement runs in a new
+process that may open 1,024 files, the limit of most systems; memory is what
 the process has of its own, without the files that the system keeps in its cache. The
 labels of every batch are compared with what was written. The set stays in DIR.
 """
@@ -137,13 +137,18 @@ def _framed(record: bytes) -> bytes:
 
 
 def make_folder(folder: Path, records: int) -> None:
-    """Writes a folder of classes with PNG files."""
-    images = [image_of(number) for number in range(64)]
+    """Writes a folder of classes; its files are links to few images."""
+    images = folder.with_name("images")
+    images.mkdir()
+    # A file has at most 65,000 names on most systems.
+    different = max(64, records // 50_000)
+    for number in range(different):
+        (images / str(number)).write_bytes(image_of(number))
     for record in range(records):
         path = folder / f"{record % FOLDERS:04d}" / f"{record:08d}.png"
         if record < FOLDERS:
             path.parent.mkdir(parents=True)
-        path.write_bytes(images[record % 64])
+        os.link(images / str(record % different), path)
 
 
 # Measuring it, each time in a new process.

@@ -92,15 +92,17 @@ def open_split(
     splits = find_splits(root, labelled)
     if splits:
         parts = _from_split_folders(root, splits, split, seed, labelled, skipped)
+        trained = class_folders(splits["train"]) if "train" in splits else []
     else:
-        parts = [_from_one_folder(root, split, seed, labelled, skipped)]
+        files = list_images(root, skipped, labelled)
+        parts = [_part_of(files, root, split, seed, labelled, skipped)]
+        trained = list(files)
     paths = [path for files in parts for name in sorted(files) for path in files[name]]
     if not labelled:
         names, labels = (), None
     else:
         names = tuple(unicodedata.normalize("NFC", name) for name in classes)
-        if not names and (not splits or "train" in splits):
-            names = tuple(class_folders(splits.get("train", root)))
+        names = names or tuple(trained)
         _check_classes(root, split, {name for files in parts for name in files}, names)
         counts = [(n, len(files[n])) for files in parts for n in sorted(files)]
         label = {name: index for index, name in enumerate(names)}
@@ -139,10 +141,10 @@ def _from_split_folders(
     return [list_images(path, skipped, labelled, root) for path in wanted]
 
 
-def _from_one_folder(
-    root: Path, split: str, seed: int, labelled: bool, skipped: Skipped
+def _part_of(
+    files: Files, root: Path, split: str, seed: int, labelled: bool, skipped: Skipped
 ) -> Files:
-    files = list_images(root, skipped, labelled)
+    """Returns the split of a folder that has none of its own; a hash chooses."""
     train, held = hold_out(files, seed)
     chosen = {"train": train, "val": held, "all": files}
     if split not in chosen:
@@ -256,14 +258,14 @@ def list_images(
     """
     start = len(os.path.join(folder, ""))
     prefix = len(os.path.join(root or folder, ""))
-    files: Files = {}
+    files: Files = collections.defaultdict(list)
     for path in walk(folder, skipped):
-        first, below, _ = path[start:].partition(os.sep)
-        if labelled and not below:
+        end = path.find(os.sep, start)
+        if labelled and end < 0:
             skipped["images outside a class folder"] += 1
         else:
-            name = class_name(first) if labelled else ""
-            files.setdefault(name, []).append(path[prefix:])
+            name = class_name(path[start:end]) if labelled else ""
+            files[name].append(path[prefix:])
     return {name: sorted(files[name]) for name in sorted(files)}
 
 

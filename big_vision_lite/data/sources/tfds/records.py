@@ -195,8 +195,8 @@ def _pread(file: int, size: int, start: int) -> bytes:
 def _allow_open_files(count: int) -> None:
     """Raises the soft limit of open files: ImageNet has more shards than the usual."""
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    wanted = soft + count
-    if soft != resource.RLIM_INFINITY and count > soft // 4:
+    if soft != resource.RLIM_INFINITY:
+        wanted = soft + count
         if hard != resource.RLIM_INFINITY:
             wanted = min(wanted, hard)
-        resource.setrlimit(resource.RLIMIT_NOFILE, (max(soft, wanted), hard))
+        resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))

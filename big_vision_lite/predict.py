@@ -229,7 +229,7 @@ def main(argv: Sequence[str]) -> None:
             f"warning: {len(found.errors)} of {len(images)} images cannot be read, "
             f"see {listed}"
         )
-    if images.skipped.counts:
+    if images.skipped:
         print(f"left out, as they are no {'/'.join(SUFFIXES)}: {images.skipped}")
     where = " and ".join(str(path) for path in (out, embed) if path is not None)
     print(

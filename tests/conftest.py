@@ -21,6 +21,8 @@ os.environ.setdefault(
 )
 # The small programs, too: there are thousands of them.
 os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
+# As in every program: the package says how large an image may be before OpenCV starts.
+importlib.import_module("big_vision_lite.data")
 
 
 @pytest.fixture

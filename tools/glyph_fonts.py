@@ -1,7 +1,7 @@
 """Renders the letters and digits of fonts: what `prepare_dataset.py glyphs` packs.
 
-Needs Pillow (`pip install pillow`). Every face is drawn at one scale and on one
-baseline, so that c and C differ by their size, and each glyph is centred sideways.
+Every face is drawn at one scale and on one baseline, so that c and C differ by their
+size, and each glyph is centred sideways.
 """
 
 import collections
@@ -14,6 +14,7 @@ from typing import Any
 
 import cv2
 import numpy as np
+from PIL import Image, ImageDraw, ImageFont
 
 from big_vision_lite.data.sources.arrays import content_hash
 
@@ -85,7 +86,6 @@ def open_splits(folder: str) -> dict[str, Glyphs]:
     62 characters, and that draw what another one draws.
 
     Raises:
-        ImportError: Pillow is missing.
         FileNotFoundError: there are no fonts.
         ValueError: they have too few families for three splits.
     """
@@ -168,12 +168,6 @@ def render(path: Path) -> tuple[str, np.ndarray]:
         OSError: FreeType cannot read the file.
         LookupError: it has no glyph, or a blank one, for one of the characters.
     """
-    try:
-        from PIL import Image, ImageDraw, ImageFont
-    except ImportError as error:
-        raise ImportError(
-            "rendering fonts needs Pillow; install it: pip install pillow"
-        ) from error
 
     def face(size: float) -> Any:
         basic = ImageFont.Layout.BASIC

@@ -8,9 +8,9 @@
 data_dir=DATA_DIR)` and by tensorflow_datasets. Splits and classes are those of
 ImageFolder. It may be killed at any moment: the same command goes on, and the set gets
 its name when it is whole. `glyphs` renders 62 Latin letters and digits, 32x32 gray,
-light on dark, from every font below FOLDER, a family of fonts in one split only; it
-needs `pip install pillow`. `tfds` downloads and prepares a set that TFDS knows; it
-needs `pip install -e ".[prepare]"` and a network.
+light on dark, from every font below FOLDER, a family of fonts in one split only. `tfds`
+downloads and prepares a set that TFDS knows; it needs `pip install -e ".[prepare]"` and
+a network.
 """
 
 import argparse

@@ -5,7 +5,6 @@ processes and hosts makes the same batch.
 """
 
 import hashlib
-import itertools
 import time
 from collections.abc import Sequence
 from typing import Any, NoReturn, Protocol, runtime_checkable
@@ -195,13 +194,7 @@ class _Examples:
         """Makes example `index` into its row; False, and noted, if it is unreadable."""
         rng = self._generator.at(position)
         try:
-            if row % TIMED_EVERY:
-                example = self._read(index)
-                for op in self._ops:
-                    example = op(example, rng)
-            else:
-                example = self._timed_example(index, rng)
-            self._batch.store(row, example)
+            self._batch.store(row, self._make(index, rng, row % TIMED_EVERY == 0))
         except UndecodableImage as error:
             name = self._source.name(index)
             self.unreadable.append(Unreadable(index, name, str(error)))
@@ -226,6 +219,19 @@ class _Examples:
             report.add(Report(stages={name: (seconds, self._timed)}))
         self._batch.add(report)
 
+    def _make(self, index: int, rng: np.random.Generator, timed: bool) -> Example:
+        now = time.thread_time if timed else float
+        clock = [now()]
+        example = self._read(index)
+        clock.append(now())
+        for op in self._ops:
+            example = op(example, rng)
+            clock.append(now())
+        if timed:
+            self._seconds += np.diff(clock)
+            self._timed += 1
+        return example
+
     def _read(self, index: int) -> Example:
         example = self._source[index]
         label = example.get("label")
@@ -243,17 +249,6 @@ class _Examples:
             f"{came}, but the source has {self._num_classes} classes: labels 0 to "
             f"{self._num_classes - 1}. Audit it with python tools/check_dataset.py."
         )
-
-    def _timed_example(self, index: int, rng: np.random.Generator) -> Example:
-        clock = [time.thread_time()]
-        example = self._read(index)
-        clock.append(time.thread_time())
-        for op in self._ops:
-            example = op(example, rng)
-            clock.append(time.thread_time())
-        self._seconds += [end - start for start, end in itertools.pairwise(clock)]
-        self._timed += 1
-        return example
 
 
 def _refuse(unreadable: list[Unreadable]) -> NoReturn:

@@ -1,15 +1,16 @@
 """From a source to global batches on the devices, in order, a few batches ahead.
 
-The batch of step n is a function of (seed, n): see `order` and `batch_maker`.
+The batch of step n is a function of (seed, n): see `batches`.
 """
 
 import collections
 import concurrent.futures
 import contextlib
 import dataclasses
+import itertools
 import math
-from collections.abc import Collection, Iterator, Mapping, Sequence
-from typing import Any, Protocol, runtime_checkable
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from typing import Any
 
 import jax
 import numpy as np
@@ -26,21 +27,6 @@ from big_vision_lite.types import Array, DeviceOp, Op, Source
 AHEAD = 3
 
 
-@runtime_checkable
-class Placement(Protocol):
-    """Turns this process's rows of a batch into global arrays."""
-
-    rows: Sequence[int]
-
-    def __call__(
-        self, arrays: dict[str, np.ndarray], report: Report
-    ) -> tuple[dict[str, Array], Report]: ...
-
-    def spec(self, rows: dict[str, np.ndarray]) -> dict[str, Any]:
-        """Returns shape, dtype and sharding of a whole batch of such rows."""
-        ...
-
-
 class Batches:
     """The endless global batches of a run, and what making them cost.
 
@@ -51,7 +37,7 @@ class Batches:
     def __init__(
         self,
         maker: TrainingBatches,
-        put: Placement,
+        put: "_Placement",
         unreadable: UnreadableImages,
         *,
         threads: int,
@@ -111,12 +97,7 @@ class Batches:
     def _iterate(
         self, workers: ThreadWorkers | ProcessWorkers, step: int
     ) -> Iterator[dict[str, Array]]:
-        ahead: collections.deque[concurrent.futures.Future] = collections.deque()
-        while True:
-            while len(ahead) < AHEAD:
-                ahead.append(workers.submit(step))
-                step += 1
-            arrays, report = ahead.popleft().result()
+        for arrays, report in _made_ahead(workers, itertools.count(step)):
             self._report.add(Report(stages=report.stages))
             # When a batch is used, not when it is made: the same step stops a run.
             self.unreadable.add(report.unreadable)
@@ -132,7 +113,11 @@ class EvaluationSet:
     """
 
     def __init__(
-        self, maker: EvaluationBatches, put: Placement, num_batches: int, threads: int
+        self,
+        maker: EvaluationBatches,
+        put: "_Placement",
+        num_batches: int,
+        threads: int,
     ):
         self.unreadable: tuple[str, ...] = ()
         self._maker = maker
@@ -149,20 +134,28 @@ class EvaluationSet:
         return self._put.spec(probe.arrays | {"valid": probe.filled})
 
     def __iter__(self) -> Iterator[dict[str, Array]]:
-        ahead: collections.deque[concurrent.futures.Future] = collections.deque()
         report = Report()
         workers = ThreadWorkers(self._maker, self._put.rows, self._threads, self._put)
         try:
-            for index in range(len(self) + AHEAD):
-                if index < len(self):
-                    ahead.append(workers.submit(index))
-                if index >= AHEAD:
-                    arrays, made = ahead.popleft().result()
-                    report.add(made)
-                    yield arrays
+            for arrays, made in _made_ahead(workers, range(len(self))):
+                report.add(made)
+                yield arrays
         finally:
             workers.close()
         self.unreadable = tuple(bad.name for bad in report.unreadable)
+
+
+def _made_ahead(
+    workers: ThreadWorkers | ProcessWorkers, steps: Iterable[int]
+) -> Iterator[tuple[dict[str, Array], Report]]:
+    """Yields the batches of `steps` in order, while the workers make the next ones."""
+    ahead: collections.deque[concurrent.futures.Future] = collections.deque()
+    for step in steps:
+        ahead.append(workers.submit(step))
+        if len(ahead) == AHEAD:
+            yield ahead.popleft().result()
+    while ahead:
+        yield ahead.popleft().result()
 
 
 @dataclasses.dataclass(kw_only=True)

@@ -507,8 +507,12 @@ def test_an_op_that_breaks_says_at_which_example(mesh):
 def test_an_integer_that_int32_cannot_hold_is_refused():
     batch = HostBatch(1, range(2))
     image = np.zeros((2, 2, 3), np.uint8)
-    with pytest.raises(ValueError, match='"id" is 2147483648, outside int32'):
-        batch.store(0, {"image": image, "id": np.int64(2**31)})
+    for wrong in (np.int64(2**31), 2**31, np.array(2**31, np.uint32)):
+        with pytest.raises(ValueError, match='"id" is 2147483648, outside int32'):
+            batch.store(0, {"image": image, "id": wrong})
+    with pytest.raises(ValueError, match='"id" is -2147483649, outside int32'):
+        batch.store(0, {"image": image, "id": np.array([7, -(2**31) - 1])})
+    batch.store(0, {"image": image, "id": -(2**31)})
     with pytest.raises(ValueError, match="has the keys"):
         batch.store(1, {"image": image})
 

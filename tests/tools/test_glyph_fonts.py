@@ -1,6 +1,5 @@
 """tools/prepare_dataset.py glyphs: a set of letters from whatever fonts there are."""
 
-import builtins
 import importlib.util
 import sys
 from pathlib import Path
@@ -135,23 +134,13 @@ def test_a_family_is_in_one_split_and_most_are_for_training(tools):
     np.testing.assert_allclose(shares, [0.8, 0.1, 0.1], atol=0.022)
 
 
-def test_mistakes_are_one_message(tools, tmp_path, capsys, monkeypatch):
+def test_mistakes_are_one_message(tools, tmp_path, capsys):
     glyph_fonts, prepare_dataset = tools
     code, text = prepare(prepare_dataset, capsys, tmp_path, tmp_path / "sets")
     assert code == 1 and "there is no font (.ttf, .otf) in" in text
     write_font(tmp_path / "a.ttf", "One", polygons(glyph_fonts.ALPHABET, 0))
     code, text = prepare(prepare_dataset, capsys, tmp_path, tmp_path / "sets")
     assert code == 1 and "the 1 families of fonts" in text and "add fonts" in text
-    real = builtins.__import__
-
-    def without(name, *arguments):
-        if name.startswith("PIL"):
-            raise ModuleNotFoundError("No module named 'PIL'")
-        return real(name, *arguments)
-
-    monkeypatch.setattr(builtins, "__import__", without)
-    code, text = prepare(prepare_dataset, capsys, tmp_path, tmp_path / "sets")
-    assert code == 1 and "needs Pillow; install it: pip install pillow" in text
 
 
 def test_a_glyph_set_that_is_missing_is_told_how_it_is_made(tmp_path):

@@ -6,12 +6,13 @@ Masks [H, W] come out as the integers that their PNG stores.
 import dataclasses
 import struct
 import zlib
-from collections.abc import Callable
 from typing import Any
 
 import cv2
 import numpy as np
 import simplejpeg
+
+from big_vision_lite.data import MAX_PIXELS
 
 # Many ops run side by side in worker threads: OpenCV's own pool would fight them.
 cv2.setNumThreads(0)
@@ -21,8 +22,7 @@ cv2.utils.logging.setLogLevel(cv2.utils.logging.LOG_LEVEL_SILENT)
 # The Example of types.py, which ops cannot import: worker processes load no jax.
 Example = dict[str, Any]
 
-# 600 MB as RGB: above any camera, below what eight threads could not hold.
-MAX_PIXELS = 200_000_000
+Encoded = bytes | bytearray | memoryview
 
 
 class UndecodableImage(ValueError):
@@ -39,9 +39,7 @@ class UndecodableImage(ValueError):
         return type(self), (self.reason,)
 
 
-def decode(
-    data: bytes | bytearray | memoryview | np.ndarray, channels: int = 3
-) -> np.ndarray:
+def decode(data: Encoded | np.ndarray, channels: int = 3) -> np.ndarray:
     """Returns uint8 [H, W, channels], 1 (gray) or 3 (RGB), from a file's bytes.
 
     Reads JPEG (accurate DCT, as PIL does), PNG, WebP, BMP and GIF, told apart by their
@@ -61,15 +59,17 @@ def decode(
         raise UndecodableImage("0 bytes: the file is empty")
     if head.startswith(b"\xff\xd8\xff"):
         return _decode_jpeg(data, channels)
-    for name, is_format, read_size in _FORMATS:
-        if is_format(head):
-            return _convert(_decode_other(data, name, read_size(head)), channels)
+    # Two lengths lie between the words of a WebP.
+    start = head[:4] + head[8:12] if head.startswith(b"RIFF") else head
+    for magic, name in _FORMATS.items():
+        if start.startswith(magic):
+            return _convert(_decode_other(data, name), channels)
     raise UndecodableImage(
         f"not a JPEG, PNG, WebP, BMP or GIF: the first bytes are {head[:8]!r}"
     )
 
 
-def decode_mask(data: bytes | bytearray | memoryview | np.ndarray) -> np.ndarray:
+def decode_mask(data: Encoded | np.ndarray) -> np.ndarray:
     """Returns the integers [H, W] of a PNG of one channel, exactly as it stores them.
 
     8 or 16 bit, and 1, 2 and 4 as well; a palette PNG gives the indices, which are the
@@ -88,7 +88,6 @@ def decode_mask(data: bytes | bytearray | memoryview | np.ndarray) -> np.ndarray
         )
     if len(head) < 33:
         raise UndecodableImage("PNG of the mask is cut short")
-    check_pixels(*_png_size(head), "PNG of the mask")
     bits, kind = head[24], head[25]
     if kind not in (_PNG_GRAY, _PNG_PALETTE):
         raise ValueError(
@@ -97,9 +96,7 @@ def decode_mask(data: bytes | bytearray | memoryview | np.ndarray) -> np.ndarray
         )
     if kind == _PNG_PALETTE:
         data = _without_palette(bytes(data))
-    mask = cv2.imdecode(np.frombuffer(data, np.uint8), cv2.IMREAD_UNCHANGED)
-    if mask is None:
-        raise UndecodableImage("PNG of the mask is damaged or cut short")
+    mask = _pixels(data, "PNG of the mask")
     # OpenCV spreads fewer bits over 0..255.
     return mask if bits >= 8 else mask // (255 // (2**bits - 1))
 
@@ -165,7 +162,7 @@ def check_pixels(height: int, width: int, what: str) -> None:
         )
 
 
-def _decode_jpeg(data: bytes | bytearray | memoryview, channels: int) -> np.ndarray:
+def _decode_jpeg(data: Encoded, channels: int) -> np.ndarray:
     try:
         height, width, *_ = simplejpeg.decode_jpeg_header(data, strict=False)
     except (ValueError, KeyError) as error:  # KeyError: the sampling is unknown.
@@ -185,21 +182,8 @@ def _decode_jpeg(data: bytes | bytearray | memoryview, channels: int) -> np.ndar
         raise UndecodableImage(f"JPEG is damaged: {error}") from error
 
 
-def _decode_other(
-    data: bytes | bytearray | memoryview, name: str, size: tuple[int, int]
-) -> np.ndarray:
-    # OpenCV's own limit is a gigapixel, and it allocates before it reads.
-    check_pixels(*size, name)
-    try:
-        image = cv2.imdecode(
-            np.frombuffer(data, np.uint8),
-            # Ignores EXIF, keeps 16 bit, gray and alpha; colours come as BGR.
-            cv2.IMREAD_UNCHANGED,
-        )
-    except cv2.error as error:
-        raise UndecodableImage(f"{name} is damaged: {error.err}") from error
-    if image is None:
-        raise UndecodableImage(f"{name} is damaged or cut short")
+def _decode_other(data: Encoded, name: str) -> np.ndarray:
+    image = _pixels(data, name)
     if image.dtype == np.uint16:
         image = np.right_shift(image, 8).astype(np.uint8)
     if image.dtype != np.uint8:
@@ -208,6 +192,24 @@ def _decode_other(
         return image[..., None]
     to_rgb = cv2.COLOR_BGR2RGB if image.shape[-1] == 3 else cv2.COLOR_BGRA2RGBA
     return cv2.cvtColor(image, to_rgb)
+
+
+def _pixels(data: Encoded, name: str) -> np.ndarray:
+    """Decodes as stored: 16 bit, gray and alpha stay, EXIF is ignored, colours BGR."""
+    try:
+        image = cv2.imdecode(np.frombuffer(data, np.uint8), cv2.IMREAD_UNCHANGED)
+    except cv2.error as error:
+        if "CV_IO_MAX_IMAGE_PIXELS" in error.err:
+            raise UndecodableImage(
+                f"{name} has more than {MAX_PIXELS:,} pixels, the limit; store it "
+                "smaller"
+            ) from error
+        raise UndecodableImage(f"{name} is damaged: {error.err}") from error
+    if image is None:
+        raise UndecodableImage(f"{name} is damaged or cut short")
+    # Again, for OpenCV has a larger limit where it was imported before this package.
+    check_pixels(image.shape[0], image.shape[1], name)
+    return image
 
 
 def _check_array(image: np.ndarray) -> np.ndarray:
@@ -254,26 +256,6 @@ def _on_white(image: np.ndarray) -> np.ndarray:
     return (mixed // 255).astype(np.uint8)
 
 
-def _webp_size(head: bytes) -> tuple[int, int]:
-    if head[12:16] == b"VP8 ":
-        width, height = head[26:28], head[28:30]
-        low = int.from_bytes(height, "little"), int.from_bytes(width, "little")
-        return low[0] & 0x3FFF, low[1] & 0x3FFF
-    if head[12:16] == b"VP8L":
-        bits = int.from_bytes(head[21:25], "little")
-        return (bits >> 14 & 0x3FFF) + 1, (bits & 0x3FFF) + 1
-    size = int.from_bytes(head[27:30], "little"), int.from_bytes(head[24:27], "little")
-    return size[0] + 1, size[1] + 1
-
-
-def _gif_size(head: bytes) -> tuple[int, int]:
-    return int.from_bytes(head[8:10], "little"), int.from_bytes(head[6:8], "little")
-
-
-def _png_size(head: bytes) -> tuple[int, int]:
-    return int.from_bytes(head[20:24], "big"), int.from_bytes(head[16:20], "big")
-
-
 # Two of the PNG colour types.
 _PNG_GRAY, _PNG_PALETTE = 0, 3
 
@@ -294,24 +276,14 @@ def _without_palette(data: bytes) -> bytes:
     return b"".join(chunks)
 
 
-def _bmp_size(head: bytes) -> tuple[int, int]:
-    if head[14:18] == b"\x0c\0\0\0":  # OS/2: 16-bit sides.
-        width, height = head[18:20], head[20:22]
-    else:
-        width, height = head[18:22], head[22:26]
-    # A negative height means rows from the top.
-    rows = int.from_bytes(height, "little", signed=True)
-    return abs(rows), int.from_bytes(width, "little")
-
-
-_FORMATS: tuple[
-    tuple[str, Callable[[bytes], bool], Callable[[bytes], tuple[int, int]]], ...
-] = (
-    ("PNG", lambda head: head.startswith(b"\x89PNG\r\n\x1a\n"), _png_size),
-    ("WebP", lambda head: head[:4] == b"RIFF" and head[8:12] == b"WEBP", _webp_size),
-    ("GIF", lambda head: head[:6] in (b"GIF87a", b"GIF89a"), _gif_size),
-    ("BMP", lambda head: head.startswith(b"BM"), _bmp_size),
-)
+# First bytes of a file.
+_FORMATS = {
+    b"\x89PNG\r\n\x1a\n": "PNG",
+    b"RIFFWEBP": "WebP",
+    b"GIF87a": "GIF",
+    b"GIF89a": "GIF",
+    b"BM": "BMP",
+}
 
 
 @dataclasses.dataclass(kw_only=True)

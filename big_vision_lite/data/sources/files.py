@@ -3,13 +3,18 @@
 import os
 import pathlib
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, SupportsIndex
 
 import numpy as np
 
 from big_vision_lite.data.ops import UndecodableImage
-from big_vision_lite.data.sources.listing import SUFFIXES, Skipped, check_folder
+from big_vision_lite.data.sources.listing import (
+    SUFFIXES,
+    Skipped,
+    check_folder,
+    list_images,
+)
 
 Example = dict[str, Any]
 
@@ -32,7 +37,11 @@ class ImageFiles:
             self.root, self._paths = given.parent, [given.name]
         else:
             check_folder(given)
-            self.root, self._paths = given, sorted(_image_paths(given, self.skipped))
+            found = list_images(given, self.skipped, labelled=False)
+            self.root, self._paths = given, found.get("", [])
+            # What is no file that a person would miss among the images.
+            for kind in ("hidden", "links to a folder above"):
+                del self.skipped[kind]
         if not self._paths:
             there = sorted(p.name for p in given.iterdir())[:5]
             raise ValueError(
@@ -77,27 +86,3 @@ class Guarded:
                 self.errors[index] = str(error)
             raise UndecodableImage(str(error)) from error
         return example
-
-
-def _image_paths(root: pathlib.Path, skipped: Skipped) -> Iterator[str]:
-    """Yields paths relative to `root`; links are followed, loops of them are not."""
-    seen: set[str] = set()
-    for folder, folders, files in os.walk(root, followlinks=True):
-        real = os.path.realpath(folder)
-        if real in seen:
-            folders.clear()
-            continue
-        seen.add(real)
-        folders[:] = sorted(name for name in folders if not _is_hidden(name))
-        for name in files:
-            if _is_hidden(name):
-                continue
-            if name.lower().endswith(SUFFIXES):
-                yield os.path.relpath(os.path.join(folder, name), root)
-            else:
-                kind = os.path.splitext(name)[1].lower() or "files without a suffix"
-                skipped.counts[kind] += 1
-
-
-def _is_hidden(name: str) -> bool:
-    return name.startswith(".") or name == "__MACOSX"

@@ -54,9 +54,9 @@ class ImageFolder:
     @functools.cached_property
     def _listing(self) -> listing.Listing:
         root = Path(self.path).expanduser()
-        if not self.labels:
-            return listing.open_unlabelled(root, self.split, self.split_seed)
-        return listing.open_split(root, self.split, self.classes, self.split_seed)
+        return listing.open_split(
+            root, self.split, self.classes, self.split_seed, self.labels
+        )
 
     @property
     def class_names(self) -> tuple[str, ...]:

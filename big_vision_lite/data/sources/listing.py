@@ -2,11 +2,12 @@
 
 import collections
 import dataclasses
+import functools
 import hashlib
 import logging
 import os
 import unicodedata
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -58,16 +59,11 @@ SPLIT_FOLDERS = {
 }
 
 
-@dataclasses.dataclass
-class Skipped:
+class Skipped(collections.Counter[str]):
     """What a folder holds beside its images: counts by kind."""
 
-    counts: collections.Counter[str] = dataclasses.field(
-        default_factory=collections.Counter
-    )
-
     def __str__(self) -> str:
-        kinds = [f"{count} {kind}" for kind, count in sorted(self.counts.items())]
+        kinds = [f"{count} {kind}" for kind, count in sorted(self.items())]
         return ", ".join(kinds) or "nothing"
 
 
@@ -82,22 +78,98 @@ class Listing:
     skipped: Skipped
 
 
-def open_split(root: Path, split: str, classes: Sequence[str], seed: int) -> Listing:
+def open_split(
+    root: Path, split: str, classes: Sequence[str], seed: int, labelled: bool = True
+) -> Listing:
     """Lists `split`; labels follow `classes`, else the sorted training classes.
 
-    Raises FileNotFoundError when there is nothing, ValueError for one class, for
-    classes that training does not have and for a seed that has nothing to choose; warns
-    of classes that have no image.
+    Without labels, every image of the split at any depth. Raises FileNotFoundError when
+    there is nothing, ValueError for one class, for classes that training does not have
+    and for a seed that has nothing to choose; warns of classes that have no image.
     """
     split = SPLIT_FOLDERS.get(split.lower(), split.lower())
     skipped = Skipped()
-    splits = find_splits(root)
-    _check_seed(root, splits, seed)
+    splits = find_splits(root, labelled)
     if splits:
-        parts, trained = _from_split_folders(root, splits, split, skipped)
+        parts = _from_split_folders(root, splits, split, seed, labelled, skipped)
+        trained = class_folders(splits["train"]) if "train" in splits else []
     else:
-        parts, trained = _from_class_folders(root, split, seed, skipped)
-    names = tuple(unicodedata.normalize("NFC", c) for c in classes) or tuple(trained)
+        files = list_images(root, skipped, labelled)
+        parts = [_part_of(files, root, split, seed, labelled, skipped)]
+        trained = list(files)
+    paths = [path for files in parts for name in sorted(files) for path in files[name]]
+    if not labelled:
+        names, labels = (), None
+    else:
+        names = tuple(unicodedata.normalize("NFC", name) for name in classes)
+        names = names or tuple(trained)
+        _check_classes(root, split, {name for files in parts for name in files}, names)
+        counts = [(n, len(files[n])) for files in parts for n in sorted(files)]
+        label = {name: index for index, name in enumerate(names)}
+        numbers = np.array([label[name] for name, _ in counts], np.int32)
+        labels = np.repeat(numbers, [count for _, count in counts])
+    return Listing(
+        root=str(root),
+        class_names=names,
+        paths=paths,
+        labels=labels,
+        skipped=skipped,
+    )
+
+
+def _from_split_folders(
+    root: Path,
+    splits: dict[str, Path],
+    split: str,
+    seed: int,
+    labelled: bool,
+    skipped: Skipped,
+) -> list[Files]:
+    if seed:
+        raise ValueError(
+            f"split_seed={seed} chooses nothing: {root} has split folders "
+            f"({some(splits)}). Leave it out."
+        )
+    wanted = [path for name, path in splits.items() if split in (name, "all")]
+    if not wanted:
+        raise FileNotFoundError(
+            f"{root} has no images of split {split!r}; it has {some(splits)}."
+        )
+    with os.scandir(root) as entries:
+        loose = sum(map(_is_image, entries))
+    skipped.update({"images outside a split folder": loose} if loose else {})
+    return [list_images(path, skipped, labelled, root) for path in wanted]
+
+
+def _part_of(
+    files: Files, root: Path, split: str, seed: int, labelled: bool, skipped: Skipped
+) -> Files:
+    """Returns the split of a folder that has none of its own; a hash chooses."""
+    train, held = hold_out(files, seed)
+    chosen = {"train": train, "val": held, "all": files}
+    if split not in chosen:
+        each = " of each class" * labelled
+        raise FileNotFoundError(
+            f"{root} has no split folders: its splits are train and val (a "
+            f"tenth{each}) and all. For a test split make folders {root}/train and "
+            f"{root}/test."
+        )
+    if not files or not (labelled or chosen[split]):
+        where, remedy = "", ""
+        if labelled:
+            where = " in class folders"
+            remedy = f" Give each class a folder: {root}/CLASS/image.jpg."
+        raise FileNotFoundError(
+            f"{root} holds no images ({', '.join(SUFFIXES)}){where} for {split}; found "
+            f"there: {skipped}.{remedy}"
+        )
+    return chosen[split]
+
+
+def _check_classes(
+    root: Path, split: str, held: Collection[str], names: Sequence[str]
+) -> None:
+    """Raises ValueError for classes that cannot be; warns of those without images."""
     if not names:
         raise ValueError(
             f"{root} has no folder train to take the classes from; name them in their "
@@ -108,132 +180,20 @@ def open_split(root: Path, split: str, classes: Sequence[str], seed: int) -> Lis
             f"{root} has one class ({names[0]}); two or more are needed, each a folder "
             f"of images: {root}/CLASS/image.jpg."
         )
-    held = {name for files in parts for name in files}
-    check_classes(split, sorted(held), names, str(root))
-    label = {name: index for index, name in enumerate(names)}
-    rows = [
-        (path, label[name])
-        for files in parts
-        for name in sorted(files)
-        for path in files[name]
-    ]
-    return Listing(
-        root=str(root),
-        class_names=names,
-        paths=[path for path, _ in rows],
-        labels=np.asarray([number for _, number in rows], np.int32),
-        skipped=skipped,
-    )
-
-
-def open_unlabelled(root: Path, split: str, seed: int) -> Listing:
-    """Lists every image of `split` at any depth; folders mean splits or nothing.
-
-    Raises FileNotFoundError when there is nothing, ValueError for a seed that has
-    nothing to choose.
-    """
-    split = SPLIT_FOLDERS.get(split.lower(), split.lower())
-    skipped = Skipped()
-    splits = find_splits(root, labelled=False)
-    _check_seed(root, splits, seed)
-    if splits:
-        loose = sum(_is_image(entry) for entry in _scan(root))
-        skipped.counts.update({"images outside a split folder": loose} if loose else {})
-        folders = _wanted(root, splits, split)
-        paths = [path for f in folders.values() for path in _below(f, root, skipped)]
-    elif split == "test":
-        raise FileNotFoundError(
-            f"{root} has no split folders: its splits are train, val (a tenth) and "
-            f"all. For a test split make folders {root}/train and {root}/test."
-        )
-    else:
-        everything = {"": _below(root, root, skipped)}
-        train, held = hold_out(everything, seed)
-        chosen = {"train": train, "val": held, "all": everything}[split]
-        paths = chosen.get("", [])
-    if not paths:
-        raise FileNotFoundError(
-            f"{root} holds no images ({', '.join(SUFFIXES)}) for {split}; found there: "
-            f"{skipped}."
-        )
-    return Listing(
-        root=str(root), class_names=(), paths=paths, labels=None, skipped=skipped
-    )
-
-
-def _below(folder: Path, root: Path, skipped: Skipped) -> list[str]:
-    """Returns all images below `folder`, as sorted paths relative to `root`."""
-    prefix = len(os.path.join(root, ""))
-    return sorted(path[prefix:] for path in _walk(folder, skipped))
-
-
-def _check_seed(root: Path, splits: dict[str, Path], seed: int) -> None:
-    if splits and seed:
-        raise ValueError(
-            f"split_seed={seed} chooses nothing: {root} has split folders "
-            f"({some(splits)}). Leave it out."
-        )
-
-
-def check_classes(
-    split: str, held: Sequence[str], names: Sequence[str], where: str
-) -> None:
-    """Raises ValueError if `held` has a class that is not in `names`; warns of gaps."""
-    unknown = [name for name in held if name not in set(names)]
+    unknown = sorted(set(held) - set(names))
     if unknown:
         raise ValueError(
-            f"{split} of {where} has {len(unknown)} classes unknown to training: "
+            f"{split} of {root} has {len(unknown)} classes unknown to training: "
             f"{some(unknown)}; rename or remove these folders, or train with them."
             f"{did_you_mean(unknown[0], names)}"
         )
-    missing = [name for name in names if name not in set(held)]
+    missing = [name for name in names if name not in held]
     if missing:
         logger.warning(
             "%s of %s has %d of the %d train classes (missing: %s); indices follow "
             "train.",
-            *(split, where, len(names) - len(missing), len(names), some(missing)),
+            *(split, root, len(names) - len(missing), len(names), some(missing)),
         )
-
-
-def _from_split_folders(
-    root: Path, splits: dict[str, Path], split: str, skipped: Skipped
-) -> tuple[list[Files], list[str]]:
-    parts = []
-    for folder in _wanted(root, splits, split).values():
-        files = list_images(folder, skipped)
-        for name, paths in files.items():
-            files[name] = [os.path.join(folder.name, path) for path in paths]
-        parts.append(files)
-    trained = class_folders(splits["train"]) if "train" in splits else []
-    return parts, trained
-
-
-def _wanted(root: Path, splits: dict[str, Path], split: str) -> dict[str, Path]:
-    wanted = {name: path for name, path in splits.items() if split in (name, "all")}
-    if not wanted:
-        raise FileNotFoundError(
-            f"{root} has no images of split {split!r}; it has {some(splits)}."
-        )
-    return wanted
-
-
-def _from_class_folders(
-    root: Path, split: str, seed: int, skipped: Skipped
-) -> tuple[list[Files], list[str]]:
-    files = list_images(root, skipped)
-    if not files:
-        raise FileNotFoundError(
-            f"{root} holds no images ({', '.join(SUFFIXES)}) in class folders; found "
-            f"there: {skipped}. Give each class a folder: {root}/CLASS/image.jpg."
-        )
-    if split == "test":
-        raise FileNotFoundError(
-            f"{root} has class folders, no split folders: its splits are train and val "
-            "(a tenth of each class) and all. For a test split make folders "
-            f"{root}/train and {root}/test."
-        )
-    train, held = hold_out(files, seed)
-    return [{"train": train, "val": held, "all": files}[split]], list(files)
 
 
 def find_splits(root: Path, labelled: bool = True) -> dict[str, Path]:
@@ -286,73 +246,72 @@ def check_folder(root: Path) -> None:
 
 def class_folders(root: Path) -> list[str]:
     """Names the class folders of `root` that hold at least one image, sorted."""
-    return sorted({class_name(f) for f in _folders(root) if _has_image(f)})
+    return sorted({class_name(f.name) for f in _folders(root) if _has_image(f)})
 
 
-def list_images(root: Path, skipped: Skipped) -> Files:
-    """Returns the images of each class folder of `root`, as paths relative to it."""
-    files: Files = {}
-    prefix = len(os.path.join(root, ""))
-    for entry in _scan(root):
-        if _hidden(entry):
-            skipped.counts["hidden"] += 1
-        elif not entry.is_dir():
-            where = (
-                "images outside a class folder" if _is_image(entry) else _kind(entry)
-            )
-            skipped.counts[where] += 1
+def list_images(
+    folder: Path, skipped: Skipped, labelled: bool = True, root: Path | None = None
+) -> Files:
+    """Returns the images of each class folder, as paths relative to `root` or `folder`.
+
+    Those that are not `labelled` are all of the class "".
+    """
+    start = len(os.path.join(folder, ""))
+    prefix = len(os.path.join(root or folder, ""))
+    files: Files = collections.defaultdict(list)
+    for path in walk(folder, skipped):
+        end = path.find(os.sep, start)
+        if labelled and end < 0:
+            skipped["images outside a class folder"] += 1
         else:
-            images = [path[prefix:] for path in _walk(entry, skipped)]
-            if images:
-                files.setdefault(class_name(entry), []).extend(images)
+            name = class_name(path[start:end]) if labelled else ""
+            files[name].append(path[prefix:])
     return {name: sorted(files[name]) for name in sorted(files)}
 
 
-def class_name(folder: os.DirEntry[str]) -> str:
+@functools.lru_cache
+def class_name(folder: str) -> str:
     """Returns the folder's name; one spelling of accents, as file systems differ."""
     try:
-        folder.name.encode("utf-8")
+        folder.encode("utf-8")
     except UnicodeEncodeError as error:
         raise ValueError(
-            f"the class folder {os.fsencode(folder.path)!r} has a name that is not "
+            f"the class folder {os.fsencode(folder)!r} has a name that is not "
             "UTF-8; rename it."
         ) from error
-    return unicodedata.normalize("NFC", folder.name)
+    return unicodedata.normalize("NFC", folder)
 
 
-def _scan(folder: str | os.PathLike[str]) -> list[os.DirEntry[str]]:
-    with os.scandir(folder) as entries:
-        return sorted(entries, key=lambda entry: entry.name)
-
-
-def _folders(root: str | Path) -> list[os.DirEntry[str]]:
-    return [e for e in _scan(root) if e.is_dir() and not _hidden(e)]
-
-
-def _walk(
-    folder: os.PathLike[str], skipped: Skipped, above: tuple[tuple[int, int], ...] = ()
+def walk(
+    folder: str | os.PathLike[str],
+    skipped: Skipped,
+    above: tuple[tuple[int, int], ...] = (),
 ) -> Iterator[str]:
     """Yields the images below `folder`; links are followed, loops of them are not."""
     info = os.stat(folder)
     if (info.st_dev, info.st_ino) in above:
-        skipped.counts["links to a folder above"] += 1
+        skipped["links to a folder above"] += 1
         return
-    for entry in _scan(folder):
-        if _hidden(entry):
-            skipped.counts["hidden"] += 1
-        elif entry.is_dir():
-            yield from _walk(entry, skipped, (*above, (info.st_dev, info.st_ino)))
-        elif _is_image(entry) and entry.is_file():
-            yield entry.path
-        else:
-            skipped.counts[_kind(entry)] += 1
+    with os.scandir(folder) as entries:
+        for entry in entries:
+            if _hidden(entry):
+                skipped["hidden"] += 1
+            elif entry.is_dir():
+                yield from walk(entry, skipped, (*above, (info.st_dev, info.st_ino)))
+            elif _is_image(entry):
+                yield entry.path
+            else:
+                skipped[_kind(entry)] += 1
+
+
+def _folders(root: str | Path) -> list[os.DirEntry[str]]:
+    with os.scandir(root) as entries:
+        folders = [entry for entry in entries if entry.is_dir() and not _hidden(entry)]
+    return sorted(folders, key=lambda entry: entry.name)
 
 
 def _has_image(folder: os.DirEntry[str]) -> bool:
-    with os.scandir(folder.path) as entries:
-        if any(_is_image(e) and e.is_file() and not _hidden(e) for e in entries):
-            return True
-    return next(_walk(folder, Skipped()), None) is not None
+    return next(walk(folder, Skipped()), None) is not None
 
 
 def _is_split(folder: os.DirEntry[str]) -> bool:
@@ -360,7 +319,7 @@ def _is_split(folder: os.DirEntry[str]) -> bool:
 
 
 def _is_image(entry: os.DirEntry[str]) -> bool:
-    return entry.name.lower().endswith(SUFFIXES)
+    return entry.name.lower().endswith(SUFFIXES) and entry.is_file()
 
 
 def _hidden(entry: os.DirEntry[str]) -> bool:

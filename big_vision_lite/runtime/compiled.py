@@ -1,4 +1,4 @@
-"""What a compiler made of a program: memory, bytes moved, FLOPs, cycles, collectives.
+"""Reads a compiled program's memory, bytes moved, FLOPs, cycles and collectives.
 
 All figures are of one device and one run. Bodies of loops count as often as they turn.
 """

@@ -1,4 +1,4 @@
-"""Where arrays live on the mesh, by logical name: no-ops when there is no mesh."""
+"""Shardings of batches and activations on the mesh; no-ops without a mesh."""
 
 import math
 
@@ -96,7 +96,7 @@ def gathers_by_hand() -> bool:
 
 
 def gather(x: Array) -> Array:
-    """Gives every device the whole of a small `x`."""
+    """Replicates a small `x` on every device."""
     return jax.lax.with_sharding_constraint(x, PartitionSpec()) if _batch_axes() else x
 
 

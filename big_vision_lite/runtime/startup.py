@@ -1,4 +1,4 @@
-"""What is settled before JAX looks at its devices: platform, processes, caches."""
+"""Sets up platform, processes and caches before JAX initialises its devices."""
 
 import contextlib
 import enum
@@ -293,7 +293,7 @@ def _is_foreign(record: logging.LogRecord) -> bool:
 
 
 def quiet() -> None:
-    """Keeps libraries from talking over our own lines; may be called again."""
+    """Silences libraries' log output; may be called again."""
     # Not their errors either: Orbax logs the stack of every thread that a full disk
     # stops, and raises what we say in one message; the stack goes to the trace file.
     absl_logging.set_verbosity(absl_logging.FATAL)

@@ -1,4 +1,4 @@
-"""Machines to compile for, here or not, and what their chips can do at most.
+"""Machines to compile for, present or described, and their chips' peak rates.
 
 The TPU compiler (libtpu) and NVIDIA's (two CUDA wheels) compile for devices that are
 only described. `parse("v5e:2x4")` names such a machine, `Target.describe()` gives its

@@ -184,7 +184,7 @@ class TrainConfig:
         )
 
     def resolve_steps(self, num_examples: int) -> int:
-        """Returns `num_steps`, or the steps in `num_epochs` over `num_examples` images."""
+        """Returns `num_steps`, or those in `num_epochs` of `num_examples`."""
         if self.num_steps is not None:
             return self.num_steps
         assert self.num_epochs is not None, "checked by the constructor"

@@ -238,7 +238,7 @@ def as_document(plan: Plan) -> dict[str, Any]:
 
 
 def show(plan: Plan, console: Console) -> None:
-    """Prints a table with a column per target, then assumptions and changes that fit."""
+    """Prints a column per target, then assumptions and the changes that fit."""
     first = plan.estimates[0]
     table = Table(title=f"{plan.recipe}: estimated from compiled programs, not run")
     table.add_column("per device and step, unless said")

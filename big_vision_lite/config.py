@@ -34,10 +34,10 @@ class Init:
     the same class, all parameters are copied. `part` takes another module of the
     checkpoint ("encoder"), `into` fills another one of this model ("teacher").
 
-    Parameters matching `drop` keep their fresh values. None drops the head if its
-    classes differ; "" drops nothing, and a head of another shape is then an error.
-    `rename` holds "old=>new" pairs: regular expressions applied to the checkpoint's
-    names before comparison.
+    Parameters matching `drop` keep their fresh values. None drops only the head, and
+    only if its classes differ; "" drops nothing, and a head of another shape is then an
+    error. `rename` holds "old=>new" pairs: regular expressions applied to the
+    checkpoint's names before comparison.
     """
 
     path: str = ""

@@ -2,11 +2,12 @@
 
 A model is a Linen module that takes `inputs(batch)` and `train=` and returns a dict:
 
-  "image"       [B, H, W, C]  the scaled input, float32 "grid"        [B, h, w, D]  in
-  the compute dtype; "tokens" [B, N, D] of text, and of images with only some patches
-  encoded "pooled"      [B, D]        pooled features that evaluators use, float32
-  "pre_logits" [B, R]        when the head has a hidden layer, float32 "logits"      [B,
-  C] when there is a head, float32
+  "image"       [B, H, W, C]  the scaled input, float32
+  "grid"        [B, h, w, D]  in the compute dtype; "tokens" [B, N, D] of text, and of
+                              images with only some patches encoded
+  "pooled"      [B, D]        pooled features that evaluators use, float32
+  "pre_logits"  [B, R]        when the head has a hidden layer, float32
+  "logits"      [B, C]        when there is a head, float32
 
 `types.Model` declares the other properties of a family that the program needs.
 """

@@ -162,9 +162,9 @@ class Stage(nn.Module, kw_only=True):
 class ResNet(nn.Module, Model, kw_only=True):
     """ResNet; returns "grid" [B, h, w, D], "pooled", "image", with head "logits".
 
-    `stages` holds the number of units of every stage; stage k counts from 0, has `width
-    * 2**k` channels, 4 times that at the end of a bottleneck, and halves the image but
-    for the first. A bottleneck's 3x3 convolution has `groups` groups of
+    `stages` holds the number of units of every stage; stage k, counted from 0, has
+    `width*2**k` channels, 4 times that at the end of a bottleneck, and halves the image
+    but for the first. A bottleneck's 3x3 convolution has `groups` groups of
     `width_per_group * 2**k * width / 64` channels each. "pooled" is the mean of the
     grid. `last_scale` is the initial scale of the last norm in a unit: at 0 every unit
     starts as the identity (arXiv:1706.02677, 5.1), torchvision starts at 1. Training

@@ -220,15 +220,15 @@ class Run:
         self._leaving = self._stop.agreed(step)
 
     def logs_at(self, step: int) -> bool:
-        """Says whether `step` is recorded: every few, and the last."""
+        """Returns whether `step` is recorded: every `log_every_steps`, and the last."""
         return step == self.num_steps or step % self.config.log_every_steps == 0
 
     def saves_at(self, step: int) -> bool:
-        """Says whether `step` is saved: every few, the last, and where a run stops."""
+        """Returns whether `step` is saved: at the interval, at the end, on a stop."""
         return step == self.num_steps or self._leaving or self._checkpointer.due(step)
 
     def stops_at(self, step: int) -> bool:
-        """Says whether a signal came, at a step that all hosts agreed on."""
+        """Returns whether to stop at `step` because of a signal, agreed by all hosts."""
         return self._leaving and step < self.num_steps
 
     def log(self, step: int, state: TrainState) -> None:

@@ -71,13 +71,13 @@ def set_up() -> None:
 
 
 def resident() -> int:
-    """Returns how many bytes of this process are in memory."""
+    """Returns the resident memory of this process in bytes."""
     pages = pathlib.Path("/proc/self/statm").read_text().split()[1]
     return int(pages) * os.sysconf("SC_PAGE_SIZE")
 
 
 class Block:
-    """Host memory of `size` bytes that keeps its pages while it is free, too."""
+    """A block of host memory of `size` bytes that keeps its pages while it is free."""
 
     def __init__(self, libc: Any, size: int):
         self._libc = libc

@@ -35,11 +35,11 @@ _SIZE = r"([\d.]+)([KMGT]?)"
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Estimate:
-    """A recipe on a machine; plain values, for a table or JSON.
+    """The estimate of a recipe on a machine, as plain values for a table or JSON.
 
     Bytes, FLOPs and seconds are of one device and one step; `memory` says by kind what
     is there at the peak. Where the compiler refuses, `fits` is False and only what is
-    known without it is there. None is what nobody knows.
+    known without it is there. Unknown values are None.
     """
 
     target: str

@@ -294,7 +294,7 @@ def check_head(run: SavedRun, outputs: Mapping[str, Any]) -> None:
 
 
 def meaning_of_logits(objective: Objective, log: Callable[[str], None]) -> Any:
-    """Returns the objective's `probabilities`, else softmax, with a message."""
+    """Returns the objective's `probabilities`, or logs a note and returns softmax."""
     declared = objective.probabilities
     if declared is None:
         log(

@@ -228,7 +228,7 @@ class Run:
         return step == self.num_steps or self._leaving or self._checkpointer.due(step)
 
     def stops_at(self, step: int) -> bool:
-        """Returns whether to stop at `step` because of a signal, agreed by all hosts."""
+        """Returns whether to stop at `step` after a signal, as all hosts agreed."""
         return self._leaving and step < self.num_steps
 
     def log(self, step: int, state: TrainState) -> None:

@@ -95,7 +95,7 @@ class Figures:
         return sum(kernel.times for kernel in self.kernels)
 
     def seconds(self, chip: Chip) -> float:
-        """Estimates the seconds a device computes, without waiting for other devices."""
+        """Estimates the seconds a device computes, without waiting for others."""
         if self.cycles is not None:
             return self.cycles / chip.clock
         return sum(k.times * kernel_seconds(k, chip) for k in self.kernels)
@@ -108,7 +108,7 @@ class Figures:
         return part * sent / chip.link
 
     def bound_seconds(self, chip: Chip) -> float:
-        """Returns the roofline in seconds: the lower bound for these FLOPs and bytes."""
+        """Returns the roofline: the lower bound in seconds of these FLOPs and bytes."""
         moved = sum(kernel.times * kernel.from_memory for kernel in self.kernels)
         return max(self.flops / chip.flops, moved / chip.bandwidth)
 

@@ -1,8 +1,8 @@
 """big_vision_lite pretrains ResNets and ViTs on large labelled datasets with JAX.
 
-On TPU or GPU: ml-collections config files, pmap/pjit-style sharded training (`jax.jit`
-+ `NamedSharding`), Orbax checkpoints, few-shot and fine-tune transfer evaluators, TPU
-VM launch scripts, checkpoint conversion to PyTorch; small enough to read.
+On TPU or GPU: ml-collections config files, sharded training (`jax.jit` over a named
+mesh), Orbax checkpoints, few-shot and fine-tune transfer evaluators, TPU VM launch
+scripts, checkpoint conversion to PyTorch; small enough to read.
 """
 
 from collections.abc import Sequence
@@ -22,18 +22,18 @@ plugins.hide_without_devices()
 def load(
     path: str, *, batch_size: int = 64, allowed_modules: Sequence[str] = ()
 ) -> "LoadedModel":
-    """Loads a model that takes uint8 images and gives features and classes.
+    """Loads a model that maps uint8 images to pooled features and class probabilities.
 
     `path` is a run folder, a checkpoints folder, one step folder, or weights of another
     library: a file, a folder with config.json, or "hub:organisation/name", which is
-    downloaded. What is assumed of foreign weights is printed. Images go through it in
-    batches of at most `batch_size`, on all devices of this process. Classes of your
-    own are imported from `allowed_modules` alone.
+    downloaded. Assumptions about foreign weights are printed. The model runs on batches
+    of at most `batch_size` images, on all devices of this process. Your own classes are
+    imported from `allowed_modules` only.
 
     Raises:
-        FileNotFoundError: there is neither; says what was looked at.
-        ValueError: the weights are damaged, in no known format, or need a class that
-            may not be imported.
+        FileNotFoundError: neither is at `path`; lists the places searched.
+        ValueError: the weights are damaged, have an unknown format, or need a class
+            outside the allowed modules.
     """
     from big_vision_lite.runs import inference
 

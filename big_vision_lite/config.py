@@ -1,4 +1,4 @@
-"""`TrainConfig`: what a recipe returns and a run folder records."""
+"""Defines `TrainConfig`, which a recipe returns and a run folder records."""
 
 import dataclasses
 import enum
@@ -20,7 +20,7 @@ from big_vision_lite.types import (
 
 
 class PositionResize(enum.StrEnum):
-    """What to do when the grid of learned positions differs."""
+    """How to treat learned position embeddings whose grid differs from the model's."""
 
     BILINEAR = "bilinear"
     ERROR = "error"
@@ -28,16 +28,16 @@ class PositionResize(enum.StrEnum):
 
 @dataclasses.dataclass(kw_only=True)
 class Init:
-    """Where first parameters come from: a run, a step folder, or foreign weights.
+    """The checkpoint to start from: a run, a step folder or foreign weights.
 
-    What was pretrained there (the model's `backbone`) goes into the backbone of this
-    model; between models of one class all goes over. `part` takes another module of
-    the checkpoint ("encoder"), `into` fills another one of this model ("teacher").
+    The checkpoint's `backbone` is copied into this model's backbone; between models of
+    the same class, all parameters are copied. `part` takes another module of the
+    checkpoint ("encoder"), `into` fills another one of this model ("teacher").
 
-    Parameters matching `drop` keep their fresh values. None drops the head, and only
-    the head, when it is made for other classes; "" drops nothing, so that a head of
-    another shape is an error. `rename` holds "old=>new" pairs, regular expressions
-    replaced in the checkpoint's names before they are compared.
+    Parameters matching `drop` keep their fresh values. None drops only the head, and
+    only if its classes differ; "" drops nothing, and a head of another shape is then an
+    error. `rename` holds "old=>new" pairs: regular expressions applied to the
+    checkpoint's names before comparison.
     """
 
     path: str = ""
@@ -58,7 +58,7 @@ class Init:
 
 @dataclasses.dataclass(kw_only=True)
 class Checkpoints:
-    """When to save, and what to keep.
+    """The save interval, and the number of checkpoints to keep.
 
     The newest `keep_latest` steps stay, and every step that is a multiple of
     `keep_every_steps` (0: none) stays for good.
@@ -79,13 +79,14 @@ class Checkpoints:
 
 @dataclasses.dataclass(kw_only=True)
 class TrainConfig:
-    """One training run, whole.
+    """The complete configuration of one training run.
 
-    The length is `num_epochs` or `num_steps`; the latter wins when both are set.
-    `preprocess` is the deterministic way from file bytes to model input: the default
-    of every evaluator and what predict uses. `freeze` holds patterns of parameter
-    names that do not train, `ema` is an average of the parameters.
-    `profile_steps` is empty or (first, last), written for TensorBoard's profiler.
+    The length is `num_epochs` or `num_steps`; `num_steps` wins when both are set.
+    `preprocess` holds the deterministic ops from file bytes to model input, used by
+    predict and by default in every evaluator. `freeze` holds patterns of parameter
+    names that are not trained; `ema` adds an exponential moving average of the
+    parameters. `profile_steps` is empty or (first, last), the steps traced for
+    TensorBoard's profiler.
     """
 
     model: Model
@@ -174,7 +175,7 @@ class TrainConfig:
                 )
 
     def length_note(self) -> str | None:
-        """Says which length counts when both are set, else returns None."""
+        """Returns a note that `num_steps` wins if both lengths are set, else None."""
         if self.num_steps is None or self.num_epochs is None:
             return None
         return (
@@ -183,7 +184,7 @@ class TrainConfig:
         )
 
     def resolve_steps(self, num_examples: int) -> int:
-        """Returns the number of steps: num_steps, or num_epochs over the examples."""
+        """Returns `num_steps`, or those in `num_epochs` of `num_examples`."""
         if self.num_steps is not None:
             return self.num_steps
         assert self.num_epochs is not None, "checked by the constructor"

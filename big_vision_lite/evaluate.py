@@ -1,13 +1,13 @@
-"""Evaluates a saved run, here a finished one and its step 300 on other images.
+"""Evaluates a saved run, checkpoint or foreign weights and writes the scores.
 
   python -m big_vision_lite.evaluate --workdir runs/first
   python -m big_vision_lite.evaluate --workdir runs/first/checkpoints/300 \
       --config configs/folder.py:dir=DIR
 
-The evaluators are those of the run's own recipe, or of another one for transfer:
-`--config configs/OTHER.py`, of which only `evaluators` is used. RUN is a run folder, a
-checkpoints folder, one step folder, or weights of another library: a file, a folder
-with config.json, or hub:organisation/name.
+The first command runs the evaluators of the run's own recipe, the second those of
+another recipe (only its `evaluators` are used) on step 300. --workdir takes a run
+folder, a checkpoints folder, one step folder, or weights of another library: a file, a
+folder with config.json, or hub:organisation/name.
 """
 
 import contextlib
@@ -41,10 +41,10 @@ def evaluate(
     *,
     progress: Progress,
 ) -> dict[str, float]:
-    """Runs evaluators on a saved run; scores are named as in the run's metrics.jsonl.
+    """Runs evaluators on a saved run; returns scores named as in its metrics.jsonl.
 
-    On the same devices they equal, bit for bit, what the run recorded at that step.
-    What evaluators keep (per-class tables, controls) goes into `workdir`.
+    On the same devices the scores equal, bit for bit, those the run recorded at that
+    step. Evaluators write their files (per-class tables, controls) to `workdir`.
     """
     suffix = "" if run.state.ema is None else "_ema"
     scores: dict[str, float] = {}
@@ -71,10 +71,10 @@ def evaluate(
 def choose(
     evaluators: Mapping[str, Evaluator], wanted: Sequence[str], recipe: str
 ) -> dict[str, Evaluator]:
-    """Returns the evaluators named by `wanted`; without names all that are not off.
+    """Returns the evaluators named in `wanted`, or all enabled ones if it is empty.
 
     Raises:
-        ValueError: there is no evaluator of such a name, or none at all.
+        ValueError: a name is unknown, or no evaluator is enabled.
     """
     if not wanted:
         chosen = {n: e for n, e in evaluators.items() if e.every_steps}
@@ -97,10 +97,10 @@ def choose(
 def name_results(
     folder: epath.Path, recipe: str | None, evaluators: Mapping[str, Any]
 ) -> str:
-    """Returns what files and folders of scores of the step in `folder` are called.
+    """Returns the base name of score files and folders for the step in `folder`.
 
-    Evaluators of another recipe are told apart by a digest, whatever argument or
-    override they differ in: scores on data=A are none on data=B.
+    A digest of the evaluators' fields distinguishes recipes, arguments and overrides:
+    scores on data=A must not be mixed with those on data=B.
     """
     name = f"evaluation_{folder.name}"
     if recipe is None:
@@ -117,9 +117,9 @@ def record(
     recipe: str | None,
     evaluators: Mapping[str, Any],
 ) -> None:
-    """Writes the scores with what they depend on; adds to those the file holds.
+    """Writes the scores, versions and machine to `path`, keeping scores already in it.
 
-    `evaluators` are those of the recipe as JSON.
+    `evaluators` are the recipe's evaluators as JSON values.
     """
     known = json.loads(path.read_text())["scores"] if path.exists() else {}
     document = {
@@ -136,10 +136,10 @@ def record(
 
 @contextlib.contextmanager
 def _folder_for(run: SavedRun, name: str) -> Iterator[epath.Path]:
-    """Yields a folder for what evaluators keep, temporary if none can be written.
+    """Yields a folder for evaluators' files, a temporary one if the run is read-only.
 
-    It starts with the controls that the run has computed; a control of another
-    protocol is recognised and computed anew.
+    The run's computed controls are copied into it; a control of another protocol is
+    detected and recomputed.
     """
     place = run.place_for_results()
     with contextlib.ExitStack() as stack:
@@ -194,7 +194,7 @@ def main(argv: Sequence[str]) -> None:
 
 
 def define_flags(values: flags.FlagValues) -> None:
-    """Adds the flags of this program."""
+    """Defines the flags of evaluate."""
     flags.DEFINE_string(
         "workdir", None, "Run, checkpoints or step folder.", flag_values=values
     )

@@ -1,4 +1,4 @@
-"""Words that many messages need: what was meant, and lists that do not end."""
+"""Helpers for messages: suggestions for misspelt words, and shortened lists."""
 
 import difflib
 from collections.abc import Iterable
@@ -12,7 +12,7 @@ def did_you_mean(word: str, allowed: Iterable[str]) -> str:
 
 
 def some(names: Iterable[str], most: int = 8) -> str:
-    """Joins the first `most` names and counts the rest; "none" when there are none."""
+    """Joins the first `most` names and counts the rest; "none" if there are none."""
     names = list(names)
     rest = f" and {len(names) - most} more" if len(names) > most else ""
     return (", ".join(names[:most]) or "none") + rest

@@ -1,10 +1,10 @@
-"""Says what a recipe would need and do on machines that need not be there.
+"""Estimates memory and speed of a recipe on machines you need not have.
 
 python -m big_vision_lite.plan --config configs/vit_s16_i1k.py --on v5e:2x4,h100:8
 
 No data and no accelerator: the train step is compiled from shapes alone, by the real
-compilers of TPUs and GPUs (pip install -e '.[plan]'). Times are estimates, not run.
-Where a recipe does not fit, the smallest change that does is looked for by compiling.
+compilers of TPUs and GPUs (pip install -e '.[plan]'). Times are estimates, not run. If
+a recipe does not fit, plan searches by compiling for the smallest change that does.
 """
 
 import dataclasses
@@ -37,9 +37,10 @@ GIGA = 1e9
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Plan:
-    """A recipe on some machines, and what is the same on all of them.
+    """Estimates of one recipe on several machines, and the values they share.
 
-    `num_steps` and `examples` are None where nobody knows them without the data.
+    `num_steps` and `examples` are None if they cannot be known without the data.
+    `seconds_an_image` is the CPU time of preprocessing one image on this machine.
     """
 
     recipe: str
@@ -52,13 +53,13 @@ class Plan:
     assumed: list[str]
 
     def hours(self, found: Estimate) -> float | None:
-        """Estimates the time to the last step, without evaluations and checkpoints."""
+        """Estimates the hours to the last step, without evaluations and checkpoints."""
         if self.num_steps is None or found.step_seconds is None:
             return None
         return self.num_steps * found.step_seconds / 3600
 
     def input_cores(self, found: Estimate) -> float | None:
-        """Returns how many cores like those of this machine keep the device fed."""
+        """Returns how many CPU cores like this machine's keep the devices fed."""
         if found.images_per_second is None:
             return None
         return found.images_per_second * self.seconds_an_image
@@ -103,7 +104,7 @@ def main(argv: Sequence[str]) -> None:
 
 
 def define_flags(values: flags.FlagValues) -> None:
-    """Adds the flags of this program."""
+    """Defines the flags of plan."""
     string, boolean, integer = (
         functools.partial(define, flag_values=values)
         for define in (flags.DEFINE_string, flags.DEFINE_bool, flags.DEFINE_integer)
@@ -119,10 +120,10 @@ def define_flags(values: flags.FlagValues) -> None:
 
 
 def read_targets(text: str) -> list[Target]:
-    """Reads "v5e:2x4,h100:8"; the machine at hand where nothing is given.
+    """Parses "v5e:2x4,h100:8"; `targets.HERE` means this machine.
 
     Raises:
-        ValueError: one of them is unknown, none is named, or one twice.
+        ValueError: a target is unknown or repeated, or none is named.
     """
     if text == targets.HERE:
         return [targets.here()]
@@ -136,7 +137,7 @@ def read_targets(text: str) -> list[Target]:
 
 
 def with_batch(config: TrainConfig, batch: int | None, modules: Any) -> TrainConfig:
-    """Returns the recipe with another number of images a step, if one is given."""
+    """Returns the recipe with batch size `batch`, unchanged if that is None."""
     if batch is None:
         return config
     return fitting.changed(config, {"data.batch_size": batch}, modules)
@@ -152,7 +153,7 @@ def make(
     search: bool,
     say: Any,
 ) -> Plan:
-    """Compiles a recipe for all targets; opens no source.
+    """Returns the plan of a recipe, compiled for each target; opens no source.
 
     Raises:
         ValueError: the recipe does not fit the devices of a target, or a compiler is
@@ -197,7 +198,7 @@ def make(
 
 
 def more_chips(target: Target, most: int = 2) -> list[str]:
-    """Names targets of the same chips, each with twice as many as the one before."""
+    """Returns `most` targets of the same chips, each with twice as many as the last."""
     sides = [int(side) for side in target.shape.split("x")]
     found = []
     for _ in range(most):
@@ -211,7 +212,7 @@ def more_chips(target: Target, most: int = 2) -> list[str]:
 
 
 def as_document(plan: Plan) -> dict[str, Any]:
-    """Returns the plan as plain values, for JSON."""
+    """Returns the plan as JSON values."""
     return {
         "recipe": plan.recipe,
         "note": "estimated from compiled programs, not run",
@@ -237,7 +238,7 @@ def as_document(plan: Plan) -> dict[str, Any]:
 
 
 def show(plan: Plan, console: Console) -> None:
-    """Prints the table, a column a target, then what was assumed and what would fit."""
+    """Prints a column per target, then assumptions and the changes that fit."""
     first = plan.estimates[0]
     table = Table(title=f"{plan.recipe}: estimated from compiled programs, not run")
     table.add_column("per device and step, unless said")
@@ -269,7 +270,7 @@ def show(plan: Plan, console: Console) -> None:
 
 
 def fit_line(plan: Plan, name: str, fit: fitting.Fit | None) -> str:
-    """Says what to add to the command so that the recipe fits a target."""
+    """Returns a message with the flags that make the recipe fit a target."""
     refused = next(found for found in plan.estimates if found.target == name)
     there = (refused.memory_there or 0) / GIGA
     if fit is None:
@@ -285,12 +286,12 @@ def fit_line(plan: Plan, name: str, fit: fitting.Fit | None) -> str:
 
 
 def say(console: Console, line: str) -> None:
-    """Prints a line as it is, however long."""
+    """Prints a line without markup or hard wrapping."""
     console.print(Text(line), soft_wrap=True)
 
 
 def draw(plan: Plan, path: epath.Path) -> None:
-    """Draws memory by kind, and time by kind of operation, a bar a target."""
+    """Draws one bar per target into a PNG: memory by kind, time by operation."""
     memory = {
         found.target: {kind: size / GIGA for kind, size in found.memory.items() if size}
         for found in plan.estimates
@@ -305,7 +306,7 @@ def draw(plan: Plan, path: epath.Path) -> None:
 
 
 def by_operation(found: Estimate) -> dict[str, float]:
-    """Sums the dearest operations up by the part of the model they belong to."""
+    """Returns milliseconds by module, summed over the most expensive operations."""
     sums: dict[str, float] = {}
     for row in found.top:
         names = [n for n in row["operation"].split("/") if "(" not in n] or ["other"]

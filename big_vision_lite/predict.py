@@ -1,4 +1,4 @@
-"""Names what is on images: `python -m big_vision_lite.predict --workdir RUN ...`.
+"""Predicts classes of images: `python -m big_vision_lite.predict --workdir RUN ...`.
 
   ... --images FOLDER --out preds.csv [--embed features.npz]
 
@@ -37,10 +37,11 @@ SHOWN_ROWS = 5
 
 @dataclasses.dataclass(kw_only=True)
 class Predictions:
-    """One row a file, in order, zeros where `errors` says why it could not be read.
+    """Outputs for N files, in order; rows of unreadable files (see `errors`) are zeros.
 
-    `classes` [N, K] are labels, the most probable first, `probabilities` [N, K] theirs,
-    `features` [N, D] the pooled vectors; None is what was not asked for.
+    `classes` [N, K] are labels, most probable first, with their `probabilities` [N, K];
+    `features` [N, D] are the pooled features. Outputs not requested are None. `errors`
+    maps a file to the reason why it could not be read.
     """
 
     files: tuple[str, ...]
@@ -51,7 +52,7 @@ class Predictions:
 
 
 def table_of(found: Predictions, class_names: Sequence[str]) -> list[list[str]]:
-    """Returns rows of text, the first being the names of the columns."""
+    """Returns one row of text per file, after a row of column names."""
     assert found.classes is not None and found.probabilities is not None
     ranks = range(1, found.classes.shape[1] + 1)
     titles = [(f"class_{rank}", f"probability_{rank}") for rank in ranks]
@@ -72,19 +73,19 @@ def table_of(found: Predictions, class_names: Sequence[str]) -> list[list[str]]:
 
 
 def _class_name(label: int, class_names: Sequence[str]) -> str:
-    # Weights from elsewhere may come without names.
+    # Foreign weights may lack class names.
     return class_names[label] if class_names else f"class_{label}"
 
 
 def write_csv(path: epath.Path, rows: Sequence[Sequence[str]]) -> None:
-    """Writes rows of text as CSV in UTF-8, whole or not at all."""
+    """Writes rows as UTF-8 CSV, atomically."""
     text = io.StringIO()
     csv.writer(text, lineterminator="\n").writerows(rows)
     files.replace(path, text.getvalue().encode("utf-8"))
 
 
 def write_features(path: epath.Path, found: Predictions) -> None:
-    """Writes arrays `files` and `features` [N, D] float32 of the readable images."""
+    """Writes an npz of the readable images: `files` [N], `features` [N, D] float32."""
     assert found.features is not None
     readable = np.asarray([file not in found.errors for file in found.files])
     content = io.BytesIO()
@@ -97,7 +98,7 @@ def write_features(path: epath.Path, found: Predictions) -> None:
 
 
 def show(console: Console, rows: Sequence[Sequence[str]]) -> None:
-    """Prints the first rows, top class only."""
+    """Prints the first rows with their most probable class."""
     table = Table("file", "class", "probability", "error")
     for file, *middle, error in rows[1 : SHOWN_ROWS + 1]:
         name, likely = (middle[0], f"{float(middle[1]):.3f}") if middle[0] else ("", "")
@@ -119,14 +120,14 @@ def predict(
     quiet: bool = True,
     log: Callable[[str], None] = print,
 ) -> Predictions:
-    """Runs the model on every image once, through the run's own preprocessing.
+    """Returns predictions for all images, preprocessed as in the run's evaluations.
 
-    Gives the `top` classes (0: none) and, with `embed`, the features. Averaged
-    parameters are taken where the run kept some.
+    They hold the `top` classes (0: none) and, with `embed`, the pooled features. The
+    averaged parameters (EMA) are used if the run has them.
 
     Raises:
-        ValueError: not one image can be read, the preprocessing does not give all of
-            them one size, or classes are asked of a model without a head.
+        ValueError: no image can be read, preprocessing yields different sizes, or
+            classes are requested from a model without a head.
     """
     ops = Guarded(run.config.preprocess)
     steps = inference.make_steps(run, classes=top, features=embed, log=log)
@@ -140,7 +141,7 @@ def predict(
 
 @contextlib.contextmanager
 def _refusing(images: ImageFiles, ops: Guarded) -> Iterator[None]:
-    """Says in the words of this program that not one image can be read."""
+    """Raises a ValueError that names the first image if none can be read."""
     try:
         yield
     except ValueError as error:
@@ -171,7 +172,7 @@ def _output(path: str | None, flag: str) -> epath.Path | None:
 
 
 def parse(argv: Sequence[str]) -> argparse.Namespace:
-    """Reads the command line."""
+    """Parses the command line of predict."""
     parser = argparse.ArgumentParser(
         prog="python -m big_vision_lite.predict",
         description=__doc__,

@@ -1,4 +1,4 @@
-"""What changes over a run: learning rates, and the decay of averaged parameters.
+"""Schedules: learning rates, and the decay of the parameter average (EMA).
 
 Update `step` counts from 0 and a warm-up multiplies by min(1, step / warmup_steps), so
 with a warm-up the very first update has learning rate 0. Formulas as in big_vision.
@@ -15,7 +15,7 @@ from big_vision_lite.types import Array
 
 @dataclasses.dataclass(kw_only=True)
 class Average:
-    """An exponential average of the parameters, average <- d average + (1 - d) new.
+    """An exponential moving average (EMA): average <- d average + (1 - d) new.
 
     The decay d is `start`, or grows from there to `end` along half a cosine: 0.996 to
     1 for teachers of self-distillation (arXiv:2006.07733, section 3.3).
@@ -37,10 +37,10 @@ class Average:
             )
 
     def decay(self, progress: Array | None) -> Any:
-        """Returns the decay where `progress` (0..1) of the run is done.
+        """Returns the decay at `progress`, the fraction 0..1 of the run that is done.
 
         Raises:
-            ValueError: the decay grows, and nobody said how long the run is.
+            ValueError: the decay grows, but `progress` is None.
         """
         if self.end is None:
             return self.start
@@ -52,7 +52,7 @@ class Average:
 
 @dataclasses.dataclass(kw_only=True)
 class WarmupCosine:
-    """Rises linearly to `peak`, then follows half a cosine to 0 at the last step."""
+    """Schedule with linear warm-up to `peak`, then half a cosine to 0 at the end."""
 
     peak: float
     warmup_steps: int = 0
@@ -74,7 +74,7 @@ class WarmupCosine:
 
 @dataclasses.dataclass(kw_only=True)
 class WarmupLinear:
-    """Rises linearly to `peak`, then falls linearly to `end_fraction * peak`."""
+    """Schedule with linear warm-up to `peak`, linear decay to `end_fraction * peak`."""
 
     peak: float
     warmup_steps: int = 0
@@ -103,12 +103,12 @@ class WarmupLinear:
 
 @dataclasses.dataclass(kw_only=True)
 class WarmupRsqrt:
-    """Rises linearly to `peak`, then falls as 1 / sqrt(1 + steps / timescale_steps).
+    """Schedule with linear warm-up, then `peak` / sqrt(1 + steps / timescale_steps).
 
-    It knows no end until `cooldown_steps` before it, when it falls linearly to 0: one
-    long run can be cooled down at several lengths. `shift_steps` moves along the curve,
-    to continue another run. ViT-g: timescale and warm-up 10_000, cooldown 50_000 of
-    1M steps (arXiv:2106.04560).
+    It does not depend on the run's length before the last `cooldown_steps`, which
+    multiply it by a linear decay to 0: one long run can be cooled down at several
+    lengths. `shift_steps` starts later on the curve, to continue another run. ViT-g:
+    timescale and warm-up 10_000, cooldown 50_000 of 1M steps (arXiv:2106.04560).
     """
 
     peak: float
@@ -148,7 +148,7 @@ class WarmupRsqrt:
 
 @dataclasses.dataclass(kw_only=True)
 class Constant:
-    """Stays at `peak`, between a linear warm-up and a linear cooldown to 0."""
+    """Schedule that stays at `peak` between linear warm-up and linear cooldown to 0."""
 
     peak: float
     warmup_steps: int = 0
@@ -177,7 +177,7 @@ class Constant:
 
 @dataclasses.dataclass(kw_only=True)
 class StepDrops:
-    """Rises linearly to `peak`, then multiplies by `factor` after each drop.
+    """Schedule with linear warm-up to `peak`, multiplied by `factor` after each drop.
 
     Drops are steps (`drop_steps`) or fractions of the run (`drop_fractions`), in rising
     order. The update at the drop itself still has the old rate; the next has the new
@@ -233,7 +233,7 @@ class StepDrops:
 
 
 def bit_hyperrule_steps(num_examples: int) -> tuple[int, int, int, int, int]:
-    """Returns BiT-HyperRule's end of warm-up, three drops, and number of steps.
+    """Returns BiT-HyperRule's warm-up steps, three drop steps and total steps.
 
     `num_examples` is the size of the training set (arXiv:1912.11370, section 3.3).
     """
@@ -268,7 +268,7 @@ def _check(schedule: Any) -> None:
 
 
 def _check_fits(num_steps: int, **parts: int) -> None:
-    """Refuses a warm-up and cooldown that leave no step at the peak."""
+    """Raises ValueError if warm-up and cooldown leave no step at the peak."""
     if num_steps < 1:
         raise ValueError(f"num_steps={num_steps}: a run needs at least 1 step.")
     if sum(parts.values()) >= num_steps and sum(parts.values()) > 0:
@@ -300,5 +300,5 @@ def _cooldown(step: Any, cooldown_steps: int, num_steps: int) -> Array:
 
 
 def _done(step: Any, warmup_steps: int, num_steps: int) -> Array:
-    """Returns how much of the way from warm-up to end is done, in [0, 1]."""
+    """Returns the fraction of the steps after warm-up that is done, in [0, 1]."""
     return jnp.clip((_float(step) - warmup_steps) / (num_steps - warmup_steps), 0, 1)

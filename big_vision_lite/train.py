@@ -1,4 +1,4 @@
-"""Trains a recipe; the same command, or --workdir alone, resumes a run.
+"""Trains a model from a recipe; the same command, or --workdir alone, resumes it.
 
 python -m big_vision_lite.train --config configs/quickstart.py --workdir runs/first
 python -m big_vision_lite.train --workdir runs/first
@@ -37,15 +37,14 @@ def train(
 ) -> TrainState:
     """Runs `config` to its last step, resuming from `workdir` if it holds a checkpoint.
 
-    `first_params` {name: array, statistics as "batch_stats/..."} start the run in place
-    of `config.init`'s checkpoint.
-    `command` resumes the run: it is named in what to type next.
+    `first_params` {name: array, statistics as "batch_stats/..."} replace the checkpoint
+    of `config.init`. `command` resumes the run; messages quote it.
 
     Raises:
-        ValueError, OSError: a mistake in the recipe, the data or the folder; the
-            message says what came, what is allowed and what to type.
-        FloatingPointError: the loss is not finite; says where it began.
-        Stopped: a signal came; the state is saved.
+        ValueError, OSError: the recipe, the data or the folder is wrong; the message
+            says what came, what is allowed and what to type.
+        FloatingPointError: the loss is not finite; the message says where it began.
+        Stopped: a signal arrived and the state was saved.
     """
     mesh = make_mesh(config.mesh)
     layout.check_batch_size(config.data.batch_size, mesh, config.micro_batches)
@@ -54,7 +53,7 @@ def train(
         Run(config, workdir, mesh, command=command, quiet=quiet) as run,
         build(config, mesh, run.batch_spec(), saving=run.is_saving) as program,
     ):
-        # Wrong paths and classes are refused here, not after hours.
+        # Wrong paths and classes raise here, not after hours.
         evaluations = Evaluations(run, program)
         state = run.restore(program)
         if state is None:
@@ -66,7 +65,7 @@ def train(
                 note_origin=run.note_origin,
             )
         run.begin(program, state)
-        # A run killed between a save and its evaluations makes up for them.
+        # If the run was killed between a save and its evaluations, run them now.
         evaluations.run_due(run.done, state)
         for step, batch in run.steps():
             state, metrics = program.train_step(state, batch)
@@ -85,7 +84,7 @@ def train(
 
 
 def main(argv: Sequence[str]) -> None:
-    """Parses the command line, sets the devices up and trains."""
+    """Parses the command line, initialises the devices and trains."""
     command = command_line.parse(
         argv, define_flags, about=__doc__ or "", recorded=recorded_config
     )
@@ -118,7 +117,7 @@ def main(argv: Sequence[str]) -> None:
 
 
 def resume_command(workdir: epath.Path, values: flags.FlagValues) -> str:
-    """Returns the shortest command that resumes a run: its folder holds its recipe."""
+    """Returns the shortest command that resumes the run; its folder has the recipe."""
     kept = [
         f"--{name}={values[name].value}"
         for name in ("coordinator", "num_processes", "process_id")
@@ -131,12 +130,12 @@ def resume_command(workdir: epath.Path, values: flags.FlagValues) -> str:
 
 
 def recorded_config(workdir: str, allowed_modules: Sequence[str]) -> TrainConfig | None:
-    """Returns the configuration of the run that `workdir` holds, or None if none.
+    """Returns the configuration recorded in `workdir`, None if it holds no run.
 
-    With it a run resumes wherever its recipe, or what that reads, has gone.
+    A run can thus resume after its recipe file, or files that it reads, are gone.
 
     Raises:
-        ValueError: it is the folder of a step, in which nobody trains.
+        ValueError: `workdir` is a step folder, which cannot be trained in.
     """
     folder = files.absolute(workdir)
     if (folder / integrity.MANIFEST).exists():
@@ -151,7 +150,7 @@ def recorded_config(workdir: str, allowed_modules: Sequence[str]) -> TrainConfig
 
 
 def define_flags(values: flags.FlagValues) -> None:
-    """Adds the flags of this program."""
+    """Defines the flags of train."""
     string, boolean, integer = (
         functools.partial(define, flag_values=values)
         for define in (flags.DEFINE_string, flags.DEFINE_bool, flags.DEFINE_integer)

@@ -1,4 +1,4 @@
-"""Names of parameters, first-match rules over names, and readable differences."""
+"""Parameter names, first-match rules over names, and readable differences."""
 
 import re
 from collections.abc import Collection, Iterable, Mapping, Sequence
@@ -8,14 +8,14 @@ import jax
 
 from big_vision_lite.messages import did_you_mean
 
-# Running statistics of batch norm are variables of this name beside the parameters.
+# The name of the variables that hold the running statistics of batch norm.
 STATISTICS = "batch_stats/"
 
 T = TypeVar("T")
 
 
 def names(tree: Any) -> list[str]:
-    """Lists the leaves' names, "encoder/block_03/attention/query/kernel", in order."""
+    """Returns the leaves' names in order, such as "encoder/block_03/mlp/out/kernel"."""
     paths = jax.tree_util.tree_flatten_with_path(tree)[0]
     return [_join(path) for path, _ in paths]
 
@@ -39,16 +39,16 @@ def unflatten(leaves: Mapping[str, T]) -> dict[str, Any]:
 
 
 def part(tree: Any, path: str) -> Any:
-    """Returns the subtree at "image/encoder"; all for "", {} where nothing is there."""
+    """Returns the subtree at a path like "image/encoder"; all for "", {} if missing."""
     for key in path.split("/") if path else ():
         tree = tree.get(key, {})
     return tree
 
 
 def inside(named: Mapping[str, T], path: str) -> dict[str, T]:
-    """Returns of {name: leaf} what is in the module "image/encoder", by names in it.
+    """Returns the leaves of the module at `path`, named relative to that module.
 
-    Statistics keep their own beginning, "batch_stats/".
+    Names of statistics keep their prefix "batch_stats/".
     """
     found = {}
     for name, leaf in named.items():
@@ -60,7 +60,7 @@ def inside(named: Mapping[str, T], path: str) -> dict[str, T]:
 
 
 def outside(named: Mapping[str, T], path: str) -> dict[str, T]:
-    """Undoes `inside`: returns names in the module "image/encoder" as the whole's."""
+    """Undoes `inside`: prefixes names with the module's `path`."""
     if not path:
         return dict(named)
     found = {}
@@ -71,7 +71,7 @@ def outside(named: Mapping[str, T], path: str) -> dict[str, T]:
 
 
 def map_named(function: Any, tree: Any) -> Any:
-    """Maps `function(name, leaf)` over the leaves."""
+    """Returns the tree with `function(name, leaf)` in place of each leaf."""
     return jax.tree_util.tree_map_with_path(
         lambda path, leaf: function(_join(path), leaf), tree
     )
@@ -85,7 +85,7 @@ def match(
     every_name: bool = False,
     what: str = "rule",
 ) -> dict[str, T | None]:
-    """Gives every name the value of the first rule whose pattern matches all of it.
+    """Returns for every name the value of the first rule that matches the whole name.
 
     `rules` are (regular expression, value) pairs; `default` goes to unmatched names.
 
@@ -129,15 +129,15 @@ def match(
 
 
 def layers_above(names: Sequence[str], layers: Sequence[str]) -> dict[str, int]:
-    """Counts the layers above every parameter, for layer-wise decay.
+    """Returns the number of layers above each parameter, for layer-wise decay.
 
     `layers` are patterns of whole names from the pixels upwards (types.Model); the
-    numbers that the groups of one find order its blocks. Of L blocks the last has 1,
-    the first L, what a pattern before them matches L + 1; what none matches is above
-    all and has 0.
+    numbers in a pattern's groups order its blocks. Of L blocks the last gets 1 and the
+    first L; names that match an earlier pattern get L + 1, and names that match no
+    pattern, above all blocks, get 0.
 
     Raises:
-        ValueError: no name is that of a block.
+        ValueError: no name belongs to a block.
     """
     patterns = [re.compile(pattern) for pattern in layers]
     keys: dict[str, tuple[int, ...]] = {}
@@ -173,9 +173,9 @@ def describe(leaf: Any) -> str:
 def difference(
     ours: Mapping[str, Any], theirs: Mapping[str, Any], ours_is: str, theirs_is: str
 ) -> list[str]:
-    """Lists what differs in names or shapes, one line a name, "+" ours and "-" theirs.
+    """Returns a line per differing name or shape: "+" for ours, "-" for theirs.
 
-    Both arguments are {name: array-like}. An empty list means that they agree.
+    Both arguments are {name: array-like}. An empty list means no difference.
     """
     lines = []
     for name in sorted(ours.keys() | theirs.keys()):
@@ -190,7 +190,7 @@ def difference(
 
 
 def owner(name: str, parameters: Collection[str]) -> str | None:
-    """Returns the parameter whose name is the longest ending of `name`."""
+    """Returns the parameter whose name is the longest suffix of `name`."""
     parts = name.split("/")
     endings = ("/".join(parts[start:]) for start in range(len(parts)))
     return next((ending for ending in endings if ending in parameters), None)

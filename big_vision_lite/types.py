@@ -1,6 +1,6 @@
-"""The nouns of a run as protocols: plain callables and dataclasses.
+"""Protocols of a run's components; plain callables and dataclasses implement them.
 
-Models and objectives inherit theirs, for its defaults; the others need not.
+Models and objectives inherit their protocol for its defaults; others need not.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -30,19 +30,19 @@ Params = Mapping[str, Any]
 
 @runtime_checkable
 class Source(Protocol):
-    """Examples by random access; the order is somebody else's business."""
+    """A data set with random access to its examples; the pipeline chooses the order."""
 
     if TYPE_CHECKING:
         # Not at run time: up to Python 3.11 `isinstance` reads properties, which would
         # open a source just to look at its type.
         @property
         def class_names(self) -> tuple[str, ...]:
-            """Names of the classes in the order of their labels; () without labels."""
+            """Returns class names in the order of their labels; () without labels."""
             ...
 
         @property
         def fingerprint(self) -> str:
-            """A short hash of what the source holds, checked when a run resumes."""
+            """Returns a short hash of the content, checked when a run resumes."""
             ...
 
     def __len__(self) -> int: ...
@@ -56,7 +56,7 @@ class Source(Protocol):
         ...
 
     def name(self, index: int) -> str:
-        """Says where example `index` comes from: a path, or the set and its index."""
+        """Returns the origin of example `index`: a path, or data set and index."""
         ...
 
 
@@ -76,10 +76,10 @@ class DeviceOp(Protocol):
 
 @runtime_checkable
 class Family(Protocol):
-    """What the program must know of a family of models, each with a default."""
+    """Properties of a family of models that the program needs, each with a default."""
 
-    # The field that holds the pretrained part, which is what evaluators, fine-tuning,
-    # `predict --embed` and export take; "" where the model is that part itself.
+    # The field that holds the pretrained backbone, used by evaluators, fine-tuning,
+    # `predict --embed` and export; "" if the model itself is the backbone.
     backbone: ClassVar[str] = ""
     # Modules that belong to the classes of one set: new for another set.
     head_modules: ClassVar[tuple[str, ...]] = ("head",)
@@ -116,7 +116,7 @@ class Model(Family, Protocol):
     """
 
     def inputs(self, batch: Batch) -> dict[str, Any]:
-        """Picks from the batch what `__call__` eats."""
+        """Returns the keyword arguments of `__call__` from the batch."""
         return {"image": batch["image"]}
 
     def init(self, *args: Any, **kwargs: Any) -> Any: ...
@@ -139,9 +139,9 @@ class Stem(Protocol):
 
 @runtime_checkable
 class Forward(Protocol):
-    """The model bound to parameters, random keys and mode: what an objective calls.
+    """The model bound to parameters, random keys and mode, as objectives call it.
 
-    `progress` is the share of the run that is done, float32 in 0..1.
+    `progress` is the fraction of the run that is done, float32 in 0..1.
     """
 
     if TYPE_CHECKING:
@@ -161,17 +161,16 @@ class Forward(Protocol):
 
 @runtime_checkable
 class Objective(Protocol):
-    """A loss as a function of the batch: one value an example, and metrics alike.
+    """A loss: maps the model and a batch to one loss per example, and metrics.
 
     Losses are [B]; a metric is [B], or [] for a number of the whole batch. A class
     takes the defaults below by inheriting: `class MyObjective(Objective)`.
     """
 
-    # Whether the values depend on the other examples of the batch (contrastive): then
-    # a batch is not computed in parts.
+    # Whether an example's loss depends on the rest of the batch (contrastive): then the
+    # batch cannot be split into micro-batches.
     needs_whole_batch: ClassVar[bool] = False
-    # probabilities(logits [B, C]) -> [B, C]; None where there are no logits to name
-    # classes by.
+    # probabilities(logits [B, C]) -> [B, C]; None without class logits.
     probabilities: Callable[[Array], Array] | None = None
 
     def __call__(
@@ -181,7 +180,7 @@ class Objective(Protocol):
 
 @runtime_checkable
 class Schedule(Protocol):
-    """A learning rate over the run."""
+    """A learning rate as a function of the step."""
 
     peak: float
 
@@ -192,14 +191,14 @@ class Schedule(Protocol):
 
 @runtime_checkable
 class Optimizer(Protocol):
-    """Builds the whole chain: clip, direction, multipliers, decay, schedule."""
+    """Builds the optax chain: clipping, direction, multipliers, decay, schedule."""
 
     schedule: Schedule
 
     def build(
         self, num_steps: int, layers: Sequence[str] = ()
     ) -> optax.GradientTransformation:
-        """Returns the chain for `num_steps` updates of a model with these `layers`."""
+        """Returns the optax chain for `num_steps` updates of a model with `layers`."""
         ...
 
 
@@ -209,7 +208,7 @@ Runner = Callable[[Any], dict[str, float]]
 
 @runtime_checkable
 class Evaluator(Protocol):
-    """Prepared once with a context, then run on many states."""
+    """An evaluator: prepared once with a context, then called on many states."""
 
     every_steps: int
 
@@ -217,7 +216,7 @@ class Evaluator(Protocol):
 
 
 def members(protocol: type) -> list[str]:
-    """Lists what a protocol declares, and those it extends: fields and methods."""
+    """Returns the names of a protocol's fields and methods, inherited ones included."""
     declared = {
         name
         for kind in protocol.__mro__
@@ -228,10 +227,10 @@ def members(protocol: type) -> list[str]:
 
 
 def backbone_of(model: Model) -> tuple[str, Model]:
-    """Returns where in a model its pretrained part is ("encoder", "" for all), and it.
+    """Returns the path of a model's backbone ("encoder", "" for all) and the backbone.
 
     Raises:
-        ValueError: the field that the model's class names holds no model.
+        ValueError: the field named by the model's `backbone` holds no model.
     """
     path: list[str] = []
     while model.backbone:
@@ -248,7 +247,7 @@ def backbone_of(model: Model) -> tuple[str, Model]:
 
 
 def layers_of(model: Model) -> tuple[str, ...]:
-    """Returns the `layers` of the pretrained part, as patterns of the whole's names."""
+    """Returns the backbone's `layers` as patterns of the whole model's names."""
     path, part = backbone_of(model)
     return tuple(
         f"{path}/(?:{pattern})" if path else pattern for pattern in part.layers

@@ -1,4 +1,4 @@
-"""Draws stacked bars as a PNG, with nothing but OpenCV."""
+"""Draws stacked bar charts as a PNG, using OpenCV only."""
 
 import dataclasses
 from collections.abc import Mapping, Sequence
@@ -18,14 +18,14 @@ BLACK, WHITE = (0, 0, 0), (255, 255, 255)
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Chart:
-    """Bars by name; each is {kind: length}, stacked, all on one scale."""
+    """A chart of stacked bars by name, each {kind: length}, on one scale."""
 
     title: str
     bars: Mapping[str, Mapping[str, float]]
 
 
 def draw(charts: Sequence[Chart]) -> bytes:
-    """Returns all charts, one below the other, as the bytes of a PNG."""
+    """Returns a PNG, as bytes, of all charts one below the other."""
     sheet = np.concatenate([_chart(chart) for chart in charts])
     encoded, data = cv2.imencode(".png", sheet)
     assert encoded, f"PNG of {sheet.shape}"

@@ -1,4 +1,4 @@
-"""What a run shows while it lasts: speed, waiting for data, MFU, time left, scores."""
+"""The progress display of a run: speed, data wait, MFU, time left and scores."""
 
 import contextlib
 import contextvars
@@ -17,7 +17,7 @@ from big_vision_lite.runtime.targets import peak_flops
 
 
 class Clock:
-    """Steps, seconds waited for data and seconds paused since it was made."""
+    """Counts steps, seconds waited for data and seconds paused since construction."""
 
     def __init__(self) -> None:
         self.began = time.perf_counter()
@@ -47,7 +47,7 @@ _outer: contextvars.ContextVar["Progress | None"] = contextvars.ContextVar(
 
 
 class Progress:
-    """Counts and times the steps of a run and shows them: a live line, or log lines.
+    """A display of a run's steps, counted and timed: a live line, or log lines.
 
     Used as a context, in which it draws the live line of a terminal; a run inside that
     context shows itself below that line. Only process 0 shows anything.
@@ -95,9 +95,9 @@ class Progress:
             self._outer._show_inner(None)
 
     def begin(self, start: int, flops_per_step: float | int | None = None) -> None:
-        """Says how many steps are done already, and what a step costs.
+        """Sets the number of steps already done and the FLOPs of a step.
 
-        `flops_per_step` are the model's for the whole batch, on all devices together.
+        `flops_per_step` are model FLOPs of the global batch, over all devices.
         """
         self._step = start
         self._flops_per_step = flops_per_step
@@ -135,7 +135,7 @@ class Progress:
 
     @contextlib.contextmanager
     def paused(self) -> Iterator[None]:
-        """Keeps an evaluation or a save out of images_per_second, data_wait and mfu."""
+        """Excludes evaluations and saves from images_per_second, data_wait and mfu."""
         began = time.perf_counter()
         try:
             yield
@@ -145,11 +145,11 @@ class Progress:
                 clock.paused += seconds
 
     def rates(self, step: int) -> dict[str, float]:
-        """Returns the speed since the last call; nothing while only compiling.
+        """Returns the speed since the last call; {} while only compiling.
 
-        images_per_second; data_wait, the share of time in which the device had nothing
-        to do but wait for a batch; mfu, model FLOPs over the devices' data-sheet
-        bfloat16 peak, if that is known; eta_seconds, pauses included.
+        images_per_second; data_wait, the fraction of time the device was idle waiting
+        for a batch; mfu, model FLOPs over the devices' data-sheet bfloat16 peak, if
+        that is known; eta_seconds, pauses included.
         """
         clock, whole = self._since_log, self._clock
         if clock is None or whole is None or not clock.steps:
@@ -171,10 +171,10 @@ class Progress:
     def show(
         self, step: int, metrics: Mapping[str, float | int], batches: Any = None
     ) -> None:
-        """Shows one log record: in the live line, or as a line of its own.
+        """Shows one log record, in the live line or as a log line.
 
-        With `batches` (their `threads` and `stages()`) it says what to do when the
-        device mostly waits for them.
+        With `batches` (their `threads` and `stages()`) it gives advice if the device
+        mostly waits for data.
         """
         self._shown = dict(metrics)
         if self._quiet:
@@ -191,7 +191,7 @@ class Progress:
             self._advise(batches)
 
     def scores(self, step: int, scores: Mapping[str, float | int]) -> None:
-        """Shows what an evaluator found: a line a group of scores, without controls."""
+        """Shows an evaluator's scores, one line per group, without controls."""
         lines: dict[str, list[str]] = {}
         for name, text in tables.format_scores(scores).items():
             group, _, leaf = name.rpartition("/")
@@ -201,7 +201,7 @@ class Progress:
             self.message(f"step {step}  {group}  {'  '.join(parts)}")
 
     def message(self, text: str) -> None:
-        """Prints lines that stay, above the live line."""
+        """Prints permanent lines above the live line."""
         if self._quiet or not text:
             return
         if self._outer is not None:
@@ -212,7 +212,7 @@ class Progress:
     def summary(
         self, scores: Mapping[str, float | int], next_commands: Sequence[str]
     ) -> None:
-        """Prints the table of all scores and what to type next."""
+        """Prints the table of all scores and the next commands."""
         if self._quiet or self._outer is not None:
             return
         for table in tables.score_tables(scores):

@@ -1,4 +1,4 @@
-"""The words of the console: log lines, scores, tables, advice."""
+"""Formats console output: log lines, scores, tables, advice."""
 
 import datetime
 from collections.abc import Mapping
@@ -7,11 +7,11 @@ from rich import box
 from rich.table import Table
 from rich.text import Text
 
-# The share of the time above which waiting for data is worth a word.
+# The fraction of time waiting for data above which advice is printed.
 INPUT_BOUND_ABOVE = 0.2
 
 
-# What a narrow terminal does without, the first named first.
+# Fields dropped in a narrow terminal, in this order.
 DISPENSABLE = (
     "train/gradient_norm",
     "train/learning_rate",
@@ -31,7 +31,7 @@ def format_line(
 ) -> str:
     """Returns "step  200/400  loss 0.1234  lr 1.0e-03  812 img/s ...".
 
-    Where that is longer than `columns`, less important parts are left out.
+    Less important fields are dropped if the line exceeds `columns`.
     """
     formats = (
         ("train/loss", lambda x: f"loss {x:.4f}"),
@@ -73,9 +73,9 @@ def format_scores(scores: Mapping[str, float | int]) -> dict[str, str]:
 
 
 def score_tables(scores: Mapping[str, float | int]) -> list[Table]:
-    """Builds tables of the last scores: a row a group, transfer beside its controls.
+    """Builds tables of the last scores: a row per group, transfer beside controls.
 
-    Counts and chosen penalties are left to metrics.jsonl.
+    Counts and chosen penalties are in metrics.jsonl only.
     """
     plain: dict[str, dict[str, str]] = {}
     controlled: dict[str, dict[str, str]] = {}
@@ -118,10 +118,11 @@ def input_bound_message(
     threads: int,
     cores: int,
 ) -> str | None:
-    """Says what to do when waiting for data took more than a fifth of the time.
+    """Returns advice if waiting for data took more than a fifth of the time.
 
-    `wait` is the share over the last `steps`; `stages` gives the seconds spent and the
-    images done by name, summed over threads; `cores` is what this process may use.
+    `wait` is the fraction of time over the last `steps`; `stages` maps a stage to its
+    seconds and images, summed over threads; `cores` is the number of CPU cores
+    available.
     """
     if wait <= INPUT_BOUND_ABOVE:
         return None

@@ -1,1 +1,1 @@
-"""What a state is worth: one file an evaluator."""
+"""Evaluators score a train state: one file per evaluator."""

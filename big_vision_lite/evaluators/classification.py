@@ -1,4 +1,4 @@
-"""How many images get the right class, over all and class by class, and the loss."""
+"""Accuracy over all images and per class, and the loss."""
 
 import csv
 import dataclasses
@@ -22,7 +22,7 @@ COLUMNS = ("step", "class", "count", "correct", "accuracy")
 
 
 class MatchClasses(enum.StrEnum):
-    """How the labels of a source are found among the model's classes."""
+    """How a source's labels are matched to the model's classes."""
 
     BY_NAME = "by_name"
     # For the same classes under other names ("tench", "n01440764").
@@ -31,13 +31,14 @@ class MatchClasses(enum.StrEnum):
 
 @dataclasses.dataclass(kw_only=True)
 class Classification:
-    """Scores "logits" on every image of `source`, once, on any number of devices.
+    """Accuracy and loss of the model's "logits" on every image of `source`.
 
-    Gives accuracy, accuracy_top5 with more than 5 classes, loss (the objective's own),
-    examples and unreadable. Labels are matched to the model's classes by name, or
-    `match_classes` in order, where both have as many. With several labels an image
-    counts as correct if the predicted class is among them; one without any label is
-    left out. `per_class` keeps WORKDIR/<name>_per_class.csv.
+    Scores: accuracy, accuracy_top5 (with more than 5 classes), loss (of the objective),
+    examples and unreadable (counts). They do not depend on the number of devices.
+    Labels are matched to the model's classes by name, or `match_classes` in order,
+    where both have as many. With several labels an image counts as correct if the
+    predicted class is among them; one without any label is left out. `per_class` writes
+    WORKDIR/<name>_per_class.csv.
     """
 
     source: Source
@@ -133,7 +134,7 @@ class Classification:
                 names,
                 name=name,
                 ours_is="train",
-                # Of fewer classes than the model's the order says nothing.
+                # With fewer classes than the model's, order cannot match them.
                 in_order=option if len(theirs) == len(names) else None,
             )
         if len(theirs) != len(names):
@@ -145,7 +146,7 @@ class Classification:
 
 
 def translate(label: Array, indices: Array | None, num_classes: int) -> Array:
-    """Returns labels [B] or [B, C] of a source as those of the model."""
+    """Returns a source's labels [B] or [B, C] in the model's class order."""
     if label.ndim == 1:
         return label if indices is None else indices[label]
     if indices is None:
@@ -185,7 +186,7 @@ def _write_per_class(
     labels: np.ndarray,
     predicted: np.ndarray,
 ) -> None:
-    """Adds the rows of `step`, instead of those a killed run wrote from there on."""
+    """Appends the rows of `step`, replacing those a killed run wrote from it on."""
     if labels.ndim == 2:
         count = (labels > 0).sum(axis=0)
         hit = labels[np.arange(len(predicted)), predicted] > 0

@@ -1,4 +1,4 @@
-"""Feature vectors of whole image sets: of a network, or the pixels themselves."""
+"""Extracts feature vectors of image sets: pooled features, or raw pixels."""
 
 import dataclasses
 from collections.abc import Sequence
@@ -19,7 +19,7 @@ RAW_PIXELS_SIDE = 32
 
 @dataclasses.dataclass(kw_only=True)
 class Features:
-    """One vector and one label a readable image, in the order of the source."""
+    """One vector and one label per readable image, in the order of the source."""
 
     vectors: Float[np.ndarray, "N D"]
     labels: Int[np.ndarray, " N"]
@@ -27,10 +27,10 @@ class Features:
 
 
 def pooled(model: Model) -> RowFunction:
-    """Returns the function of an eval step that gives the model's representation.
+    """Returns a function for eval steps that computes the pooled features.
 
-    That is "pooled", or what a tanh layer makes of it where the head has one: the
-    "pre_logits" of the few-shot protocol.
+    These are "pooled", or "pre_logits" if the head has a tanh layer, as in the few-shot
+    protocol.
     """
 
     def function(forward: Forward, batch: Batch, rng: Array) -> dict[str, Array]:
@@ -47,14 +47,14 @@ def pooled(model: Model) -> RowFunction:
 
 
 def raw_pixels(forward: Forward, batch: Batch, rng: Array) -> dict[str, Array]:
-    """Gives pixels in 0..1, averaged over areas to a longer side of at most 32."""
+    """Returns pixels in 0..1, area-averaged to a longer side of at most 32 px."""
     del forward, rng
     small = shrink(batch["image"].astype(jnp.float32) / 255.0, RAW_PIXELS_SIDE)
     return {"vectors": small.reshape(len(small), -1), "label": batch["label"]}
 
 
 def shrink(image: Float[Array, "B H W C"], side: int) -> Float[Array, "B h w C"]:
-    """Averages areas of pixels until the longer side is at most `side`."""
+    """Returns images area-averaged to a longer side of at most `side` px."""
     height, width = image.shape[1:3]
     scale = min(1.0, side / max(height, width))
     rows = area_weights(height, max(1, round(height * scale)))
@@ -65,7 +65,7 @@ def shrink(image: Float[Array, "B H W C"], side: int) -> Float[Array, "B h w C"]
 
 
 def area_weights(size: int, target: int) -> Float[np.ndarray, "target size"]:
-    """Returns what each of `size` pixels adds to each of `target` equal parts."""
+    """Returns the weight of each of `size` pixels in each of `target` equal areas."""
     edges = np.arange(target + 1) * (size / target)
     pixels = np.arange(size)
     begin = np.maximum(edges[:-1, None], pixels)
@@ -80,10 +80,10 @@ def check(
     ops: Sequence[Op],
     batch_size: int,
 ) -> None:
-    """Refuses, before any step, what `extract` could not make features of.
+    """Checks, before any step, that `extract` can compute features of `source`.
 
     Raises:
-        ValueError: the labels are not one number an image; as `Context.check_step`.
+        ValueError: an image has not one integer label, or `Context.check_step` raises.
     """
     rows = context.check_step(step, source, ops, batch_size)
     if rows["label"].ndim != 1:
@@ -101,7 +101,7 @@ def extract(
     ops: Sequence[Op],
     batch_size: int,
 ) -> Features:
-    """Runs `step` over all of `source`; unreadable images are left out and counted.
+    """Returns features of all of `source`; unreadable images are skipped and counted.
 
     Raises:
         ValueError: no image could be read.

@@ -1,4 +1,4 @@
-"""Few-shot transfer: a ridge regression on frozen features of k images a class."""
+"""Few-shot transfer: ridge regression on frozen features of k images per class."""
 
 import dataclasses
 from typing import Any
@@ -20,7 +20,7 @@ VALIDATION_PER_CLASS = 25
 
 @dataclasses.dataclass(kw_only=True)
 class FewShotSet:
-    """A pool for shots and a test set; `preprocess=None` takes the recipe's."""
+    """A training pool and a test set; `preprocess=None` uses the recipe's."""
 
     name: str
     train: Source
@@ -28,13 +28,13 @@ class FewShotSet:
     preprocess: tuple[Op, ...] | None = None
 
     def ops(self, context: Context) -> tuple[Op, ...]:
-        """Returns the ops from a file of this set to the model."""
+        """Returns the ops from file bytes to model input."""
         return context.preprocess if self.preprocess is None else self.preprocess
 
 
 @dataclasses.dataclass(kw_only=True)
 class FewShot:
-    """Top-1 on the test images of each set after k labelled images a class.
+    """Top-1 accuracy on the test set of each set from k labelled images per class.
 
     For every set and k: "<set>/<k>_shot/accuracy" at the fixed penalty `l2` and
     "accuracy_l2_chosen" at the one of 2^-6..2^12 ("l2_chosen") with the best accuracy,
@@ -44,9 +44,9 @@ class FewShot:
     standard deviation. The protocol: big_vision (arXiv:2205.01580, section 3).
     "<set>/unreadable" counts the images of pool and test set that were left out.
 
-    With `controls` the same for the pixels themselves ("control_raw_pixels", at most 32
-    px a side) and the network before step 1 ("control_untrained"), computed once a run
-    and kept in WORKDIR/<name>_controls.json.
+    `controls` adds the same scores for raw pixels ("control_raw_pixels", at most 32 px
+    a side) and the untrained network ("control_untrained"), computed once per run and
+    kept in WORKDIR/<name>_controls.json.
     """
 
     sets: tuple[FewShotSet, ...]
@@ -177,7 +177,7 @@ class FewShot:
         return table.indices
 
     def _protocol(self, context: Context) -> dict[str, Any]:
-        """Says all that the controls depend on."""
+        """Returns all values that the controls depend on."""
         return {
             "sets": [
                 {
@@ -213,7 +213,7 @@ def _count_unreadable(
 
 
 def natural_sets(data_dir: str | None = None) -> tuple[FewShotSet, ...]:
-    """Returns the six sets of natural and aerial images big_vision watches.
+    """Returns big_vision's six few-shot sets of natural and aerial images.
 
     Squeezed to 256 x 256 without antialias and cropped to 224; all must be prepared by
     tensorflow_datasets, in `data_dir` or where `Tfds` looks without it.

@@ -1,4 +1,4 @@
-"""What a backbone is worth as a start: fine-tuned on another set by BiT-HyperRule."""
+"""Fine-tuning transfer of a backbone to another data set by BiT-HyperRule."""
 
 import dataclasses
 import hashlib
@@ -29,14 +29,14 @@ TEST = "test"
 
 @dataclasses.dataclass(kw_only=True)
 class FineTune:
-    """Fine-tunes the state on `train` and scores it on `test`, once for each seed.
+    """Test accuracy after fine-tuning the state on `train`, once per seed.
 
-    Gives "accuracy", with several seeds their mean beside "accuracy_sd" (sample sd),
-    and with `controls` "control_untrained", the same training from random parameters,
-    computed once a run and kept in WORKDIR/<name>_controls.json. Averaged parameters
-    are taken where there are some. Each training is a run of its own in
-    WORKDIR/finetune/<name>/<step>_<digest>/seed_<seed>; it keeps its newest checkpoint
-    while it lasts, so that a kill costs little, and its records when it is done.
+    Scores: "accuracy" (mean over seeds; with several also "accuracy_sd", the sample
+    standard deviation); `controls` adds "control_untrained", the same training from
+    random parameters, computed once per run and kept in WORKDIR/<name>_controls.json.
+    The averaged parameters (EMA) are used if there are any. Each training is a separate
+    run in WORKDIR/finetune/<name>/<step>_<digest>/seed_<seed>, which keeps its newest
+    checkpoint until it ends, then only its records.
     """
 
     train: Source
@@ -133,7 +133,7 @@ def fine_tune(
 ) -> float:
     """Runs or resumes one training below `folder` and returns its test accuracy.
 
-    `params` are where it starts, None for random ones.
+    `params` are the initial parameters, None for random ones.
     """
     folder = folder / f"seed_{config.seed}"
     num_steps = config.num_steps
@@ -156,13 +156,13 @@ def fine_tune(
 
 
 def digest(params: dict[str, Array]) -> str:
-    """Returns 8 letters that differ when any bit of the parameters does."""
+    """Returns 8 characters that change with any bit of the parameters."""
     sums = np.asarray(jax.device_get(integrity.checksums(params)))
     return hashlib.sha256(sums.tobytes()).hexdigest()[:8]
 
 
 def _accuracy(folder: epath.Path, num_steps: int) -> float | None:
-    """Returns the test accuracy of a training that has finished, else None."""
+    """Returns the test accuracy of a finished training, else None."""
     for record in records.read_history(folder):
         if record["step"] == num_steps and f"{TEST}/accuracy" in record:
             return record[f"{TEST}/accuracy"]
@@ -190,7 +190,7 @@ def forget_others(context: Context, folder: epath.Path) -> None:
 
 
 def _remove(folder: epath.Path) -> None:
-    """Removes a folder, if it is there, on behalf of all processes."""
+    """Removes a folder, if it exists, on behalf of all processes."""
     if jax.process_index() == 0 and folder.exists():
         folder.rmtree()
     processes.barrier(f"removed_{folder.name}")

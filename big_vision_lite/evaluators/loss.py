@@ -1,4 +1,4 @@
-"""The objective itself on a set that it does not train on."""
+"""The training objective's loss and metrics on held-out data."""
 
 import dataclasses
 import math
@@ -17,13 +17,13 @@ from big_vision_lite.types import Array, Batch, Forward, Op, Runner, Source
 class Loss:
     """Means of the run's loss and metrics over every example of `source`, once.
 
-    For any objective. `ops` are the deterministic ops that make of an example all that
-    the objective asks for; None takes the recipe's `preprocess`. Device ops do not run.
-    With averaged parameters those are the model, and its teacher, too. Labels are
-    matched to the model's classes by name. Random masks are fixed by the run's seed and
-    the ordinal of the batch; a metric that is a number of the batch, and an objective
-    that compares its examples, depend on `batch_size` and on what fills up the last
-    batch. Gives loss, the metrics, examples and unreadable.
+    Works with any objective. `ops` are the deterministic ops that make the objective's
+    inputs from an example; None uses the recipe's `preprocess`. Device ops do not run.
+    The averaged parameters (EMA), if any, serve as the model and as its teacher. Labels
+    are matched to the model's classes by name. Random masks are fixed by the run's seed
+    and the ordinal of the batch; per-batch metrics and contrastive objectives depend on
+    `batch_size` and on the padding of the last batch. Scores: loss, the metrics,
+    examples and unreadable (counts).
     """
 
     source: Source
@@ -83,7 +83,7 @@ class Loss:
         return run
 
     def _indices(self, context: Context) -> Array | None:
-        """Returns the model's label of each class, None where they are the same."""
+        """Returns the model's label of each class, None if labels are the same."""
         theirs = tuple(self.source.class_names)
         if not theirs or not context.class_names:
             return None

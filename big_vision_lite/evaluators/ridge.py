@@ -19,9 +19,9 @@ CHUNK_ROWS = 8192
 def shuffled_classes(
     labels: Int[np.ndarray, " N"], num_classes: int, seed: int
 ) -> list[Int[np.ndarray, " n"]]:
-    """Lists every class's images in a random order; k shots are the first k of each.
+    """Returns each class's image indices in random order; k shots are the first k.
 
-    So 5 shots contain those of 1 shot of the same seed.
+    With the same seed, 5 shots therefore include the 1-shot images.
     """
     generator = np.random.default_rng(seed)
     return [
@@ -31,7 +31,7 @@ def shuffled_classes(
 
 
 class Ridge:
-    """Linear classifiers on `vectors`, one for any penalty l2, at the price of one."""
+    """Ridge regression on `vectors`, factored once for all penalties l2."""
 
     def __init__(
         self,
@@ -48,11 +48,11 @@ class Ridge:
         self._eigenvalues, self._left, self._right = solve(x, y)
 
     def weights(self, l2: float) -> Float[np.ndarray, "D C"]:
-        """Returns the weights of the standardised features, the constant's last."""
+        """Returns weights of standardised features, then the bias, at penalty `l2`."""
         return self._left @ (self._right / (self._eigenvalues + l2)[:, None])
 
     def scores(self, vectors: Float[np.ndarray, "M d"], l2: float) -> np.ndarray:
-        """Returns scores [M, C]; the class of the highest is the prediction."""
+        """Returns class scores [M, C]; the highest is the prediction."""
         return self._standardise(vectors.astype(np.float64)) @ self.weights(l2)
 
     def accuracies(
@@ -61,7 +61,7 @@ class Ridge:
         labels: Int[np.ndarray, " M"],
         l2s: Sequence[float],
     ) -> Float[np.ndarray, " penalties"]:
-        """Returns the share of right predictions at each penalty."""
+        """Returns the accuracy in 0..1 at each penalty."""
         correct = np.zeros(len(l2s), np.int64)
         for x, y in _chunks(vectors, labels):
             projected = self._standardise(x) @ self._left
@@ -79,7 +79,7 @@ class Ridge:
 def primal(
     x: Float[np.ndarray, "N D"], y: Float[np.ndarray, "N C"]
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Factors (X'X + l2)^-1 X'Y: eigenvalues, left and right."""
+    """Returns eigenvalues, left and right factor of (X'X + l2)^-1 X'Y."""
     eigenvalues, vectors = np.linalg.eigh(x.T @ x)
     return eigenvalues, vectors, vectors.T @ (x.T @ y)
 
@@ -87,7 +87,7 @@ def primal(
 def dual(
     x: Float[np.ndarray, "N D"], y: Float[np.ndarray, "N C"]
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Factors X'(XX' + l2)^-1 Y, the same weights, smaller when images are few."""
+    """Returns those of X'(XX' + l2)^-1 Y: equal weights, cheaper with few images."""
     eigenvalues, vectors = np.linalg.eigh(x @ x.T)
     return eigenvalues, x.T @ vectors, vectors.T @ y
 

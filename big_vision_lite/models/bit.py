@@ -32,7 +32,7 @@ DEPTHS = {
 
 
 class Stem(enum.StrEnum):
-    """What the image meets first."""
+    """The layers before the first stage."""
 
     # 7x7 convolution and 3x3 max-pooling, both with stride 2.
     LARGE = "large"
@@ -43,7 +43,7 @@ class Stem(enum.StrEnum):
 
 
 class Block(enum.StrEnum):
-    """What a residual unit computes."""
+    """The kind of residual unit."""
 
     # 1x1 to `width`, 3x3, 1x1 to 4 * `width` channels.
     BOTTLENECK = "bottleneck"
@@ -52,7 +52,7 @@ class Block(enum.StrEnum):
 
 
 class PoolPadding(enum.StrEnum):
-    """What lies around the image when the large stem takes maxima."""
+    """The padding of the large stem's max-pooling."""
 
     # The published BiT weights were trained with zeros.
     ZEROS = "zeros"
@@ -61,16 +61,16 @@ class PoolPadding(enum.StrEnum):
 
 
 def standardise(kernel: Float[Array, "kh kw I O"]) -> Float[Array, "kh kw I O"]:
-    """Gives the weights of every output channel mean 0 and variance 1.
+    """Returns weights with mean 0 and variance 1 in each output channel.
 
-    The variance is that of the population; eps = 1e-10 lies inside the root.
+    Uses the population variance; eps = 1e-10 is inside the square root.
     """
     kernel = kernel - kernel.mean(axis=(0, 1, 2))
     return kernel * jax.lax.rsqrt(jnp.square(kernel).mean(axis=(0, 1, 2)) + 1e-10)
 
 
 class StandardisedConv(nn.Module, kw_only=True):
-    """A convolution without bias whose weights are standardised, in float32, first."""
+    """A convolution without bias that standardises its weights in float32."""
 
     channels: int
     size: int
@@ -83,7 +83,7 @@ class StandardisedConv(nn.Module, kw_only=True):
         kernel = self.param("kernel", nn.initializers.lecun_normal(), shape)
         kernel = standardise(kernel).astype(self.dtype)
         x = x.astype(self.dtype)
-        # The same on both sides at every size; "SAME" would not be.
+        # Equal padding on both sides at every size, unlike "SAME".
         padding = (self.size // 2, self.size // 2)
         return convolve(x, kernel, self.stride, (padding, padding))
 
@@ -131,7 +131,7 @@ class Unit(nn.Module, kw_only=True):
 
 
 class Stage(nn.Module, kw_only=True):
-    """Units of one width; the first may halve the image."""
+    """A sequence of units of one width; the first may halve the image."""
 
     units: int
     block: Block
@@ -157,12 +157,12 @@ class Stage(nn.Module, kw_only=True):
 
 
 class BiT(nn.Module, Model, kw_only=True):
-    """Returns "grid" [B, h, w, D], "pooled" (its mean), "logits" if head, "image".
+    """BiT ResNet; returns "grid" [B, h, w, D], "pooled", "image", with head "logits".
 
     `stages` holds the number of units of every stage; stage k has `width * 2**k`
     channels, 4 times that at the end of a bottleneck, and halves the image but for the
-    first. `groups` of channels are normalised together. `mean` and `std` are in units
-    of 0..255, one value or one a channel.
+    first. "pooled" is the mean of the grid. Group norm has `groups` groups. `mean` and
+    `std` are in units of 0..255, one value or one a channel.
     """
 
     layers: ClassVar = ("stem/.*", r"block(\d+)/unit(\d+)/.*")
@@ -190,7 +190,7 @@ class BiT(nn.Module, Model, kw_only=True):
                 f"stages={self.stages} must hold the number of units of every stage, "
                 "each at least 1, like (3, 4, 6, 3)."
             )
-        # All normalised numbers of channels are multiples of the width.
+        # All normalised channel counts are multiples of the width.
         if self.width % self.groups:
             raise ValueError(
                 f"groups={self.groups} does not divide width={self.width}; use a "
@@ -266,7 +266,7 @@ def group_norm(groups: int, dtype: Dtype, name: str) -> GroupNorm:
 def max_pool(
     x: Float[Array, "B H W C"], padding: PoolPadding
 ) -> Float[Array, "B h w C"]:
-    """Takes maxima of 3x3 with stride 2, one row and column of padding on each side."""
+    """Applies 3x3 max-pooling with stride 2 and one pixel of padding on each side."""
     around = 0.0 if padding == PoolPadding.ZEROS else -jnp.inf
     x = jnp.pad(x, ((0, 0), (1, 1), (1, 1), (0, 0)), constant_values=around)
     return nn.max_pool(x, (3, 3), strides=(2, 2))

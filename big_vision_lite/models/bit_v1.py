@@ -30,7 +30,7 @@ from big_vision_lite.types import Model
 
 
 class Standardisation(enum.StrEnum):
-    """How weights k of variance v become weights of variance about 1."""
+    """The formula that standardises weights k of variance v."""
 
     # (k - mean) / (sqrt(v) + 1e-5): big_vision and vision_transformer.
     OUTSIDE_ROOT = "outside_root"
@@ -41,7 +41,7 @@ class Standardisation(enum.StrEnum):
 def standardise(
     kernel: Float[Array, "kh kw I O"], form: Standardisation
 ) -> Float[Array, "kh kw I O"]:
-    """Gives the weights of every output channel mean 0 and variance about 1."""
+    """Returns weights with mean 0 and variance about 1 in each output channel."""
     kernel = kernel - kernel.mean(axis=(0, 1, 2))
     variance = jnp.square(kernel).mean(axis=(0, 1, 2))
     if form == Standardisation.OUTSIDE_ROOT:
@@ -50,7 +50,7 @@ def standardise(
 
 
 class StandardisedConv(nn.Module, kw_only=True):
-    """A convolution without bias; weights are standardised first, in float32."""
+    """A convolution without bias that standardises its weights in float32."""
 
     channels: int
     size: int
@@ -106,12 +106,12 @@ class Unit(nn.Module, kw_only=True):
 
 
 class Trunk(nn.Module, kw_only=True):
-    """Makes a grid of scaled pixels, one cell every `stride_of` px.
+    """The convolutional trunk: scaled pixels to a grid, one cell every `stride_of` px.
 
     `stages` holds the number of units of every stage, () is the root alone; stage k has
-    `4 * width * 2**k` channels and halves the image but for the first. `groups` of
-    channels are normalised together. timm and Hugging Face have
-    standardisation="inside_root" and norm_epsilon=1e-5.
+    `4 * width * 2**k` channels and halves the image but for the first. Group norm has
+    `groups` groups. timm and Hugging Face have standardisation="inside_root" and
+    norm_epsilon=1e-5.
     """
 
     input_kernel: ClassVar[str] = "conv_root/kernel"
@@ -134,7 +134,7 @@ class Trunk(nn.Module, kw_only=True):
                 f"stages={self.stages} must hold the number of units of every stage, "
                 "each at least 1, like (3, 4, 6, 3), or be ()."
             )
-        # All normalised numbers of channels are multiples of the width.
+        # All normalised channel counts are multiples of the width.
         if self.width % self.groups:
             raise ValueError(
                 f"groups={self.groups} does not divide width={self.width}; use a "
@@ -181,14 +181,15 @@ class Trunk(nn.Module, kw_only=True):
 
 
 def stride_of(trunk: Trunk) -> int:
-    """Returns the pixels a cell of the grid; a side of n px gives ceil(n / stride)."""
+    """Returns the stride in pixels; a side of n px gives ceil(n / stride) cells."""
     return 4 * 2 ** max(0, len(trunk.stages) - 1)
 
 
 class BiTV1(nn.Module, Model, kw_only=True):
-    """Returns "grid" [B, h, w, D], "pooled" (its mean), "logits" if head, "image".
+    """big_vision's "bit"; returns "grid" [B, h, w, D], "pooled", "image", "logits".
 
-    `mean` and `std` are in units of 0..255, one value or one a channel.
+    "pooled" is the mean of the grid; "logits" need a head. `mean` and `std` are in
+    units of 0..255, one value or one per channel.
     """
 
     layers: ClassVar = (r"trunk/(?:conv|gn)_root/.*", r"trunk/block(\d+)_unit(\d+)/.*")
@@ -212,8 +213,7 @@ class BiTV1(nn.Module, Model, kw_only=True):
     ) -> "BiTV1":
         """Builds a published size: BiTV1.of("R50x1", head=...).
 
-        R26, R50, R101 and R152 take any width factor; all other fields are those of
-        the trunk.
+        R26, R50, R101 and R152 take any width factor; `trunk` holds the other fields.
         """
         depth, _, factor = size.partition("x")
         if depth not in DEPTHS or not factor.isdecimal() or not int(factor):

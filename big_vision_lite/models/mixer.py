@@ -1,4 +1,4 @@
-"""MLP-Mixer, after arXiv:2105.01601: only perceptrons, over patches, over channels."""
+"""MLP-Mixer (arXiv:2105.01601): MLPs over patches and MLPs over channels."""
 
 from typing import ClassVar
 
@@ -33,7 +33,7 @@ PUBLISHED = ("S/32", "S/16", "B/32", "B/16", "L/32", "L/16", "H/14")
 
 
 class MixerBlock(nn.Module, kw_only=True):
-    """x += mlp over patches(norm(x)); x += mlp over channels(norm(x))."""
+    """One block: x += mlp over patches(norm(x)); x += mlp over channels(norm(x))."""
 
     token_mlp_dim: int
     channel_mlp_dim: int
@@ -63,7 +63,7 @@ class MixerBlock(nn.Module, kw_only=True):
         )
 
     def _drop(self, branch: str, y: Array, train: bool) -> Array:
-        # Whole branches of whole images, arXiv:1603.09382.
+        # Stochastic depth drops a branch per image, arXiv:1603.09382.
         return nn.Dropout(
             self.stochastic_depth,
             broadcast_dims=(1, 2),
@@ -72,11 +72,11 @@ class MixerBlock(nn.Module, kw_only=True):
 
 
 class MlpMixer(nn.Module, Model, kw_only=True):
-    """Returns "grid" [B, h, w, D], "pooled", "logits" if there is a head, "image".
+    """MLP-Mixer; returns "grid" [B, h, w, D], "pooled", "image", with head "logits".
 
-    The number of patches is a width of its layers: parameters fit the image size they
-    were made for, no other. `stochastic_depth` is the rate of the last block, growing
-    linearly from 0. `mean` and `std` are in 0..255, one value or one a channel.
+    The number of patches is a layer width, so parameters fit one image size only.
+    `stochastic_depth` is the drop rate of the last block; it grows linearly from 0.
+    `mean` and `std` are in 0..255, one value or one a channel.
     """
 
     layers: ClassVar = ("patch_embedding/.*", r"block_(\d+)/.*")

@@ -52,7 +52,7 @@ HE = nn.initializers.variance_scaling(2.0, "fan_out", "normal")
 
 
 class Conv(nn.Module, kw_only=True):
-    """A convolution without bias, padded by the same on both sides."""
+    """A convolution without bias, with equal padding on both sides."""
 
     channels: int
     size: int
@@ -65,7 +65,7 @@ class Conv(nn.Module, kw_only=True):
         inputs = x.shape[-1] // self.groups
         kernel = self.param("kernel", HE, (self.size, self.size, inputs, self.channels))
         x, kernel = x.astype(self.dtype), jnp.asarray(kernel, self.dtype)
-        # torch's padding; "SAME" is another at even sizes.
+        # torch's padding; "SAME" differs at even sizes.
         padding = (self.size // 2, self.size // 2)
         return convolve(x, kernel, self.stride, (padding, padding), self.groups)
 
@@ -126,7 +126,7 @@ class Unit(nn.Module, kw_only=True):
 
 
 class Stage(nn.Module, kw_only=True):
-    """Units of one width; the first may halve the image."""
+    """A sequence of units of one width; the first may halve the image."""
 
     units: int
     block: Block
@@ -160,19 +160,19 @@ class Stage(nn.Module, kw_only=True):
 
 
 class ResNet(nn.Module, Model, kw_only=True):
-    """Returns "grid" [B, h, w, D], "pooled" (its mean), "logits" if head, "image".
+    """ResNet; returns "grid" [B, h, w, D], "pooled", "image", with head "logits".
 
-    `stages` holds the number of units of every stage; stage k counts from 0, has
-    `width * 2**k` channels, 4 times that at the end of a bottleneck, and halves the
-    image but for the first. A bottleneck's 3x3 convolution has `groups` groups of
-    `width_per_group * 2**k * width / 64` channels each. `last_scale` is where the scale
-    of the last norm of a unit starts: at 0 every unit starts as the identity
-    (arXiv:1706.02677, 5.1), torchvision starts at 1. Training normalises each of
-    `statistics_groups` equal parts of the batch by itself: at 1 all devices wait for
-    each other in every norm, at a multiple of their number only for gradients (which
-    costs bytes on a GPU: for R50, XLA:GPU's program for 8 H100 moves 69.5 GB instead of
-    55.3 a device; compiled, not run). `mean` and `std` are in units of 0..255, one
-    value or one a channel.
+    `stages` holds the number of units of every stage; stage k, counted from 0, has
+    `width*2**k` channels, 4 times that at the end of a bottleneck, and halves the image
+    but for the first. A bottleneck's 3x3 convolution has `groups` groups of
+    `width_per_group * 2**k * width / 64` channels each. "pooled" is the mean of the
+    grid. `last_scale` is the initial scale of the last norm in a unit: at 0 every unit
+    starts as the identity (arXiv:1706.02677, 5.1), torchvision starts at 1. Training
+    computes batch statistics in `statistics_groups` equal groups of the batch: at 1 all
+    devices wait for each other in every norm, at a multiple of their number only for
+    gradients (which costs bytes on a GPU: for R50, XLA:GPU's program for 8 H100 moves
+    69.5 GB instead of 55.3 a device; compiled, not run). `mean` and `std` are in units
+    of 0..255, one value or one a channel.
     """
 
     layers: ClassVar = ("stem(?:_norm)?/.*", r"stage_(\d+)/unit_(\d+)/.*")
@@ -254,11 +254,11 @@ class ResNet(nn.Module, Model, kw_only=True):
         return cls(**{**fields, **overrides})
 
     def channels(self, stage: int) -> int:
-        """Returns the channels that leave a stage, counted from 0."""
+        """Returns the number of output channels of a stage, counted from 0."""
         return self.width * 2**stage * (1 if self.block == Block.BASIC else 4)
 
     def inner(self, stage: int) -> int:
-        """Returns the channels of the 3x3 convolutions of a stage, counted from 0."""
+        """Returns the channels of a stage's 3x3 convolutions; stages count from 0."""
         planes = self.width * 2**stage
         if self.block == Block.BASIC:
             return planes
@@ -285,7 +285,7 @@ class ResNet(nn.Module, Model, kw_only=True):
         )(x, train)
         x = nn.relu(x)
         if self.stem == Stem.LARGE:
-            # Around the image lies -inf; Flax declares a string, and takes more.
+            # Pads with -inf. Flax declares a string for padding but takes more.
             padding: Any = ((1, 1), (1, 1))
             x = nn.max_pool(x, (3, 3), strides=(2, 2), padding=padding)
         x = layout.pin_batch(x)

@@ -1,4 +1,4 @@
-"""Vision transformer, after arXiv:2010.11929 and big_vision's form of it."""
+"""Vision transformer (arXiv:2010.11929), in big_vision's form."""
 
 from typing import ClassVar
 
@@ -46,26 +46,26 @@ SIZES = {
 
 
 class ViT(nn.Module, Model, kw_only=True):
-    """Returns "grid" [B, h, w, D], "pooled", "logits" if there is a head, "image".
+    """ViT; returns "grid" [B, h, w, D], "pooled", "image", with head "logits".
 
     `dropout` acts after the positions and after every dense layer but query, key and
-    value; `stochastic_depth` is the rate of the last block, growing linearly from 0.
-    `mean` and `std` are in units of 0..255, one value or one a channel.
+    value; `stochastic_depth` is the drop rate of the last block; it grows linearly from
+    0. `mean` and `std` are in units of 0..255, one value or one a channel.
 
-    What published variants add, each off by default (`towers.py` combines them):
-    `layer_scale` is the first value of a learned factor a channel on each branch,
-    `registers` counts learned tokens without positions that are no output
-    (arXiv:2309.16588). `distillation_token` (arXiv:2012.12877) is a second class token
-    with a head of its own: "logits" and "pooled" are then the means of both,
-    "class_logits" and "distillation_logits" the parts. `stem` makes a grid of the
-    image, and `patch_size` counts its cells. `kernel_patch_size` and `position_grid`
-    are the sizes in which the patch kernel and the learned positions are stored, to
-    be resized at every use (FlexiViT, arXiv:2212.08013).
+    Options of published variants, each off by default (`vit_variants.py` sets them):
+    `layer_scale` is the initial value of a learned factor per channel on each branch,
+    `registers` is the number of learned tokens without positions, left out of the
+    output (arXiv:2309.16588). `distillation_token` (arXiv:2012.12877) is a second class
+    token with its own head: "logits" and "pooled" are then the means of both,
+    "class_logits" and "distillation_logits" the two. `stem` makes a grid of the image,
+    and `patch_size` counts its cells. `kernel_patch_size` and `position_grid` are the
+    sizes in which the patch kernel and the learned positions are stored, to be resized
+    at every use (FlexiViT, arXiv:2212.08013).
 
     A call may keep some patches only: `visible` [B, K] are their indices, row by row;
     it then returns "tokens" [B, K, D] in that order and no grid (arXiv:2111.06377).
-    Where `replaced` [B, N] is true a learned token stands for the patch, its position
-    is added (arXiv:2106.08254); that token exists with `mask_token=True`.
+    Where `replaced` [B, N] is true, a learned token replaces the patch, and its
+    position is added (arXiv:2106.08254); this needs `mask_token=True`.
     """
 
     head_modules: ClassVar = ("head", "distillation_head")
@@ -168,7 +168,7 @@ class ViT(nn.Module, Model, kw_only=True):
         replaced: Bool[Array, "B N"] | None = None,
     ) -> dict[str, Array]:
         scaled = scale_pixels(image, self.mean, self.std)
-        # From bytes to patches once more for the gradient instead of keeping patches.
+        # The gradient recomputes the patches from bytes instead of storing them.
         x = nn.remat(PatchEmbedding)(
             patch_size=self.patch_size,
             kernel_patch_size=self.kernel_patch_size,

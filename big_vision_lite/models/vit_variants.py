@@ -1,4 +1,4 @@
-"""Published ViTs that differ from the plain one: which fields of ViT make them.
+"""Published variants of ViT, built by setting its fields.
 
 Each takes a size like ViT.of and further fields to override; DeiT is
 `deit("S/16", head=Classifier(num_classes=1000))`.
@@ -24,8 +24,8 @@ FLEXIVIT_PATCH, FLEXIVIT_GRID = 32, (7, 7)
 def siglip(size: str, **overrides: object) -> ViT:
     """Builds the image tower of SigLIP (arXiv:2303.15343), like "So400m/14".
 
-    "pooled" is what is compared with texts. timm calculates some of its SigLIPs with
-    the exact GELU; the weights were trained with the tanh form.
+    "pooled" is compared with text embeddings. timm computes some SigLIPs with the exact
+    GELU; the weights were trained with the tanh form.
     """
     fields = {"pooling": Pooling.ATTENTION, "positions": Positions.LEARNED}
     return ViT.of(size, **{**fields, **overrides})
@@ -99,7 +99,7 @@ def hybrid(
     remat: Remat = Remat.NONE,
     **overrides: Any,
 ) -> ViT:
-    """Builds a published hybrid by its name, like "R26+S/32".
+    """Builds a published hybrid of ResNet and ViT by name, like "R26+S/32".
 
     `overrides` are fields of the ViT, which has a class token and learned positions as
     published. timm has standardisation="inside_root" and trunk_norm_epsilon=1e-5.

@@ -1,1 +1,1 @@
-"""Losses as functions of the batch; one file a family."""
+"""Training losses and their metrics: one file per family."""

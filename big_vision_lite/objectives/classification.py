@@ -1,4 +1,4 @@
-"""One label or several an image: softmax and sigmoid cross-entropy."""
+"""Softmax and sigmoid cross-entropy, for one or several labels per image."""
 
 import dataclasses
 
@@ -11,10 +11,10 @@ from big_vision_lite.types import Batch, Forward, Objective
 
 @dataclasses.dataclass(kw_only=True)
 class SoftmaxClassification(Objective):
-    """Cross-entropy in nats against labels of which an image has one.
+    """Softmax cross-entropy in nats, for one label per image.
 
-    Labels are int [B], or float [B, C] that sum to 1 (mixup). `label_smoothing` moves
-    that share of every label to all classes alike.
+    Labels are int [B], or float [B, C] that sum to 1 (mixup). `label_smoothing` spreads
+    that fraction of every label evenly over all classes.
     """
 
     label_smoothing: float = 0.0
@@ -37,7 +37,7 @@ class SoftmaxClassification(Objective):
         return losses, {"accuracy": is_correct(logits, labels)}
 
     def probabilities(self, logits: Float[Array, "B C"]) -> Float[Array, "B C"]:
-        """Returns how probable each class is to be the right one."""
+        """Returns the softmax of the logits: a distribution over classes per image."""
         return jax.nn.softmax(logits)
 
 
@@ -45,7 +45,7 @@ class SoftmaxClassification(Objective):
 class SigmoidClassification(Objective):
     """Binary cross-entropy in nats, summed over the classes (arXiv:2006.07159).
 
-    Labels are int [B], or float [B, C] with one value in 0..1 a class. A prediction is
+    Labels are int [B], or float [B, C] with a value in 0..1 per class. A prediction is
     correct when the most probable class is one of the image's.
     """
 
@@ -59,17 +59,17 @@ class SigmoidClassification(Objective):
         return losses, {"accuracy": is_correct(logits, labels)}
 
     def probabilities(self, logits: Float[Array, "B C"]) -> Float[Array, "B C"]:
-        """Returns how probable each class is, whatever the others are."""
+        """Returns the sigmoid of the logits: an independent probability per class."""
         return jax.nn.sigmoid(logits)
 
 
 def as_distribution(
     labels: Int[Array, " B"] | Float[Array, "B C"], num_classes: int
 ) -> Float[Array, "B {num_classes}"]:
-    """Returns float32 labels, one-hot for integers.
+    """Returns float32 labels [B, C]; integer labels become one-hot.
 
     Raises:
-        ValueError: float labels of another number of classes than the head's.
+        ValueError: float labels have a number of classes other than the head's.
     """
     if jnp.issubdtype(labels.dtype, jnp.integer):
         return jax.nn.one_hot(labels, num_classes, dtype=jnp.float32)

@@ -1,1 +1,1 @@
-"""How a recipe is read, overridden by flags, checked for mistakes and recorded."""
+"""Reads recipes, overrides them by flags, explains mistakes and records them."""

@@ -1,4 +1,4 @@
-"""The argument of a recipe: `--config configs/NAME.py:size=32,init=runs/first`."""
+"""Parses a recipe's argument: `--config configs/NAME.py:size=32,init=runs/first`."""
 
 import re
 import types
@@ -10,13 +10,14 @@ _BOOLEANS = {"true": True, "1": True, "false": False, "0": False}
 
 
 def parse_arg(arg: str, **defaults: Any) -> types.SimpleNamespace:
-    """Reads "name=value,name=value" into a namespace, every value typed by its default.
+    """Returns a namespace of "name=value,name=value", values typed by their defaults.
 
     A default that is a type (`data=str`) makes the name required. Values may hold
     commas, as long as no ",word=" follows one.
 
     Raises:
-        ValueError: an unknown, repeated or missing name, or a value of another type.
+        ValueError: a name is unknown, repeated or missing, or a value has the wrong
+            type.
     """
     parts = re.split(r",(?=\s*\w+\s*=)", arg) if arg.strip() else []
     values: dict[str, Any] = {}

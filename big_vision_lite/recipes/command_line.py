@@ -1,4 +1,4 @@
-"""What a user types and what he sees when it is wrong."""
+"""Parses command lines with recipes and overrides, and reports mistakes."""
 
 import contextlib
 import dataclasses
@@ -23,7 +23,7 @@ from big_vision_lite.recipes import mistakes, serialize
 from big_vision_lite.runtime import files, startup
 from big_vision_lite.runtime.processes import Stopped
 
-# What a user can mend: shown as one message, the trace goes to a file.
+# Errors the user can fix: shown as one message, with the trace in a file.
 USER_ERRORS = (ValueError, OSError, FloatingPointError, ImportError, flags.Error)
 
 
@@ -43,14 +43,16 @@ def parse(
     about: str = "",
     recorded: Callable[[str, Sequence[str]], Any] | None = None,
 ) -> Command:
-    """Reads `--config FILE[:arg] --config.a.b=value` and what `define` adds.
+    """Parses `--config FILE[:arg] --config.a.b=value` and the flags `define` adds.
 
-    The configuration is rebuilt once through its constructors, so that what runs is
-    exactly what config.json says. `about` is shown above the flags by --help. Without
-    --config, `recorded(workdir, allowed_modules)` may give what --workdir recorded.
+    The configuration is rebuilt once through its constructors, so the run matches
+    config.json exactly. `about` is shown above the flags by --help. Without --config,
+    `recorded(workdir, allowed_modules)` may return the configuration recorded in
+    --workdir.
 
     Raises:
-        ValueError: an unknown name (with the closest one), or a value that is refused.
+        ValueError: a name is unknown (the message suggests the closest) or a value
+            invalid.
         SystemExit: --help was asked for, and is printed.
     """
     # ml_collections runs every recipe in one module, in which names of the last stay.
@@ -117,10 +119,10 @@ def run(
     *,
     trace_flag: str | None = None,
 ) -> int:
-    """Calls `main(argv)` and returns the exit code; a user's mistake is one message.
+    """Calls `main(argv)`, prints a user's mistake as one message; returns exit code.
 
-    Its trace goes into the folder given by `trace_flag`, which must be one that this
-    program writes, else into a temporary file.
+    The trace goes into the folder given by `trace_flag`, if this program writes there,
+    else into a temporary file.
     """
     startup.quiet()
     try:
@@ -296,7 +298,7 @@ def _recipe(argv: Sequence[str]) -> str | None:
 
 
 def _load(recipe: str, modules: Sequence[str]) -> Any:
-    """Returns what a recipe gives, no part of it twice.
+    """Returns a recipe's configuration with no object shared between two places.
 
     A recipe may use one object in two places, which an override must tell apart.
     """

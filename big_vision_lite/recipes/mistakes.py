@@ -1,4 +1,4 @@
-"""What to say when a recipe or an override is wrong: where, and what was meant."""
+"""Explains mistakes in recipes and overrides: where they are and what was meant."""
 
 import dataclasses
 import difflib
@@ -25,9 +25,9 @@ def explain(
     values: flags.FlagValues,
     recorded: Any = None,
 ) -> str:
-    """Turns what parsing raised into one message.
+    """Returns one message for an error raised while parsing.
 
-    `recorded` is the configuration that was overridden where there is no recipe.
+    `recorded` is the overridden configuration if there is no recipe.
     """
     mistake = _mistake_in_recipe(error, recipe)
     if mistake is not None:
@@ -40,7 +40,7 @@ def explain(
 
 
 def _wrong_value(recipe: str | None, argv: Sequence[str], recorded: Any) -> str | None:
-    """Says what an override may hold: for the first one that does not hold it."""
+    """Returns the allowed values of the first override with a wrong value."""
     config = recorded if recipe is None else load(recipe)
     leaves = {} if config is None else {p: (v, t) for p, v, t in list_leaves(config)}
     for word in argv:
@@ -112,7 +112,7 @@ def _shown(value: Any) -> str:
 
 
 def _mistake_in_recipe(error: BaseException | None, recipe: str | None) -> str | None:
-    """Says which line of the recipe raised, or returns None if none did."""
+    """Returns a message with the line of the recipe that raised, None if none did."""
     if recipe is None:
         return None
     file = recipe.split(":", 1)[0]
@@ -134,7 +134,7 @@ def _mistake_in_recipe(error: BaseException | None, recipe: str | None) -> str |
 
 
 def _meant_field(error: BaseException, names: dict[str, Any]) -> str:
-    """Suggests a field for "Stream.__init__() got an unexpected keyword argument"."""
+    """Suggests a field after "Stream.__init__() got an unexpected keyword argument"."""
     found = re.match(r"(\w+)\.__init__\(\) got an unexpected .*'(\w+)'", str(error))
     if found is None:
         return ""
@@ -172,7 +172,7 @@ def _unknown_flag(name: str, values: flags.FlagValues) -> str:
 def unknown_key(
     recipe: str | None, argv: Sequence[str], error: Exception, recorded: Any = None
 ) -> str:
-    """Says which override failed, what was meant and where the recipe sets it."""
+    """Returns which override failed, the name meant and where the recipe sets it."""
     config = recorded if recipe is None else load(recipe)
     if config is None:
         return str(error)
@@ -240,12 +240,12 @@ def _line_of(recipe: str, path: str) -> str:
 
 
 def load(recipe: str) -> Any:
-    """Returns what a recipe FILE[:arg] gives, without overrides."""
+    """Returns the configuration of a recipe FILE[:arg], without overrides."""
     return config_flags.ConfigFileFlagParser(name="config").parse(recipe)
 
 
 def list_leaves(config: Any, prefix: str = "") -> Iterator[tuple[str, Any, Any]]:
-    """Yields (path, value, declared type) of everything a flag can override."""
+    """Yields (path, value, declared type) of every field that a flag can override."""
     for field in serialize.fields(config):
         value = getattr(config, field.name)
         declared = serialize.field_types(type(config))[field.name]

@@ -1,7 +1,7 @@
-"""Trees of components to JSON and back: what a run folder describes itself with.
+"""Converts component trees to JSON and back, as stored in a run's config.json.
 
 A component is a dataclass or a Linen module. It becomes an object with its fields and
-its class; reading calls the constructors again, so that what they check is checked.
+its class; reading calls the constructors again, which repeats their checks.
 """
 
 import dataclasses
@@ -26,23 +26,23 @@ LINEN_FIELDS = ("parent", "name")
 
 
 def to_json(component: Any, **more: Any) -> str:
-    """Returns a component tree as JSON text, the same text for equal trees.
+    """Returns a component tree as JSON text; equal trees give equal text.
 
-    `more` is recorded beside it, for people.
+    `more` is recorded beside it for readers.
     """
     document = {"version": __version__, "config": _encode(component, "config"), **more}
     return json.dumps(document, indent=1, ensure_ascii=False) + "\n"
 
 
 def from_json(text: str, allowed_modules: Iterable[str] = ()) -> Any:
-    """Builds the tree again through its constructors.
+    """Returns the component tree of JSON text, rebuilt through its constructors.
 
     Classes come from big_vision_lite or `allowed_modules` only: a checkpoint from a
     stranger must not choose what gets imported.
 
     Raises:
-        ValueError: no such class or field, a value of another type, or a constructor
-            refused; says where.
+        ValueError: a class or field is unknown, a value has the wrong type, or a
+            constructor raised; the message says where.
     """
     document = json.loads(text)
     if not isinstance(document, dict) or not {"version", "config"} <= document.keys():
@@ -57,7 +57,7 @@ def from_json(text: str, allowed_modules: Iterable[str] = ()) -> Any:
 
 
 def newer_version(version: str) -> str:
-    """Says what to install if `version` is newer than this one; else ""."""
+    """Returns what to install if `version` is newer than this one, else ""."""
     if _numbers(version) <= _numbers(__version__):
         return ""
     return (
@@ -67,12 +67,12 @@ def newer_version(version: str) -> str:
 
 
 def rebuild(component: Any, allowed_modules: Iterable[str] = ()) -> Any:
-    """Returns `from_json(to_json(component))`: validated, and shared by nobody."""
+    """Returns `from_json(to_json(component))`: a validated, independent copy."""
     return from_json(to_json(component), allowed_modules)
 
 
 def fields(component: Any) -> list[dataclasses.Field]:
-    """Lists the fields that describe a component."""
+    """Returns the fields that describe a component."""
     found = dataclasses.fields(component)
     is_module = any(field.name == "parent" for field in found)
     return [f for f in found if not (is_module and f.name in LINEN_FIELDS)]

@@ -1,1 +1,1 @@
-"""A run on disk and over time: folder, checkpoints, records, health, evaluations."""
+"""Manages a run: folder, checkpoints, records, health checks, evaluations."""

@@ -1,4 +1,4 @@
-"""Saves and restores a run: asynchronous, checked, and complete or not there."""
+"""Saves and restores checkpoints: asynchronously, verified and atomically."""
 
 import functools
 import threading
@@ -16,7 +16,7 @@ from big_vision_lite.training.state import TrainState
 
 
 class Checkpointer:
-    """Writes `workdir/checkpoints/<step>/`, one save at a time, in the background.
+    """A writer of `workdir/checkpoints/<step>/`: one save at a time, in the background.
 
     Use as a context: leaving it waits for the last save. `metadata` goes into every
     manifest, `config_text` is the run's config.json, which every step folder carries
@@ -51,17 +51,17 @@ class Checkpointer:
         self.wait()
 
     def prepare(self, abstract: TrainState) -> None:
-        """Compiles for the first save, beside what the caller does meanwhile."""
+        """Compiles the programs of the first save in the background."""
         compiling = functools.partial(integrity.compile_checksums, abstract)
         self._preparing = threading.Thread(target=compiling, name="compile-checksums")
         self._preparing.start()
 
     def due(self, step: int) -> bool:
-        """Says whether `step` is one to save at."""
+        """Returns whether to save at `step`."""
         return step % self._policy.every_steps == 0
 
     def saving(self) -> bool:
-        """Says whether a step is being written."""
+        """Returns whether a save is in progress."""
         return self._thread is not None and self._thread.is_alive()
 
     def save(self, step: int, state: TrainState) -> None:
@@ -86,7 +86,7 @@ class Checkpointer:
         self.last_saved = step
 
     def wait(self) -> None:
-        """Blocks until the pending save is complete; raises what went wrong in it."""
+        """Blocks until the pending save is complete; raises its error if it failed."""
         if self._preparing is not None:
             self._preparing.join()
         if self._thread is not None:
@@ -97,7 +97,7 @@ class Checkpointer:
             raise error
 
     def check(self) -> None:
-        """Raises what went wrong in a save that has ended; waits for none."""
+        """Raises the error of a finished save that failed; does not wait."""
         if self._thread is not None and not self._thread.is_alive():
             self.wait()
 
@@ -201,5 +201,5 @@ class Checkpointer:
 
 
 def count_devices(state: TrainState) -> int:
-    """Counts the devices over which a state is spread."""
+    """Returns the number of devices that hold a state."""
     return len(state.step.sharding.device_set)

@@ -1,4 +1,4 @@
-"""What a recipe would do, without doing it: `train --dry_run`."""
+"""Reports what a recipe would do without training: `train --dry_run`."""
 
 from typing import Any
 

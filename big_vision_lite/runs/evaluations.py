@@ -1,4 +1,4 @@
-"""What evaluators are given, and when they run."""
+"""Prepares the evaluators of a run and runs them when due."""
 
 import dataclasses
 import hashlib
@@ -69,13 +69,13 @@ class Context:
 
     @property
     def backbone(self) -> Model:
-        """The pretrained part of the model: what gives features."""
+        """Returns the model's backbone, which computes the features."""
         return backbone_of(self.model)[1]
 
     def make_eval_step(self, function: RowFunction) -> EvalStep:
         """Jits a function of the model with the state's parameters.
 
-        The averaged ones when there are any, in evaluation mode.
+        It runs in evaluation mode, with the averaged parameters (EMA) if there are any.
         """
         return self._step(function, "", self.model)
 
@@ -104,7 +104,7 @@ class Context:
         what: str = "its set",
         option: str = "batch_size",
     ) -> None:
-        """Refuses, before any step, a set that could not be evaluated after many.
+        """Checks, before any step, that a set can be evaluated.
 
         `what` is how messages call the set, `option` the evaluator's field that holds
         the batch size.
@@ -128,9 +128,9 @@ class Context:
         *,
         keys: Sequence[str] = ("label",),
     ) -> Mapping[str, Any]:
-        """Traces `step` on the shapes of the first example; returns what it gives.
+        """Returns the output shapes of `step`, traced on those of the first example.
 
-        What does not fit would else end a run at its first evaluation, after hours.
+        A mismatch would otherwise end the run at its first evaluation, after hours.
 
         Raises:
             ValueError: the examples lack one of `keys`, the model lacks an output or
@@ -188,10 +188,10 @@ class Context:
         ops: Sequence[Op],
         batch_size: int,
     ) -> Rows:
-        """Adds what `step` gives for each batch up on the device; returns the totals.
+        """Returns the sums over batches of the outputs of `step`, added on the device.
 
-        For what is small whatever the set: counts, confusion matrices. `step` leaves
-        rows that are not `batch["valid"]` out by itself.
+        For outputs whose size does not depend on the set: counts, confusion matrices.
+        `step` itself must leave out rows that are not `batch["valid"]`.
         """
         totals = None
         add = jax.jit(lambda a, b: jax.tree.map(jnp.add, a, b))
@@ -233,7 +233,7 @@ class ClassTable:
 
     @property
     def is_identity(self) -> bool:
-        """Whether both sides count their classes alike."""
+        """Returns whether both sides number their classes alike."""
         return np.array_equal(self.indices, np.arange(len(self.indices)))
 
 
@@ -288,8 +288,8 @@ def class_table(
 class Evaluations:
     """The evaluators of a run, prepared before its first step.
 
-    What a wrong path, an empty set or another set of classes would end after hours is
-    refused at the start; preparing opens the sets and reads none whole.
+    Preparing raises at the start for a wrong path, an empty set or other classes, not
+    after hours; it opens the sets but reads none completely.
 
     A score is named `<evaluator>/<score>`, `<evaluator>_ema/...` when the averaged
     parameters were evaluated.

@@ -76,7 +76,7 @@ class RunFolder:
             self._lock.close()
 
     def begin(self) -> None:
-        """Keeps config.json for good: all is prepared, steps follow."""
+        """Makes config.json permanent, once all is prepared and steps follow."""
         self._is_new = False
 
     def config_text(self) -> str:
@@ -214,7 +214,7 @@ def read_config_document(folder: epath.Path) -> dict[str, Any]:
 
 
 def read_config(folder: epath.Path, allowed_modules: Sequence[str] = ()) -> TrainConfig:
-    """Builds the configuration that a run folder or step folder carries."""
+    """Returns the configuration recorded in a run folder or step folder."""
     document = read_config_document(folder)
     return serialize.from_json(json.dumps(document), allowed_modules)
 

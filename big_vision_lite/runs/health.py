@@ -1,4 +1,4 @@
-"""Whether a run is well: numbers that are not finite, and where they began."""
+"""Detects losses and gradients that are not finite, and where they began."""
 
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -21,7 +21,7 @@ from big_vision_lite.types import Batch, Model
 
 
 class Monitor:
-    """Keeps the metrics of the steps since the last look on the device.
+    """A check of step metrics, which stay on the device until they are fetched.
 
     `batch_of(step)` makes the batch of a step again, which needs no more than the seed.
     """
@@ -40,7 +40,7 @@ class Monitor:
         self._pending: list[tuple[int, Mapping[str, Any]]] = []
 
     def add(self, step: int, metrics: Mapping[str, Any]) -> None:
-        """Notes the metrics of one step; fetches nothing."""
+        """Adds the metrics of one step without fetching them."""
         self._pending.append((step, metrics))
 
     def fetch_and_check(self, state: TrainState) -> dict[str, float]:
@@ -95,7 +95,7 @@ def explain(
     saved: epath.Path,
     advice: str,
 ) -> str:
-    """Says where the first NaN or infinity of `step` came from and what to try.
+    """Returns where the first NaN or infinity of `step` came from and what to try.
 
     `history` holds the metrics of the steps up to this one, oldest first; `advice` ends
     the message.
@@ -116,7 +116,7 @@ def explain(
 
 
 def advise(config: TrainConfig, workdir: epath.Path) -> str:
-    """Says what to type to go on with another recipe: the run's own does it again."""
+    """Returns commands to go on with another recipe; the same would fail again."""
     peak = config.optimizer.schedule.peak
     changes = [f"--config.optimizer.schedule.peak={peak / 3:.1g}"]
     clip_norm = getattr(config.optimizer, "clip_norm", None)

@@ -1,4 +1,4 @@
-"""BiT-HyperRule: one way to fine-tune on any set, by its size and its images.
+"""BiT-HyperRule: fine-tuning settings chosen by data set size and image size.
 
 After arXiv:1912.11370, section 3.3, and the code published with it.
 """
@@ -43,7 +43,7 @@ AREA_SAMPLE = 64
 
 @dataclasses.dataclass(kw_only=True)
 class HyperRule:
-    """Fine-tunes with SGD 0.9, no decay, no clipping, a zero head; all else by rule.
+    """Fine-tuning with SGD 0.9, no decay, no clipping, a zero head; the rest by rule.
 
     By the training images: below 96 x 96 px (median area) they are resized to 160 and
     cropped to 128 px, else 512 and 480; `size` is another crop (then resized to 5/4
@@ -97,7 +97,7 @@ class HyperRule:
         seed: int = 0,
         fsdp: int = 1,
     ) -> TrainConfig:
-        """Returns the whole training of `model`, with a new head for `train`'s classes.
+        """Returns the config that trains `model` with a new head for `train`'s classes.
 
         The number of channels is what `pretrained_preprocess` makes of the first image.
 
@@ -191,7 +191,7 @@ class Repeated:
         return self.source[range(len(self))[index] % len(self.source)]
 
     def name(self, index: SupportsIndex) -> str:
-        """Says where the example comes from."""
+        """Returns the origin of the example."""
         return self.source.name(range(len(self))[index] % len(self.source))
 
 
@@ -254,7 +254,7 @@ def crop_by_area(source: Source) -> int:
 
 
 def read_run(path: str, allow_module: str = "") -> Pretrained:
-    """Returns what was pretrained in a run, checkpoints or step folder, or weights.
+    """Returns the backbone of a run, checkpoints or step folder, or of weights.
 
     Raises:
         FileNotFoundError: there is neither.

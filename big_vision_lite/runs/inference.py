@@ -91,7 +91,7 @@ class LoadedModel:
 
 
 class _Images:
-    """What a user hands over, as a source."""
+    """The user's images as a source."""
 
     class_names: tuple[str, ...] = ()
     fingerprint: str = ""
@@ -147,7 +147,7 @@ class _Images:
 def load(
     path: str, *, batch_size: int = 64, allowed_modules: Sequence[str] = ()
 ) -> LoadedModel:
-    """Loads what `big_vision_lite.load` says, on the devices of this process."""
+    """Implements `big_vision_lite.load`, on the devices of this process."""
     if batch_size < 1:
         raise ValueError(f"batch_size={batch_size} is no number of images; use 64.")
     run = load_lib.load(
@@ -163,7 +163,7 @@ def make_steps(
     features: bool,
     log: Callable[[str], None] = print,
 ) -> list[Step]:
-    """Returns jitted functions that give rows of a batch.
+    """Returns jitted functions from a state and a batch to one output row per image.
 
     "classes" and "probabilities" [B, K] of the most probable `classes` (0: none);
     where that is None "probabilities" of all, in their order; "features" [B, D].
@@ -205,7 +205,7 @@ def run_steps(
     *,
     hidden: bool | None,
 ) -> dict[str, np.ndarray]:
-    """Returns what `steps` give of every example, one row each, in order.
+    """Returns the outputs of `steps`, one row per example, in order.
 
     Rows of images that `ops.errors` names are zeros. The batch is made a multiple of
     the devices; progress is shown in a terminal or notebook unless `hidden`.
@@ -278,7 +278,7 @@ def _pooled(outputs: Mapping[str, Any]) -> Array:
 
 
 def check_head(run: SavedRun, outputs: Mapping[str, Any]) -> None:
-    """Refuses a model that gives no logits, or not one for each class of the data."""
+    """Raises ValueError unless the model returns one logit per class of the data."""
     if "logits" not in outputs:
         raise ValueError(
             f"The model of {run.folder} has no head, so it names no classes. Write its "
@@ -294,7 +294,7 @@ def check_head(run: SavedRun, outputs: Mapping[str, Any]) -> None:
 
 
 def meaning_of_logits(objective: Objective, log: Callable[[str], None]) -> Any:
-    """Returns the objective's `probabilities`; says so where softmax stands in."""
+    """Returns the objective's `probabilities`, or logs a note and returns softmax."""
     declared = objective.probabilities
     if declared is None:
         log(

@@ -1,4 +1,4 @@
-"""The state before step 1: fresh, or from other weights, which are fitted to it."""
+"""Makes the state before step 1: fresh, or from other weights adapted to it."""
 
 import dataclasses
 import functools
@@ -71,7 +71,7 @@ def start_from(
     named: Mapping[str, Any],
     log: Callable[[str], None],
 ) -> dict[str, Any]:
-    """Returns the variables `named` of `model` with what `init` takes over.
+    """Returns the variables `named` of `model` with those that `init` copies replaced.
 
     `class_names` are those of the data.
     """
@@ -127,12 +127,12 @@ def _places(loaded: Loaded, ours: Model, init: Init) -> tuple[str, str]:
 
 
 class Part(Family):
-    """A module inside of a model that says nothing of itself: all as by default."""
+    """A submodule without `Family` declarations: every property has its default."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Within(Family):
-    """A model by what its backbone says of itself, in the names of the whole."""
+    """A model with its backbone's properties, in the names of the whole model."""
 
     path: str
     inside: Any
@@ -244,7 +244,7 @@ def _not_folded(before: InputRange, after: InputRange, old: int, new: int) -> st
 
 
 def model_differences(ours: Any, theirs: Any, where: str = "") -> list[str]:
-    """Lists the fields of two models that change what the same weights compute.
+    """Returns differing fields of two models that change what the same weights compute.
 
     `where` in the recipe's model they are, "" where they are all of it.
     Empty for models of different classes: there the names differ, and are listed.

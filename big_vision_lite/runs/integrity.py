@@ -1,4 +1,4 @@
-"""Proof that a checkpoint is what was saved: leaf checksums, file digests, manifest.
+"""Verifies checkpoints: leaf checksums, file digests and the manifest.
 
 Orbax loads flipped bytes silently. So every leaf is summed on the device before it is
 written, every file is digested after, and both go into a manifest written last: a step
@@ -102,7 +102,7 @@ def damaged_leaves(leaves: Mapping[str, Any], tree: Any) -> list[str]:
 def check_leaves(
     expected: Mapping[str, Any], manifest: Mapping[str, Any], folder: epath.Path
 ) -> None:
-    """Refuses a checkpoint whose leaves {name: leaf} are not the expected ones.
+    """Checks that a checkpoint's leaves {name: leaf} are the expected ones.
 
     Raises:
         ValueError: names, shapes or dtypes differ; lists them with "+" and "-".

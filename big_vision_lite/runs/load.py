@@ -1,4 +1,4 @@
-"""Opens what was trained: a run, a step folder, or weights of another library."""
+"""Opens trained models: a run, a step folder, or weights of another library."""
 
 import contextlib
 import dataclasses
@@ -53,7 +53,7 @@ class Loaded:
 def locate(
     path: str | os.PathLike[str], log: Callable[[str], None] = print
 ) -> "SavedStep | ForeignWeights":
-    """Returns what lies at `path`: a step of a run, or weights of another library.
+    """Returns the `SavedStep` or `ForeignWeights` at `path`.
 
     A run and its checkpoints folder mean the newest step.
 
@@ -69,7 +69,7 @@ def locate(
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Pretrained:
-    """What is fine-tuned: a backbone, and the way from a file to its input."""
+    """A backbone to fine-tune, and the ops from file bytes to its input."""
 
     model: Any
     preprocess: tuple[Op, ...]
@@ -176,7 +176,7 @@ class ForeignWeights:
     path: str
 
     def platform(self) -> None:
-        """Nobody recorded one."""
+        """Returns None: foreign weights record no platform."""
         return None
 
     def config(self, allowed_modules: Sequence[str] = ()) -> TrainConfig:
@@ -193,7 +193,7 @@ class ForeignWeights:
     def weights(
         self, log: Callable[[str], None], allowed_modules: Sequence[str] = ()
     ) -> Loaded:
-        """Returns all variables by our names; says what was assumed."""
+        """Returns all variables by our names; reports the assumptions made."""
         del allowed_modules  # classes of this package alone
         found = foreign.load(self.path)
         for note in (f"{self.path}: {found.format}", *found.notes):
@@ -212,7 +212,7 @@ class ForeignWeights:
         devices: Sequence[Any],
         log: Callable[[str], None],
     ) -> SavedRun:
-        """Returns a run that has made no step."""
+        """Returns the weights as a run at step 0."""
         del allowed_modules  # classes of this package alone
         found = foreign.load(self.path)
         for note in (f"{self.path}: {found.format}", *found.notes):

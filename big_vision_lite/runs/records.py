@@ -1,4 +1,4 @@
-"""Where scores go: metrics.jsonl, TensorBoard event files, Weights & Biases."""
+"""Writes metrics to metrics.jsonl, TensorBoard event files and Weights & Biases."""
 
 import contextvars
 import importlib.util
@@ -64,7 +64,7 @@ def read_history(workdir: epath.Path) -> list[dict[str, Any]]:
 
 
 class Writer:
-    """Appends one record a call; a killed run continues its files without a seam.
+    """A writer of metric records; a resumed run continues its files.
 
     The records are in `workdir/metrics.jsonl`, one JSON object a line, and the same
     in `workdir/tensorboard`. With the wandb package installed and the environment
@@ -133,7 +133,7 @@ class Writer:
         self._seen |= _keys(record)
 
     def recorded(self, step: int, prefix: str) -> bool:
-        """Says whether a name that starts with "`prefix`/" is on record at `step`."""
+        """Returns whether a name that starts with "`prefix`/" is recorded at `step`."""
         return any(s == step and n.startswith(f"{prefix}/") for s, n in self._seen)
 
     def latest(self) -> dict[str, float | int]:

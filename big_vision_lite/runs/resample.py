@@ -1,4 +1,4 @@
-"""Parameters made to fit another grid, patch size or number of channels."""
+"""Resamples parameters to another grid, patch size or number of channels."""
 
 import dataclasses
 from typing import Any
@@ -12,14 +12,14 @@ from big_vision_lite.types import Family
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Fitted:
-    """The new values, and what was done; no message means that nothing could be."""
+    """The new values and a message of what was done; no message if nothing was."""
 
     values: Any
     message: str | None = None
 
 
 def fit(model: Family, name: str, values: Any, shape: tuple[int, ...]) -> Fitted:
-    """Returns `values` in another shape where that has a meaning, else as they are.
+    """Returns `values` resampled to another shape where possible, else unchanged.
 
     Of parameters of `model`: learned positions [rows, columns, D] go to another grid,
     the kernel on the image [h, w, C, D] to another number of channels and, where it
@@ -57,7 +57,7 @@ def _fit_positions(values: Any, shape: tuple[int, ...]) -> Fitted:
 
 
 def resize_channels(kernel: Any, channels: int) -> np.ndarray:
-    """Makes a kernel [h, w, C, D] take images of another number of channels.
+    """Returns a kernel [h, w, C, D] adapted to another number of image channels.
 
     To fewer, weights are summed in turn, channel c to channel c % channels: an image
     gives what it gave with its channels repeated in turn to C, a gray one what it gave

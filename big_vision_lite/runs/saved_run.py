@@ -1,4 +1,4 @@
-"""One step of a run, loaded to be used and not trained on."""
+"""Holds a checkpoint loaded for evaluation or prediction."""
 
 import dataclasses
 import os
@@ -34,7 +34,7 @@ class SavedRun:
 
     @property
     def step(self) -> int:
-        """The number of updates behind the state."""
+        """Returns the number of finished updates."""
         return int(self.manifest["step"])
 
     @property

@@ -1,4 +1,4 @@
-"""`Run`: what a training opens, writes and watches, from its first step to its last."""
+"""Defines `Run`: one training's folder, data, checkpoints, records and display."""
 
 import contextlib
 import queue
@@ -32,7 +32,7 @@ CLOSE_SECONDS = 30
 
 
 class StepsInFlight:
-    """Holds the host back until all but the last steps are computed.
+    """A limit on how many steps the host dispatches ahead of the device.
 
     Otherwise it runs ahead: batches pile up on the device, and waiting for data while
     the device still computes looks like waiting in vain. A thread notes when each step
@@ -166,7 +166,7 @@ class Run:
         self.say(config.length_note() or "")
 
     def say(self, text: str) -> None:
-        """Shows a line that stays."""
+        """Prints a permanent line."""
         self.progress.message(text)
 
     def batch_spec(self) -> Mapping[str, jax.ShapeDtypeStruct]:
@@ -174,7 +174,7 @@ class Run:
         return self._batches.spec()
 
     def is_saving(self) -> bool:
-        """Says whether a checkpoint is being written."""
+        """Returns whether a checkpoint is being written."""
         return self._checkpointer.saving()
 
     def note_origin(self, origin: Mapping[str, Any] | None) -> None:
@@ -194,7 +194,7 @@ class Run:
         return self._checkpointer.restore_latest(program.abstract)
 
     def begin(self, program: Program, state: TrainState) -> None:
-        """Goes on behind `state`; drops the records of later steps."""
+        """Continues from `state`; drops the records of later steps."""
         # Anything else would compile the step a second time.
         state_lib.check_same(program.abstract, state)
         self.done = int(state.step)
@@ -220,15 +220,15 @@ class Run:
         self._leaving = self._stop.agreed(step)
 
     def logs_at(self, step: int) -> bool:
-        """Says whether `step` is recorded: every few, and the last."""
+        """Returns whether `step` is recorded: every `log_every_steps`, and the last."""
         return step == self.num_steps or step % self.config.log_every_steps == 0
 
     def saves_at(self, step: int) -> bool:
-        """Says whether `step` is saved: every few, the last, and where a run stops."""
+        """Returns whether `step` is saved: at the interval, at the end, on a stop."""
         return step == self.num_steps or self._leaving or self._checkpointer.due(step)
 
     def stops_at(self, step: int) -> bool:
-        """Says whether a signal came, at a step that all hosts agreed on."""
+        """Returns whether to stop at `step` after a signal, as all hosts agreed."""
         return self._leaving and step < self.num_steps
 
     def log(self, step: int, state: TrainState) -> None:
@@ -256,7 +256,7 @@ class Run:
             self._checkpointer.save(step, state)
 
     def stopped(self, step: int) -> Stopped:
-        """Returns what to raise when the run stops after `step`, which is saved."""
+        """Returns the exception for a run that stops after `step`, which is saved."""
         self._checkpointer.wait()
         return Stopped(self._stop.requested(), step, self.workdir)
 
@@ -272,7 +272,7 @@ class Run:
 def describe(
     config: TrainConfig, num_steps: int, spec: Mapping[str, Any]
 ) -> dict[str, Any]:
-    """Returns what every manifest says of the run beside its leaves and files."""
+    """Returns the metadata of the run that every manifest records."""
     return {
         "num_steps": num_steps,
         "input": {
@@ -287,7 +287,7 @@ def describe(
 
 
 def next_commands(workdir: epath.Path, command: str | None) -> list[str]:
-    """Lists what one may type after a run, with the Python that is running."""
+    """Returns the commands to suggest after a run, with the running Python."""
     package = f"{shlex.quote(sys.orig_argv[0])} -m big_vision_lite"
     run, tuned = (shlex.quote(f"{workdir}{end}") for end in ("", "_finetuned"))
     recipe = shlex.quote(f"configs/finetune.py:init={workdir},data=FOLDER")

@@ -1,1 +1,1 @@
-"""The machine that a run computes on; nothing here knows what it computes."""
+"""Devices, mesh, processes and compilers; independent of models and training."""

@@ -1,4 +1,4 @@
-"""What a compiler made of a program: memory, bytes moved, FLOPs, cycles, collectives.
+"""Reads a compiled program's memory, bytes moved, FLOPs, cycles and collectives.
 
 All figures are of one device and one run. Bodies of loops count as often as they turn.
 """
@@ -91,24 +91,24 @@ class Figures:
 
     @property
     def launches(self) -> int:
-        """Returns how many kernels a step starts."""
+        """Returns the number of kernels that a step launches."""
         return sum(kernel.times for kernel in self.kernels)
 
     def seconds(self, chip: Chip) -> float:
-        """Estimates how long the device computes, without what it waits for others."""
+        """Estimates the seconds a device computes, without waiting for others."""
         if self.cycles is not None:
             return self.cycles / chip.clock
         return sum(k.times * kernel_seconds(k, chip) for k in self.kernels)
 
     def link_seconds(self, chip: Chip, devices: int) -> float:
-        """Estimates how long collectives take where nothing else goes on."""
+        """Estimates the seconds of collectives without overlap."""
         part = (devices - 1) / devices
         twice = {"all-reduce": 2.0}
         sent = sum(twice.get(k, 1.0) * c.bytes for k, c in self.collectives.items())
         return part * sent / chip.link
 
     def bound_seconds(self, chip: Chip) -> float:
-        """Returns the roofline: no program with these FLOPs and bytes is faster."""
+        """Returns the roofline: the lower bound in seconds of these FLOPs and bytes."""
         moved = sum(kernel.times * kernel.from_memory for kernel in self.kernels)
         return max(self.flops / chip.flops, moved / chip.bandwidth)
 
@@ -159,7 +159,7 @@ def read(
 
 
 def memory_of(compiled: Any) -> Memory:
-    """Reads how many bytes a compiled program needs on one device."""
+    """Returns the bytes that a compiled program needs on one device."""
     found = compiled.memory_analysis()
     return Memory(
         arguments=found.argument_size_in_bytes,

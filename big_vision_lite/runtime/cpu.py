@@ -55,7 +55,7 @@ def library() -> Any:
 
 
 def set_up() -> None:
-    """Has memory shared by threads, and a CPU compute in the thread that calls.
+    """Makes threads share malloc pools, and XLA:CPU run in the calling thread.
 
     To be called before JAX looks at its devices. By default glibc gives nearly every
     thread a pool of its own, eight to a core, and each keeps what compiling has left in
@@ -71,13 +71,13 @@ def set_up() -> None:
 
 
 def resident() -> int:
-    """Returns how many bytes of this process are in memory."""
+    """Returns the resident memory of this process in bytes."""
     pages = pathlib.Path("/proc/self/statm").read_text().split()[1]
     return int(pages) * os.sysconf("SC_PAGE_SIZE")
 
 
 class Block:
-    """Host memory of `size` bytes that keeps its pages while it is free, too."""
+    """A block of host memory of `size` bytes that keeps its pages while it is free."""
 
     def __init__(self, libc: Any, size: int):
         self._libc = libc
@@ -86,7 +86,7 @@ class Block:
         self._resident = 0  # bytes, when memory was last trimmed, or later if less
 
     def hold(self) -> None:
-        """Takes the memory, so that nobody settles in it."""
+        """Allocates the block, so that no other allocation can occupy it."""
         # In the heap and not mapped, because only there its pages outlive `free`; and
         # no `free` at the end of the heap may take them away.
         self._libc.mallopt(M_MMAP_THRESHOLD, MMAP_THRESHOLD)
@@ -105,7 +105,7 @@ class Block:
         self._resident = min(self._resident, now)
 
     def free(self) -> None:
-        """Leaves the memory, with its pages, to who asks next for so much."""
+        """Frees the block but keeps its pages for the next allocation of this size."""
         # In this order: an interrupt in between must not have it freed twice.
         address, self._address = self._address, None
         self._libc.free(address)

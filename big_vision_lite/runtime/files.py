@@ -1,4 +1,4 @@
-"""Files that are the old one or the new one, whole, whenever the program is killed."""
+"""Atomic file writes: a kill leaves the old or the new file, complete."""
 
 import contextlib
 import os
@@ -8,7 +8,7 @@ from etils import epath
 
 
 def is_remote(path: epath.Path) -> bool:
-    """Says whether `path` is in an object store, which has no appends and no locks."""
+    """Returns whether `path` is in an object store, without appends and locks."""
     return "://" in os.fspath(path)
 
 

@@ -1,4 +1,4 @@
-"""FLOPs of operations in the text of a compiled program, and of kernels of our own."""
+"""Counts FLOPs of operations in compiled programs and of our Pallas kernels."""
 
 import dataclasses
 import math
@@ -56,7 +56,7 @@ def pallas_kernels(jaxpr: Any) -> dict[Signature, Work]:
 
 
 def signature_of(computation: Computation, operation: Operation) -> Signature:
-    """Returns what goes into a custom call and comes out of it."""
+    """Returns shapes and dtypes of a custom call's operands and results."""
     arrays = [a for o in computation.operands(operation) for a in o.arrays]
     return tuple((a.dtype, a.shape) for a in (*arrays, *operation.arrays))
 

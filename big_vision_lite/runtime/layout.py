@@ -1,4 +1,4 @@
-"""Where arrays live on the mesh, by logical name: no-ops when there is no mesh."""
+"""Shardings of batches and activations on the mesh; no-ops without a mesh."""
 
 import math
 
@@ -34,7 +34,7 @@ def split_axis(sharding: NamedSharding) -> int:
 
 
 def num_row_shares(mesh: jax.sharding.Mesh) -> int:
-    """Returns into how many shares the rows of a batch are spread."""
+    """Returns the number of shards of a batch's rows."""
     return math.prod(mesh.shape[axis] for axis in BATCH_AXES)
 
 
@@ -90,24 +90,24 @@ def pin_like(x: Array, sharding: NamedSharding) -> Array:
 
 
 def gathers_by_hand() -> bool:
-    """Says whether parameters are gathered layer by layer here: `accumulation`."""
+    """Returns whether `accumulation` gathers parameters layer by layer here."""
     mesh = jax.sharding.get_abstract_mesh()
     return FSDP_AXIS in mesh.manual_axes and mesh.shape[FSDP_AXIS] > 1
 
 
 def gather(x: Array) -> Array:
-    """Gives every device the whole of a small `x`."""
+    """Replicates a small `x` on every device."""
     return jax.lax.with_sharding_constraint(x, PartitionSpec()) if _batch_axes() else x
 
 
 def batch_shards() -> int:
-    """Returns over how many devices the rows of a batch are spread."""
+    """Returns the number of devices that the rows of a batch are sharded over."""
     shape = jax.sharding.get_abstract_mesh().shape
     return math.prod(shape[axis] for axis in _batch_axes())
 
 
 def tensor_shards() -> int:
-    """Returns over how many devices heads and MLPs are split."""
+    """Returns the number of devices that heads and MLPs are split over."""
     return jax.sharding.get_abstract_mesh().shape.get(TENSOR_AXIS, 1)
 
 

@@ -40,19 +40,19 @@ def hide_without_devices(root: pathlib.Path = pathlib.Path("/")) -> None:
 
 
 def has_nvidia(root: pathlib.Path = pathlib.Path("/")) -> bool:
-    """Says whether this machine shows an NVIDIA GPU or its driver."""
+    """Returns whether this machine has an NVIDIA GPU or its driver."""
     patterns = ("dev/nvidia*", "dev/dxg", "proc/driver/nvidia")
     return any(any(root.glob(pattern)) for pattern in patterns)
 
 
 def has_tpu(root: pathlib.Path = pathlib.Path("/")) -> bool:
-    """Says whether this machine shows a TPU."""
+    """Returns whether this machine has a TPU."""
     patterns = ("dev/accel*", "dev/vfio/[0-9]*")
     return any(any(root.glob(pattern)) for pattern in patterns)
 
 
 def importable(name: str) -> bool:
-    """Says whether there is a module of this name, without importing it."""
+    """Returns whether a module exists, without importing it."""
     with contextlib.suppress(ModuleNotFoundError, ValueError):
         return importlib.util.find_spec(name) is not None
     return False

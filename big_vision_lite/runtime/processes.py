@@ -1,4 +1,4 @@
-"""What the processes of one run do together, and what becomes of them if one fails.
+"""Coordinates the processes of one run, and ends all of them if one fails.
 
 A process that waits for another waits in a collective, which nothing can interrupt. So
 what only process 0 does is told to all, and a process that fails ends at once: its
@@ -31,7 +31,7 @@ class OtherProcessFailed(ValueError):
 
 
 def barrier(name: str) -> None:
-    """Waits until all processes are here."""
+    """Waits until all processes reach this call."""
     if jax.process_count() > 1:
         from jax.experimental import multihost_utils
 

@@ -1,4 +1,4 @@
-"""What is settled before JAX looks at its devices: platform, processes, caches."""
+"""Sets up platform, processes and caches before JAX initialises its devices."""
 
 import contextlib
 import enum
@@ -188,7 +188,7 @@ def _own_gpus() -> bool:
 
 
 def _on_tpu_vm(dev: pathlib.Path = pathlib.Path("/dev")) -> bool:
-    """Says whether there are TPU chips and the library that drives them."""
+    """Returns whether TPU chips and their library are present."""
     if os.environ.get("JAX_PLATFORMS", "tpu") != "tpu":
         return False
     chips = [*dev.glob("accel[0-9]*"), *dev.glob("vfio/[0-9]*")]
@@ -212,7 +212,7 @@ def check_not_idle(
 
 
 def check_there(platform: Platform, platform_flag: str) -> None:
-    """Refuses a platform that this machine, or this JAX, does not have."""
+    """Checks that this machine and this JAX have the platform."""
     try:
         jax.devices()
     except (AssertionError, RuntimeError) as error:
@@ -293,7 +293,7 @@ def _is_foreign(record: logging.LogRecord) -> bool:
 
 
 def quiet() -> None:
-    """Keeps libraries from talking over our own lines; may be called again."""
+    """Silences libraries' log output; may be called again."""
     # Not their errors either: Orbax logs the stack of every thread that a full disk
     # stops, and raises what we say in one message; the stack goes to the trace file.
     absl_logging.set_verbosity(absl_logging.FATAL)

@@ -1,4 +1,4 @@
-"""Machines to compile for, here or not, and what their chips can do at most.
+"""Machines to compile for, present or described, and their chips' peak rates.
 
 The TPU compiler (libtpu) and NVIDIA's (two CUDA wheels) compile for devices that are
 only described. `parse("v5e:2x4")` names such a machine, `Target.describe()` gives its
@@ -17,7 +17,7 @@ import jax
 from big_vision_lite.messages import did_you_mean
 from big_vision_lite.runtime import plugins
 
-# The name of the machine at hand.
+# The name of this machine as a target.
 HERE = "here"
 INSTALL = "pip install -e '.[plan]'"
 GIB = 2**30
@@ -185,7 +185,7 @@ class Target:
 
 
 def here() -> Target:
-    """Returns the machine at hand, with the devices that JAX finds."""
+    """Returns this machine as a target, with the devices that JAX finds."""
     devices = jax.devices()
     return Target(
         name=HERE,

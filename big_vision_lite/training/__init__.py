@@ -1,1 +1,1 @@
-"""What learns: state, forward pass, step, program, optimizers, costs."""
+"""Training: state, forward pass, step, program, optimizers, cost estimates."""

@@ -1,4 +1,4 @@
-"""Gradients of a batch computed in parts; what is split over "fsdp" stays split."""
+"""Gradient accumulation over micro-batches, keeping FSDP shards split."""
 
 import functools
 from collections.abc import Callable, Iterable
@@ -27,7 +27,7 @@ def accumulate_gradients(
     places: Any,
     micro_batches: int,
 ) -> Callable[..., Any]:
-    """Returns gradients of the whole batch computed in `micro_batches` parts.
+    """Returns gradients of the global batch, accumulated over `micro_batches`.
 
     Every device walks through its own rows, part i taking rows i, i + m, i + 2m...,
     so that no image moves and the parts are the same on any number of devices. A
@@ -110,7 +110,7 @@ def _part(
     index: Array,
     part: Batch,
 ) -> Any:
-    """Returns (sum of gradients, sums, weight, collections) of one part.
+    """Returns (sum of gradients, sums, weight, collections) of one micro-batch.
 
     `held` are (params, frozen, ema), `split` their split axes, None where none is.
     """

@@ -1,4 +1,4 @@
-"""Compiles in a process of its own, in which JAX sees the compilers and no device.
+"""Compiles in a separate process, where JAX sees the compilers but no device.
 
 A compiler that is told of a machine that is not there may end the process or write what
 nobody asked for: here that is one message, or nothing.
@@ -48,7 +48,7 @@ class CompileProcess:
     def estimate(
         self, config: TrainConfig, target: str, num_steps: int | None
     ) -> Estimate:
-        """Returns what the recipe's step is on a target; see `estimate.on_target`.
+        """Returns the estimate of the step on a target; see `estimate.on_target`.
 
         Raises:
             ValueError: the recipe does not fit the target, its compiler is missing, or

@@ -1,4 +1,4 @@
-"""What a recipe's train step would need and do on a machine, from shapes alone.
+"""Estimates memory and time of a recipe's train step on a machine, from shapes.
 
 Nothing runs and no data is opened: the step is compiled for devices, here or described,
 and what the compiler made of it is read. Times are estimates, and are called so.
@@ -35,11 +35,11 @@ _SIZE = r"([\d.]+)([KMGT]?)"
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Estimate:
-    """A recipe on a machine; plain values, for a table or JSON.
+    """The estimate of a recipe on a machine, as plain values for a table or JSON.
 
     Bytes, FLOPs and seconds are of one device and one step; `memory` says by kind what
     is there at the peak. Where the compiler refuses, `fits` is False and only what is
-    known without it is there. None is what nobody knows.
+    known without it is there. Unknown values are None.
     """
 
     target: str
@@ -93,7 +93,7 @@ def on_target(
     dump: str = "",
     first: Callable[[Estimate], None] = lambda known: None,
 ) -> Estimate:
-    """Compiles the recipe's step for a machine that need not be there.
+    """Returns the estimate of the step, compiled for a real or described machine.
 
     `first` is called with what is known before anything is compiled. XLA:TPU writes
     into the folder `dump`, if given, what it does on the way.

@@ -1,4 +1,4 @@
-"""The smallest change with which a recipe fits a machine, found by compiling.
+"""Searches by compiling for the smallest change that fits a recipe on a machine.
 
 A model whose blocks repeat is compiled at two small depths: its memory grows by the
 same bytes with every block. Of what is proposed the compiler has placed all arrays.
@@ -40,7 +40,7 @@ class Change:
     target: str
 
     def flags(self, asked_for: str) -> list[str]:
-        """Returns what to type for it."""
+        """Returns the change as command-line flags."""
         words = [f"--config.{path}={value}" for path, value in self.values]
         return words + ([f"--on={self.target}"] if self.target != asked_for else [])
 
@@ -201,7 +201,7 @@ class _Search:
 
 
 def depth_path(config: TrainConfig) -> str | None:
-    """Returns where a model says how many equal blocks it has, None if nowhere."""
+    """Returns the path of the field with a model's number of blocks, None if none."""
     leaves = mistakes.list_leaves(config.model, "model.")
     found = [
         path
@@ -212,7 +212,7 @@ def depth_path(config: TrainConfig) -> str | None:
 
 
 def remat_path(config: TrainConfig) -> str:
-    """Returns where a model says what it computes twice, '' if nowhere."""
+    """Returns the path of a model's rematerialisation field, '' if none."""
     leaves = mistakes.list_leaves(config.model, "model.")
     return next((path for path, _, _ in leaves if path.endswith(".remat")), "")
 

@@ -1,4 +1,4 @@
-"""The model bound to parameters, random keys and mode: what an objective calls."""
+"""Binds a model to parameters, random keys and mode, for objectives to call."""
 
 import inspect
 from collections.abc import Callable
@@ -13,7 +13,7 @@ from big_vision_lite.types import Array, Model
 
 
 class BoundModel:
-    """What an objective calls as `forward(**inputs)`; see types.Forward.
+    """The model that an objective calls as `forward(**inputs)`; see types.Forward.
 
     Each call folds its ordinal into the random key, so that two views get two dropout
     masks, and hands the collections it changed to the next call. Without `train` there
@@ -49,7 +49,7 @@ class BoundModel:
         """The share of the run that is done: float32, 0 at step 1, 1 after the last.
 
         Raises:
-            ValueError: nobody said how long the run is.
+            ValueError: the length of the run is unknown.
         """
         if self._progress is None:
             raise ValueError(

@@ -25,7 +25,7 @@ from big_vision_lite.types import Params, Schedule
 
 
 class MomentumDtype(enum.StrEnum):
-    """How the average of gradients is stored; the second moment is always float32.
+    """The dtype of the first moment; the second moment is always float32.
 
     Optax takes the average's decay in this dtype too: in bfloat16, 0.9 acts as 0.8984
     (as it does wherever optax's `mu_dtype` or `accumulator_dtype` is used).
@@ -194,7 +194,7 @@ class Adafactor:
 
 @runtime_checkable
 class _Config(Protocol):
-    """What the optimisers of this file share."""
+    """The fields that the optimisers of this file share."""
 
     schedule: Schedule
     weight_decay: float

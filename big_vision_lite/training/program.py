@@ -1,4 +1,4 @@
-"""What a recipe becomes on a mesh: the state's blueprint and the compiled step."""
+"""Builds a recipe's program on a mesh: the abstract state and the train step."""
 
 import dataclasses
 import functools
@@ -136,7 +136,7 @@ def build(
 
 
 class CountingForward:
-    """A `forward` for objectives that computes nothing and counts what it would cost.
+    """A `forward` for objectives that only counts FLOPs and returns shapes.
 
     `flops` are those of the products so far, `outputs` the shapes that came back.
     Trained parameters cost forward and backward, frozen and averaged ones forward. A
@@ -237,7 +237,7 @@ def check_head(
     outputs: Mapping[str, Any],
     names: tuple[str, ...] | None,
 ) -> None:
-    """Refuses a head that has not one output for every class of the data.
+    """Checks that the head has one output for every class of the data.
 
     A label that no output stands for would train as an image without a label. Where
     nobody knows the `names` of the classes, the labels need fit the head only.

@@ -18,7 +18,7 @@ from big_vision_lite.types import Array, Model, Params
 
 @struct.dataclass
 class TrainState:
-    """Everything a step reads and writes; what a checkpoint holds.
+    """The train state: everything a step reads and writes and a checkpoint holds.
 
     `step` counts finished updates (int32). `frozen` parameters get no gradient and no
     optimiser state. `collections` are batch statistics, queues and the like. `ema` is
@@ -214,7 +214,7 @@ def create(
 
 
 def check_same(expected: TrainState, state: TrainState) -> None:
-    """Refuses a state whose shapes, dtypes or shardings would compile a second step."""
+    """Asserts that a state's shapes, dtypes and shardings need no second compile."""
     for (name, want), have in zip(
         trees.flatten(expected).items(), jax.tree.leaves(state), strict=True
     ):

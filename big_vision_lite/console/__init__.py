@@ -1,1 +1,1 @@
-"""What a user sees in the terminal: progress, tables, charts."""
+"""Shows progress, tables and charts in the terminal."""

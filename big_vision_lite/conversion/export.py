@@ -24,7 +24,7 @@ SAFETENSORS = "model.safetensors"
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Exported:
-    """What the other side needs, before it is written.
+    """The content of an export, before it is written.
 
     `arrays` {name: float32} in its names, `form` whose they are, `entries` its table
     for this model, `described` how it builds the model (see Format.describe), `files`

@@ -53,7 +53,7 @@ def read(path: str) -> Weights:
 
 
 def is_foreign(path: str) -> bool:
-    """Says whether a path names weights of another library, not a run of ours."""
+    """Returns whether a path names weights of another library, not one of our runs."""
     if path.startswith(HUB):
         return True
     given = pathlib.Path(path).expanduser()

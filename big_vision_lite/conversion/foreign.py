@@ -21,7 +21,7 @@ PREPROCESSING = "preprocessing"
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Foreign:
-    """What a weight file gives.
+    """A model read from a weight file.
 
     `variables` are our {name: float32 array}, batch statistics as "batch_stats/...".
     `model` has the scaling of pixels (mean, std) that the weights were trained with,
@@ -43,7 +43,7 @@ class Foreign:
 
     @property
     def origin(self) -> dict[str, Any]:
-        """Says where the weights came from, for manifests."""
+        """Returns the origin of the weights, for manifests."""
         return {"path": self.path, "format": self.format, "licence": self.licence}
 
 

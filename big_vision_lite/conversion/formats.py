@@ -1,4 +1,4 @@
-"""What a format is: one family of models in the names and layout of one library."""
+"""Formats: one family of models in the names and layout of one library."""
 
 import dataclasses
 import enum

@@ -1,4 +1,4 @@
-"""How images become the input of a model that was trained elsewhere, as our ops."""
+"""Translates the preprocessing of other libraries into our ops."""
 
 import dataclasses
 import json
@@ -63,7 +63,7 @@ class Preprocessing:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Assumed:
-    """What is assumed of weights without a preprocessing; `words` say it to the user.
+    """The preprocessing assumed where weights bring none; `words` tell the user.
 
     `make(image_size, channels)` gets None for a size that the weights leave open.
     `words_of_colour` are added for images of 3 channels.
@@ -232,7 +232,7 @@ def _in_full(config: Mapping[str, Any]) -> dict[str, Any]:
 
 
 class _Sizes(NamedTuple):
-    """What is resized to, one of two or neither, and what is cut out of that."""
+    """The resize, to one or two sides or none, and the crop after it."""
 
     short: int | None
     squash: Size | None

@@ -198,7 +198,7 @@ def _inexact(
     long_side: Rounding,
     offset: Rounding,
 ) -> tuple[str, ...]:
-    """Says what is computed otherwise where sides and offsets round as given."""
+    """Returns the note on sides and offsets that round differently."""
     said = []
     if resize is not None and resize.resampling not in INTERPOLATIONS.values():
         said.append(

@@ -21,7 +21,7 @@ Layout = Callable[[str, Sequence[str], Sequence[Shape]], Entry]
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class To:
-    """Where a row leads when its layout is not that of the dialect."""
+    """The target of a row whose layout differs from the dialect's."""
 
     theirs: str
     layout: Layout
@@ -37,7 +37,7 @@ Rows = Mapping[Any, str | To]
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Dialect:
-    """How a library names and lays out the leaves of a module.
+    """The names and layouts that a library gives to the leaves of a module.
 
     `leaves` {ours: theirs}, `norms` those of modules with a scale. `counter` is a
     number of batches beside running statistics, which nothing here reads.

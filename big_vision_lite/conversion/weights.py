@@ -1,4 +1,4 @@
-"""What a file of another library holds, before it is understood."""
+"""The content of a file of another library, before its format is known."""
 
 import dataclasses
 import re
@@ -14,7 +14,7 @@ from big_vision_lite.models.blocks.heads import Classifier
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Weights:
-    """What a file or folder of another library holds, before it is understood.
+    """The content of a file or folder of another library, its format unknown.
 
     `arrays` as stored, without the wrappers that checkpoints of training scripts add.
     `config` and `preprocessor` are the config.json and preprocessor_config.json beside

@@ -19,7 +19,7 @@ _SMALLEST, _LARGEST = -(2**31), 2**31 - 1  # of int32
 
 @dataclasses.dataclass
 class Report:
-    """What happened while a batch was made, besides its arrays.
+    """Counts and times of making a batch, besides its arrays.
 
     `stages` maps the name of a stage to the CPU seconds it took for the images that
     were timed, and their number.
@@ -132,7 +132,7 @@ def _is_numeric(value: Any) -> bool:
 
 
 def _not_numeric(key: str, example: Example) -> str:
-    """Says what to do about text, bytes and the like."""
+    """Returns the remedy for text, bytes and the like."""
     came = f'"{key}" is {type(example[key]).__name__} after the last op, not an array'
     if key in ("image", "mask"):
         return f"{came} of pixels. Put an op that decodes first, such as Decode()."

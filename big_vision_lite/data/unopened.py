@@ -1,4 +1,4 @@
-"""What is known of training data that is not opened: its examples, and their shapes.
+"""Derives counts and shapes of training data without opening it.
 
 A plan needs no data: an image that was never taken goes through the recipe's ops.
 """

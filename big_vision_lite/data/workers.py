@@ -154,7 +154,7 @@ class ProcessWorkers:
 
 
 class WholeBatches:
-    """What a worker process runs: makes the whole batch of one step."""
+    """Makes the whole batch of one step, in a worker process."""
 
     def __init__(self, maker: BatchMaker, rows: Sequence[int], threads: int):
         self._maker = maker

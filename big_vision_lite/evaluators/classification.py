@@ -22,7 +22,7 @@ COLUMNS = ("step", "class", "count", "correct", "accuracy")
 
 
 class MatchClasses(enum.StrEnum):
-    """How a source's labels are matched to the model's classes."""
+    """The way in which a source's labels are matched to the model's classes."""
 
     BY_NAME = "by_name"
     # For the same classes under other names ("tench", "n01440764").

@@ -222,7 +222,7 @@ def _make_elements(argv: Sequence[str], config: Any) -> list[str]:
 
 
 def _check_one(count: int, name: str, word: str) -> None:
-    """Refuses an override of a tuple's only element where it has none or several."""
+    """Raises an error for an unindexed override of a tuple without exactly one item."""
     if count != 1:
         _, _, rest = word.partition(f"config.{name}.")
         raise ValueError(

@@ -207,7 +207,7 @@ def unknown_key(
 
 
 def _too_far(path: str, known: Sequence[str]) -> str | None:
-    """Says how many parts there are, where an index is beyond the last."""
+    """Returns the number of elements, where an index is beyond the last."""
     for found in re.finditer(r"\[(\d+)\]", path):
         whole = path[: found.start()]
         given = [re.match(rf"{re.escape(whole)}\[(\d+)\]", name) for name in known]

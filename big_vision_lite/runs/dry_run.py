@@ -104,7 +104,7 @@ def _batch_lines(spec: Any) -> list[str]:
 
 
 def _memory(found: Estimate) -> str:
-    """Says what the compiled step needs at its peak."""
+    """Returns the line on the compiled step's peak memory."""
     later = ("activations and gradients", "program")
     state = sum(size for kind, size in found.memory.items() if kind not in later)
     rest = found.memory.get("activations and gradients", 0)
@@ -119,7 +119,7 @@ def _memory(found: Estimate) -> str:
 
 
 def _times(found: Estimate, num_steps: int) -> list[str]:
-    """Says how fast a step may be, of devices whose rates are known."""
+    """Returns the line on the roofline of a step, for devices with known rates."""
     if found.step_seconds is None:
         return []
     return [

@@ -152,7 +152,7 @@ class RunFolder:
             self._say_what_moved(old, new)
 
     def _say_what_moved(self, old: Mapping[str, Any], new: Mapping[str, Any]) -> None:
-        """Says what of the machine and of the versions is not what it was."""
+        """Returns the changes of machine and versions since the run began."""
         meshes = [
             {name: document["config"].get(name) for name in ("mesh", "sharding")}
             for document in (old, new)

@@ -79,7 +79,7 @@ def resize_channels(kernel: Any, channels: int) -> np.ndarray:
 
 
 def channels_message(model: Family, old: int, new: int) -> str:
-    """Says what `resize_channels` does with the kernel of `model` on the image."""
+    """Returns the line on what `resize_channels` does to the input kernel."""
     if new == 1:
         done = "weights summed, so that gray images give what they gave"
     elif new < old:

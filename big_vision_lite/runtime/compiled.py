@@ -78,7 +78,7 @@ class Memory:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Figures:
-    """What a compiler made of one program; of TPUs also cycles."""
+    """The figures of one compiled program; cycles on TPUs only."""
 
     memory: Memory
     bytes_moved: int

@@ -1,4 +1,4 @@
-"""What a run does only where it computes on a CPU: XLA:CPU, malloc, Python's garbage.
+"""Tunes runs on a CPU, and only those: XLA:CPU, malloc, garbage collection.
 
 The loop, the step and the models do not know it; `program` applies it.
 """

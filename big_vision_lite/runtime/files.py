@@ -19,7 +19,7 @@ def absolute(path: str | epath.Path) -> epath.Path:
 
 
 def is_writable(folder: epath.Path) -> bool:
-    """Says whether files can be made in `folder`; of a remote one that shows later."""
+    """Returns whether `folder` is writable; a remote one is assumed to be."""
     return is_remote(folder) or os.access(folder, os.W_OK)
 
 

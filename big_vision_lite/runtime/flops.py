@@ -72,7 +72,7 @@ def count_training(jaxpr: Any, kinds: Sequence["Kind"]) -> int:
 
 
 class Kind(enum.IntEnum):
-    """What a value depends on; of several the largest counts."""
+    """The kind of value that another depends on; the largest of several counts."""
 
     FIXED = 0  # on parameters without a gradient alone
     DATA = 1

@@ -27,7 +27,7 @@ Signature = tuple[tuple[str, tuple[int, ...]], ...]
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Work:
-    """What a kernel computes: FLOPs of its products, and exponentials."""
+    """The work of a kernel: FLOPs of its products, and exponentials."""
 
     flops: int = 0
     exponentials: int = 0

@@ -45,7 +45,7 @@ def check_batch_size(
     *,
     option: str = "--config.data.batch_size",
 ) -> None:
-    """Refuses a batch that does not give every device the same number of rows.
+    """Raises ValueError for a batch that does not divide evenly over the devices.
 
     `option` is what chooses the size.
 

@@ -21,7 +21,7 @@ CUDA_PLUGINS = ("jax_plugins.xla_cuda12", "jax_plugins.xla_cuda13")
 
 
 def hide_without_devices(root: pathlib.Path = pathlib.Path("/")) -> None:
-    """Has JAX find no compiler of a device that this machine does not have.
+    """Hides compilers of devices that this machine does not have from JAX.
 
     To be called before JAX is imported: its modules load the CUDA wheel's.
     """
@@ -59,7 +59,7 @@ def importable(name: str) -> bool:
 
 
 def compilers_installed() -> bool:
-    """Says whether the compilers of TPUs and GPUs are there, hidden or not."""
+    """Returns whether the compilers of TPUs and GPUs are installed, hidden or not."""
     try:
         for name in ("libtpu", "jax-cuda12-plugin", "jax-cuda12-pjrt"):
             importlib.metadata.version(name)

@@ -77,7 +77,7 @@ def gather(*values: bool | float) -> list[tuple[float, ...]]:
 
 @contextlib.contextmanager
 def named_losses() -> Iterator[None]:
-    """Says in words that another process is gone, where a library says how it noticed.
+    """Replaces a library's error about a lost process by a sentence.
 
     Raises:
         OtherProcessFailed: in place of an error of the connection to it.
@@ -168,7 +168,7 @@ class StopSignal:
         return self.received
 
     def agreed(self, step: int) -> bool:
-        """Says whether all processes stop after `step`; to be asked after every step.
+        """Returns whether all processes stop after `step`; call it after every step.
 
         One process decides at once. Several ask each other about every 5 seconds, at
         the same steps, so that all save the same one.

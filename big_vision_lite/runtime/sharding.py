@@ -24,7 +24,7 @@ OPTIMIZER_STATE = "opt_state/"
 
 
 class Layout(enum.StrEnum):
-    """Where a parameter lives, and with it its average and its optimiser's state."""
+    """The layout of a parameter, its average and its optimizer state over the mesh."""
 
     # Split over "fsdp": rows of matrices; else the smallest dimension that divides, the
     # last one only if no other does. Biases and other vectors are whole.
@@ -79,7 +79,7 @@ TENSOR_PARALLEL_VIT = (
 
 @dataclasses.dataclass(kw_only=True)
 class Mesh:
-    """How many devices each axis has; -1 stands for the rest of them.
+    """The number of devices on each axis; -1 stands for the remaining ones.
 
     Rows of the batch are spread over "data" and "fsdp", parameters over "fsdp". Devices
     along "tensor" have the same rows; rules of a tensor layout split layers over them.
@@ -299,7 +299,7 @@ def _partition(axes: Sequence[str | None]) -> PartitionSpec:
 def _check_tensor(
     parameters: Mapping[str, Any], layouts: Mapping[str, Any], mesh: jax.sharding.Mesh
 ) -> None:
-    """Refuses tensor layouts of parameters that do not divide over the axis.
+    """Raises ValueError for tensor layouts whose axis does not divide the parameter.
 
     Raises:
         ValueError: names all of them.

@@ -179,7 +179,7 @@ def _meet(who: str, where: str, **arguments: Any) -> None:
 
 
 def _own_gpus() -> bool:
-    """Says whether no other Slurm task on this node sees the GPUs of this one."""
+    """Returns whether this Slurm task alone sees its GPUs on this node."""
     tasks, nodes = (
         int(os.environ.get(f"SLURM_{name}", 0)) for name in ("NTASKS", "NNODES")
     )
@@ -198,7 +198,7 @@ def _on_tpu_vm(dev: pathlib.Path = pathlib.Path("/dev")) -> bool:
 def check_not_idle(
     platform_flag: str, proc: pathlib.Path = pathlib.Path("/proc")
 ) -> None:
-    """Refuses to run on a CPU beside a GPU that JAX was not installed for."""
+    """Raises ValueError where JAX would ignore a GPU of this machine."""
     driver = proc / "driver" / "nvidia" / "version"
     if not driver.exists() or jax.default_backend() != "cpu":
         return

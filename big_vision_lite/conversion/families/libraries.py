@@ -1,4 +1,4 @@
-"""What every family tells timm, torchvision and Hugging Face to build its models."""
+"""The arguments with which timm, torchvision and Hugging Face build a model."""
 
 from typing import Any
 

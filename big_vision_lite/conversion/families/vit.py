@@ -1,4 +1,4 @@
-"""What the formats of ViTs share: which fields a library has, tokens and positions."""
+"""The common part of all ViT formats: fields, tokens and positions."""
 
 import dataclasses
 from collections.abc import Mapping, Sequence
@@ -41,7 +41,7 @@ def requires(*free: str, **values: Any) -> dict[str, Any]:
 
 
 def check_square(name: str, size: tuple[int, int]) -> None:
-    """Refuses images that are no squares, for the format of a name."""
+    """Raises ValueError for images that are not square."""
     height, width = size
     if height != width:
         raise ValueError(

@@ -1,4 +1,4 @@
-"""What the shapes of timm's ViTs do not settle: heads, GELU, pooling, image size."""
+"""Reads from timm's configuration what shapes leave open: heads, GELU, pooling."""
 
 import math
 import re
@@ -142,7 +142,7 @@ def activation_of(weights: Weights, gated: bool) -> Found:
 
 
 class Placed(NamedTuple):
-    """What positions say; `image_size` is (height, width) in px, None without any."""
+    """The grid of positions; `image_size` is (height, width) in px, or None."""
 
     positions: Positions
     image_size: tuple[int, int] | None

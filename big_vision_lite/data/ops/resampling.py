@@ -1,4 +1,4 @@
-"""Where to crop, how to resize and warp: plain functions on uint8 images [H, W, C]."""
+"""Crops, resizes and warps uint8 images [H, W, C]: plain functions."""
 
 import enum
 import math
@@ -11,7 +11,7 @@ from big_vision_lite.data.ops.decode import check_pixels
 
 
 class Resampling(enum.StrEnum):
-    """How pixels are read at a new size; results are rounded to the nearest integer.
+    """The interpolation of a resize; results are rounded to the nearest integer.
 
     BILINEAR   2x2 taps at half-pixel centres whatever the scale, no antialias: what
                TensorFlow and big_vision do, but they truncate where we round, so
@@ -35,7 +35,7 @@ class Resampling(enum.StrEnum):
 
 
 class Rounding(enum.StrEnum):
-    """What becomes of half a pixel."""
+    """The rounding of half pixels."""
 
     # Halves go to the even neighbour.
     NEAREST = "nearest"

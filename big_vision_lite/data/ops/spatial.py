@@ -1,4 +1,4 @@
-"""What moves with an image: its mask and its boxes.
+"""Moves the mask and boxes of an image with it.
 
 A geometric op draws once, moves the pixels of the image its own way and says how in one
 of three words: `Window`, `Mirror` or `Warp`. `moved` does the same to the other keys.

@@ -78,7 +78,7 @@ class InMemory:
         return example
 
     def name(self, index: SupportsIndex) -> str:
-        """Says which row of the array."""
+        """Returns the row, for messages."""
         return f"image {range(len(self))[index]} of an array"
 
 
@@ -179,7 +179,7 @@ class Digits:
         return {"image": images[index].copy(), "label": int(labels[index])}
 
     def name(self, index: SupportsIndex) -> str:
-        """Says which digit of which split."""
+        """Returns digit and split, for messages."""
         return f"digits {self.split}: image {range(len(self))[index]}"
 
     def __getstate__(self) -> dict[str, Any]:

@@ -64,7 +64,7 @@ class ImageFolder:
 
     @property
     def skipped(self) -> str:
-        """Says what the listed folders hold beside images: counts by kind."""
+        """Returns the files besides images in the listed folders: counts by kind."""
         return str(self._listing.skipped)
 
     @functools.cached_property

@@ -60,7 +60,7 @@ SPLIT_FOLDERS = {
 
 
 class Skipped(collections.Counter[str]):
-    """What a folder holds beside its images: counts by kind."""
+    """The other files of an image folder: counts by kind."""
 
     def __str__(self) -> str:
         kinds = [f"{count} {kind}" for kind, count in sorted(self.items())]

@@ -28,7 +28,7 @@ from big_vision_lite.runtime import layout
 
 
 class Attention(enum.StrEnum):
-    """Who computes softmax(q k / sqrt(D)) v."""
+    """The implementation of softmax(q k / sqrt(D)) v."""
 
     # The fastest that the accelerator has and that takes these arrays; see `choose`.
     AUTO = "auto"
@@ -42,7 +42,7 @@ class Attention(enum.StrEnum):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Shapes:
-    """What a call attends with: `queries` of N and `memory` of M tokens."""
+    """The shapes of an attention call: `queries` of N and `memory` of M tokens."""
 
     dtype: str
     queries: int
@@ -53,7 +53,7 @@ class Shapes:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Choice:
-    """Who attends on a platform, and why it is not the platform's fused kernel."""
+    """The implementation chosen for a platform, and why it is not the fused kernel."""
 
     attention: Attention
     reason: str | None = None
@@ -79,7 +79,7 @@ def calls() -> Iterator[dict[tuple[Attention, Shapes], None]]:
 def describe(
     found: dict[tuple[Attention, Shapes], None], platform: str, device_kind: str
 ) -> list[str]:
-    """Says in a line for each kind of call who attends on `platform`."""
+    """Returns a line for each kind of call: the implementation on `platform`."""
     lines = []
     for wanted, shapes in found:
         choice = Choice(attention=wanted)
@@ -312,7 +312,7 @@ def _platform() -> str:
 
 
 def _no_cudnn() -> str | None:
-    """Says why JAX cannot trace cuDNN's attention here, None if it can.
+    """Returns why JAX cannot trace cuDNN's attention here, None if it can.
 
     It asks the machine for cuDNN and for a GPU since Ampere while it traces.
     """

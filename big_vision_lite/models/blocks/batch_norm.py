@@ -17,7 +17,7 @@ MOMENTUM = 0.9
 
 
 class Statistics(enum.StrEnum):
-    """What training normalises with; evaluation takes the running averages."""
+    """The statistics of training; evaluation uses the running averages."""
 
     # Mean and variance of the batch, on all devices together.
     BATCH = "batch"

@@ -1,4 +1,4 @@
-"""What every model family shares: compute dtype, pixel scaling, norms."""
+"""Layers of every model family: compute dtype, pixel scaling, norms."""
 
 import dataclasses
 import enum
@@ -20,7 +20,7 @@ class Dtype(enum.StrEnum):
 
 
 class Remat(enum.StrEnum):
-    """What the backward pass recomputes instead of keeping it in memory."""
+    """The activations that the backward pass recomputes instead of storing."""
 
     NONE = "none"
     # Keeps the results of matrix products with weights, recomputes the cheap rest.

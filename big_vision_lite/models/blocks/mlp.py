@@ -11,7 +11,7 @@ from big_vision_lite.runtime import layout
 
 
 class Activation(enum.StrEnum):
-    """What stands between the two layers; the two GELUs differ by up to 5e-4."""
+    """The activation between the two layers; the two GELUs differ by up to 5e-4."""
 
     # The tanh form: big_vision, SigLIP.
     GELU_TANH = "gelu_tanh"

@@ -76,7 +76,7 @@ class PatchEmbedding(nn.Module, kw_only=True):
 
 
 class Positions(enum.StrEnum):
-    """What is added to the tokens of patches."""
+    """The position embedding added to patch tokens."""
 
     # Fixed, arXiv:2205.01580.
     SINCOS = "sincos"

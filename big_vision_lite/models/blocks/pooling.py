@@ -12,7 +12,7 @@ from big_vision_lite.models.blocks.mlp import Activation, Mlp
 
 
 class Pooling(enum.StrEnum):
-    """How a ViT makes one vector of its tokens."""
+    """The reduction of a ViT's tokens to one vector."""
 
     AVERAGE = "average"
     CLASS_TOKEN = "class_token"
@@ -26,7 +26,7 @@ WITH_CLASS_TOKEN = (Pooling.CLASS_TOKEN, Pooling.CLASS_TOKEN_AND_AVERAGE)
 
 
 class FinalNorm(enum.StrEnum):
-    """What the norm after the last block normalises."""
+    """The input of the norm after the last block."""
 
     # Every token, before they are pooled.
     TOKENS = "tokens"

@@ -45,7 +45,7 @@ HEADS_AXIS = "tensor"
 def refusal(
     dtype: str, queries: int, memory: int, num_heads: int, head_dim: int
 ) -> str | None:
-    """Says what of these shapes the kernel does not take, None if it takes them.
+    """Returns why the kernel does not take these shapes, None if it does.
 
     It takes what it was compiled for: by the compiler's schedule it wins wherever it
     was compared. Thousand cycles an image, forward and backward, v5e (libtpu 0.0.42.1),

@@ -14,7 +14,7 @@ Node = Mapping[str, Any]
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class LabelFeature:
-    """Where it lies, names of the classes, whether an example has a list of them."""
+    """The place of a label, its class names, and whether an example has several."""
 
     key: str
     class_names: tuple[str, ...]

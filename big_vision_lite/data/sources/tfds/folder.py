@@ -1,4 +1,4 @@
-"""Where a prepared TFDS set lies: DATA_DIR/NAME[/CONFIG]/VERSION."""
+"""Finds a prepared TFDS set: DATA_DIR/NAME[/CONFIG]/VERSION."""
 
 import os
 import re

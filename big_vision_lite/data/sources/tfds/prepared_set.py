@@ -1,4 +1,4 @@
-"""What a prepared TFDS set holds, and what a split of it means.
+"""Reads the metadata of a prepared TFDS set and resolves its splits.
 
 Read straight from dataset_info.json and features.json: that takes milliseconds, while
 importing tensorflow_datasets takes a second and 60 MB. The layout and the grammar of
@@ -90,7 +90,7 @@ class Range:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class PreparedSet:
-    """What the JSON files of one version folder say."""
+    """The metadata of one version folder, from its JSON files."""
 
     folder: Path
     version: str
@@ -170,7 +170,7 @@ class PreparedSet:
         return Records(parts)
 
     def _too_small(self, split: Split) -> bool:
-        """Says whether some file must be cut short; cheap, for sets of many files."""
+        """Returns whether some file must be truncated; cheap for many files."""
         if self.file_format != "tfrecord":  # the other is compressed
             return False
         sizes = (path.stat().st_size for path, _ in split.shards if path.is_file())

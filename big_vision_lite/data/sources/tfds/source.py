@@ -61,7 +61,7 @@ class Tfds:
 
     @functools.cached_property
     def _values(self) -> dict[str, values.ValueFeature]:
-        """What `keys` names, by the name in the example."""
+        """Returns the features that `keys` names, by their name in the example."""
         opened = self._set
         return {
             name: values.value_feature(opened.features, key, opened.folder)
@@ -123,7 +123,7 @@ class Tfds:
         return example
 
     def name(self, index: SupportsIndex) -> str:
-        """Says set, file and record of example `index`, and its file name if stored."""
+        """Returns set, file, record and any stored file name of example `index`."""
         index = range(len(self))[index]
         file, record = self._records.locate(index)
         place = f"{self.dataset}: record {record} of {file.path.name}"

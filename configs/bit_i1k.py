@@ -57,10 +57,10 @@ def get_config(arg: str = "") -> TrainConfig:
         objective=SoftmaxClassification(),
         data=Stream(
             source=imagenet("train[:99%]"),
-            ops=(DecodeInceptionCrop(size=224), FlipLeftRight()),
+            ops=(DecodeInceptionCrop(size_px=224), FlipLeftRight()),
             batch_size=BATCH_SIZE,
         ),
-        preprocess=(Decode(), ResizeSmall(size=256), CentralCrop(size=224)),
+        preprocess=(Decode(), ResizeSmall(size_px=256), CentralCrop(size_px=224)),
         optimizer=SGD(
             schedule=StepDrops(
                 peak=PEAK,

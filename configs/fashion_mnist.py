@@ -58,7 +58,7 @@ def get_config(arg: str = "") -> TrainConfig:
         # as PIL does it, the model sees the same in timm and Hugging Face.
         preprocess=(
             Decode(channels=1),
-            Resize(size=28, resampling=Resampling.PIL_BILINEAR),
+            Resize(size_px=28, resampling=Resampling.PIL_BILINEAR),
         ),
         optimizer=AdamW(
             schedule=WarmupCosine(peak=1e-3, warmup_steps=num_steps // 20),

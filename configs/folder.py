@@ -78,7 +78,7 @@ def from_checkpoint(
     pretrained = read_run(chosen.init, chosen.allow_module)
     batch_size = chosen.batch or 128
     rule = HyperRule(
-        size=parse_size(str(chosen.size or "keep"), train, pretrained),
+        size_px=parse_size(str(chosen.size or "keep"), train, pretrained),
         num_steps=chosen.steps or None,
         peak=0.003 if batch_size >= 512 else 0.001,
         batch_size=batch_size,
@@ -114,14 +114,14 @@ def from_scratch(
         objective=SoftmaxClassification(),
         data=Stream(
             source=train,
-            ops=(DecodeInceptionCrop(size=size, area_min=0.25), *flip),
+            ops=(DecodeInceptionCrop(size_px=size, area_min=0.25), *flip),
             device_ops=(Mixup(num_classes=num_classes, alpha=0.2),),
             batch_size=batch_size,
         ),
         preprocess=(
             Decode(),
-            ResizeSmall(size=round(size * 8 / 7)),
-            CentralCrop(size=size),
+            ResizeSmall(size_px=round(size * 8 / 7)),
+            CentralCrop(size_px=size),
         ),
         optimizer=AdamW(
             schedule=WarmupCosine(peak=1e-3, warmup_steps=num_steps // 20),

@@ -95,12 +95,12 @@ def get_config(arg: str = "") -> TrainConfig:
         )
 
     # As timm and Hugging Face do it, pixel by pixel.
-    to_size = Resize(size=32, resampling=Resampling.PIL_BILINEAR)
+    to_size = Resize(size_px=32, resampling=Resampling.PIL_BILINEAR)
     digits = FewShotSet(
         name="digits",
         train=Digits(split="train"),
         test=Digits(split="test"),
-        preprocess=(Decode(channels=1), Resize(size=32)),
+        preprocess=(Decode(channels=1), Resize(size_px=32)),
     )
     evaluators: dict[str, Evaluator] = {
         "validation": Classification(
@@ -116,7 +116,7 @@ def get_config(arg: str = "") -> TrainConfig:
             train=fashion("train[:1000]"),
             test=fashion("test"),
             # For the glyphs' 32 px and a small machine, see hyperrule.py.
-            rule=HyperRule(size=32, peak=0.001, batch_size=128),
+            rule=HyperRule(size_px=32, peak=0.001, batch_size=128),
             seeds=(0, 1, 2),
             every_steps=num_steps,
             eval_batch_size=500,
@@ -138,7 +138,7 @@ def get_config(arg: str = "") -> TrainConfig:
                     scale_max=1.4,
                     shear_degrees=8.0,
                 ),
-                RandomLowResolution(side_min=8),
+                RandomLowResolution(side_min_px=8),
             ),
             batch_size=128,
         ),

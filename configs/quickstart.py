@@ -46,7 +46,7 @@ def get_config(arg: str = "") -> TrainConfig:
         # The data are of this size; images that are predicted may be of any.
         preprocess=(
             Decode(channels=1),
-            Resize(size=8, resampling=Resampling.ANTIALIAS),
+            Resize(size_px=8, resampling=Resampling.ANTIALIAS),
         ),
         optimizer=AdamW(schedule=WarmupCosine(peak=3e-3, warmup_steps=40)),
         evaluators={

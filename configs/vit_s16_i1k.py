@@ -64,7 +64,7 @@ def get_config(arg: str = "") -> TrainConfig:
         data=Stream(
             source=imagenet("train[:99%]"),
             ops=(
-                DecodeInceptionCrop(size=chosen.size),
+                DecodeInceptionCrop(size_px=chosen.size),
                 FlipLeftRight(),
                 RandAugment(num_layers=2, magnitude=10),
             ),
@@ -73,8 +73,8 @@ def get_config(arg: str = "") -> TrainConfig:
         ),
         preprocess=(
             Decode(),
-            ResizeSmall(size=chosen.size * 256 // 224),
-            CentralCrop(size=chosen.size),
+            ResizeSmall(size_px=chosen.size * 256 // 224),
+            CentralCrop(size_px=chosen.size),
         ),
         optimizer=AdamW(
             schedule=WarmupCosine(peak=1e-3, warmup_steps=10_000),

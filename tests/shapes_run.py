@@ -111,11 +111,11 @@ def recipe(folder: pathlib.Path, **changes) -> TrainConfig:
         objective=SoftmaxClassification(),
         data=Stream(
             source=train,
-            ops=(Decode(), Resize(size=SIZE), FlipLeftRight()),
+            ops=(Decode(), Resize(size_px=SIZE), FlipLeftRight()),
             batch_size=16,
             threads=2,
         ),
-        preprocess=(Decode(), Resize(size=SIZE)),
+        preprocess=(Decode(), Resize(size_px=SIZE)),
         optimizer=AdamW(schedule=WarmupCosine(peak=1e-2, warmup_steps=2)),
         evaluators={
             "val": Classification(source=val, batch_size=16, every_steps=5),

@@ -161,8 +161,8 @@ import shapes_run
 
 def get_config(folder):
     config = shapes_run.recipe(folder)
-    config.data.ops = (DecodeInceptionCrop(size=16), FlipLeftRight())
-    config.preprocess = (Decode(), ResizeSmall(size=18), CentralCrop(size=16))
+    config.data.ops = (DecodeInceptionCrop(size_px=16), FlipLeftRight())
+    config.preprocess = (Decode(), ResizeSmall(size_px=18), CentralCrop(size_px=16))
     return config
 """
 

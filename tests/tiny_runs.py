@@ -100,7 +100,7 @@ def written_weights(
     fresh = jax.jit(model.init)(jax.random.key(0), image)
     variables = trees.flatten(jax.tree.map(np.asarray, fresh["params"]))
     road = Preprocessing(
-        ops=(Decode(), Resize(size=32)),
+        ops=(Decode(), Resize(size_px=32)),
         mean=model.mean,
         std=model.std,
         image_size=(32, 32),

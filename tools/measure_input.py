@@ -110,7 +110,7 @@ def stream_of(arguments: argparse.Namespace, rest: Sequence[str]) -> Stream:
                 split=arguments.split,
                 data_dir=arguments.data_dir,
             )
-        ops = (DecodeInceptionCrop(size=arguments.size), FlipLeftRight())
+        ops = (DecodeInceptionCrop(size_px=arguments.size), FlipLeftRight())
         stream = Stream(source=source, ops=ops, batch_size=64)
     if arguments.batch_size is not None:
         stream = dataclasses.replace(stream, batch_size=arguments.batch_size)

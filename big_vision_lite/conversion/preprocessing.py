@@ -121,7 +121,7 @@ def from_timm(
         resize: Op = Resize(**resized, resampling=resampling)
     else:
         # Towards a square torchvision resizes, towards other shapes timm itself.
-        down = resized["width"] is None
+        down = resized["width_px"] is None
         rounding = Rounding.DOWN if down else Rounding.NEAREST
         resize = ResizeSmall(**resized, resampling=resampling, rounding=rounding)
     return Preprocessing(
@@ -152,7 +152,7 @@ def from_torchvision(
     return Preprocessing(
         ops=(
             Decode(channels=channels),
-            ResizeSmall(size=short, resampling=resampling, rounding=Rounding.DOWN),
+            ResizeSmall(size_px=short, resampling=resampling, rounding=Rounding.DOWN),
             CentralCrop(**_sides(crop_size), rounding=Rounding.NEAREST),
         ),
         mean=_pixels(IMAGENET_MEAN),
@@ -195,7 +195,7 @@ def from_huggingface(
     steps: list[Op] = [Decode(channels=channels)]
     if short:
         small, down = round(short * scale), Rounding.DOWN
-        steps += [ResizeSmall(size=small, resampling=resampling, rounding=down)]
+        steps += [ResizeSmall(size_px=small, resampling=resampling, rounding=down)]
     elif squash:
         sides = [round(side * scale) for side in squash] if crop else size
         steps += [Resize(**_sides(sides), resampling=resampling)]
@@ -272,7 +272,7 @@ def _resampling(known: Mapping[Any, Resampling], name: Any) -> Resampling:
 
 def _sides(size: Sequence[int]) -> dict[str, Any]:
     height, width = size
-    return {"size": height, "width": None if height == width else width}
+    return {"size_px": height, "width_px": None if height == width else width}
 
 
 def _pixels(values: Sequence[float], factor: float = 1 / 255) -> tuple[float, ...]:

@@ -81,16 +81,16 @@ def to_torchvision(preprocessing: Preprocessing) -> Written:
     """
     resize, crop = _steps(preprocessing.ops)
     height, width = preprocessing.image_size
-    if not isinstance(resize, ResizeSmall) or resize.width or height != width:
+    if not isinstance(resize, ResizeSmall) or resize.width_px or height != width:
         raise ValueError(
             "torchvision's preset resizes the short side and cuts a square; use "
-            "ResizeSmall(size=...) and CentralCrop(size=...), or export it with "
+            "ResizeSmall(size_px=...) and CentralCrop(size_px=...), or export it with "
             "--to timm."
         )
     return Written(
         config={
             "crop_size": height,
-            "resize_size": resize.size,
+            "resize_size": resize.size_px,
             "interpolation": _filter(resize),
             "mean": _unit(preprocessing.mean, 3),
             "std": _unit(preprocessing.std, 3),
@@ -111,12 +111,12 @@ def to_huggingface(preprocessing: Preprocessing, channels: int = 3) -> Written:
     resize, crop = _steps(preprocessing.ops)
     height, width = preprocessing.image_size
     if isinstance(resize, ResizeSmall):
-        if resize.width is not None:
+        if resize.width_px is not None:
             raise ValueError(
                 "Hugging Face resizes the short side, or both, never to cover a shape; "
                 "use ResizeSmall without width, or Resize."
             )
-        sides = {"shortest_edge": resize.size}
+        sides = {"shortest_edge": resize.size_px}
     else:
         sides = dict(
             zip(("height", "width"), _resized(resize, (height, width)), strict=True)

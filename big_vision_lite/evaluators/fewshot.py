@@ -237,5 +237,5 @@ def _natural_set(name: str, train: str, test: str, data_dir: str | None) -> FewS
         name=name,
         train=pool,
         test=held_out,
-        preprocess=(Decode(), Resize(size=256), CentralCrop(size=224)),
+        preprocess=(Decode(), Resize(size_px=256), CentralCrop(size_px=224)),
     )

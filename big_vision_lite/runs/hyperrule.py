@@ -46,7 +46,7 @@ class HyperRule:
     """Fine-tuning with SGD 0.9, no decay, no clipping, a zero head; the rest by rule.
 
     By the training images: below 96 x 96 px (median area) they are resized to 160 and
-    cropped to 128 px, else 512 and 480; `size` is another crop (then resized to 5/4
+    cropped to 128 px, else 512 and 480; `size_px` is another crop (then resized to 5/4
     below 128 px, else 7/6). Square, so the aspect is not kept; the evaluation resizes
     straight to the crop. By their number: 500 steps below 20,000, 10,000 below
     500,000, else 20,000; mixup of 0.1 from 20,000 on. `num_steps` is another length,
@@ -56,7 +56,7 @@ class HyperRule:
     `preprocess`, both together, replace the ops from files to the model.
     """
 
-    size: int | None = None
+    size_px: int | None = None
     num_steps: int | None = None
     peak: float = 0.003
     batch_size: int = 512
@@ -70,20 +70,20 @@ class HyperRule:
                 f"HyperRule: num_steps={self.num_steps} has no room for a warm-up and "
                 "three drops; use 5 or more, or none for the rule's."
             )
-        if self.batch_size < 1 or (self.size is not None and self.size < 1):
+        if self.batch_size < 1 or (self.size_px is not None and self.size_px < 1):
             raise ValueError(
-                f"HyperRule: batch_size={self.batch_size} and size={self.size} px must "
-                "be at least 1; size=none follows the rule."
+                f"HyperRule: batch_size={self.batch_size} and size_px={self.size_px} "
+                "must be at least 1; size_px=none follows the rule."
             )
         if (self.ops is None) != (self.preprocess is None):
             raise ValueError(
                 "HyperRule: ops and preprocess go together, so that training and "
                 "evaluation see images of one size; give both or neither."
             )
-        if self.ops is not None and (self.size is not None or not self.flip):
+        if self.ops is not None and (self.size_px is not None or not self.flip):
             raise ValueError(
-                "HyperRule: size and flip do nothing when ops are given; write them "
-                "into the ops, and use size=none, flip=true."
+                "HyperRule: size_px and flip do nothing when ops are given; write them "
+                "into the ops, and use size_px=none, flip=true."
             )
 
     def config(
@@ -158,15 +158,15 @@ class HyperRule:
         if self.ops is not None and self.preprocess is not None:
             return self.ops, self.preprocess
         channels = input_shape(train, pretrained)[-1]
-        crop = self.size or crop_by_area(train)
+        crop = self.size_px or crop_by_area(train)
         flip = (FlipLeftRight(),) if self.flip else ()
         ops = (
             Decode(channels=channels),
-            Resize(size=resize_of(crop)),
-            RandomCrop(size=crop),
+            Resize(size_px=resize_of(crop)),
+            RandomCrop(size_px=crop),
             *flip,
         )
-        return ops, (Decode(channels=channels), Resize(size=crop))
+        return ops, (Decode(channels=channels), Resize(size_px=crop))
 
 
 @dataclasses.dataclass(kw_only=True)

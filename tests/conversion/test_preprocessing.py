@@ -153,23 +153,23 @@ def test_sides_and_offsets_are_rounded_as_torchvision_does():
             ours = crops.short_side_size(image.shape, size, Rounding.DOWN)
             assert ours == theirs
             cut = transforms.CenterCrop(size)(Image.fromarray(image))
-            op = ops.CentralCrop(size=size, rounding=Rounding.NEAREST)
+            op = ops.CentralCrop(size_px=size, rounding=Rounding.NEAREST)
             np.testing.assert_array_equal(road([op], image), np.asarray(cut))
 
 
 def test_the_crop_of_tensorflow_lies_half_a_pixel_elsewhere():
     image = noise(33, 30, 3)
-    down = road([ops.CentralCrop(size=30)], image)
-    nearest = road([ops.CentralCrop(size=30, rounding=Rounding.NEAREST)], image)
+    down = road([ops.CentralCrop(size_px=30)], image)
+    nearest = road([ops.CentralCrop(size_px=30, rounding=Rounding.NEAREST)], image)
     np.testing.assert_array_equal(down, image[1:31])
     np.testing.assert_array_equal(nearest, image[2:32])
 
 
 def test_a_resize_to_a_square_is_not_a_resize_of_the_short_side():
-    crop = ops.CentralCrop(size=224)
+    crop = ops.CentralCrop(size_px=224)
     square, short = (
         road([resize, crop], CHINA).astype(int)
-        for resize in (ops.Resize(size=256), ops.ResizeSmall(size=256))
+        for resize in (ops.Resize(size_px=256), ops.ResizeSmall(size_px=256))
     )
     assert np.abs(square - short).mean() > 10
 
@@ -213,20 +213,20 @@ def test_every_resize_has_a_crop_pct(mode):
         for resize in range(crop, crop * 2, 7):
             op = ops.ResizeSmall if mode == "center" else ops.Resize
             found = preprocessing.Preprocessing(
-                ops=(ops.Decode(), op(size=resize), ops.CentralCrop(size=crop)),
+                ops=(ops.Decode(), op(size_px=resize), ops.CentralCrop(size_px=crop)),
                 mean=(127.5,),
                 std=(127.5,),
                 image_size=(crop, crop),
             )
             config = preprocessing_export.to_timm(found).config
-            assert preprocessing.from_timm(config).ops[1].size == resize
+            assert preprocessing.from_timm(config).ops[1].size_px == resize
             assert config["crop_mode"] == mode
 
 
 def test_what_timm_computes_otherwise_is_said():
     ours = preprocessing.from_big_vision((224, 224))
     assert "pil" in str(preprocessing_export.to_timm(ours).inexact).lower()
-    few_shot = (ops.Decode(), ops.Resize(size=256), ops.CentralCrop(size=224))
+    few_shot = (ops.Decode(), ops.Resize(size_px=256), ops.CentralCrop(size_px=224))
     assert (
         len(
             preprocessing_export.to_timm(
@@ -322,11 +322,11 @@ def test_the_first_forms_of_a_preprocessor_are_read():
     vit = preprocessing.from_huggingface(
         {"feature_extractor_type": "ViTFeatureExtractor", "size": 224, "resample": 2}
     )
-    assert vit.ops[1] == ops.Resize(size=224, resampling=Resampling.PIL_BILINEAR)
+    assert vit.ops[1] == ops.Resize(size_px=224, resampling=Resampling.PIL_BILINEAR)
     resnet = preprocessing.from_huggingface(
         {"feature_extractor_type": "ConvNextFeatureExtractor", "size": 224}
     )
-    assert resnet.ops[1].size == 256 and resnet.ops[2].size == 224
+    assert resnet.ops[1].size_px == 256 and resnet.ops[2].size_px == 224
 
 
 # What comes with weights
@@ -344,11 +344,11 @@ def test_what_the_weights_fix_wins_and_is_said():
     stored = {"size": {"shortest_edge": 256}, "crop_size": 224, "do_center_crop": True}
     found = preprocessing.read(weights(preprocessor=stored), OTHER, (518, 518))
     assert found.image_size == (518, 518)
-    assert (found.ops[1].size, found.ops[2].size) == (592, 518)
+    assert (found.ops[1].size_px, found.ops[2].size_px) == (592, 518)
     assert "224x224" in found.notes[0] and "518x518" in found.notes[0]
     config = {"pretrained_cfg": {"input_size": [3, 224, 224], "crop_pct": 0.875}}
     found = preprocessing.read(weights(config=config), OTHER, (384, 384))
-    assert (found.ops[1].size, found.ops[2].size) == (438, 384)
+    assert (found.ops[1].size_px, found.ops[2].size_px) == (438, 384)
     assert preprocessing.read(weights(config=config), OTHER, None).notes == ()
 
 
@@ -438,13 +438,14 @@ def test_what_has_no_counterpart_is_refused():
         )
 
     covering = made(
-        ops.ResizeSmall(size=64, width=128), ops.CentralCrop(size=64, width=128)
+        ops.ResizeSmall(size_px=64, width_px=128),
+        ops.CentralCrop(size_px=64, width_px=128),
     )
     with pytest.raises(ValueError, match="never to cover a shape"):
         preprocessing_export.to_huggingface(covering)
     with pytest.raises(ValueError, match="cuts a square"):
-        preprocessing_export.to_torchvision(made(ops.Resize(size=224)))
-    for steps in ((ops.Invert(),), (ops.ResizeSmall(size=256),)):
+        preprocessing_export.to_torchvision(made(ops.Resize(size_px=224)))
+    for steps in ((ops.Invert(),), (ops.ResizeSmall(size_px=256),)):
         with pytest.raises(ValueError, match="no counterpart elsewhere"):
             preprocessing_export.to_timm(made(*steps))
 

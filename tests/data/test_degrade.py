@@ -7,7 +7,7 @@ from big_vision_lite.data.ops.colour import RandomLowResolution
 
 
 def worse(image: np.ndarray, side_min: int, seed: int = 0) -> np.ndarray:
-    op = RandomLowResolution(side_min=side_min)
+    op = RandomLowResolution(side_min_px=side_min)
     return op({"image": image, "label": 0}, np.random.default_rng(seed))["image"]
 
 
@@ -38,5 +38,5 @@ def test_flat_images_stay_and_detail_goes():
 
 
 def test_no_size_is_refused():
-    with pytest.raises(ValueError, match="side_min=0 is no size"):
-        RandomLowResolution(side_min=0)
+    with pytest.raises(ValueError, match="side_min_px=0 is no size"):
+        RandomLowResolution(side_min_px=0)

@@ -192,7 +192,7 @@ def test_keys_reach_a_batch_decoded_and_padded(written):
     assert source.class_names == ()
     chain = (
         ops.Decode(),
-        ops.InceptionCrop(size=16),
+        ops.InceptionCrop(size_px=16),
         ops.Pad(key="boxes", length=3),
         ops.Pad(key="box_label", length=3, value=-1.0),
     )

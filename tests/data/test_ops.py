@@ -225,10 +225,10 @@ def test_padding_around_the_end_of_a_jpeg_is_no_damage():
 def test_long_thin_images_below_the_limit_decode():
     line = png(30_000, 1, 8, 0, bytes(30_001))
     assert decode(line).shape == (1, 30_000, 3)
-    assert apply(ops.DecodeInceptionCrop(size=8), line).shape == (8, 8, 3)
-    assert apply(ops.Resize(size=8, width=4), decode(line)).shape == (8, 4, 3)
+    assert apply(ops.DecodeInceptionCrop(size_px=8), line).shape == (8, 8, 3)
+    assert apply(ops.Resize(size_px=8, width_px=4), decode(line)).shape == (8, 4, 3)
     with pytest.raises(UndecodableImage, match="resized"):
-        apply(ops.ResizeSmall(size=256), decode(line))
+        apply(ops.ResizeSmall(size_px=256), decode(line))
     assert MAX_PIXELS > 12_000 * 9_000  # a camera of 100 megapixels
 
 
@@ -262,14 +262,17 @@ def test_arrays_that_are_no_uint8_image_are_a_mistake_of_the_source(image, messa
     "make, message",
     [
         (lambda: ops.Decode(channels=4), "channels=4"),
-        (lambda: ops.DecodeInceptionCrop(size=8, channels=2), "channels=2"),
-        (lambda: ops.InceptionCrop(size=0), "size=0"),
-        (lambda: ops.Resize(size=8, width=-1), "width=-1"),
-        (lambda: ops.ResizeSmall(size=-3), "size=-3"),
-        (lambda: ops.InceptionCrop(size=8, area_min=0.0), "area_min"),
-        (lambda: ops.RandomResizedCrop(size=8, area_min=0.5, area_max=0.2), "area_max"),
-        (lambda: ops.InceptionCrop(size=8, area_max=100.0), "fractions"),
-        (lambda: ops.RandomCrop(size=8, padding=-1), "padding=-1"),
+        (lambda: ops.DecodeInceptionCrop(size_px=8, channels=2), "channels=2"),
+        (lambda: ops.InceptionCrop(size_px=0), "size_px=0"),
+        (lambda: ops.Resize(size_px=8, width_px=-1), "width_px=-1"),
+        (lambda: ops.ResizeSmall(size_px=-3), "size_px=-3"),
+        (lambda: ops.InceptionCrop(size_px=8, area_min=0.0), "area_min"),
+        (
+            lambda: ops.RandomResizedCrop(size_px=8, area_min=0.5, area_max=0.2),
+            "area_max",
+        ),
+        (lambda: ops.InceptionCrop(size_px=8, area_max=100.0), "fractions"),
+        (lambda: ops.RandomCrop(size_px=8, padding=-1), "padding=-1"),
         (lambda: ops.RandomAffine(scale_min=0.0), "scale"),
         (lambda: ops.RandomAffine(degrees=-1.0), "degrees=-1"),
         (lambda: ops.RandomAffine(shear_degrees=90.0), "shear_degrees=90"),
@@ -282,7 +285,7 @@ def test_impossible_fields_are_refused(make, message):
 
 
 def test_a_crop_that_does_not_fit_says_what_to_put_before_it():
-    for op in (ops.CentralCrop(size=5), ops.RandomCrop(size=3, width=5)):
+    for op in (ops.CentralCrop(size_px=5), ops.RandomCrop(size_px=3, width_px=5)):
         with pytest.raises(ValueError, match="4 x 4: put ResizeSmall"):
             apply(op, FOUR)
 
@@ -367,11 +370,11 @@ def test_antialias_averages_where_a_side_shrinks_and_is_smooth_where_it_grows():
 @pytest.mark.parametrize(
     "op, antialiased",
     [
-        (ops.Resize(size=4), False),
-        (ops.InceptionCrop(size=4, area_min=1.0), False),
-        (ops.DecodeInceptionCrop(size=4, area_min=1.0), False),
-        (ops.RandomResizedCrop(size=4, area_min=1.0), False),
-        (ops.ResizeSmall(size=4), True),
+        (ops.Resize(size_px=4), False),
+        (ops.InceptionCrop(size_px=4, area_min=1.0), False),
+        (ops.DecodeInceptionCrop(size_px=4, area_min=1.0), False),
+        (ops.RandomResizedCrop(size_px=4, area_min=1.0), False),
+        (ops.ResizeSmall(size_px=4), True),
     ],
     ids=lambda value: "" if isinstance(value, bool) else type(value).__name__,
 )
@@ -397,16 +400,18 @@ def test_pillow_resizes_every_channel_alike(channels):
 
 
 def test_resizing_by_hand():
-    double = apply(ops.Resize(size=8), FOUR)[0, :, 0]
+    double = apply(ops.Resize(size_px=8), FOUR)[0, :, 0]
     exact = [0, 2.5, 7.5, 12.5, 17.5, 22.5, 27.5, 30]
     np.testing.assert_allclose(double, exact, atol=0.5)
-    half = apply(ops.Resize(size=2), FOUR)[..., 0]
+    half = apply(ops.Resize(size_px=2), FOUR)[..., 0]
     np.testing.assert_array_equal(half, [[25, 45], [105, 125]])
-    wide = apply(ops.Resize(size=2, width=4, resampling=Resampling.AREA), FOUR)[..., 0]
+    wide = apply(ops.Resize(size_px=2, width_px=4, resampling=Resampling.AREA), FOUR)[
+        ..., 0
+    ]
     np.testing.assert_array_equal(wide, [[20, 30, 40, 50], [100, 110, 120, 130]])
     flat = np.full((4, 4, 3), 77, np.uint8)
     for resampling in Resampling:
-        out = apply(ops.Resize(size=9, width=3, resampling=resampling), flat)
+        out = apply(ops.Resize(size_px=9, width_px=3, resampling=resampling), flat)
         np.testing.assert_array_equal(out, np.full((9, 3, 3), 77))
 
 
@@ -419,7 +424,7 @@ def test_resize_small_keeps_the_aspect_and_rounds_both_sides():
         ((300, 401), (256, 342)),
     ):
         image = np.zeros((*shape, 3), np.uint8)
-        assert apply(ops.ResizeSmall(size=256), image).shape == (*expected, 3)
+        assert apply(ops.ResizeSmall(size_px=256), image).shape == (*expected, 3)
 
 
 # Crops
@@ -427,19 +432,20 @@ def test_resize_small_keeps_the_aspect_and_rounds_both_sides():
 
 def test_central_crop_takes_floor_offsets():
     np.testing.assert_array_equal(
-        apply(ops.CentralCrop(size=2), FOUR)[..., 0], [[50, 60], [90, 100]]
+        apply(ops.CentralCrop(size_px=2), FOUR)[..., 0], [[50, 60], [90, 100]]
     )
     np.testing.assert_array_equal(
-        apply(ops.CentralCrop(size=1), FOUR)[..., 0], [[50]]
+        apply(ops.CentralCrop(size_px=1), FOUR)[..., 0], [[50]]
     )  # (4 - 1) // 2 = 1
     np.testing.assert_array_equal(
-        apply(ops.CentralCrop(size=4, width=3), FOUR)[:, 0, 0], [0, 40, 80, 120]
+        apply(ops.CentralCrop(size_px=4, width_px=3), FOUR)[:, 0, 0], [0, 40, 80, 120]
     )
 
 
 def test_random_crop_reaches_every_offset_and_pads_with_zeros():
     seen = {
-        apply(ops.RandomCrop(size=2), FOUR, seed)[0, 0, 0].item() for seed in range(200)
+        apply(ops.RandomCrop(size_px=2), FOUR, seed)[0, 0, 0].item()
+        for seed in range(200)
     }
     assert seen == {0, 10, 20, 40, 50, 60, 80, 90, 100}
     padded = np.pad(FOUR, ((1, 1), (1, 1), (0, 0)))
@@ -448,7 +454,7 @@ def test_random_crop_reaches_every_offset_and_pads_with_zeros():
         for top in range(3)
         for left in range(3)
     }
-    op = ops.RandomCrop(size=4, padding=1)
+    op = ops.RandomCrop(size_px=4, padding=1)
     assert {apply(op, FOUR, seed).tobytes() for seed in range(100)} == windows
 
 
@@ -510,8 +516,8 @@ def test_torchvision_crop_falls_back_to_the_centre_of_legal_aspect():
 
 def test_decode_inception_crop_equals_decode_then_inception_crop():
     for seed in range(5):
-        one = apply(ops.DecodeInceptionCrop(size=16, width=24), JPEG, seed)
-        both = apply(ops.InceptionCrop(size=16, width=24), decode(JPEG), seed)
+        one = apply(ops.DecodeInceptionCrop(size_px=16, width_px=24), JPEG, seed)
+        both = apply(ops.InceptionCrop(size_px=16, width_px=24), decode(JPEG), seed)
         np.testing.assert_array_equal(one, both)
         assert one.shape == (16, 24, 3)
 
@@ -519,7 +525,7 @@ def test_decode_inception_crop_equals_decode_then_inception_crop():
 @pytest.mark.parametrize("kind", [ops.InceptionCrop, ops.RandomResizedCrop])
 def test_a_crop_of_the_whole_area_keeps_a_square_image(kind):
     # Only aspect 1 fits: 100 or 10 tries, then the whole image.
-    op = kind(size=4, area_min=1.0, area_max=1.0)
+    op = kind(size_px=4, area_min=1.0, area_max=1.0)
     np.testing.assert_array_equal(apply(op, FOUR), FOUR)
 
 
@@ -604,19 +610,19 @@ def test_keep_drops_other_keys_and_names_missing_ones():
 # All ops
 
 IMAGE_OPS = [
-    ops.InceptionCrop(size=6, width=5),
-    ops.RandomResizedCrop(size=6),
-    ops.Resize(size=6),
-    ops.ResizeSmall(size=6),
-    ops.RandomCrop(size=2, padding=2),
+    ops.InceptionCrop(size_px=6, width_px=5),
+    ops.RandomResizedCrop(size_px=6),
+    ops.Resize(size_px=6),
+    ops.ResizeSmall(size_px=6),
+    ops.RandomCrop(size_px=2, padding=2),
     ops.FlipLeftRight(),
     ops.RandomAffine(shear_degrees=10.0),
     ops.ToGray(),
     ops.ToRgb(),
     ops.Invert(),
-    ops.CentralCrop(size=1),
+    ops.CentralCrop(size_px=1),
     ops.Decode(channels=3),
-    ops.DecodeInceptionCrop(size=6, channels=1),
+    ops.DecodeInceptionCrop(size_px=6, channels=1),
 ]
 
 

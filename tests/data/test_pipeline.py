@@ -481,7 +481,7 @@ class Fails:
             '.png: "image" holds NaN or infinity',
         ),
         (
-            data(ops=(Decode(channels=1), CentralCrop(size=99))),
+            data(ops=(Decode(channels=1), CentralCrop(size_px=99))),
             ValueError,
             r"/digits/\d+\.png: ",
         ),
@@ -650,7 +650,7 @@ def test_memory_does_not_grow(mesh):
         def __getitem__(self, index: int) -> dict[str, object]:
             return {"image": jpeg, "label": 1}
 
-    config = data(Jpegs(), ops=(DecodeInceptionCrop(size=160),), threads=2)
+    config = data(Jpegs(), ops=(DecodeInceptionCrop(size_px=160),), threads=2)
     with pipeline.open_batches(config, 0, mesh) as batches:
         iterator = batches.starting_at(1)
         for _ in range(10):

@@ -15,22 +15,22 @@ from big_vision_lite.data.ops.resampling import Resampling, Rounding
 # Larger than what is cut out of it, and smaller than 256: an index is a pixel value.
 HEIGHT, WIDTH = 90, 120
 ONLY_CROPS = [
-    ops.CentralCrop(size=61, width=44),
-    ops.CentralCrop(size=61, rounding=Rounding.NEAREST),
-    ops.RandomCrop(size=50, width=70),
-    ops.RandomCrop(size=80, padding=13),
+    ops.CentralCrop(size_px=61, width_px=44),
+    ops.CentralCrop(size_px=61, rounding=Rounding.NEAREST),
+    ops.RandomCrop(size_px=50, width_px=70),
+    ops.RandomCrop(size_px=80, padding=13),
     ops.FlipLeftRight(),
 ]
 RESIZING = [
-    ops.InceptionCrop(size=48, width=65),
-    ops.InceptionCrop(size=200, resampling=Resampling.BICUBIC),
-    ops.DecodeInceptionCrop(size=48),
-    ops.RandomResizedCrop(size=48, width=33, resampling=Resampling.ANTIALIAS),
-    ops.Resize(size=45, width=60),
-    ops.Resize(size=180, width=240),
-    ops.Resize(size=37, width=233),
-    ops.ResizeSmall(size=48),
-    ops.ResizeSmall(size=32, width=50, resampling=Resampling.PIL_BICUBIC),
+    ops.InceptionCrop(size_px=48, width_px=65),
+    ops.InceptionCrop(size_px=200, resampling=Resampling.BICUBIC),
+    ops.DecodeInceptionCrop(size_px=48),
+    ops.RandomResizedCrop(size_px=48, width_px=33, resampling=Resampling.ANTIALIAS),
+    ops.Resize(size_px=45, width_px=60),
+    ops.Resize(size_px=180, width_px=240),
+    ops.Resize(size_px=37, width_px=233),
+    ops.ResizeSmall(size_px=48),
+    ops.ResizeSmall(size_px=32, width_px=50, resampling=Resampling.PIL_BICUBIC),
     ops.RandomAffine(degrees=40.0, translate=0.2, scale_min=0.7, shear_degrees=20.0),
 ]
 ALL = ONLY_CROPS + RESIZING
@@ -181,10 +181,10 @@ def test_corners_of_an_affine_that_stay_inside_bound_the_pixels_closely():
 def test_boxes_by_hand():
     image = np.zeros((10, 20, 1), np.uint8)
     boxes = np.array([[0.0, 0.0, 0.5, 0.5], [0.0, 0.0, 1.0, 0.25]], np.float32)
-    cut = ops.CentralCrop(size=10)({"image": image, "boxes": boxes}, rng())["boxes"]
+    cut = ops.CentralCrop(size_px=10)({"image": image, "boxes": boxes}, rng())["boxes"]
     # Columns 5 to 15 are left: the second box ended just there.
     np.testing.assert_allclose(cut, [[0.0, 0.0, 0.5, 0.5], [0, 0, 0, 0]])
-    resized = ops.Resize(size=3)({"image": image, "boxes": boxes}, rng())["boxes"]
+    resized = ops.Resize(size_px=3)({"image": image, "boxes": boxes}, rng())["boxes"]
     np.testing.assert_allclose(resized, boxes, atol=1e-6)
     flip = ops.FlipLeftRight()
     flipped = next(
@@ -199,11 +199,11 @@ def test_a_small_box_survives_in_a_thumbnail():
     image = np.zeros((2000, 2000, 3), np.uint8)
     box = np.array([[1000, 1000, 1001, 1001]], np.float32) / 2000
     example = {"image": image, "boxes": box}
-    found = ops.Resize(size=16)(example, np.random.default_rng(0))["boxes"]
+    found = ops.Resize(size_px=16)(example, np.random.default_rng(0))["boxes"]
     np.testing.assert_allclose(found, box, atol=1e-6)
     # Beside the crop by a rounding is outside of it all the same.
     beside = {"image": image, "boxes": np.array([[0, 0, 0.25, 1]], np.float32)}
-    lower = ops.CentralCrop(size=1000)(beside, np.random.default_rng(0))["boxes"]
+    lower = ops.CentralCrop(size_px=1000)(beside, np.random.default_rng(0))["boxes"]
     np.testing.assert_array_equal(lower, np.zeros((1, 4), np.float32))
 
 
@@ -219,7 +219,7 @@ def test_what_comes_from_outside_is_zero_and_nothing_is_blended():
     op = ops.RandomAffine(degrees=30.0, translate=0.2)
     affine = op({"image": ramps(), "mask": mask}, rng())["mask"]
     assert set(np.unique(affine)) == {0, 100, 200}
-    whole = ops.RandomCrop(size=HEIGHT + 8, width=WIDTH + 8, padding=4)
+    whole = ops.RandomCrop(size_px=HEIGHT + 8, width_px=WIDTH + 8, padding=4)
     padded = whole({"image": ramps(), "mask": mask}, rng())["mask"]
     np.testing.assert_array_equal(padded, np.pad(mask, 4))
     for op in RESIZING[:-1]:
@@ -242,7 +242,7 @@ def test_what_comes_from_outside_is_zero_and_nothing_is_blended():
     ],
 )
 def test_masks_and_boxes_of_another_form_are_refused(key, value, message):
-    for op in (ops.Resize(size=9), ops.CentralCrop(size=9), ops.RandomAffine()):
+    for op in (ops.Resize(size_px=9), ops.CentralCrop(size_px=9), ops.RandomAffine()):
         with pytest.raises(ValueError, match=message):
             op({"image": ramps(), key: value}, rng())
 
@@ -278,8 +278,8 @@ def test_a_png_gives_the_integers_that_were_written(dtype, high):
     both = ops.Decode()(example, rng())
     np.testing.assert_array_equal(both["mask"], mask)
     # In one step, or in two.
-    one = ops.DecodeInceptionCrop(size=16)(example, rng(4))
-    two = ops.InceptionCrop(size=16)(both, rng(4))
+    one = ops.DecodeInceptionCrop(size_px=16)(example, rng(4))
+    two = ops.InceptionCrop(size_px=16)(both, rng(4))
     np.testing.assert_array_equal(one["mask"], two["mask"])
     np.testing.assert_array_equal(one["image"], two["image"])
 
@@ -344,8 +344,8 @@ def test_a_mask_of_another_size_is_refused_when_it_is_decoded():
 def test_a_whole_window_is_nearest_at_half_pixel_centres():
     mask = np.arange(12, dtype=np.int64).reshape(3, 4)
     image = np.zeros((3, 4, 1), np.uint8)
-    double = ops.Resize(size=6, width=8)({"image": image, "mask": mask}, rng())
+    double = ops.Resize(size_px=6, width_px=8)({"image": image, "mask": mask}, rng())
     np.testing.assert_array_equal(double["mask"], mask.repeat(2, 0).repeat(2, 1))
-    third = ops.Resize(size=1, width=4)({"image": image, "mask": mask}, rng())
+    third = ops.Resize(size_px=1, width_px=4)({"image": image, "mask": mask}, rng())
     np.testing.assert_array_equal(third["mask"], mask[1:2])
     assert crops.resize(image, 6, 8, Resampling.BILINEAR).shape == (6, 8, 1)

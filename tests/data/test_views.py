@@ -16,10 +16,13 @@ from big_vision_lite.runtime import layout
 
 VIEWS = ops.Views(
     views=(
-        ops.View(name="global", ops=(ops.RandomResizedCrop(size=16),), count=2),
+        ops.View(name="global", ops=(ops.RandomResizedCrop(size_px=16),), count=2),
         ops.View(
             name="local",
-            ops=(ops.RandomResizedCrop(size=8, width=6, area_max=0.3), ops.Invert()),
+            ops=(
+                ops.RandomResizedCrop(size_px=8, width_px=6, area_max=0.3),
+                ops.Invert(),
+            ),
             count=6,
         ),
         ops.View(name="whole"),
@@ -39,7 +42,7 @@ def test_views_are_the_chains_run_one_after_the_other():
     image, generator = photo(), rng(5)
     result = VIEWS({"image": image, "label": 4, "number": 7}, rng(5))
     assert set(result) == {"label", "number", "global", "local", "whole"}
-    crop, small = ops.RandomResizedCrop(size=16), VIEWS.views[1].ops[0]
+    crop, small = ops.RandomResizedCrop(size_px=16), VIEWS.views[1].ops[0]
     for view in result["global"]:
         np.testing.assert_array_equal(view, crop({"image": image}, generator)["image"])
     for view in result["local"]:
@@ -64,7 +67,7 @@ def test_views_are_a_function_of_example_and_generator_and_differ():
 def test_what_belongs_to_the_pixels_goes_or_stays_with_the_image():
     example = {"image": photo(), "mask": photo()[..., 0], "boxes": np.zeros((1, 4))}
     example["boxes"] = example["boxes"].astype(np.float32)
-    view = ops.View(name="view", ops=(ops.RandomCrop(size=8),))
+    view = ops.View(name="view", ops=(ops.RandomCrop(size_px=8),))
     assert set(ops.Views(views=(view,))(example, rng())) == {"view"}
     kept = ops.Views(views=(view,), keep_image=True)(example, rng())
     assert set(kept) == {"view", *example}
@@ -116,7 +119,7 @@ def test_views_of_several_sizes_are_refused():
     sizes = itertools.cycle((4, 5))
 
     def grows(example, rng):
-        return ops.Resize(size=next(sizes))(example, rng)
+        return ops.Resize(size_px=next(sizes))(example, rng)
 
     views = ops.Views(views=(ops.View(name="a", ops=(grows,), count=2),))
     with pytest.raises(ValueError, match="several sizes, 4x4x3, 5x5x3: end its ops"):
@@ -207,7 +210,7 @@ class Length:
 
 SCENE_OPS = (
     ops.Decode(),
-    ops.RandomCrop(size=16),
+    ops.RandomCrop(size_px=16),
     ops.Pad(key="boxes", length=2),
     Length(),
 )
@@ -301,7 +304,7 @@ def test_a_caption_left_in_a_stream_is_refused_with_the_example(mesh):
 def test_a_plan_shapes_views_of_a_photo_that_was_never_taken():
     from big_vision_lite.data import unopened
 
-    preprocess = (ops.Decode(), ops.Resize(size=16))
+    preprocess = (ops.Decode(), ops.Resize(size_px=16))
     rows = unopened.rows((ops.Decode(), VIEWS), preprocess)
     assert rows["global"].shape == (1, 2, 16, 16, 3)
     assert unopened.seconds_an_image((ops.Decode(), VIEWS), preprocess, 0.01) > 0

@@ -252,12 +252,14 @@ def test_controls_are_computed_once_a_run_and_again_when_the_protocol_changes(tm
     assert kept["protocol"]["seeds"] == [0, 1, 2] and kept["protocol"]["l2"] == 1024.0
     evaluate(tmp_path, small(seeds=(0, 1)), untrained=untrained)
     assert len(asked) == 2
-    evaluate(tmp_path, small(seeds=(0, 1)), untrained=untrained, ops=(Resize(size=4),))
+    evaluate(
+        tmp_path, small(seeds=(0, 1)), untrained=untrained, ops=(Resize(size_px=4),)
+    )
     assert len(asked) == 3
 
 
 def test_a_set_may_have_its_own_road_from_the_file(tmp_path):
-    ops = (Decode(channels=1), Resize(size=4))
+    ops = (Decode(channels=1), Resize(size_px=4))
     own = evaluate(tmp_path, small(sets=(digits_set(preprocess=ops),), controls=False))
     assert own == evaluate(tmp_path, small(controls=False), ops=ops)
     assert own != evaluate(tmp_path, small(controls=False))
@@ -456,7 +458,7 @@ def test_the_natural_sets_are_squeezed_to_squares_and_not_averaged(monkeypatch):
     np.testing.assert_allclose(found[..., 1], exact, atol=0.8)
     # After a resize of the short side the crop leaves out a quarter on each side.
     cut = {"image": image}
-    for op in (ResizeSmall(size=256), CentralCrop(size=224)):
+    for op in (ResizeSmall(size_px=256), CentralCrop(size_px=224)):
         cut = op(cut, np.random.default_rng(0))
     assert cut["image"][..., 0].min() > 50 > 20 > found[..., 0].min()
     # Two taps a side fall on the black ones of white, black, black, white.

@@ -63,7 +63,7 @@ def two_shapes(tmp_path_factory):
 
 
 def small_rule(**changes) -> HyperRule:
-    return HyperRule(**{"num_steps": 5, "size": 16, "batch_size": 16} | changes)
+    return HyperRule(**{"num_steps": 5, "size_px": 16, "batch_size": 16} | changes)
 
 
 def evaluator(folder, **changes) -> FineTune:
@@ -177,10 +177,10 @@ def test_one_update_is_momentum_sgd_at_the_table_s_rate():
     [(95, None, 160, 128), (96, None, 512, 480), (8, 8, 10, 8), (50, 384, 448, 384)],
 )
 def test_sizes_follow_the_area_of_the_images(side, size, resize, crop):
-    config = configured(HyperRule(size=size), Sized(40, side))
+    config = configured(HyperRule(size_px=size), Sized(40, side))
     _, resized, cropped, _ = config.data.ops
-    assert (resized.size, cropped.size) == (resize, crop)
-    assert config.preprocess == (Decode(channels=1), Resize(size=crop))
+    assert (resized.size_px, cropped.size_px) == (resize, crop)
+    assert config.preprocess == (Decode(channels=1), Resize(size_px=crop))
     image = np.zeros((side, side + 9, 3), np.uint8)
     for road in (config.data.ops, config.preprocess):
         example = {"image": image, "label": 0}
@@ -202,7 +202,7 @@ def test_the_median_decides_and_unreadable_images_do_not(tmp_path):
                 file.unlink()
     source = ImageFolder(path=str(folder), split="train")
     assert hyperrule.crop_by_area(source) == 480
-    assert hyperrule.input_shape(source, (Decode(), Resize(size=9))) == (9, 9, 3)
+    assert hyperrule.input_shape(source, (Decode(), Resize(size_px=9))) == (9, 9, 3)
 
 
 def test_a_set_below_one_batch_is_repeated_evenly():
@@ -360,7 +360,7 @@ config.evaluators = {
     "transfer": FineTune(
         train=ImageFolder(path=str(new), split="train"),
         test=ImageFolder(path=str(new), split="test"),
-        rule=HyperRule(num_steps=400, size=16, batch_size=16),
+        rule=HyperRule(num_steps=400, size_px=16, batch_size=16),
         every_steps=10,
         eval_batch_size=16,
     )
@@ -456,7 +456,9 @@ def test_preparing_looks_at_a_sample_of_the_images_once(ready, two_shapes, monke
         "__getitem__",
         lambda source, index: reads.append(index) or read(source, index),
     )
-    evaluator(two_shapes, seeds=(0, 1, 2), rule=small_rule(size=None)).prepare(context)
+    evaluator(two_shapes, seeds=(0, 1, 2), rule=small_rule(size_px=None)).prepare(
+        context
+    )
     # Twelve images: one for the channels, all for the median of their areas.
     assert len(reads) == 1 + 12
 
@@ -515,8 +517,8 @@ def test_the_folder_recipe_fits_the_folder(images, pretrained, tmp_path):
     tuned = parse("folder", f"dir={images},init={pretrained},flip=false")
     assert tuned.data.ops == (
         Decode(),
-        Resize(size=20),
-        hyperrule.RandomCrop(size=16),
+        Resize(size_px=20),
+        hyperrule.RandomCrop(size_px=16),
     )
     assert tuned.optimizer.schedule.peak == 0.001 and tuned.num_steps == 500
     # Without split folders, a tenth of each class is held out.
@@ -542,7 +544,7 @@ def test_recipes_fine_tune_weights_of_other_libraries(kind, images, tmp_path):
     for name, arg in (("finetune", "size=keep,data"), ("folder", "dir")):
         config = parse(name, f"{arg}={images},init={folder},steps=5,batch=8")
         assert config.model.head.num_classes == 3
-        assert config.preprocess == (Decode(channels=3), Resize(size=32))
+        assert config.preprocess == (Decode(channels=3), Resize(size_px=32))
     still = dataclasses.replace(config.optimizer.schedule, peak=1e-30)
     optimizer = dataclasses.replace(config.optimizer, schedule=still)
     shapes_run.run(tmp_path / "run", dataclasses.replace(config, optimizer=optimizer))

@@ -61,7 +61,7 @@ def vit() -> ViT:
     return ViT(width=16, depth=2, mlp_dim=32, num_heads=2, patch_size=4)
 
 
-CROP = RandomResizedCrop(size=SIZE, area_min=0.4)
+CROP = RandomResizedCrop(size_px=SIZE, area_min=0.4)
 TWO = Views(views=(View(name="views", ops=(CROP, FlipLeftRight()), count=2),))
 # Model, objective, keys of the source, ops, deterministic ops, further fields.
 KINDS = {
@@ -70,15 +70,15 @@ KINDS = {
         Reconstruction(),
         (),
         (Decode(), CROP, FlipLeftRight()),
-        (Decode(), Resize(size=SIZE)),
+        (Decode(), Resize(size_px=SIZE)),
         {},
     ),
     "self_distillation": (
         Student(encoder=vit()),
         SelfDistillation(),
         (),
-        (Decode(), dataclasses.replace(TWO, keep_image=True), Resize(size=SIZE)),
-        (Decode(), Resize(size=SIZE)),
+        (Decode(), dataclasses.replace(TWO, keep_image=True), Resize(size_px=SIZE)),
+        (Decode(), Resize(size_px=SIZE)),
         {"ema": Average(start=0.9, end=1.0)},
     ),
     "two_towers": (
@@ -86,7 +86,7 @@ KINDS = {
         SigmoidContrast(),
         ("caption",),
         (Decode(), CROP, Tokenise()),
-        (Decode(), Resize(size=SIZE)),
+        (Decode(), Resize(size_px=SIZE)),
         {},
     ),
     "segmentation": (
@@ -94,17 +94,17 @@ KINDS = {
         PixelClassification(),
         ("mask",),
         (Decode(), CROP, FlipLeftRight()),
-        (Decode(), Resize(size=SIZE)),
+        (Decode(), Resize(size_px=SIZE)),
         {},
     ),
 }
 # What evaluation makes of an example, where that is not what prediction does.
 LOSS_OPS = {
     "self_distillation": (
-        *(Decode(), Resize(size=SIZE)),
+        *(Decode(), Resize(size_px=SIZE)),
         Views(views=(View(name="views", count=2),), keep_image=True),
     ),
-    "two_towers": (Decode(), Resize(size=SIZE), Tokenise()),
+    "two_towers": (Decode(), Resize(size_px=SIZE), Tokenise()),
 }
 
 

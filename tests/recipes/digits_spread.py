@@ -34,10 +34,10 @@ def get_config(arg: str = "") -> TrainConfig:
         objective=SoftmaxClassification(),
         data=Stream(
             source=Digits(split="train"),
-            ops=(Decode(channels=1), RandomAffine(), Resize(size=8)),
+            ops=(Decode(channels=1), RandomAffine(), Resize(size_px=8)),
             batch_size=64,
         ),
-        preprocess=(Decode(channels=1), Resize(size=8)),
+        preprocess=(Decode(channels=1), Resize(size_px=8)),
         optimizer=AdamW(schedule=WarmupCosine(peak=3e-3, warmup_steps=2)),
         evaluators={
             "test": Classification(

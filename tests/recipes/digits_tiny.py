@@ -17,7 +17,7 @@ from big_vision_lite.training.optimizers import AdamW
 def get_config(arg: str = "") -> TrainConfig:
     """Returns the recipe; `arg` is not used."""
     del arg
-    preprocess = (Decode(channels=1), Resize(size=8))
+    preprocess = (Decode(channels=1), Resize(size_px=8))
     return TrainConfig(
         num_steps=16,
         model=ViT(
@@ -32,7 +32,7 @@ def get_config(arg: str = "") -> TrainConfig:
         objective=SoftmaxClassification(),
         data=Stream(
             source=Digits(split="train"),
-            ops=(Decode(channels=1), RandomAffine(), Resize(size=8)),
+            ops=(Decode(channels=1), RandomAffine(), Resize(size_px=8)),
             device_ops=(Mixup(alpha=0.2, num_classes=10),),
             batch_size=64,
         ),

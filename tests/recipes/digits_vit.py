@@ -36,7 +36,7 @@ def get_config(arg: str = "") -> TrainConfig:
         ),
         preprocess=(
             Decode(channels=1),
-            Resize(size=8, resampling=Resampling.PIL_BILINEAR),
+            Resize(size_px=8, resampling=Resampling.PIL_BILINEAR),
         ),
         optimizer=AdamW(schedule=WarmupCosine(peak=3e-3, warmup_steps=3)),
         evaluators={

@@ -43,10 +43,10 @@ def get_config(arg: str = "") -> TrainConfig:
         objective=SoftmaxClassification(),
         data=Stream(
             source=Tfds(dataset="imagenet2012", split="train"),
-            ops=(DecodeInceptionCrop(size=224),),
+            ops=(DecodeInceptionCrop(size_px=224),),
             batch_size=chosen.batch,
         ),
-        preprocess=(Decode(), ResizeSmall(size=256), CentralCrop(size=224)),
+        preprocess=(Decode(), ResizeSmall(size_px=256), CentralCrop(size_px=224)),
         optimizer=AdamW(schedule=WarmupCosine(peak=1e-3, warmup_steps=100)),
         mesh=Mesh(fsdp=chosen.fsdp),
         micro_batches=chosen.parts,

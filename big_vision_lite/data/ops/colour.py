@@ -95,24 +95,24 @@ def _is_one_of(value: float, dtype: np.dtype) -> bool:
 class RandomLowResolution:
     """Shrinks the image to a random shorter side in pixels and back, as a poor scan.
 
-    The side is uniform in `side_min` .. the image's own, which leaves it as it is.
+    The side is uniform in `side_min_px` .. the image's own, which leaves it as it is.
     Averaged over areas on the way down, bilinear on the way up.
     """
 
-    side_min: int
+    side_min_px: int
 
     def __post_init__(self):
-        if self.side_min < 1:
+        if self.side_min_px < 1:
             raise ValueError(
-                f"RandomLowResolution side_min={self.side_min} is no size; use 1 or "
-                "more pixels, for example 8."
+                f"RandomLowResolution side_min_px={self.side_min_px} is no size; "
+                "use 1 or more pixels, for example 8."
             )
 
     def __call__(self, example: Example, rng: np.random.Generator) -> Example:
         image = image_of(example, self)
         height, width = image.shape[:2]
         shorter = min(height, width)
-        side = int(rng.integers(min(self.side_min, shorter), shorter + 1))
+        side = int(rng.integers(min(self.side_min_px, shorter), shorter + 1))
         low_height, low_width = (
             max(1, round(n * side / shorter)) for n in (height, width)
         )

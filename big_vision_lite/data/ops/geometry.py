@@ -22,15 +22,15 @@ from big_vision_lite.data.ops.spatial import Mirror, Warp, Window, moved
 
 @dataclasses.dataclass(kw_only=True)
 class InceptionCrop:
-    """Crops as TensorFlow's distorted bounding box does, resizes to size x width.
+    """Crops as TensorFlow's distorted bounding box does, resizes to size_px x width_px.
 
     The height, not the area, of the crop is uniform (`crops.inception_box`): at equal
     areas it zooms in more than RandomResizedCrop. This is the crop of big_vision, BiT
     and vision_transformer.
     """
 
-    size: int
-    width: int | None = None
+    size_px: int
+    width_px: int | None = None
     area_min: float = 0.05
     area_max: float = 1.0
     resampling: Resampling = Resampling.BILINEAR
@@ -61,14 +61,14 @@ class DecodeInceptionCrop(InceptionCrop):
 
 @dataclasses.dataclass(kw_only=True)
 class RandomResizedCrop:
-    """Crops as torchvision's op of this name does, resizes to size x width.
+    """Crops as torchvision's op of this name does, resizes to size_px x width_px.
 
     The area is uniform, the aspect log-uniform (`crops.random_resized_box`). There the
     default antialiases: Resampling.ANTIALIAS comes near to it.
     """
 
-    size: int
-    width: int | None = None
+    size_px: int
+    width_px: int | None = None
     area_min: float = 0.08
     area_max: float = 1.0
     resampling: Resampling = Resampling.BILINEAR
@@ -86,10 +86,10 @@ class RandomResizedCrop:
 
 @dataclasses.dataclass(kw_only=True)
 class Resize:
-    """Resizes to exactly size x width; the aspect of the image is not kept."""
+    """Resizes to exactly size_px x width_px; the aspect of the image is not kept."""
 
-    size: int
-    width: int | None = None
+    size_px: int
+    width_px: int | None = None
     resampling: Resampling = Resampling.BILINEAR
 
     def __post_init__(self):
@@ -102,15 +102,15 @@ class Resize:
 
 @dataclasses.dataclass(kw_only=True)
 class ResizeSmall:
-    """Resizes so that the short side has `size` pixels.
+    """Resizes so that the short side has `size_px` pixels.
 
-    With `width` to the smallest image that covers size x width instead. The other side
-    is rounded to the nearest pixel; `rounding` DOWN is torchvision's Resize(size).
+    With `width_px` to the smallest image that covers size_px x width_px instead. The
+    other side is rounded to the nearest pixel; `rounding` DOWN is torchvision's Resize.
     """
 
-    size: int
+    size_px: int
     resampling: Resampling = Resampling.AREA
-    width: int | None = None
+    width_px: int | None = None
     rounding: Rounding = Rounding.NEAREST
 
     def __post_init__(self):
@@ -118,10 +118,14 @@ class ResizeSmall:
 
     def __call__(self, example: Example, rng: np.random.Generator) -> Example:
         image = image_of(example, self)
-        if self.width is None:
-            height, width = crops.short_side_size(image.shape, self.size, self.rounding)
+        if self.width_px is None:
+            height, width = crops.short_side_size(
+                image.shape, self.size_px, self.rounding
+            )
         else:
-            height, width = crops.covering_size(image.shape, self.size, self.width)
+            height, width = crops.covering_size(
+                image.shape, self.size_px, self.width_px
+            )
         resized = crops.resize(image, height, width, self.resampling)
         whole = Box(0, 0, *image.shape[:2])
         return moved(example, resized, Window(whole, height, width))
@@ -129,14 +133,14 @@ class ResizeSmall:
 
 @dataclasses.dataclass(kw_only=True)
 class CentralCrop:
-    """Cuts size x width at offsets (side - size) / 2; refuses smaller images.
+    """Cuts size_px x width_px at offsets (side - size) / 2; refuses smaller images.
 
     Half a pixel is rounded DOWN (TensorFlow, Hugging Face) or to the NEAREST, even one
     (torchvision, timm).
     """
 
-    size: int
-    width: int | None = None
+    size_px: int
+    width_px: int | None = None
     rounding: Rounding = Rounding.DOWN
 
     def __post_init__(self):
@@ -152,10 +156,10 @@ class CentralCrop:
 
 @dataclasses.dataclass(kw_only=True)
 class RandomCrop:
-    """Cuts size x width anywhere, after `padding` pixels of zeros on every side."""
+    """Cuts size_px x width_px anywhere, after `padding` pixels of zeros all around."""
 
-    size: int
-    width: int | None = None
+    size_px: int
+    width_px: int | None = None
     padding: int = 0
 
     def __post_init__(self):
@@ -244,13 +248,13 @@ def _resized(op, example: Example, box: Box) -> Example:
 
 
 def target(op: Any) -> tuple[int, int]:
-    """Returns the height and width that an op's `size` and `width` mean."""
-    return op.size, op.size if op.width is None else op.width
+    """Returns the height and width that an op's `size_px` and `width_px` mean."""
+    return op.size_px, op.size_px if op.width_px is None else op.width_px
 
 
 def check_size(op: Any) -> None:
     """Raises ValueError for a side below 1 px."""
-    for name in ("size", "width"):
+    for name in ("size_px", "width_px"):
         side = getattr(op, name, None)
         if side is not None and side < 1:
             raise ValueError(f"{type(op).__name__}.{name}={side}: use 1 or more px.")

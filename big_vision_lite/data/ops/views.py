@@ -46,8 +46,8 @@ class Views:
     Two large and six small crops, for self-distillation:
 
         Views(views=(
-            View(name="global", ops=(RandomResizedCrop(size=224),), count=2),
-            View(name="local", ops=(RandomResizedCrop(size=96),), count=6),
+            View(name="global", ops=(RandomResizedCrop(size_px=224),), count=2),
+            View(name="local", ops=(RandomResizedCrop(size_px=96),), count=6),
         ))
 
     The image is decoded once, by an op before. Every view starts from it anew and draws

@@ -6,9 +6,9 @@
 
 What is slow or large in a set of many records shows without their pixels: images are
 8x8, the files of a folder are links to few of them. Every measurement runs in a new
-process that may open 1,024 files, the limit of most systems; memory is what
-the process has of its own, without the files that the system keeps in its cache. The
-labels of every batch are compared with what was written. The set stays in DIR.
+process that may open 1,024 files, the limit of most systems; memory is what that
+process took since it began, with the set still closed. The labels of every batch are
+compared with what was written. The set stays in DIR.
 """
 
 import argparse
@@ -156,11 +156,12 @@ def make_folder(folder: Path, records: int) -> None:
 
 @dataclasses.dataclass(kw_only=True)
 class Cost:
-    """What one thing cost a process: seconds, memory of its own, open files."""
+    """What one thing cost a process: seconds, memory since the start, open files."""
 
     what: str
     seconds: float
     megabytes: float
+    peak_megabytes: float
     open_files: int
 
 
@@ -171,7 +172,7 @@ class Meter:
         soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
         resource.setrlimit(resource.RLIMIT_NOFILE, (min(soft, OPEN_FILES), hard))
         self.costs: list[Cost] = []
-        self._before = _own_megabytes()
+        self._before, self._peak = _own_megabytes(), _peak_megabytes()
 
     def measure(self, what: str, run: Callable[[], Any]) -> Any:
         """Runs it and notes its time, and what the process holds since the start."""
@@ -182,6 +183,7 @@ class Meter:
                 what=what,
                 seconds=time.perf_counter() - start,
                 megabytes=_own_megabytes() - self._before,
+                peak_megabytes=_peak_megabytes() - self._peak,
                 open_files=len(os.listdir("/proc/self/fd")),
             )
         )
@@ -193,6 +195,10 @@ def _own_megabytes() -> float:
         if line.startswith("RssAnon:"):
             return int(line.split()[1]) / 1024
     raise AssertionError("proc(5): every process has RssAnon")
+
+
+def _peak_megabytes() -> float:
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
 
 
 def open_source(kind: str, out: str) -> Tfds | ImageFolder:
@@ -320,13 +326,14 @@ def main(argv: list[str]) -> None:
         make(options.kind, Path(options.out), options.records, options.shards)
         Console().print(f"written in {time.perf_counter() - start:.0f} s")
     table = Table(title=f"{options.records:,} records, {options.kind}")
-    for name in ("", "seconds", "MB since the start", "open files"):
+    for name in ("", "seconds", "MB", "MB at the peak", "open files"):
         table.add_column(name, justify="right" if name else "left")
     for cost in measurements(options):
         table.add_row(
             cost.what,
             f"{cost.seconds:.2f}",
             f"{cost.megabytes:.0f}",
+            f"{cost.peak_megabytes:.0f}",
             str(cost.open_files),
         )
     Console().print(table)

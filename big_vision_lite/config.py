@@ -184,7 +184,7 @@ class TrainConfig:
         )
 
     def resolve_steps(self, num_examples: int) -> int:
-        """Returns `num_steps`, or if None the steps in `num_epochs` of `num_examples`."""
+        """Returns `num_steps`, else the steps in `num_epochs` over `num_examples`."""
         if self.num_steps is not None:
             return self.num_steps
         assert self.num_epochs is not None, "checked by the constructor"

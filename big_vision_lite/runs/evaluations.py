@@ -320,7 +320,7 @@ class Evaluations:
         self._suffix = "" if run.config.ema is None else "_ema"
 
     def due(self, step: int) -> list[str]:
-        """Returns the names of evaluators to run after `step`; all after the last one."""
+        """Returns the names of evaluators to run after `step`; all after the last."""
         last = step == self._run.num_steps
         return [
             name

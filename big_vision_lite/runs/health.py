@@ -21,7 +21,7 @@ from big_vision_lite.types import Batch, Model
 
 
 class Monitor:
-    """A check that the metrics of steps are finite; on the device until fetched.
+    """A check that step metrics are finite; they stay on the device until fetched.
 
     `batch_of(step)` rebuilds the batch of a step, which depends only on the seed.
     """

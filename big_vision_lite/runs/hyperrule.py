@@ -1,4 +1,4 @@
-"""BiT-HyperRule: fine-tuning settings chosen by data set size and image size.
+"""Chooses fine-tuning settings by data set size and image size: BiT-HyperRule.
 
 After arXiv:1912.11370, section 3.3, and the code published with it.
 """
@@ -258,7 +258,7 @@ def read_run(path: str, allow_module: str = "") -> Pretrained:
     """Returns backbone and preprocessing of a run, a step folder or foreign weights.
 
     Raises:
-        FileNotFoundError: there is neither at `path`.
+        FileNotFoundError: `path` holds none of these.
         ValueError: the weights are damaged or in no known format.
     """
     # The training looks the folder up again, and logs it then.

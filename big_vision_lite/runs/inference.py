@@ -59,7 +59,7 @@ class LoadedModel:
         """Returns the probability of every class, in the order of `class_names`.
 
         They add up to 1 per image unless the objective allows several classes per
-        image; then each is independent of the others.
+        image; then each class has a separate probability.
 
         Raises:
             ValueError: the model has no head, an image cannot be read, or preprocessing

@@ -33,8 +33,8 @@ FLOPS_SHARE, BYTES_SHARE, EXPONENTIALS_A_CYCLE = 0.4, 0.7, 1024
 class Kernel:
     """One operation that the device runs `times` times; figures are of one run.
 
-    `bytes` are those read and written, `from_memory` those of them in main memory: a TPU
-    keeps many arrays on the chip. `cycles` is the compiler's estimate, or None.
+    `bytes` are those read and written, `from_memory` the part of them in main memory: a
+    TPU keeps many arrays on the chip. `cycles` is the compiler's estimate, or None.
     """
 
     name: str

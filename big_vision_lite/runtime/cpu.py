@@ -61,8 +61,8 @@ def set_up() -> None:
     thread an arena, up to eight per core, and each keeps memory left from compiling.
     Here there are as many as cores plus two: with fewer, the compute threads search the
     chunks left in the main thread's arena, 4 % of a ViT's step. Only that arena can
-    hold an allocation as large as a step's memory. The threads of the input pipeline
-    run in any case.
+    hold an allocation as large as a step's memory. The input pipeline has its own
+    threads, which run while the main one computes.
     """
     jax.config.update("jax_cpu_enable_async_dispatch", False)
     libc = library()
@@ -123,9 +123,9 @@ class SteadyStep:
     XLA:CPU allocates all temporaries of a call at once and frees them after it; the
     kernel takes the pages back, and clears as many for the next call: a sixth of the
     CPU time of a ViT's step. Here a block of that size is held between calls and free
-    during each, and XLA gets the same pages again. The step is only called on other
-    devices, on several in one process, without glibc, if the user configured malloc,
-    and up to 32 MiB, which malloc keeps by itself.
+    during each, and XLA gets the same pages again. No block is held on other devices,
+    on several in one process, without glibc, if the user configured malloc, and up to
+    32 MiB, which malloc keeps by itself.
 
     `saving()` returns whether other threads write a checkpoint. They may take a part of
     the block just before a step, which then allocates as much elsewhere; so the block

@@ -59,7 +59,7 @@ class Plan:
         return self.num_steps * found.step_seconds / 3600
 
     def input_cores(self, found: Estimate) -> float | None:
-        """Returns the number of CPU cores like this machine's that feed the devices."""
+        """Returns the CPU cores, at this machine's speed, that keep the devices fed."""
         if found.images_per_second is None:
             return None
         return found.images_per_second * self.seconds_an_image

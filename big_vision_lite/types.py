@@ -1,4 +1,4 @@
-"""Defines the protocols of a run's components; callables and dataclasses suffice.
+"""Defines protocols of a run's components; plain callables and dataclasses fit.
 
 Models and objectives inherit their protocol for its defaults; others need not.
 """
@@ -191,7 +191,7 @@ class Schedule(Protocol):
 
 @runtime_checkable
 class Optimizer(Protocol):
-    """Builds the optax chain: clipping, direction, multipliers, decay, schedule."""
+    """A builder of the optax chain: clipping, direction, multipliers, decay, schedule."""
 
     schedule: Schedule
 

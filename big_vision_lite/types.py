@@ -191,7 +191,7 @@ class Schedule(Protocol):
 
 @runtime_checkable
 class Optimizer(Protocol):
-    """A builder of the optax chain: clipping, direction, multipliers, decay, schedule."""
+    """A builder of optax chains: clipping, direction, multipliers, decay, schedule."""
 
     schedule: Schedule
 

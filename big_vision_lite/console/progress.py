@@ -17,7 +17,7 @@ from big_vision_lite.runtime.targets import peak_flops
 
 
 class Clock:
-    """A count of steps, seconds waited for data and seconds paused since construction."""
+    """A count of steps, seconds waited for data and seconds paused, from the start."""
 
     def __init__(self) -> None:
         self.began = time.perf_counter()

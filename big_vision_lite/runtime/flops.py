@@ -65,8 +65,9 @@ def count_training(jaxpr: Any, kinds: Sequence["Kind"]) -> int:
 
     The gradient of a product costs one more product for each operand that has one: 3 in
     all if an operand depends on trained parameters, 2 if the other one depends on
-    frozen parameters alone, 1 if none depends on trained ones. The gradient with respect to the input of the model counts
-    (the convention of model FLOPs), though it is not computed.
+    frozen parameters alone, 1 if none depends on trained ones. The gradient with
+    respect to the model's input counts (the convention of model FLOPs), though it is
+    not computed.
     """
     return _walk(jaxpr, kinds)[0]
 

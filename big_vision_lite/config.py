@@ -20,7 +20,7 @@ from big_vision_lite.types import (
 
 
 class PositionResize(enum.StrEnum):
-    """How to treat learned position embeddings whose grid differs from the model's."""
+    """The treatment of learned position embeddings on another grid than the model's."""
 
     BILINEAR = "bilinear"
     ERROR = "error"
@@ -184,7 +184,7 @@ class TrainConfig:
         )
 
     def resolve_steps(self, num_examples: int) -> int:
-        """Returns `num_steps`, or those in `num_epochs` of `num_examples`."""
+        """Returns `num_steps`, else the steps in `num_epochs` over `num_examples`."""
         if self.num_steps is not None:
             return self.num_steps
         assert self.num_epochs is not None, "checked by the constructor"

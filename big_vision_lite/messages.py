@@ -1,4 +1,4 @@
-"""Helpers for messages: suggestions for misspelt words, and shortened lists."""
+"""Suggests corrections of misspelt words and shortens lists, for messages."""
 
 import difflib
 from collections.abc import Iterable

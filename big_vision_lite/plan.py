@@ -59,7 +59,7 @@ class Plan:
         return self.num_steps * found.step_seconds / 3600
 
     def input_cores(self, found: Estimate) -> float | None:
-        """Returns how many CPU cores like this machine's keep the devices fed."""
+        """Returns the CPU cores, at this machine's speed, that keep the devices fed."""
         if found.images_per_second is None:
             return None
         return found.images_per_second * self.seconds_an_image
@@ -115,7 +115,7 @@ def define_flags(values: flags.FlagValues) -> None:
     boolean("search", True, "Look for a change that fits; --nosearch does not.")
     boolean("json", False, "Print everything as JSON.")
     string("picture", None, "Draw memory and time by kind into this PNG.")
-    # So that the flags of a training can be kept.
+    # Accepted, so that a train command can be reused with its flags.
     string("workdir", None, "Not used: nothing is written there.")
 
 

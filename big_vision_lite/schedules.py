@@ -1,4 +1,4 @@
-"""Schedules: learning rates, and the decay of the parameter average (EMA).
+"""Defines learning-rate schedules, and the decay of the parameter average (EMA).
 
 Update `step` counts from 0 and a warm-up multiplies by min(1, step / warmup_steps), so
 with a warm-up the very first update has learning rate 0. Formulas as in big_vision.

@@ -1,4 +1,4 @@
-"""Parameter names, first-match rules over names, and readable differences."""
+"""Names the leaves of trees, matches rules to the names and lists differences."""
 
 import re
 from collections.abc import Collection, Iterable, Mapping, Sequence
@@ -190,7 +190,7 @@ def difference(
 
 
 def owner(name: str, parameters: Collection[str]) -> str | None:
-    """Returns the parameter whose name is the longest suffix of `name`."""
+    """Returns the parameter whose name is the longest suffix of `name`, or None."""
     parts = name.split("/")
     endings = ("/".join(parts[start:]) for start in range(len(parts)))
     return next((ending for ending in endings if ending in parameters), None)

@@ -1,4 +1,4 @@
-"""Protocols of a run's components; plain callables and dataclasses implement them.
+"""Defines protocols of a run's components; plain callables and dataclasses fit.
 
 Models and objectives inherit their protocol for its defaults; others need not.
 """
@@ -81,10 +81,10 @@ class Family(Protocol):
     # The field that holds the pretrained backbone, used by evaluators, fine-tuning,
     # `predict --embed` and export; "" if the model itself is the backbone.
     backbone: ClassVar[str] = ""
-    # Modules that belong to the classes of one set: new for another set.
+    # Modules that depend on the classes of the data: fresh for other classes.
     head_modules: ClassVar[tuple[str, ...]] = ("head",)
-    # Patterns of parameter names from the pixels upwards, for layer-wise decay. The
-    # numbers that a pattern's groups find order the blocks; what none matches is above.
+    # Patterns of parameter names from the pixels upwards, for layer-wise decay. Numbers
+    # in a pattern's groups order the blocks; unmatched names lie above all blocks.
     layers: ClassVar[tuple[str, ...]] = ()
     # Fields that may differ between two models of the same weights: they change no
     # feature, or the weights are adapted to them.
@@ -93,16 +93,16 @@ class Family(Protocol):
     position_embeddings: ClassVar[tuple[str, ...]] = ()
     # Names of the random keys that modules ask for (`make_rng`), beside "params".
     random_keys: ClassVar[tuple[str, ...]] = ("dropout", "mask")
-    # The parameter [h, w, C, D] that reads the pixels, and whether it cuts them into
-    # patches: then no pixel is padding, and it can be resized.
+    # The kernel [h, w, C, D] applied to the pixels, and whether it cuts them into
+    # patches: patches have no padding, and such a kernel can be resized.
     input_kernel: str | None = None
     reads_patches: bool = False
-    # Whether kernels are standardised at use: they then do not scale what they give.
+    # Whether kernels are standardised at use: their scale then changes no output.
     standardises_kernels: bool = False
-    # Scaling of the pixels, in units of 0..255; () where there are none.
+    # Mean and standard deviation that scale the pixels, in units of 0..255; () without.
     mean: tuple[float, ...] = ()
     std: tuple[float, ...] = ()
-    # "frozen" where a model with batch norm only reads its statistics.
+    # "frozen" if batch norm only reads its running statistics.
     statistics: str = "batch"
 
 
@@ -128,7 +128,7 @@ class Model(Family, Protocol):
 class Stem(Protocol):
     """A Linen module before the patches: scaled images [B, H, W, C] to [B, h, w, D].
 
-    `input_kernel` is its parameter [h, w, C, D] that reads the image.
+    `input_kernel` names its kernel [h, w, C, D] on the image.
     """
 
     input_kernel: str
@@ -191,7 +191,7 @@ class Schedule(Protocol):
 
 @runtime_checkable
 class Optimizer(Protocol):
-    """Builds the optax chain: clipping, direction, multipliers, decay, schedule."""
+    """A builder of optax chains: clipping, direction, multipliers, decay, schedule."""
 
     schedule: Schedule
 
@@ -202,7 +202,7 @@ class Optimizer(Protocol):
         ...
 
 
-# Scores of one state, by name.
+# Maps a train state to its scores by name.
 Runner = Callable[[Any], dict[str, float]]
 
 

@@ -8,7 +8,7 @@ import numpy as np
 
 WIDTH, LEFT, ROW, MARGIN = 1100, 150, 34, 16
 FONT, SIZE = cv2.FONT_HERSHEY_SIMPLEX, 0.45
-# Blue, green, red; of "Okabe-Ito", told apart by colour-blind people, too.
+# (blue, green, red) of the Okabe-Ito palette, which colour-blind people can tell apart.
 COLOURS = (
     *((178, 114, 0), (0, 159, 230), (115, 158, 0), (167, 121, 204), (0, 94, 213)),
     *((233, 180, 86), (66, 228, 240), (120, 120, 120), (180, 180, 180)),

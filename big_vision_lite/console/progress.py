@@ -1,4 +1,4 @@
-"""The progress display of a run: speed, data wait, MFU, time left and scores."""
+"""Shows the progress of a run: speed, data wait, MFU, time left and scores."""
 
 import contextlib
 import contextvars
@@ -17,7 +17,7 @@ from big_vision_lite.runtime.targets import peak_flops
 
 
 class Clock:
-    """Counts steps, seconds waited for data and seconds paused since construction."""
+    """A count of steps, seconds waited for data and seconds paused, from the start."""
 
     def __init__(self) -> None:
         self.began = time.perf_counter()
@@ -39,8 +39,8 @@ REDRAW_SECONDS = 0.5
 ADVISE_AFTER_STEPS = 100
 INNER = "  "  # before the line of a run inside a run
 
-# A terminal has one live line: a run inside a run (fine-tuning as an evaluator) shows
-# itself through the outer one.
+# A terminal has one live line: a run inside a run (fine-tuning as an evaluator) prints
+# through the outer one.
 _outer: contextvars.ContextVar["Progress | None"] = contextvars.ContextVar(
     "outer_progress", default=None
 )
@@ -49,8 +49,8 @@ _outer: contextvars.ContextVar["Progress | None"] = contextvars.ContextVar(
 class Progress:
     """A display of a run's steps, counted and timed: a live line, or log lines.
 
-    Used as a context, in which it draws the live line of a terminal; a run inside that
-    context shows itself below that line. Only process 0 shows anything.
+    Use as a context, which draws the live line of a terminal; a run inside that context
+    is shown below that line. Only process 0 prints.
     """
 
     def __init__(
@@ -80,7 +80,7 @@ class Progress:
     def __enter__(self) -> "Progress":
         self._token = _outer.set(self)
         if self._outer is None and not self._quiet and self._console.is_terminal:
-            # No refreshing thread: it would take its share of the host's time.
+            # No refreshing thread: it would take CPU time from the run.
             self._live = Live(console=self._console, auto_refresh=False, transient=True)
             self._live.start()
             self._draw()
@@ -109,9 +109,10 @@ class Progress:
         until: int,
         idle_since: Callable[[float], float] = lambda asked: asked,
     ) -> Iterator[tuple[int, Any]]:
-        """Yields (step, batch) up to step `until`, timing how long each batch took.
+        """Yields (step, batch) up to step `until` and times the wait for each batch.
 
-        Waiting counts from `idle_since(asked)` on, when the device had nothing to do.
+        A wait counts from `idle_since(asked)` on, the time at which the device became
+        idle; both times are seconds of `time.perf_counter`.
         """
         source = iter(batches)
         while self._step < until:
@@ -129,7 +130,7 @@ class Progress:
             if came - self._drawn > REDRAW_SECONDS:
                 self._draw()
             yield self._step, batch
-            if self._clock is None:  # the first step holds the compilation
+            if self._clock is None:  # the first step includes the compilation
                 self._clock, self._since_log = Clock(), Clock()
                 self._since_advice = Clock()
 
@@ -233,7 +234,7 @@ class Progress:
             cpu.available(),
         )
         if advice is not None:
-            self._advise_after *= 10  # said once, it is known
+            self._advise_after *= 10  # not to be repeated soon
             self.message(advice)
 
     def _clocks(self) -> list[Clock]:

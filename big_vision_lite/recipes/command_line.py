@@ -55,7 +55,7 @@ def parse(
             invalid.
         SystemExit: --help was asked for, and is printed.
     """
-    # ml_collections runs every recipe in one module, in which names of the last stay.
+    # ml_collections runs every recipe in one module, which keeps the last one's names.
     sys.modules.pop(serialize.RECIPE, None)
     values = flags.FlagValues()
     define(values)
@@ -144,7 +144,7 @@ def _take_none(argv: Sequence[str]) -> tuple[list[str], list[str], list[str]]:
     """Splits off `--config.a.b=none`: ml_collections would parse "none" as a number.
 
     Of several values for one name the last one counts, as for all flags. Returns the
-    other words, what is cleared before them, since they fill it again, and what after.
+    other words, the paths to clear before them (the words fill them again) and after.
     """
     kept: list[str] = []
     first: dict[str, None] = {}
@@ -169,7 +169,7 @@ def _take_none(argv: Sequence[str]) -> tuple[list[str], list[str], list[str]]:
 
 
 def _build_missing(argv: Sequence[str], config: Any) -> list[str]:
-    """Adds `--config.ema=build` to `--config.ema.start=0.9` where ema is none."""
+    """Adds `--config.ema=build` before `--config.ema.start=0.9` if ema is none."""
     types = serialize.field_types(type(config))
     words: list[str] = []
     for word in argv:
@@ -184,13 +184,13 @@ def _build_missing(argv: Sequence[str], config: Any) -> list[str]:
 
 
 def _make_elements(argv: Sequence[str], config: Any) -> list[str]:
-    """Makes in `config` the elements of tuples that overrides name the parts of.
+    """Adds to `config` the tuple elements whose fields are overridden.
 
-    `--config.init.path=RUN` means the only element of the tuple `init`, which is made
-    where there is none, as is the next one by `--config.init[1].path=RUN`.
+    `--config.init.path=RUN` sets the only element of the tuple `init` and adds it if
+    there is none; `--config.init[1].path=RUN` adds a second one.
 
     Raises:
-        ValueError: an override names no element of several, or a whole one.
+        ValueError: an override has no index among several, or sets a whole element.
     """
     types = serialize.field_types(type(config))
     parts = {name: _part_of_tuple(declared) for name, declared in types.items()}
@@ -214,7 +214,7 @@ def _make_elements(argv: Sequence[str], config: Any) -> list[str]:
         while len(getattr(config, name)) in wanted:
             setattr(config, name, (*getattr(config, name), part()))
         if found.group(2) is None:
-            # Those that the overrides add, they name.
+            # Counted before the overrides: those that they add have an index.
             _check_one(max(1, counts[name]), name, word)
             word = f"--config.{name}[0].{rest}"
         words.append(word)
@@ -232,7 +232,7 @@ def _check_one(count: int, name: str, word: str) -> None:
 
 
 def _part_of_tuple(declared: Any) -> Any:
-    """Returns the class of a tuple's elements where it needs no arguments, or None."""
+    """Returns the class of a tuple's elements if it needs no arguments, else None."""
     kind, _ = serialize.without_none(declared)
     part = (
         (*typing.get_args(kind), None)[0] if typing.get_origin(kind) is tuple else None
@@ -300,18 +300,18 @@ def _recipe(argv: Sequence[str]) -> str | None:
 def _load(recipe: str, modules: Sequence[str]) -> Any:
     """Returns a recipe's configuration with no object shared between two places.
 
-    A recipe may use one object in two places, which an override must tell apart.
+    A recipe may use one object in two places; an override must change only one.
     """
     config = mistakes.load(recipe)
-    # ml_collections takes an OSError of the recipe for a recipe that is not there, and
-    # keeps it until somebody uses the configuration.
+    # ml_collections mistakes an OSError of the recipe for a missing recipe, and raises
+    # it only when the configuration is used.
     if hasattr(type(config), "_ReportError") and (hidden := vars(config).get("_error")):
         raise hidden
     return serialize.rebuild(config, modules)
 
 
 def _without(argv: Sequence[str], name: str) -> list[str]:
-    """Leaves `--name=value` and `--name value` out."""
+    """Returns `argv` without `--name=value` and `--name value`."""
     kept: list[str] = []
     words = iter(argv)
     for word in words:

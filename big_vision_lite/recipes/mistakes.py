@@ -70,9 +70,9 @@ def _wrong_value(recipe: str | None, argv: Sequence[str], recorded: Any) -> str 
 
 
 def _part_of(declared: Any) -> str | None:
-    """Returns the first field of a component's class, or None for what is a value.
+    """Returns the first field of a component's class, None if it is no component.
 
-    Of a tuple of components that of its elements.
+    For a tuple of components, returns the first field of its elements.
     """
     kind, _ = serialize.without_none(declared)
     if typing.get_origin(kind) is tuple:
@@ -172,7 +172,7 @@ def _unknown_flag(name: str, values: flags.FlagValues) -> str:
 def unknown_key(
     recipe: str | None, argv: Sequence[str], error: Exception, recorded: Any = None
 ) -> str:
-    """Returns which override failed, the name meant and where the recipe sets it."""
+    """Returns a message: the wrong key of an override, the closest one and its line."""
     config = recorded if recipe is None else load(recipe)
     if config is None:
         return str(error)
@@ -207,7 +207,7 @@ def unknown_key(
 
 
 def _too_far(path: str, known: Sequence[str]) -> str | None:
-    """Returns the number of elements, where an index is beyond the last."""
+    """Returns a message with the number of elements if an index is too high."""
     for found in re.finditer(r"\[(\d+)\]", path):
         whole = path[: found.start()]
         given = [re.match(rf"{re.escape(whole)}\[(\d+)\]", name) for name in known]

@@ -28,7 +28,7 @@ LINEN_FIELDS = ("parent", "name")
 def to_json(component: Any, **more: Any) -> str:
     """Returns a component tree as JSON text; equal trees give equal text.
 
-    `more` is recorded beside it for readers.
+    `more` holds further top-level keys, which `from_json` ignores.
     """
     document = {"version": __version__, "config": _encode(component, "config"), **more}
     return json.dumps(document, indent=1, ensure_ascii=False) + "\n"
@@ -57,7 +57,7 @@ def from_json(text: str, allowed_modules: Iterable[str] = ()) -> Any:
 
 
 def newer_version(version: str) -> str:
-    """Returns what to install if `version` is newer than this one, else ""."""
+    """Returns advice to upgrade if `version` is newer than this one, else ""."""
     if _numbers(version) <= _numbers(__version__):
         return ""
     return (

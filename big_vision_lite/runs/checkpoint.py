@@ -19,8 +19,8 @@ class Checkpointer:
     """A writer of `workdir/checkpoints/<step>/`: one save at a time, in the background.
 
     Use as a context: leaving it waits for the last save. `metadata` goes into every
-    manifest, `config_text` is the run's config.json, which every step folder carries
-    so that a copy of the folder alone is enough to predict with.
+    manifest, `config_text`, the run's config.json, into every step folder: a copy of
+    that folder alone is enough to predict.
     """
 
     def __init__(
@@ -65,11 +65,11 @@ class Checkpointer:
         return self._thread is not None and self._thread.is_alive()
 
     def save(self, step: int, state: TrainState) -> None:
-        """Starts to save `state`; returns as soon as it may be donated.
+        """Starts to save `state`; returns as soon as its buffers may be donated.
 
         Raises:
             OSError: the *previous* save failed, for example because the disk is full;
-                `check` says so earlier.
+                `check` raises it earlier.
         """
         self.wait()
         if self.last_saved == step:
@@ -102,7 +102,7 @@ class Checkpointer:
             self.wait()
 
     def note_origin(self, origin: Mapping[str, Any] | None) -> None:
-        """Records in every manifest from now on where the first weights came from."""
+        """Sets the origin of the initial weights, recorded in all later manifests."""
         self._metadata["origin"] = origin
 
     def restore_latest(self, abstract: TrainState) -> TrainState | None:
@@ -111,7 +111,7 @@ class Checkpointer:
         Raises:
             DamagedCheckpoint: the newest step is damaged; names the file or leaf, and
                 the newest step that is intact.
-            ValueError: it holds other leaves than `abstract`, or the data changed.
+            ValueError: its leaves differ from `abstract`, or the data changed.
         """
         # One process reads every byte, and all restore the step that it chose.
         newest = processes.on_first(self._newest_verified)

@@ -1,4 +1,4 @@
-"""Reports what a recipe would do without training: `train --dry_run`."""
+"""Reports shapes, sizes and memory of a run without training: `train --dry_run`."""
 
 from typing import Any
 
@@ -27,7 +27,7 @@ def dry_run(config: TrainConfig, workdir: epath.Path) -> str:
     `workdir/first_batch.png`.
 
     Raises:
-        OSError: `workdir` cannot be written; said before anything is computed.
+        OSError: `workdir` cannot be written; raised before anything is computed.
     """
     files.make_folder(workdir)
     mesh = sharding.make_mesh(config.mesh)
@@ -104,7 +104,7 @@ def _batch_lines(spec: Any) -> list[str]:
 
 
 def _memory(found: Estimate) -> str:
-    """Returns the line on the compiled step's peak memory."""
+    """Returns a text of the compiled step's peak memory."""
     later = ("activations and gradients", "program")
     state = sum(size for kind, size in found.memory.items() if kind not in later)
     rest = found.memory.get("activations and gradients", 0)
@@ -119,7 +119,7 @@ def _memory(found: Estimate) -> str:
 
 
 def _times(found: Estimate, num_steps: int) -> list[str]:
-    """Returns the line on the roofline of a step, for devices with known rates."""
+    """Returns a line of a step's estimated time, [] for a device of unknown rates."""
     if found.step_seconds is None:
         return []
     return [

@@ -44,13 +44,13 @@ Rows = dict[str, np.ndarray]
 
 @dataclasses.dataclass(kw_only=True)
 class Context:
-    """Handed to `evaluator.prepare`; everything an evaluator needs beside its fields.
+    """The run's model, settings and state shapes, passed to `Evaluator.prepare`.
 
-    `preprocess` is the recipe's preprocessing, `class_names` are the model's, empty
-    when nobody knows them. `num_steps` is the length of the run, `threads` how many
-    decode (None: by the cores). `abstract_state` has the shapes of the states to come,
-    `untrained_state()` is the run's state before step 1. `log` tells the user
-    something. Steps run under `jax.set_mesh(mesh)`.
+    `preprocess` is the recipe's preprocessing, `class_names` are the model's, () if
+    unknown. `num_steps` is the length of the run, `threads` the number of decoding
+    threads (None: by the cores). `abstract_state` has the shapes of the train state,
+    `untrained_state()` returns a randomly initialised one. `log` prints a message.
+    Call steps under `jax.set_mesh(mesh)`.
     """
 
     name: str
@@ -106,7 +106,7 @@ class Context:
     ) -> None:
         """Checks, before any step, that a set can be evaluated.
 
-        `what` is how messages call the set, `option` the evaluator's field that holds
+        In messages `what` names the set, and `option` the evaluator's field that holds
         the batch size.
 
         Raises:
@@ -156,7 +156,7 @@ class Context:
             ) from error
 
     def gather_rows(self, rows: Mapping[str, Array], valid: Bool[Array, " B"]) -> Rows:
-        """Brings the valid rows to every host, in the order of the source."""
+        """Gathers the valid rows on every host, in the order of the source."""
         tree = {"rows": dict(rows), "valid": valid}
         host = multihost_utils.process_allgather(tree, tiled=True)
         return {name: value[host["valid"]] for name, value in host["rows"].items()}
@@ -203,10 +203,10 @@ class Context:
     def once(
         self, protocol: Any, compute: Callable[[], dict[str, float]]
     ) -> dict[str, float]:
-        """Returns scores that are computed once a run: controls.
+        """Returns scores that are computed once per run, such as controls.
 
-        They are kept in WORKDIR/<name>_controls.json, and computed anew where
-        `protocol`, all that they depend on, is another one.
+        They are kept in WORKDIR/<name>_controls.json and recomputed if `protocol`, a
+        JSON value of all that they depend on, changes.
         """
         path = self.workdir / f"{self.name}_controls.json"
         text = json.dumps(protocol, sort_keys=True)
@@ -226,14 +226,14 @@ class Context:
 
 @dataclasses.dataclass(kw_only=True)
 class ClassTable:
-    """`indices[c]` is the model's label of the source's class c."""
+    """A label mapping: `indices[c]` is the model's label of the source's class c."""
 
     indices: Int32[np.ndarray, " classes"]
     message: str | None
 
     @property
     def is_identity(self) -> bool:
-        """Returns whether both sides number their classes alike."""
+        """Returns whether every class has the same label on both sides."""
         return np.array_equal(self.indices, np.arange(len(self.indices)))
 
 
@@ -245,10 +245,11 @@ def class_table(
     ours_is: str,
     in_order: str | None = None,
 ) -> ClassTable:
-    """Maps the classes of source `name` to those of `ours_is` by their names.
+    """Returns the labels in `ours` of the classes `theirs`, matched by class name.
 
-    Labels by number alone would be wrong without an error wherever a class is missing
-    or the order differs. `in_order` is the option that takes them as they are counted.
+    Matching by number would give wrong labels without an error if a class is missing
+    or the order differs. In messages `name` and `ours_is` name the two sides, and
+    `in_order` the option that matches by number.
 
     Raises:
         ValueError: the source has a class that `ours` lacks, or names are ambiguous.
@@ -288,11 +289,11 @@ def class_table(
 class Evaluations:
     """The evaluators of a run, prepared before its first step.
 
-    Preparing raises at the start for a wrong path, an empty set or other classes, not
-    after hours; it opens the sets but reads none completely.
+    A wrong path, an empty set or unknown classes raise an error here, not after hours;
+    this opens the sets but reads none completely.
 
-    A score is named `<evaluator>/<score>`, `<evaluator>_ema/...` when the averaged
-    parameters were evaluated.
+    A score is named `<evaluator>/<score>`, or `<evaluator>_ema/<score>` if it is of
+    the averaged parameters.
     """
 
     def __init__(self, run: Run, program: Program):
@@ -319,7 +320,7 @@ class Evaluations:
         self._suffix = "" if run.config.ema is None else "_ema"
 
     def due(self, step: int) -> list[str]:
-        """Returns the evaluators that run after `step`: after the last one all do."""
+        """Returns the names of evaluators to run after `step`; all after the last."""
         last = step == self._run.num_steps
         return [
             name
@@ -328,11 +329,11 @@ class Evaluations:
         ]
 
     def run_due(self, step: int, state: TrainState) -> None:
-        """Runs what is due at `step` and not on record, and records the scores.
+        """Runs evaluators due at `step` that have no record yet; records their scores.
 
         Raises:
             Stopped: a training inside an evaluator was told to stop; `state` is saved,
-                and the resumed run makes up for the evaluation.
+                and the resumed run repeats the evaluation.
         """
         due = self.due(step)
         if not due:
@@ -357,7 +358,7 @@ class Evaluations:
 
 
 def make_context(name: str, config: TrainConfig, **others: Any) -> Context:
-    """Returns the context of one evaluator of a recipe; `others` are the run's."""
+    """Returns the context of evaluator `name`; `others` are fields not in `config`."""
     return Context(
         name=name,
         model=config.model,

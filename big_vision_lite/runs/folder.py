@@ -1,4 +1,4 @@
-"""The folder of one run: locked while it trains, and tied to one configuration."""
+"""Locks the folder of a run while it trains, and ties it to one configuration."""
 
 import dataclasses
 import fcntl
@@ -16,8 +16,8 @@ from big_vision_lite.recipes import serialize
 from big_vision_lite.runs import integrity, step_folder
 from big_vision_lite.runtime import files, processes, startup
 
-# What may change between the start of a run and its resumption: nothing here changes
-# which examples are seen or how parameters move.
+# Fields that may differ when a run resumes: they change neither the examples nor the
+# updates.
 FREE = (
     "log_every_steps",
     "checkpoints",
@@ -35,11 +35,11 @@ LENGTH = ("num_steps", "num_epochs")
 
 
 class RunFolder:
-    """Opens `workdir` for training: makes it, locks it, compares its configuration.
+    """The folder of a run in training: created, locked, its configuration compared.
 
-    Use as a context. A killed process leaves no lock behind: the operating system
-    drops it. A run that is refused before it can `begin` leaves no config.json in a new
-    folder, which the recipe that it is corrected to may use.
+    Use as a context. The operating system drops the lock of a killed process. A new
+    run that fails before `begin` deletes its config.json, so that the corrected recipe
+    can use the folder.
 
     Raises:
         OSError: the folder cannot be written; nothing was trained.
@@ -76,11 +76,11 @@ class RunFolder:
             self._lock.close()
 
     def begin(self) -> None:
-        """Makes config.json permanent, once all is prepared and steps follow."""
+        """Makes config.json permanent; call it when all is ready for the first step."""
         self._is_new = False
 
     def config_text(self) -> str:
-        """Returns what config.json holds: the configuration, versions, machine."""
+        """Returns the text of config.json: the configuration, versions and machine."""
         return serialize.to_json(
             self._config, versions=startup.versions(), machine=startup.machine()
         )
@@ -112,7 +112,7 @@ class RunFolder:
             ) from error
 
     def _acquire(self) -> None:
-        # Cloud paths have no locks; there the launcher must see to it.
+        # Cloud paths have no locks; there the launcher must start only one run.
         if "://" in str(self.path):
             return
         file = open(self.path / "lock", "a+")  # noqa: SIM115 (held until __exit__)
@@ -152,7 +152,7 @@ class RunFolder:
             self._say_what_moved(old, new)
 
     def _say_what_moved(self, old: Mapping[str, Any], new: Mapping[str, Any]) -> None:
-        """Returns the changes of machine and versions since the run began."""
+        """Logs changes of machine, mesh and versions since the run began."""
         meshes = [
             {name: document["config"].get(name) for name in ("mesh", "sharding")}
             for document in (old, new)
@@ -178,7 +178,7 @@ class RunFolder:
         self, old: Mapping[str, Any], binding: Sequence[Any], step: int
     ) -> str:
         shown = "; ".join(f"{key} {a} -> {b}" for key, a, b in binding)
-        # Only the length differs, so all else of the old run is in the new one.
+        # Only the length differs; all other fields are equal.
         then = {name: old["config"].get(name) for name in LENGTH}
         before = dataclasses.replace(self._config, **then)
         examples = len(self._config.data.source)
@@ -197,8 +197,8 @@ def read_config_document(folder: epath.Path) -> dict[str, Any]:
     """Reads config.json of a run folder or step folder as plain JSON.
 
     Raises:
-        FileNotFoundError: there is none.
-        DamagedCheckpoint: it is no configuration.
+        FileNotFoundError: config.json is missing.
+        DamagedCheckpoint: it is not a configuration.
     """
     path = folder / step_folder.CONFIG
     if not path.exists():
@@ -220,7 +220,7 @@ def read_config(folder: epath.Path, allowed_modules: Sequence[str] = ()) -> Trai
 
 
 def differences(old: Any, new: Any, path: str = "") -> list[tuple[str, Any, Any]]:
-    """Lists (path, old, new) of all leaves in which two JSON trees differ."""
+    """Returns (path, old, new) of every leaf that differs between two JSON trees."""
     if isinstance(old, dict) and isinstance(new, dict):
         found = []
         for key in [*old, *(k for k in new if k not in old)]:
@@ -240,7 +240,7 @@ def differences(old: Any, new: Any, path: str = "") -> list[tuple[str, Any, Any]
 
 
 def _deciding(document: Mapping[str, Any]) -> dict[str, str]:
-    """Returns the versions that decide results: not the commit, of which most don't."""
+    """Returns the versions that can change results; most commits do not."""
     found = {"big_vision_lite": document["version"], **document.get("versions", {})}
     return {name: version for name, version in found.items() if name != "commit"}
 

@@ -1,4 +1,4 @@
-"""Detects losses and gradients that are not finite, and where they began."""
+"""Detects losses and gradients that are not finite; finds the first bad tensor."""
 
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -21,9 +21,9 @@ from big_vision_lite.types import Batch, Model
 
 
 class Monitor:
-    """A check of step metrics, which stay on the device until they are fetched.
+    """A check that step metrics are finite; they stay on the device until fetched.
 
-    `batch_of(step)` makes the batch of a step again, which needs no more than the seed.
+    `batch_of(step)` rebuilds the batch of a step, which depends only on the seed.
     """
 
     def __init__(
@@ -47,8 +47,8 @@ class Monitor:
         """Returns the record of the newest step: "train/loss", "train/learning_rate".
 
         Raises:
-            FloatingPointError: a step since the last look was not finite; says which,
-                where it began, and what to try. The state before it is saved.
+            FloatingPointError: a step since the last call was not finite; names it and
+                the first bad tensor, with advice. The state is saved in `crash/`.
         """
         if not self._pending:
             return {}
@@ -95,7 +95,7 @@ def explain(
     saved: epath.Path,
     advice: str,
 ) -> str:
-    """Returns where the first NaN or infinity of `step` came from and what to try.
+    """Returns a message that names the first tensor of `step` that is not finite.
 
     `history` holds the metrics of the steps up to this one, oldest first; `advice` ends
     the message.
@@ -116,7 +116,7 @@ def explain(
 
 
 def advise(config: TrainConfig, workdir: epath.Path) -> str:
-    """Returns commands to go on with another recipe; the same would fail again."""
+    """Returns a sentence of flags for a new run; the same recipe would fail again."""
     peak = config.optimizer.schedule.peak
     changes = [f"--config.optimizer.schedule.peak={peak / 3:.1g}"]
     clip_norm = getattr(config.optimizer, "clip_norm", None)
@@ -136,9 +136,9 @@ def advise(config: TrainConfig, workdir: epath.Path) -> str:
 
 
 def save_crash(folder: epath.Path, state: TrainState) -> None:
-    """Writes the state after the bad step, which changed none of it, for looking at.
+    """Writes the current state for inspection.
 
-    Good steps between that one and the look that found it have changed it.
+    The bad step changed no parameter; finite steps between it and the check did.
     """
     ocp.save(folder, state, overwrite=True)
 
@@ -167,7 +167,7 @@ def _first_bad(state: TrainState, batch: Batch, model: Model) -> str:
                 {"params": params, **collections},
                 **model.inputs(batch),
                 train=False,
-                # Masks are drawn, too; they are others than those of the step.
+                # Random masks are drawn too; they differ from those of the step.
                 rngs=random_keys(model, jax.random.key(0), 0),
                 capture_intermediates=True,
                 mutable=["intermediates"],
@@ -201,10 +201,10 @@ def _finite(x: Any) -> bool:
 
 
 class Profiler:
-    """Traces the steps `steps` = (first, last), both included; () traces none.
+    """A profiler trace of `steps` = (first, last), both included; () traces none.
 
-    The trace lies in `folder`; `tensorboard --logdir` shows it with the plugin
-    tensorboard-plugin-profile installed.
+    The trace is written to `folder`; `tensorboard --logdir` shows it if the package
+    tensorboard-plugin-profile is installed.
     """
 
     def __init__(self, steps: Sequence[int], folder: epath.Path):
@@ -220,13 +220,13 @@ class Profiler:
             jax.profiler.stop_trace()
 
     def before(self, step: int) -> None:
-        """Starts the trace when `step` is the first of its steps."""
+        """Starts the trace before the first of its steps that is run."""
         if step in self._steps and not self._running:
             jax.profiler.start_trace(str(self._folder))
             self._running = True
 
     def after(self, step: int, outputs: Any) -> None:
-        """Ends the trace when `step` is the last of its steps and has been computed."""
+        """Ends the trace after the last of its steps, once `outputs` are computed."""
         if self._running and step == self._steps[-1]:
             jax.block_until_ready(outputs)
             jax.profiler.stop_trace()

@@ -1,4 +1,4 @@
-"""BiT-HyperRule: fine-tuning settings chosen by data set size and image size.
+"""Chooses fine-tuning settings by data set size and image size: BiT-HyperRule.
 
 After arXiv:1912.11370, section 3.3, and the code published with it.
 """
@@ -35,25 +35,26 @@ SMALL_AREA_PX = 96 * 96
 SMALL_CROP_PX, LARGE_CROP_PX = 128, 480
 # Crop to resize, as published; 384 of 448 is the paper's for all but R152x4.
 RESIZE_PX = {128: 160, 384: 448, 480: 512}
-# From this many images on, mixup.
+# Mixup is used from this many images on.
 MIXUP_FROM_EXAMPLES, MIXUP_ALPHA = 20_000, 0.1
-# So many images, spread over the set, tell how large the images of a set are.
+# The number of images, spread over the set, in the median area.
 AREA_SAMPLE = 64
 
 
 @dataclasses.dataclass(kw_only=True)
 class HyperRule:
-    """Fine-tuning with SGD 0.9, no decay, no clipping, a zero head; the rest by rule.
+    """Fine-tuning by SGD with momentum 0.9, no weight decay, no clipping, a zero head.
 
-    By the training images: below 96 x 96 px (median area) they are resized to 160 and
-    cropped to 128 px, else 512 and 480; `size_px` is another crop (then resized to 5/4
-    below 128 px, else 7/6). Square, so the aspect is not kept; the evaluation resizes
-    straight to the crop. By their number: 500 steps below 20,000, 10,000 below
-    500,000, else 20,000; mixup of 0.1 from 20,000 on. `num_steps` is another length,
-    the warm-up and drops at the same fractions of it. The learning rate `peak` is not
-    scaled by the batch; the published pair for a small machine is 0.001 at 128.
-    `flip=False` where left and right mean something (letters, digits). `ops` and
-    `preprocess`, both together, replace the ops from files to the model.
+    Size: images with a median area below 96 x 96 px are resized to 160 px and cropped
+    to 128, others to 512 and 480. `size_px` sets another crop; the resize is then 5/4
+    of it below 128 px, else 7/6. Resizing to a square does not keep the aspect ratio;
+    evaluation resizes straight to the crop. Length: 500 steps below 20,000 training
+    images, 10,000 below 500,000, else 20,000; `num_steps` sets another one, with
+    warm-up and drops at the same fractions. Mixup of 0.1 from 20,000 images on. The
+    learning rate `peak` is not scaled by the batch size; the published pair for a small
+    machine is 0.001 at 128. Set `flip=False` if left and right have a meaning (letters,
+    digits). `ops` and `preprocess`, given together, replace the ops from files to the
+    model.
     """
 
     size_px: int | None = None
@@ -99,7 +100,7 @@ class HyperRule:
     ) -> TrainConfig:
         """Returns the config that trains `model` with a new head for `train`'s classes.
 
-        The number of channels is what `pretrained_preprocess` makes of the first image.
+        Images get the channels that `pretrained_preprocess` gives the first image.
 
         Raises:
             ValueError: no image can be read, or the model has no field for a head.
@@ -143,7 +144,7 @@ class HyperRule:
         )
 
     def schedule(self, num_examples: int) -> tuple[int, schedules.StepDrops]:
-        """Returns the number of steps and the learning rate for a set of this size."""
+        """Returns the number of steps and the learning-rate schedule for a set size."""
         steps = schedules.bit_hyperrule_steps(num_examples)
         if self.num_steps is None:
             return steps[-1], schedules.bit_hyperrule(num_examples, self.peak)
@@ -171,7 +172,7 @@ class HyperRule:
 
 @dataclasses.dataclass(kw_only=True)
 class Repeated:
-    """Every example of `source`, `times` times an epoch: for sets below one batch."""
+    """A source that repeats another `times` times, for sets smaller than one batch."""
 
     source: Source
     times: int
@@ -196,7 +197,7 @@ class Repeated:
 
 
 def start(path: str, model: Model) -> tuple[Init, ...]:
-    """Returns the start from `path` with a new head, whatever classes it had."""
+    """Returns an init from `path` with a new head, even for the same classes."""
     return (Init(path=path, drop=f"({'|'.join(model.head_modules)})/.*"),)
 
 
@@ -254,24 +255,24 @@ def crop_by_area(source: Source) -> int:
 
 
 def read_run(path: str, allow_module: str = "") -> Pretrained:
-    """Returns the backbone of a run, checkpoints or step folder, or of weights.
+    """Returns backbone and preprocessing of a run, a step folder or foreign weights.
 
     Raises:
-        FileNotFoundError: there is neither.
+        FileNotFoundError: `path` holds none of these.
         ValueError: the weights are damaged or in no known format.
     """
-    # The folder is found again, and named, when the training starts.
+    # The training looks the folder up again, and logs it then.
     place = load.locate(path, log=lambda _: None)
     return place.pretrained([allow_module] if allow_module else [])
 
 
 def parse_size(word: str, train: Source, pretrained: Pretrained) -> int | None:
-    """Returns the crop in px that a word means, None for the rule's.
+    """Returns the crop in px for "keep" or a number, None for "rule".
 
-    "rule", "keep" (what the run was trained at), or a number.
+    "keep" is the input size at which the pretrained model was trained.
 
     Raises:
-        ValueError: another word, or "keep" where that was no square.
+        ValueError: another word, or "keep" if that input is not square.
     """
     if word == "rule":
         return None
@@ -289,6 +290,6 @@ def parse_size(word: str, train: Source, pretrained: Pretrained) -> int | None:
 
 
 def resize_of(crop_px: int) -> int:
-    """Returns the size before a random crop: the published one, or of that ratio."""
+    """Returns the resize in px before a random crop: as published, else by ratio."""
     ratio = 5 / 4 if crop_px < SMALL_CROP_PX else 7 / 6
     return RESIZE_PX.get(crop_px, round(crop_px * ratio))

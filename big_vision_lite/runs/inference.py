@@ -27,19 +27,18 @@ from big_vision_lite.types import (
     backbone_of,
 )
 
-# From the state and a batch to one row an image of every output.
+# step(state, batch) -> {output: one row per image}.
 Step = Callable[..., dict[str, Array]]
 
 
 class LoadedModel:
     """A model with its preprocessing: uint8 images in, numpy arrays out.
 
-    `images` is an array [N, H, W, C] or a sequence of arrays [H, W, C] or [H, W] of any
-    sizes, uint8 in 0..255; of a sequence an item may be the bytes of an image file,
-    too. They go through the preprocessing of the run's evaluations, in batches of at
-    most `batch_size`. `class_names` are empty where the weights came without them.
-    Averaged parameters are taken where the run kept some. `run` holds the rest: the
-    recipe, the parameters, the manifest.
+    `images` is an array [N, H, W, C] of uint8 in 0..255, or a sequence of images of any
+    size: such arrays [H, W, C] or [H, W], or the bytes of image files. They are
+    preprocessed as in the run's evaluations, in batches of at most `batch_size`.
+    `class_names` is () if the weights came without them. Averaged parameters (EMA) are
+    used if the run has them. `run` holds the recipe, the parameters and the manifest.
     """
 
     def __init__(self, run: SavedRun, *, batch_size: int = 64):
@@ -48,23 +47,23 @@ class LoadedModel:
         self._batch_size = batch_size
 
     def features(self, images: Any) -> Float32[np.ndarray, "N D"]:
-        """Returns the "pooled" output of the backbone for every image.
+        """Returns the pooled features of the backbone for every image.
 
         Raises:
-            ValueError: an image cannot be read, or the preprocessing does not give all
-                of them one size; says which image.
+            ValueError: an image cannot be read, or preprocessing yields different
+                sizes; names the image.
         """
         return self._rows(self._features, images)["features"]
 
     def predict(self, images: Any) -> Float32[np.ndarray, "N C"]:
         """Returns the probability of every class, in the order of `class_names`.
 
-        Of one class an image they add up to 1; where the objective lets several be
-        right, each is a probability of its own.
+        They add up to 1 per image unless the objective allows several classes per
+        image; then each class has a separate probability.
 
         Raises:
-            ValueError: the model has no head, an image cannot be read, or the
-                preprocessing does not give all of them one size; says which image.
+            ValueError: the model has no head, an image cannot be read, or preprocessing
+                yields different sizes; names the image.
         """
         return self._rows(self._probabilities, images)["probabilities"]
 
@@ -79,7 +78,7 @@ class LoadedModel:
     def _rows(self, steps: Sequence[Step], images: Any) -> dict[str, np.ndarray]:
         source = _Images(images)
         ops = Guarded(self.run.config.preprocess)
-        # A few sizes of batches, each of them compiled once.
+        # Powers of two, so that only a few batch sizes are compiled.
         power_of_two = 1 << (len(source) - 1).bit_length()
         batch_size = min(self._batch_size, power_of_two)
         with _naming_all(source, ops):
@@ -127,7 +126,7 @@ class _Images:
         }
 
     def name(self, index: Any) -> str:
-        """Returns the place, for messages."""
+        """Returns the image's place in the sequence, for messages."""
         return f"images[{index.__index__()}]"
 
     def _check(self, index: int, image: Any) -> None:
@@ -165,8 +164,9 @@ def make_steps(
 ) -> list[Step]:
     """Returns jitted functions from a state and a batch to one output row per image.
 
-    "classes" and "probabilities" [B, K] of the most probable `classes` (0: none);
-    where that is None "probabilities" of all, in their order; "features" [B, D].
+    Outputs are "classes" and "probabilities" [B, K] of the `classes` most probable ones
+    (0: neither; None: "probabilities" [B, C] of all, in label order) and, if requested,
+    the pooled "features" [B, D].
     """
     model = run.config.model
     part, backbone = backbone_of(model)
@@ -207,8 +207,8 @@ def run_steps(
 ) -> dict[str, np.ndarray]:
     """Returns the outputs of `steps`, one row per example, in order.
 
-    Rows of images that `ops.errors` names are zeros. The batch is made a multiple of
-    the devices; progress is shown in a terminal or notebook unless `hidden`.
+    Rows of images in `ops.errors` are zeros. `batch_size` is rounded up to a multiple
+    of the devices; progress is shown in a terminal or notebook unless `hidden`.
     """
     num_devices = run.mesh.size
     batch_size = -(-min(batch_size, len(source)) // num_devices) * num_devices
@@ -222,7 +222,7 @@ def run_steps(
         for batch in track(
             batches, "predicting", console=console, transient=True, disable=hidden
         ):
-            # Zeros where nothing could be read, whole batches of it included.
+            # Rows of unreadable images stay zeros, even if all of a batch are.
             rows = jax.device_get([step(run.state, batch) for step in steps])
             rows = {name: x for found_rows in rows for name, x in found_rows.items()}
             valid = np.asarray(batch["valid"])
@@ -236,7 +236,7 @@ def run_steps(
 
 @contextlib.contextmanager
 def _naming_all(source: _Images, ops: Guarded) -> Iterator[None]:
-    """Names the first image where not one of them can be read."""
+    """Raises a ValueError that names the first image if none can be read."""
     try:
         yield
     except ValueError as error:

@@ -1,4 +1,4 @@
-"""Makes the state before step 1: fresh, or from other weights adapted to it."""
+"""Builds the state before step 1: fresh, or with other weights adapted to it."""
 
 import dataclasses
 import functools
@@ -35,11 +35,11 @@ def initial_state(
 ) -> TrainState:
     """Returns the state before step 1: fresh, or with parameters from elsewhere.
 
-    `first_params` {name: array} take the place of the checkpoint of `config.init`.
+    `first_params` {name: array} replace the checkpoint of `config.init`.
 
     Raises:
-        ValueError: what a checkpoint holds does not fit; lists every difference.
-        OSError: a checkpoint is not there.
+        ValueError: a checkpoint does not fit the model; lists every difference.
+        OSError: a checkpoint is missing.
     """
     fresh = program.fresh()
     inits = config.init
@@ -53,7 +53,7 @@ def initial_state(
         if first_params is not None:
             loaded = Loaded(variables=first_params, class_names=None)
         else:
-            # What the recipe itself imports, its checkpoint may need.
+            # A checkpoint may need the module of the recipe's own model class.
             loaded = open_weights(init.path, log, [type(config.model).__module__])
         origins.append(loaded.origin)
         classes = tuple(config.data.source.class_names)
@@ -71,7 +71,7 @@ def start_from(
     named: Mapping[str, Any],
     log: Callable[[str], None],
 ) -> dict[str, Any]:
-    """Returns the variables `named` of `model` with those that `init` copies replaced.
+    """Returns `named`, variables of `model`, with those that `init` copies replaced.
 
     `class_names` are those of the data.
     """
@@ -101,7 +101,7 @@ def start_from(
     family, lines = model, []
     path, backbone = backbone_of(model) if isinstance(model, Model) else ("", model)
     if path:
-        # Of a whole model it is the backbone that reads pixels and has positions.
+        # The backbone holds a model's input kernel and position embeddings.
         family = Within(path=path, inside=backbone)
         lines = model_differences(model, theirs, into)
         theirs = backbone_of(theirs)[1] if isinstance(theirs, Model) else theirs
@@ -119,7 +119,7 @@ def start_from(
 
 
 def _places(loaded: Loaded, ours: Model, init: Init) -> tuple[str, str]:
-    """Returns which modules `init` takes and fills, "" for all."""
+    """Returns the paths of the modules that `init` takes and fills, "" for all."""
     whole = type(loaded.model) is type(ours) or loaded.class_names is None
     if whole and not (init.part or init.into):
         return "", ""
@@ -187,9 +187,9 @@ def scaled_like(
 ) -> Loaded:
     """Returns weights that expect pixels scaled with the mean and std of `model`.
 
-    Kernels that read patches see no padding, so the change is exact there, also to the
-    number of channels of the `fresh` variables of `model`; other stems keep their
-    weights, and `model_differences`, or a line here, says what to set.
+    Patch embeddings see no padding, so the change is exact there, also to the number of
+    channels in `fresh`, the variables of `model`. Other stems keep their weights; a
+    line logged here, or one of `model_differences`, gives the fields to set.
     """
     theirs = loaded.model
     name = model.input_kernel
@@ -212,7 +212,7 @@ def scaled_like(
     if bias_name not in loaded.variables:
         return loaded
     bias = np.asarray(loaded.variables[bias_name])
-    # A model that reads patches says their size.
+    # A model that reads patches has this field.
     patch_size = getattr(model, "patch_size")  # noqa: B009
     fold = functools.partial(fold_input_range, patch_size=patch_size)
     log(
@@ -220,7 +220,7 @@ def scaled_like(
         f"with {after.mean} and {after.std}: folded into the patch embedding, exactly."
     )
     if channels != kernel.shape[2]:
-        # Channels can take each other's place only where all are in the same units.
+        # Channels can be summed or repeated only if all have the same units.
         kernel, bias = fold(kernel, bias, before, SYMMETRIC)
         log(f"init: {resample.channels_message(model, kernel.shape[2], channels)}")
         kernel, before = resample.resize_channels(kernel, channels), SYMMETRIC
@@ -244,10 +244,10 @@ def _not_folded(before: InputRange, after: InputRange, old: int, new: int) -> st
 
 
 def model_differences(ours: Any, theirs: Any, where: str = "") -> list[str]:
-    """Returns differing fields of two models that change what the same weights compute.
+    """Returns a line per differing field that changes the output of the same weights.
 
-    `where` in the recipe's model they are, "" where they are all of it.
-    Empty for models of different classes: there the names differ, and are listed.
+    `where` is the path of `ours` in the recipe's model, "" for all of it. Models of
+    different classes give []: their names differ, and `adapt` lists those.
     """
     if type(ours) is not type(theirs) or not isinstance(ours, Model):
         return []

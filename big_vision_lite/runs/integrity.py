@@ -23,11 +23,11 @@ MANIFEST = "manifest.json"
 
 
 class DamagedCheckpoint(ValueError):
-    """A file or a leaf of a checkpoint is not what was saved."""
+    """A file or leaf of a checkpoint that differs from what was saved."""
 
 
 def leaf_checksum(x: Array) -> Array:
-    """Returns a uint32 that any flipped bit of `x` changes, the same on any mesh.
+    """Returns a uint32 checksum that any flipped bit of `x` changes, equal on any mesh.
 
     Every word is mixed with its position, then all are summed modulo 2**32: the order
     of summation, and so the layout over devices, does not matter.
@@ -56,16 +56,16 @@ def checksums(tree: Any) -> list[Array]:
     sums = []
     for leaf in jax.tree.leaves(tree):
         sums.append(_checksum_program(leaf.shape, leaf.dtype, leaf.sharding)(leaf))
-        # XLA:CPU comes to a standstill when several programs wait for other devices.
+        # XLA:CPU deadlocks when several programs wait for other devices.
         if jax.default_backend() == "cpu" and jax.device_count() > 1:
             sums[-1].block_until_ready()
     return sums
 
 
 def compile_checksums(abstract: Any) -> None:
-    """Compiles what `checksums` runs on such leaves, so that it need not wait for it.
+    """Compiles the programs of `checksums` in advance; may run in a thread.
 
-    `abstract` has the shape, dtype and sharding of every leaf. May run in a thread.
+    `abstract` has the shape, dtype and sharding of every leaf.
     """
     for leaf in jax.tree.leaves(abstract):
         _checksum_program(leaf.shape, leaf.dtype, leaf.sharding)
@@ -75,8 +75,8 @@ def compile_checksums(abstract: Any) -> None:
 def _checksum_program(
     shape: tuple[int, ...], dtype: jnp.dtype, sharding: jax.sharding.Sharding
 ) -> Callable[[Array], Array]:
-    # A small program a shape: a state has hundreds of leaves of a dozen shapes, and one
-    # program for all of them takes four times as long to compile.
+    # One small program per shape: a state has hundreds of leaves of a dozen shapes, and
+    # one program for all of them takes four times as long to compile.
     leaf = jax.ShapeDtypeStruct(shape, dtype, sharding=sharding)
     return jax.jit(leaf_checksum).lower(leaf).compile()
 
@@ -94,7 +94,7 @@ def describe_leaves(tree: Any, sums: Any) -> dict[str, dict[str, Any]]:
 
 
 def damaged_leaves(leaves: Mapping[str, Any], tree: Any) -> list[str]:
-    """Lists the leaves of `tree` whose checksum is not the recorded one."""
+    """Returns the names of leaves of `tree` whose checksum differs from the record."""
     found = describe_leaves(tree, jax.device_get(checksums(tree)))
     return [n for n, leaf in found.items() if leaf["checksum"] != leaves[n]["checksum"]]
 
@@ -170,7 +170,7 @@ def read_manifest(folder: epath.Path) -> dict[str, Any]:
 
 
 def verify_files(folder: epath.Path, manifest: Mapping[str, Any]) -> None:
-    """Compares every file of a step folder with its manifest.
+    """Checks every file of a step folder against its manifest.
 
     Raises:
         DamagedCheckpoint: names the first missing, truncated or changed file.

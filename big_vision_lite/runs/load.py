@@ -36,10 +36,9 @@ OPTIMIZER = "opt_state/"
 class Loaded:
     """Weights to start from: {name: array}, batch statistics as "batch_stats/...".
 
-    `class_names` are empty when nobody knows them, None where they do not matter;
-    `model` is what the weights belong to, `part` where its pretrained part is and
-    `backbone` that part, each None where it needs a module that may not be imported
-    here; `origin` goes into manifests.
+    `class_names` is () if unknown, None if irrelevant. `model` is the Linen module of
+    the weights, `part` the path of its backbone and `backbone` that module; a module is
+    None if its class may not be imported. `origin` goes into manifests.
     """
 
     variables: Mapping[str, Any]
@@ -55,10 +54,10 @@ def locate(
 ) -> "SavedStep | ForeignWeights":
     """Returns the `SavedStep` or `ForeignWeights` at `path`.
 
-    A run and its checkpoints folder mean the newest step.
+    A run folder or its checkpoints folder gives the newest step.
 
     Raises:
-        FileNotFoundError: there is neither; says what was looked at.
+        FileNotFoundError: there is no complete checkpoint; says what is there.
     """
     if weights.is_foreign(os.fspath(path)):
         return ForeignWeights(path=os.fspath(path))
@@ -77,25 +76,25 @@ class Pretrained:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class SavedStep:
-    """A step folder, found by the `path` that somebody gave."""
+    """A step folder, and the `path` by which the user named it."""
 
     folder: epath.Path
     path: str
 
     def platform(self) -> str | None:
-        """Returns the platform that the recipe chose, None if none or not readable."""
-        # What of it is damaged is said when the step is loaded and verified.
+        """Returns the platform that the recipe sets, None if unset or unreadable."""
+        # A damaged file is reported when the step is loaded and verified.
         with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
             document = json.loads((self.folder / step_folder.CONFIG).read_text())
             return document["config"]["platform"]
         return None
 
     def config(self, allowed_modules: Sequence[str] = ()) -> TrainConfig:
-        """Returns the recipe; ValueError where a class may not be imported."""
+        """Returns the recipe; raises ValueError if a class may not be imported."""
         return read_config(self.folder, allowed_modules)
 
     def pretrained(self, allowed_modules: Sequence[str] = ()) -> Pretrained:
-        """Returns the backbone; nothing else of the recipe need be importable."""
+        """Returns backbone and preprocessing; the rest need not be importable."""
         part = integrity.read_manifest(self.folder)["backbone"]
         document = json.loads((self.folder / step_folder.CONFIG).read_text())
         model = document["config"]["model"]
@@ -113,7 +112,7 @@ class SavedStep:
     def weights(
         self, log: Callable[[str], None], allowed_modules: Sequence[str] = ()
     ) -> Loaded:
-        """Returns parameters and statistics, the averaged ones where there are some."""
+        """Returns parameters, averaged ones (EMA) if there are any, and statistics."""
         del log  # nothing is assumed of our own files
         variables, manifest = load_variables(self.folder)
         part = manifest["backbone"]
@@ -137,7 +136,7 @@ class SavedStep:
         devices: Sequence[Any],
         log: Callable[[str], None],
     ) -> SavedRun:
-        """Loads the state without the optimiser's."""
+        """Loads the state, without the optimizer state, on `devices`."""
         manifest = step_folder.verified_manifest(self.folder)
         config = self.config(allowed_modules)
         mesh = sharding.make_mesh(fitting(config.mesh, len(devices), log), devices)
@@ -171,7 +170,7 @@ class SavedStep:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class ForeignWeights:
-    """A file or folder of another library, or `hub:organisation/name`."""
+    """Weights of another library: a file, a folder or `hub:organisation/name`."""
 
     path: str
 
@@ -193,7 +192,7 @@ class ForeignWeights:
     def weights(
         self, log: Callable[[str], None], allowed_modules: Sequence[str] = ()
     ) -> Loaded:
-        """Returns all variables by our names; reports the assumptions made."""
+        """Returns all variables by our names; logs the assumptions made."""
         del allowed_modules  # classes of this package alone
         found = foreign.load(self.path)
         for note in (f"{self.path}: {found.format}", *found.notes):
@@ -252,12 +251,12 @@ def load(
 ) -> SavedRun:
     """Loads the newest step of a run or checkpoints folder, a step folder, or weights.
 
-    Weights are files and folders of other libraries and `hub:organisation/name`. On
-    `devices`, by default all: in the run's own mesh where that fits, else with the
-    parameters whole on each of them.
+    Weights are files and folders of other libraries and `hub:organisation/name`. The
+    state is placed on `devices`, by default all: in the run's mesh if that fits, else
+    replicated.
 
     Raises:
-        FileNotFoundError: there is no complete checkpoint; says what was looked at.
+        FileNotFoundError: there is no complete checkpoint; says what is there.
         DamagedCheckpoint: a file or a leaf is not what was saved.
         ValueError: config.json needs a class that may not be imported.
     """
@@ -273,10 +272,10 @@ def open_weights(
 ) -> Loaded:
     """Reads weights to start from: of a run, a step folder, or another library.
 
-    The model is built where its classes are those of the package or `allowed_modules`.
+    The model is None unless its classes are in this package or `allowed_modules`.
 
     Raises:
-        FileNotFoundError: there is neither; says what was looked at.
+        FileNotFoundError: there is no complete checkpoint; says what is there.
         ValueError: the weights are damaged or in no known format.
     """
     return locate(path, log).weights(log, allowed_modules)
@@ -285,7 +284,7 @@ def open_weights(
 def recipe(found: Foreign) -> TrainConfig:
     """Returns a configuration with the model and its preprocessing, and no images.
 
-    It can be evaluated, predicted with and started from, not trained.
+    It serves evaluation, prediction and initialisation, not training.
     """
     return TrainConfig(
         num_steps=1,
@@ -304,8 +303,8 @@ def recipe(found: Foreign) -> TrainConfig:
 def load_variables(folder: Any) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
     """Loads a step folder's parameters and batch statistics, and its manifest.
 
-    Names are those of the model, statistics "batch_stats/...". The averaged parameters
-    are taken when the run kept an average.
+    Names are those of the model, statistics "batch_stats/...". Averaged parameters
+    (EMA) are loaded if the run has them.
 
     Raises:
         DamagedCheckpoint: a file or a leaf is not what was saved.
@@ -314,7 +313,7 @@ def load_variables(folder: Any) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
     leaves = manifest["leaves"]
     averaged = any(name.startswith("ema/") for name in leaves)
     parts = ("ema/" if averaged else "params/", "frozen/", "collections/batch_stats/")
-    # Under a mesh of several devices jit takes no array that lives on one of them.
+    # Under a mesh of several devices jit refuses an array that is on only one of them.
     mesh = jax.sharding.get_mesh()
     device = (
         jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
@@ -339,5 +338,5 @@ def _model_of(folder: Any, part: str, allowed_modules: Sequence[str]) -> Any:
     try:
         return serialize.from_json(text, allowed_modules)
     except ValueError:
-        # A class of the user's own, or of a newer version: the names decide alone.
+        # A class of the user or of a newer version: only names are compared then.
         return None

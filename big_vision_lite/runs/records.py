@@ -28,15 +28,15 @@ _summary: Any = summary_pb2
 FILE_NAME = "metrics.jsonl"
 TENSORBOARD_FOLDER = "tensorboard"
 
-# A run inside a run (fine-tuning as an evaluator) keeps its records to itself: Weights
-# & Biases knows one run a process, the outer one.
+# A run inside a run (fine-tuning as an evaluator) sends nothing to Weights & Biases,
+# which has one run per process: the outer one.
 _inside: contextvars.ContextVar[bool] = contextvars.ContextVar(
     "inside_writer", default=False
 )
 
 
 def read_history(workdir: epath.Path) -> list[dict[str, Any]]:
-    """Reads the records of a run, oldest first; a half-written last line is left out.
+    """Returns the records of a run, oldest first, without a half-written last line.
 
     Raises:
         ValueError: a line before the last is not a record, so the file was edited.
@@ -50,7 +50,7 @@ def read_history(workdir: epath.Path) -> list[dict[str, Any]]:
         try:
             record = json.loads(line)
         except ValueError:  # no JSON, or no UTF-8
-            # What follows the last newline is nothing, or a record cut short by a kill.
+            # The last line is empty, or a record cut short by a kill.
             if number == len(lines):
                 continue
             record = None
@@ -98,9 +98,9 @@ class Writer:
             self._wandb.finish()
 
     def resume_at(self, step: int) -> None:
-        """Drops the records beyond `step`, the one that was restored, or 0.
+        """Drops the records after `step`, the restored one, or 0 in a new run.
 
-        The file is replaced in one move, so that a kill leaves the old or the new one.
+        The file is replaced atomically: a kill leaves the old or the new one.
         """
         self._close()
         kept = [record for record in self._records if record["step"] <= step]
@@ -113,7 +113,7 @@ class Writer:
         """Records `metrics` of `step`; values are numbers or scalar arrays.
 
         Raises:
-            ValueError: a value is not finite: it would be no JSON, and no score.
+            ValueError: a value is not finite, and so neither JSON nor a score.
         """
         values = {name: _number(name, step, value) for name, value in metrics.items()}
         for name in values:
@@ -123,8 +123,8 @@ class Writer:
             if self._events is None:
                 self._rewrite()  # a line cut short must not be continued
                 self._events = self._open(first_step=None)
-            # TensorBoard first: a kill in between repeats a point there, which nobody
-            # sees, and loses none, as only metrics.jsonl is asked what is missing.
+            # TensorBoard first: a kill in between repeats a point there, invisibly, and
+            # loses none, because metrics.jsonl alone decides what is missing.
             self._events.scalars(step, values)
             self._append(record)
             if self._wandb is not None:
@@ -137,7 +137,7 @@ class Writer:
         return any(s == step and n.startswith(f"{prefix}/") for s, n in self._seen)
 
     def latest(self) -> dict[str, float | int]:
-        """Returns the newest value of every score an evaluator has given."""
+        """Returns the newest value of every evaluator's score, by name."""
         scores = {}
         for record in sorted(self._records, key=lambda record: record["step"]):
             names = [n for n in record if "/" in n and not n.startswith("train/")]
@@ -157,7 +157,7 @@ class Writer:
 
     def _append(self, record: dict[str, Any]) -> None:
         if self._file is None:
-            # Object stores cannot append: there the file is replaced at every record.
+            # Object stores cannot append, so every record replaces the file.
             self._rewrite(record)
         else:
             self._file.add(_line(record))
@@ -262,6 +262,6 @@ def _start_wandb(workdir: epath.Path) -> Any:
             workdir.mkdir(parents=True, exist_ok=True)
             files.replace(identity, wandb.util.generate_id().encode())
     run = wandb.init(id=identity.read_text(), resume="allow")
-    # Its own counter may not go back, ours does when a killed run repeats some steps.
+    # wandb's own counter may not go back; ours does when a resumed run repeats steps.
     run.define_metric("*", step_metric="step")
     return run

@@ -12,7 +12,7 @@ from big_vision_lite.types import Family
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Fitted:
-    """The new values and a message of what was done; no message if nothing was."""
+    """Resampled values, and a message on the change; None if nothing changed."""
 
     values: Any
     message: str | None = None
@@ -21,9 +21,9 @@ class Fitted:
 def fit(model: Family, name: str, values: Any, shape: tuple[int, ...]) -> Fitted:
     """Returns `values` resampled to another shape where possible, else unchanged.
 
-    Of parameters of `model`: learned positions [rows, columns, D] go to another grid,
-    the kernel on the image [h, w, C, D] to another number of channels and, where it
-    reads patches, to another patch size.
+    Position embeddings [rows, columns, D] of `model` can take another grid, its input
+    kernel [h, w, C, D] another number of channels and, if it reads patches, another
+    patch size.
     """
     same_rank = len(values.shape) == len(shape) and values.shape[-1] == shape[-1]
     if not same_rank:
@@ -59,13 +59,14 @@ def _fit_positions(values: Any, shape: tuple[int, ...]) -> Fitted:
 def resize_channels(kernel: Any, channels: int) -> np.ndarray:
     """Returns a kernel [h, w, C, D] adapted to another number of image channels.
 
-    To fewer, weights are summed in turn, channel c to channel c % channels: an image
-    gives what it gave with its channels repeated in turn to C, a gray one what it gave
-    as C equal channels. To more it is the way back: weights are repeated in turn, each
-    divided by how often, and an image whose channels so repeat gives what it gave.
+    For fewer channels, weights are summed cyclically, channel c into c % channels: the
+    output equals the old one of the image with its channels repeated cyclically to C,
+    for a gray image that of C equal channels. For more, weights are repeated cyclically
+    and divided by their number of copies: the output of an image whose channels repeat
+    in this way stays the same.
 
-    timm cuts or repeats and scales everything by C / channels, but sums to one: the
-    same for one channel and for multiples of C, else gray images give something else.
+    timm sums for one channel, else cuts or repeats and scales all by C / channels. Both
+    agree for one channel and for multiples of C, else not even on gray images.
     """
     kernel = np.asarray(kernel, np.float32)
     old = kernel.shape[2]
@@ -79,7 +80,7 @@ def resize_channels(kernel: Any, channels: int) -> np.ndarray:
 
 
 def channels_message(model: Family, old: int, new: int) -> str:
-    """Returns the line on what `resize_channels` does to the input kernel."""
+    """Returns a message on the change by `resize_channels` to the input kernel."""
     if new == 1:
         done = "weights summed, so that gray images give what they gave"
     elif new < old:

@@ -19,11 +19,11 @@ from big_vision_lite.types import layers_of
 
 @dataclasses.dataclass(kw_only=True)
 class SavedRun:
-    """One step of a run, loaded: everything of the state but the optimiser's.
+    """One loaded step of a run: the state without the optimizer state.
 
-    `folder` is the step folder, or where weights of another library lie, `class_names`
-    are those of the training source, `mesh` spans this machine's devices; call what was
-    built with it under `jax.set_mesh(mesh)`.
+    `folder` is the step folder, or the path of foreign weights; `class_names` are those
+    of the training source. `mesh` spans the devices of the state; call functions built
+    for it under `jax.set_mesh(mesh)`.
     """
 
     folder: epath.Path
@@ -42,9 +42,9 @@ class SavedRun:
         return tuple(self.manifest["class_names"])
 
     def place_for_results(self) -> epath.Path:
-        """Returns the run's folder, or what holds copied step folders or weights.
+        """Returns the run's folder, or the parent of a copied step folder or weights.
 
-        For weights that were downloaded it is the current folder.
+        For downloaded weights, returns the current folder.
         """
         if os.fspath(self.folder).startswith(weights.HUB):
             return epath.Path(".")
@@ -54,7 +54,7 @@ class SavedRun:
         return above
 
     def untrained(self) -> TrainState:
-        """Returns the run's state before step 1, the same bit for bit."""
+        """Returns the run's randomly initialised state, the same bit for bit."""
         spec = {
             name: jax.ShapeDtypeStruct((1, *leaf["shape"]), leaf["dtype"])
             for name, leaf in self.manifest["input"].items()
@@ -72,7 +72,7 @@ class SavedRun:
 
 
 def state_of(tree: Mapping[str, Any]) -> TrainState:
-    """Returns the state of a step's tree, without the optimiser's."""
+    """Returns the train state of a step's tree, without the optimizer state."""
     # flax.struct makes the constructor, which type checkers do not see.
     make: Any = TrainState
     return make(
@@ -88,7 +88,7 @@ def state_of(tree: Mapping[str, Any]) -> TrainState:
 def fitting(
     mesh: sharding.Mesh, num_devices: int, log: Callable[[str], None]
 ) -> sharding.Mesh:
-    """Returns `mesh` if it fits; else one with all on "data", and says so."""
+    """Returns `mesh` if it fits, else one with all devices on "data", logging that."""
     if mesh.shape(num_devices) is not None:
         return mesh
     log(

@@ -27,18 +27,17 @@ from big_vision_lite.training.state import TrainState
 from big_vision_lite.types import backbone_of
 
 STEPS_IN_FLIGHT = 2
-# How long closing waits for the steps in flight; the thread's end is awaited at exit.
+# Seconds that closing waits for the steps in flight; exit waits for the thread's end.
 CLOSE_SECONDS = 30
 
 
 class StepsInFlight:
     """A limit on how many steps the host dispatches ahead of the device.
 
-    Otherwise it runs ahead: batches pile up on the device, and waiting for data while
-    the device still computes looks like waiting in vain. A thread notes when each step
-    was finished. Use as a context, or close it on every way out: the thread waits
-    inside of JAX, and the interpreter aborts if it ends around a thread that does. So
-    it is no daemon, either.
+    Without it batches pile up on the device, and a wait for data counts as idle time
+    while the device still computes. A thread notes when each step is finished. Use as a
+    context, or close it on every way out: the thread waits inside JAX, and the
+    interpreter aborts if it exits during that. So it is no daemon, either.
     """
 
     def __init__(self) -> None:
@@ -61,7 +60,10 @@ class StepsInFlight:
         self._slots.acquire()
 
     def idle_since(self, otherwise: float) -> float:
-        """Returns since when the device has had no work; now, if it has some."""
+        """Returns the `perf_counter` time when the device became idle, now if busy.
+
+        Returns `otherwise` before the first step.
+        """
         if self._thread is None:
             return otherwise
         if self._finished < self._dispatched:
@@ -94,8 +96,8 @@ class StepsInFlight:
 class Run:
     """One training in `workdir`: its folder, data, checkpoints, records and display.
 
-    Use as a context, under the mesh. `command` resumes the run: it is named in what to
-    type next.
+    Use as a context, under the mesh. `command` resumes the run; the closing message
+    suggests it.
 
     Raises:
         ValueError, OSError: a mistake in the recipe, the data or the folder.
@@ -118,7 +120,7 @@ class Run:
         self._quiet = quiet
         self._opened = contextlib.ExitStack()
         self._leaving = False
-        # The last step behind the state, from `begin` on.
+        # The number of finished steps in the restored state, set by `begin`.
         self.done = 0
 
     def __enter__(self) -> "Run":
@@ -178,14 +180,14 @@ class Run:
         return self._checkpointer.saving()
 
     def note_origin(self, origin: Mapping[str, Any] | None) -> None:
-        """Records in every checkpoint where the first weights came from."""
+        """Records the origin of the initial weights in every checkpoint."""
         self._checkpointer.note_origin(origin)
 
     def restore(self, program: Program) -> TrainState | None:
-        """Returns the state of the newest checkpoint, None where the run is new.
+        """Returns the state of the newest checkpoint, or None for a new run.
 
         Raises:
-            DamagedCheckpoint: it is damaged; names the newest that is intact.
+            DamagedCheckpoint: it is damaged; names the newest intact one.
         """
         for note in program.notes:
             self.say(note)
@@ -203,7 +205,7 @@ class Run:
         self.writer.resume_at(self.done)
 
     def steps(self) -> Iterator[tuple[int, Any]]:
-        """Yields every step that is left, with its batch; at most two are in flight."""
+        """Yields every remaining (step, batch); at most two steps are in flight."""
         self._folder.begin()
         self.progress.begin(self.done, self._flops_per_step)
         batches = self._batches.starting_at(self.done + 1)
@@ -232,10 +234,10 @@ class Run:
         return self._leaving and step < self.num_steps
 
     def log(self, step: int, state: TrainState) -> None:
-        """Records the newest step.
+        """Records and shows the metrics of the newest step.
 
         Raises:
-            FloatingPointError: a loss was not finite; says where it began.
+            FloatingPointError: a loss was not finite; names the first bad tensor.
             OSError: the last save failed.
         """
         record = self._monitor.fetch_and_check(state)
@@ -245,11 +247,11 @@ class Run:
         self.progress.show(step, record, self._batches)
 
     def save(self, step: int, state: TrainState) -> None:
-        """Starts to write a checkpoint, once all losses so far are known to be finite.
+        """Checks that all losses so far are finite, then starts to save `state`.
 
         Raises:
-            FloatingPointError: one was not.
-            OSError: the save before failed.
+            FloatingPointError: a loss was not finite; names the first bad tensor.
+            OSError: the previous save failed.
         """
         self._monitor.fetch_and_check(state)
         with self.progress.paused():
@@ -261,7 +263,7 @@ class Run:
         return Stopped(self._stop.requested(), step, self.workdir)
 
     def show_results(self) -> None:
-        """Shows all scores and what to type next, once all is written."""
+        """Shows all scores and the next commands; call it after the context."""
         commands = next_commands(self.workdir, self._command)
         self.progress.summary(self.writer.latest(), commands)
 

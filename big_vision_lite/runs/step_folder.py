@@ -1,7 +1,7 @@
-"""One saved step as a folder: found, verified, and its leaves loaded.
+"""Finds, verifies, writes and loads the folder of one saved step.
 
 `<run>/checkpoints/<step>/` holds the leaves, `config.json` and the manifest; a copy of
-it elsewhere is as good.
+it elsewhere works as well.
 """
 
 import contextlib
@@ -21,7 +21,7 @@ CONFIG = "config.json"
 
 
 def complete_steps(folder: epath.Path) -> list[int]:
-    """Lists the steps below `folder` that have a manifest, in increasing order."""
+    """Returns the steps in `folder` that have a manifest, in increasing order."""
     if not folder.exists():
         return []
     return sorted(
@@ -32,10 +32,10 @@ def complete_steps(folder: epath.Path) -> list[int]:
 
 
 def verified_manifest(folder: epath.Path) -> dict[str, Any]:
-    """Reads a step's manifest and compares every file with it.
+    """Returns a step's manifest after a check of every file against it.
 
     Raises:
-        DamagedCheckpoint: names the file, and the newest step that is intact.
+        DamagedCheckpoint: a file differs; names it, and the newest intact step.
     """
     with _suggesting_intact_step(folder):
         return _verify(folder)
@@ -45,8 +45,8 @@ def restore(folder: epath.Path, abstract: Any, manifest: Mapping[str, Any]) -> A
     """Loads a step's leaves in the shardings of `abstract` and checks every one.
 
     Raises:
-        DamagedCheckpoint: a leaf's checksum differs; it is named, and the newest step
-            that is intact.
+        DamagedCheckpoint: a leaf's checksum differs; names it, and the newest intact
+            step.
     """
     with _suggesting_intact_step(folder):
         state = _load(folder, abstract)
@@ -59,10 +59,10 @@ def restore(folder: epath.Path, abstract: Any, manifest: Mapping[str, Any]) -> A
 
 
 def find(path: str | epath.Path, log: Callable[[str], None] = print) -> epath.Path:
-    """Finds a step folder from a run folder, its checkpoints folder or a step folder.
+    """Returns the newest step folder of a run or checkpoints folder, or `path` itself.
 
     Raises:
-        FileNotFoundError: there is none; says what was looked at.
+        FileNotFoundError: there is no complete checkpoint; says what is there.
     """
     given = files.absolute(path)
     what = "it is a file" if given.exists() else "it does not exist"
@@ -110,8 +110,8 @@ def _incomplete(given: epath.Path) -> str:
 def save_async(folder: epath.Path, state: Any) -> Any:
     """Starts to write `state`; it may be donated on return, `result()` waits.
 
-    An array that all devices hold is written in parts, one by each of them, where it is
-    large. Small ones are not: every part is a program to compile in the first save.
+    Of a large replicated array every device writes a part. Small ones are not split:
+    every part is a program to compile in the first save.
     """
     context = ocp.Context()
     context.array.saving.min_slice_bytes_for_replica_parallel = 2**20
@@ -133,8 +133,8 @@ def _load(folder: epath.Path, abstract: Any) -> Any:
     try:
         return ocp.load(folder, abstract)
     except (RuntimeError, MemoryError):
-        raise  # the device's or the host's trouble, not the file's
-    except Exception as error:  # Orbax raises Exception itself where data is no data
+        raise  # a fault of the device or the host, not of the file
+    except Exception as error:  # Orbax raises a bare Exception for unreadable data
         cause = str(error.__cause__ or error).strip().splitlines()[0][:200]
         raise integrity.DamagedCheckpoint(
             f"{folder} cannot be read: {cause}"
@@ -143,7 +143,7 @@ def _load(folder: epath.Path, abstract: Any) -> Any:
 
 @contextlib.contextmanager
 def _suggesting_intact_step(folder: epath.Path) -> Iterator[None]:
-    """Adds to what is said of a damaged step which one to take instead."""
+    """Adds the newest intact step to the message of a DamagedCheckpoint."""
     try:
         yield
     except integrity.DamagedCheckpoint as error:

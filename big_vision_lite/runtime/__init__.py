@@ -1,1 +1,1 @@
-"""Devices, mesh, processes and compilers; independent of models and training."""
+"""Sets up devices, mesh, processes and compilers; knows no model and no training."""

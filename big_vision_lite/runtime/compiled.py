@@ -1,6 +1,6 @@
 """Reads a compiled program's memory, bytes moved, FLOPs, cycles and collectives.
 
-All figures are of one device and one run. Bodies of loops count as often as they turn.
+All figures are of one device and one run; loop bodies count once per iteration.
 """
 
 import collections
@@ -14,7 +14,7 @@ from big_vision_lite.runtime.hlo import ArrayType, Computation, Module, Operatio
 from big_vision_lite.runtime.kernels import Signature, Work
 from big_vision_lite.runtime.targets import Chip
 
-# Names for values that are there already: nothing moves.
+# Operations that only name existing values and move no bytes.
 FREE = {
     *("parameter", "tuple", "get-tuple-element", "bitcast", "constant", "after-all"),
     *("partition-id", "replica-id", "domain", "opt-barrier"),
@@ -23,18 +23,18 @@ COLLECTIVES = ("all-reduce", "all-gather", "reduce-scatter", "all-to-all") + (
     "collective-permute",
     "collective-broadcast",
 )
-# A kernel that the compiler has no estimate for takes the longest of its FLOPs at this
-# share of the peak, its bytes at this share of the bandwidth, and its exponentials.
+# The estimate for a kernel without the compiler's is the longest of three times: its
+# FLOPs at this share of the peak, its bytes at this share of the bandwidth, and its
+# exponentials at this rate.
 FLOPS_SHARE, BYTES_SHARE, EXPONENTIALS_A_CYCLE = 0.4, 0.7, 1024
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Kernel:
-    """One operation as the device runs it, `times` times; figures are of one time.
+    """One operation that the device runs `times` times; figures are of one run.
 
-    `from_memory` are the bytes that come from or go to main memory: a TPU keeps much
-    in a memory of its own. `cycles` is the compiler's own estimate, None where it gives
-    none.
+    `bytes` are those read and written, `from_memory` the part of them in main memory: a
+    TPU keeps many arrays on the chip. `cycles` is the compiler's estimate, or None.
     """
 
     name: str
@@ -51,9 +51,9 @@ class Kernel:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Collective:
-    """All collectives of one kind: how often one runs, and the bytes that they carry.
+    """All collectives of one kind: the number of their runs, and the bytes they carry.
 
-    Of an all-gather the bytes of its results, of the others those of their operands.
+    These are the bytes of the results for all-gathers, of the operands for the others.
     """
 
     count: int
@@ -62,7 +62,7 @@ class Collective:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Memory:
-    """Bytes on one device: `aliased` are results in the place of arguments."""
+    """Bytes on one device; `aliased` are outputs in the buffers of arguments."""
 
     arguments: int
     temporaries: int
@@ -85,7 +85,7 @@ class Figures:
     flops: int
     kernels: tuple[Kernel, ...]
     collectives: Mapping[str, Collective]
-    # Of its own estimates alone, and with ours for kernels that it has none for.
+    # The compiler's estimates alone, and with ours for kernels without one.
     compiler_cycles: int | None
     cycles: int | None
 
@@ -114,7 +114,7 @@ class Figures:
 
 
 def kernel_seconds(kernel: Kernel, chip: Chip) -> float:
-    """Estimates the time of a kernel that no compiler has an estimate for."""
+    """Estimates the seconds of one run of a kernel without the compiler's estimate."""
     return max(
         kernel.flops / (FLOPS_SHARE * chip.flops),
         kernel.from_memory / (BYTES_SHARE * chip.bandwidth),
@@ -129,16 +129,16 @@ def read(
 ) -> Figures:
     """Reads the figures of `jax.jit(f).lower(...).compile()`.
 
-    `pallas` has the work of kernels of our own (`kernels.pallas_kernels`), without
-    which they count as bytes only.
+    `pallas` holds the work of our Pallas kernels (`kernels.pallas_kernels`); without it
+    only their bytes count.
     """
     module = hlo.parse(compiled.as_text())
     found = tuple(_kernels(module, pallas or {}))
     moved = sum(kernel.times * kernel.bytes for kernel in found)
     cost = compiled.cost_analysis() or {}
     if cost.get("bytes accessed") and any(k.cycles for k in found):
-        # XLA:TPU says it itself, but counts the body of a loop, and a custom call, in
-        # its own way: the loop's once, the call's by its author's estimate.
+        # XLA:TPU reports the bytes, but counts the body of a loop once, and a custom
+        # call by its author's estimate.
         again = sum((k.times - 1) * k.bytes for k in found if k.in_loop)
         moved = int(cost["bytes accessed"]) + again
     own = [k.times * k.cycles for k in found if k.cycles is not None]
@@ -171,10 +171,10 @@ def memory_of(compiled: Any) -> Memory:
 
 
 def top(figures: Figures, chip: Chip | None, most: int = 20) -> list[dict[str, Any]]:
-    """Sums kernels up by the operation they come from, the dearest first.
+    """Sums kernels by their operation in JAX; returns the `most` most expensive.
 
-    By estimated time where there are rates, else by bytes. Blocks of a model, which
-    repeat, count as one.
+    Sorts by estimated time if `chip` is given, else by bytes. The repeated blocks of a
+    model count as one.
     """
     rows: dict[str, collections.Counter[str]] = {}
     for kernel in figures.kernels:
@@ -188,7 +188,7 @@ def top(figures: Figures, chip: Chip | None, most: int = 20) -> list[dict[str, A
             if kernel.cycles is not None:
                 seconds = kernel.cycles / chip.clock
             elif figures.cycles is not None and not kernel.flops:
-                seconds = 0.0  # runs beside the others: copies ahead of their use
+                seconds = 0.0  # overlaps with others: copies ahead of their use
             row["microseconds"] += round(1e6 * kernel.times * seconds)
     key = "bytes" if chip is None else "microseconds"
     dearest = sorted(rows.items(), key=lambda item: -item[1][key])
@@ -196,7 +196,7 @@ def top(figures: Figures, chip: Chip | None, most: int = 20) -> list[dict[str, A
 
 
 def collectives(module: Module) -> dict[str, Collective]:
-    """Sums collectives up by kind; parts of one that was cut up count once."""
+    """Returns sums of collectives by kind; the parts of a split one count once."""
     seen: set[str] = set()
     count: collections.Counter[str] = collections.Counter()
     moved: collections.Counter[str] = collections.Counter()
@@ -260,21 +260,21 @@ def everywhere(array: ArrayType) -> int:
 
 
 def main_memory(array: ArrayType) -> int:
-    """Returns the bytes of an array in main memory, 0 where a TPU keeps it inside."""
+    """Returns the bytes of an array in main memory, 0 if a TPU keeps it on the chip."""
     return 0 if re.search(r"S\([1-9]", array.layout) else array.bytes
 
 
 def _moved(
     computation: Computation, operation: Operation, size: Callable[[ArrayType], int]
 ) -> int:
-    """Returns the bytes of all operands and results, of copies of what is copied."""
+    """Returns the bytes of operands and results; of a slice or copy, the moved ones."""
     results = operation.arrays
     operands = [a for o in computation.operands(operation) for a in o.arrays]
     match operation.opcode:
         case "copy-start":
             return size(results[0]) + size(results[1])
         case "slice-start" | "dynamic-slice-start":
-            # ((operands), result, context): of the operand as much as of the result.
+            # ((operands), result, context): reads as many bytes as it writes.
             (part,) = results[-2:-1]
             whole = dataclasses.replace(part, layout=operands[0].layout)
             return size(part) + size(whole)

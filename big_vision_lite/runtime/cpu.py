@@ -1,6 +1,6 @@
 """Tunes runs on a CPU, and only those: XLA:CPU, malloc, garbage collection.
 
-The loop, the step and the models do not know it; `program` applies it.
+Loop, step and models do not know of it; `startup` and `training.program` apply it.
 """
 
 import ctypes
@@ -20,27 +20,27 @@ def available() -> int:
     return os.cpu_count() or 1
 
 
-# By itself XLA:CPU copies both moments of the optimizer: ViT-S/16 needs 176 MB more.
+# Without it XLA:CPU copies both moments of the optimizer: 176 MB more for ViT-S/16.
 COMPILER_OPTIONS = {"xla_cpu_copy_insertion_use_region_analysis": True}
 
-# Of glibc's malloc.h, with the number of mappings that it allows by default.
+# Constants of glibc's malloc.h, and its default maximum number of mappings.
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD, M_MMAP_MAX, M_ARENA_MAX = -1, -3, -4, -8
 MMAP_MAX = 65536
-# What malloc comes to by itself once an array of 32 MiB was freed: larger ones are
+# The thresholds that malloc chooses after an array of 32 MiB was freed: larger ones are
 # mapped, and free memory beyond twice that goes back to the kernel.
 MMAP_THRESHOLD = 2**25
 TRIM_THRESHOLD = 2 * MMAP_THRESHOLD
-# Beyond a step's memory. XLA takes about 100 of these bytes to align it and malloc
-# leaves the rest free for others, who may stay: the block then has to move, for its
-# pages in vain. malloc gives the smallest free chunk that fits, and one of this size is
-# the last that it thinks of; it costs addresses, not memory.
+# Bytes beyond a step's memory. XLA needs about 100 for alignment. If malloc gives the
+# rest to another allocation that stays, the block has to move and loses its pages; but
+# malloc takes the smallest free chunk that fits, and so one of this size last. It costs
+# addresses, not memory.
 ROOM = 2**20
 
 
 def library() -> Any:
-    """Returns the C library if its malloc can be told what to keep, or None.
+    """Returns the C library if its malloc can be configured, else None.
 
-    It is left alone where the user has chosen, by MALLOC_... or GLIBC_TUNABLES.
+    Returns None, too, if the user configured it by MALLOC_... or GLIBC_TUNABLES.
     """
     chosen = any(name.startswith("MALLOC_") for name in os.environ)
     if chosen or "glibc.malloc" in os.environ.get("GLIBC_TUNABLES", ""):
@@ -55,14 +55,14 @@ def library() -> Any:
 
 
 def set_up() -> None:
-    """Makes threads share malloc pools, and XLA:CPU run in the calling thread.
+    """Limits malloc's arenas, and makes XLA:CPU run in the calling thread.
 
-    To be called before JAX looks at its devices. By default glibc gives nearly every
-    thread a pool of its own, eight to a core, and each keeps what compiling has left in
-    it. Here there is one to a core and two more: with fewer, the threads that compute
-    search what compiling has left in the main thread's, 4 % of a ViT's step. Only that
-    pool can hold what is as large as a step's memory. Input pipelines have threads of
-    their own, whatever the main one does.
+    Call it before JAX initialises its devices. By default glibc gives nearly every
+    thread an arena, up to eight per core, and each keeps memory left from compiling.
+    Here there are as many as cores plus two: with fewer, the compute threads search the
+    chunks left in the main thread's arena, 4 % of a ViT's step. Only that arena can
+    hold an allocation as large as a step's memory. The input pipeline has its own
+    threads, which run while the main one computes.
     """
     jax.config.update("jax_cpu_enable_async_dispatch", False)
     libc = library()
@@ -87,8 +87,8 @@ class Block:
 
     def hold(self) -> None:
         """Allocates the block, so that no other allocation can occupy it."""
-        # In the heap and not mapped, because only there its pages outlive `free`; and
-        # no `free` at the end of the heap may take them away.
+        # In the heap, not mapped, because only there its pages outlive `free`; and
+        # `free` at the end of the heap must not return them.
         self._libc.mallopt(M_MMAP_THRESHOLD, MMAP_THRESHOLD)
         self._libc.mallopt(M_TRIM_THRESHOLD, -1)
         self._libc.mallopt(M_MMAP_MAX, 0)
@@ -96,8 +96,8 @@ class Block:
             self._address = self._libc.malloc(self._size)
         finally:
             self._libc.mallopt(M_MMAP_MAX, MMAP_MAX)
-        # Something small may have come first, so that XLA went elsewhere, or this has
-        # to. The pages of what is free then go back, and those that compiling has left.
+        # A small allocation may have come first, so that XLA's or this one moved. Then
+        # the pages of free memory go back, also those left by compiling.
         now = resident()
         if now > self._resident + self._size // 2:
             self._libc.malloc_trim(0)
@@ -106,34 +106,34 @@ class Block:
 
     def free(self) -> None:
         """Frees the block but keeps its pages for the next allocation of this size."""
-        # In this order: an interrupt in between must not have it freed twice.
+        # In this order: an interrupt in between must not free it twice.
         address, self._address = self._address, None
         self._libc.free(address)
 
     def give_back(self) -> None:
-        """Frees the memory, and returns its pages to the kernel."""
+        """Frees the block, and returns its pages to the kernel."""
         self._libc.mallopt(M_TRIM_THRESHOLD, TRIM_THRESHOLD)
         self.free()
         self._libc.malloc_trim(0)
 
 
 class SteadyStep:
-    """A jitted step, compiled at its first call, whose memory stays its own.
+    """A jitted step, compiled at its first call, that keeps the pages of its memory.
 
-    XLA:CPU asks for all temporaries of a call at once and frees them after it; the
+    XLA:CPU allocates all temporaries of a call at once and frees them after it; the
     kernel takes the pages back, and clears as many for the next call: a sixth of the
     CPU time of a ViT's step. Here a block of that size is held between calls and free
-    while one lasts, so that XLA finds the same pages again. On other devices, on
-    several in one process, without glibc or where the user has configured it, and up to
-    32 MiB, which malloc keeps by itself, it only calls.
+    during each, and XLA gets the same pages again. No block is held on other devices,
+    on several in one process, without glibc, if the user configured malloc, and up to
+    32 MiB, which malloc keeps by itself.
 
-    `saving()` says whether other threads write a checkpoint: what they take of the
-    block in the moment before the step does would have the step take as much elsewhere,
-    so that it goes back before each such step.
+    `saving()` returns whether other threads write a checkpoint. They may take a part of
+    the block just before a step, which then allocates as much elsewhere; so the block
+    is given back before each such step.
 
-    Python's garbage collector leaves out what there was when the step was compiled:
-    tracing leaves so many objects that a full collection took 80 ms in the midst of a
-    save (`fashion_mnist.py`, 2 cores).
+    Python's garbage collector ignores objects from before the compilation: tracing
+    leaves so many that a full collection took 80 ms during a save (`fashion_mnist.py`,
+    2 cores).
     """
 
     def __init__(
@@ -151,7 +151,7 @@ class SteadyStep:
         self._keeps = len(local) == 1 and local[0].platform == "cpu"
 
     def __call__(self, *arguments: Any) -> Any:
-        """Calls the step; where the memory is kept, it returns when all is computed."""
+        """Calls the step; if its memory is kept, waits until all is computed."""
         compiled = self.compile(*arguments)
         if self._saving is not None and self._saving():
             self.give_back()
@@ -165,17 +165,17 @@ class SteadyStep:
             self._block.hold()
 
     def trace(self, *arguments: Any) -> Any:
-        """Traces the jitted step, as it does by itself."""
+        """Traces the jitted step, as its own `trace` does."""
         return self._jitted.trace(*arguments)
 
     def lower(self, *arguments: Any) -> Any:
-        """Lowers the jitted step, as it does by itself."""
+        """Lowers the jitted step, as its own `lower` does."""
         return self._jitted.lower(*arguments)
 
     def compile(self, *arguments: Any) -> Any:
-        """Returns the compiled step, of arrays or their shapes.
+        """Returns the step compiled for arguments that are arrays or their shapes.
 
-        Compiles at the first call, and then takes the memory.
+        The first call compiles it, and then allocates its memory.
         """
         if self._compiled is None:
             self._compiled = self.lower(*arguments).compile()
@@ -198,7 +198,7 @@ class SteadyStep:
             self._block.give_back()
 
     def close(self) -> None:
-        """Gives the memory back, and all objects to the garbage collector."""
+        """Returns memory to the kernel, and all objects to the garbage collector."""
         self.give_back()
         if self._froze:
             gc.unfreeze()

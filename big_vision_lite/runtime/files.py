@@ -1,4 +1,4 @@
-"""Atomic file writes: a kill leaves the old or the new file, complete."""
+"""Writes files atomically: a kill leaves the old or the new file, complete."""
 
 import contextlib
 import os
@@ -13,7 +13,7 @@ def is_remote(path: epath.Path) -> bool:
 
 
 def absolute(path: str | epath.Path) -> epath.Path:
-    """Returns a local path in full, ~ being the home folder; a remote one as it is."""
+    """Returns a local path as absolute, with ~ expanded; a remote one unchanged."""
     given = epath.Path(path)
     return given if is_remote(given) else given.expanduser().resolve()
 
@@ -24,10 +24,10 @@ def is_writable(folder: epath.Path) -> bool:
 
 
 def make_folder(path: epath.Path) -> None:
-    """Makes a folder in which files can be written, parents included.
+    """Makes a writable folder, parents included.
 
     Raises:
-        OSError: it cannot be; says what to type.
+        OSError: it cannot be made or written in.
     """
     try:
         path.mkdir(parents=True, exist_ok=True)
@@ -41,7 +41,7 @@ def make_folder(path: epath.Path) -> None:
 
 
 def replace(path: epath.Path, content: bytes | str) -> None:
-    """Writes a file in one move; text is written as UTF-8."""
+    """Writes a file, replacing the old one atomically; encodes text as UTF-8."""
     data = content.encode() if isinstance(content, str) else content
     temporary = path.parent / f".{path.name}.new"
     with temporary.open("wb") as file:
@@ -54,7 +54,7 @@ def replace(path: epath.Path, content: bytes | str) -> None:
 
 @contextlib.contextmanager
 def writing(path: epath.Path) -> Iterator[None]:
-    """Names `path`, and what to do, where the system gives an error number alone.
+    """Adds `path` and advice to an OSError raised inside the context.
 
     Raises:
         OSError: the disk is full, read-only or gone.
@@ -69,7 +69,7 @@ def writing(path: epath.Path) -> Iterator[None]:
 
 
 class AppendOnlyFile:
-    """A local file that grows by whole records; nothing waits in a buffer.
+    """An unbuffered local file that grows by whole records.
 
     Raises:
         OSError: it cannot be written; what was added before stays.
@@ -78,12 +78,12 @@ class AppendOnlyFile:
     def __init__(self, path: epath.Path):
         self._path = path
         with writing(path):
-            # Unbuffered: what a full disk refused is not tried again on closing.
+            # Unbuffered: closing does not retry a write that a full disk refused.
             self._file = open(os.fspath(path), "ab", buffering=0)  # noqa: SIM115
 
     def add(self, record: bytes) -> None:
         with writing(self._path):
-            while record:  # a disk that is nearly full takes a part
+            while record:  # a nearly full disk takes only a part
                 record = record[self._file.write(record) :]
 
     def close(self) -> None:

@@ -1,4 +1,4 @@
-"""FLOPs of a function's matrix products and convolutions, without running it."""
+"""Counts FLOPs of a function's products and convolutions, without running it."""
 
 import enum
 import math
@@ -12,27 +12,27 @@ from jax.extend import core
 def count(function: Callable[..., Any], *args: Any) -> int:
     """Returns the FLOPs of `function(*args)`; one multiply-add is 2.
 
-    `args` may be `jax.ShapeDtypeStruct`s. Padding counts as if it were image, the zeros
-    between the rows of a strided convolution's gradient do not count; elementwise work
-    does not either. Of the branches of a condition the dearest counts. What
-    rematerialisation computes twice counts twice: count `model.clone(remat="none")`
-    for model FLOPs.
+    `args` may be `jax.ShapeDtypeStruct`s. Counts matrix products and convolutions, no
+    elementwise operations. Padding counts as image; the zeros between the rows of a
+    strided convolution's gradient do not count. Of the branches of a condition the most
+    expensive counts. Rematerialisation counts twice: for model FLOPs count
+    `model.clone(remat="none")`.
 
     Raises:
-        ValueError: a while loop holds products; nobody knows how often it turns.
+        ValueError: a while loop holds products; its number of iterations is unknown.
     """
-    # What is jitted with options for the compiler cannot be inside another function.
+    # A function jitted with compiler options cannot be inside another.
     jitted = function if hasattr(function, "trace") else jax.jit(function)
     return count_jaxpr(jitted.trace(*args).jaxpr.jaxpr)
 
 
 def count_jaxpr(jaxpr: Any) -> int:
-    """Returns the FLOPs of a function that is traced already; as `count`."""
+    """Returns the FLOPs of a traced function; see `count`."""
     return sum(count_equation(equation) for equation in jaxpr.eqns)
 
 
 def count_equation(equation: Any) -> int:
-    """Returns the FLOPs of one equation of such a function, with what is inside it."""
+    """Returns the FLOPs of one equation of a jaxpr, functions inside it included."""
     name, params = equation.primitive.name, equation.params
     if name == "dot_general":
         return _dot_general(equation)
@@ -63,18 +63,19 @@ def count_equation(equation: Any) -> int:
 def count_training(jaxpr: Any, kinds: Sequence["Kind"]) -> int:
     """Returns the FLOPs of a function forward and backward; `kinds` are its inputs'.
 
-    The gradient of a product costs one more product for each operand that has one:
-    3 in all where something is trained, 2 where frozen parameters meet what is trained
-    below them, 1 where nothing is. What the gradient of an input of the model would
-    cost counts (the convention of model FLOPs), though nobody computes it.
+    The gradient of a product costs one more product for each operand that has one: 3 in
+    all if an operand depends on trained parameters, 2 if the other one depends on
+    frozen parameters alone, 1 if none depends on trained ones. The gradient with
+    respect to the model's input counts (the convention of model FLOPs), though it is
+    not computed.
     """
     return _walk(jaxpr, kinds)[0]
 
 
 class Kind(enum.IntEnum):
-    """The kind of value that another depends on; the largest of several counts."""
+    """The kind of inputs that a value depends on; the largest of several counts."""
 
-    FIXED = 0  # on parameters without a gradient alone
+    FIXED = 0  # only parameters without a gradient
     DATA = 1
     TRAINED = 2
 
@@ -119,16 +120,16 @@ def _factor(read: Sequence[Kind]) -> int:
 
 
 def _kernel(params: dict[str, Any]) -> int:
-    """Returns what a Pallas kernel says of itself, else what its programs compute."""
+    """Returns a Pallas kernel's own estimate, else the FLOPs of its programs."""
     if params["cost_estimate"] is not None:
         return params["cost_estimate"].flops
     return math.prod(params["grid_mapping"].grid) * count_jaxpr(params["jaxpr"])
 
 
 def _parts(params: dict[str, Any]) -> int:
-    """Returns into how many parts a `shard_map` splits what it is given.
+    """Returns the number of parts into which a `shard_map` splits its inputs.
 
-    On axes that split nothing the devices compute the same: that counts once.
+    Devices along an axis that splits nothing compute the same, which counts once.
     """
     axes = set()
     for spec in params["in_specs"]:
@@ -161,12 +162,12 @@ def _convolution(equation: Any) -> int:
 
 
 def _fused_attention(equation: Any) -> int:
-    """CuDNN's attention on q [B, N, H, D] and k [B, M, H, D], in jax 0.10 to 0.12."""
+    """Counts cuDNN's attention: q [B, N, H, D], k [B, M, H, D], jax 0.10 to 0.12."""
     (batch, queries, heads, head_dim), (_, memory, _, _) = (
         variable.aval.shape for variable in equation.invars[:2]
     )
-    # Forward q k and weights v; backward two products for each of these two. That the
-    # backward pass computes q k a second time is not counted.
+    # Forward q k and weights v; backward two products for each of these two. The second
+    # computation of q k in the backward pass is not counted.
     products = 4 if "_bwd" in equation.primitive.name else 2
     return products * 2 * batch * heads * queries * memory * head_dim
 

@@ -1,6 +1,6 @@
-"""Reads the text of a compiled program: computations, their operations, their loops.
+"""Parses the HLO text of a compiled program: computations, operations and loops.
 
-`compiled.as_text()` of JAX is XLA's own HLO text, for every backend alike.
+JAX's `compiled.as_text()` is XLA's HLO text, alike for every backend.
 """
 
 import dataclasses
@@ -9,7 +9,7 @@ import math
 import re
 from collections.abc import Iterator
 
-# Bytes of one value; what is not listed (tokens, tuples) takes no memory.
+# Bytes of one value; unlisted types (tokens, tuples) take no memory.
 SIZES = {
     **dict.fromkeys(("pred", "s8", "u8", "s4", "u4"), 1),
     **dict.fromkeys(("f8e4m3fn", "f8e5m2", "f8e4m3b11fnuz"), 1),
@@ -27,7 +27,7 @@ _NAME = re.compile(r"%([\w.\-]+)")
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class ArrayType:
-    """One array of a type: "bf16", (128, 196, 384), and its layout as it is written."""
+    """The type of an array: "bf16", (128, 196, 384), and its layout as in the text."""
 
     dtype: str
     shape: tuple[int, ...]
@@ -50,14 +50,14 @@ class Operation:
     type: str
     opcode: str
     operands: tuple[str, ...]
-    # What stands in the brackets: of constant and parameter that is no operand.
+    # The text in the brackets: of a constant its value, of a parameter its number.
     literal: str
     attributes: str
     root: bool
 
     @functools.cached_property
     def arrays(self) -> tuple[ArrayType, ...]:
-        """Returns the arrays of its result, one unless it is a tuple."""
+        """Returns the array types of its result, one unless it is a tuple."""
         return arrays_of(self.type)
 
     @property
@@ -75,12 +75,12 @@ class Operation:
 
     @property
     def origin(self) -> str:
-        """Returns the name that JAX gave what this came from, or ''."""
+        """Returns the name of the JAX operation that this came from, or ''."""
         found = re.search(r'op_name="([^"]*)"', self.attributes)
         return found[1] if found else ""
 
     def called(self, *attributes: str) -> list[str]:
-        """Names the computations in these attributes."""
+        """Returns the names of the computations in these attributes."""
         values = (self.attribute(name) for name in attributes)
         return [name for value in values if value for name in _NAME.findall(value)]
 
@@ -101,7 +101,7 @@ class Computation:
         return next(o for o in reversed(self.operations) if o.root)
 
     def parameter(self, index: int) -> Operation | None:
-        """Returns the operation that stands for argument `index`."""
+        """Returns the parameter operation of argument `index`, or None."""
         number = str(index)
         found = (o for o in self.operations if o.opcode == "parameter")
         return next((o for o in found if o.literal == number), None)
@@ -121,10 +121,10 @@ class Module:
     def runs(
         self, computation: Computation | None = None, times: int = 1
     ) -> Iterator[tuple[Computation, Operation, int]]:
-        """Yields every operation that the device is told to run, and how many times.
+        """Yields (computation, operation, times) for all that the device runs.
 
-        Bodies of loops count as often as they turn, of the branches of a condition all.
-        What is inside a fusion runs with it and is not listed.
+        The body of a loop counts once per iteration, and all branches of a condition
+        count. Operations inside a fusion run with it and are not listed.
         """
         computation = computation or self.entry
         for operation in computation.operations:
@@ -144,10 +144,10 @@ class Module:
         return self.computations.get(names[0]) if names else None
 
     def trip_count(self, computation: Computation, loop: Operation) -> int:
-        """Returns how often the body of a while loop runs, 1 where nobody can know.
+        """Returns the number of iterations of a while loop, 1 if unknown.
 
-        XLA writes it down where it looked; else the condition compares a counter with
-        a constant, and start and step of the counter are read from the text as well.
+        XLA writes it down if it has analysed the loop; else it follows from the
+        counter's start and step and the constant that the condition compares it with.
         """
         written = re.search(r'"known_trip_count":\{"n":"(\d+)"', loop.attributes)
         if written:
@@ -174,12 +174,12 @@ class Module:
         return []
 
     def _step(self, body: Computation, index: int) -> int:
-        """Returns what a turn adds to element `index` of the loop's state, else 1."""
+        """Returns an iteration's increment of element `index` of the state, else 1."""
         if body.root.opcode != "tuple" or index >= len(body.root.operands):
             return 1
         added = body.by_name.get(body.root.operands[index])
         owner = body
-        # What is small is often fused with others, one result of several.
+        # The addition is often fused with others, as one result of several.
         while added is not None and added.opcode in ("get-tuple-element", "fusion"):
             at = 0
             if added.opcode == "get-tuple-element":
@@ -200,7 +200,7 @@ class Module:
     def _comparison(
         self, condition: Computation, root: Operation
     ) -> tuple[int, int] | None:
-        """Returns which element of the loop's state counts, and to what."""
+        """Returns the index of the counter in the loop's state, and its bound."""
         if root.opcode == "fusion" and (inner := self.fused(root)) is not None:
             # The compared values are arguments of the fusion, in some order.
             outer = condition.operands(root)
@@ -223,7 +223,7 @@ class Module:
 
 
 def arrays_of(text: str) -> tuple[ArrayType, ...]:
-    """Reads "f32[8,128]{1,0}" or a tuple of such types."""
+    """Parses "f32[8,128]{1,0}" or a tuple of such types."""
     return tuple(
         ArrayType(
             dtype=dtype,
@@ -235,10 +235,10 @@ def arrays_of(text: str) -> tuple[ArrayType, ...]:
 
 
 def parse(text: str) -> Module:
-    """Reads the text of a compiled program.
+    """Parses the text of a compiled program.
 
     Raises:
-        ValueError: it has no entry, so it is no such text.
+        ValueError: the text has no ENTRY computation.
     """
     computations: dict[str, Computation] = {}
     entry, name, operations = "", "", []
@@ -263,7 +263,7 @@ def _operation(line: str) -> Operation | None:
     if begun is None:
         return None
     rest = line[begun.end() :]
-    # A tuple's type has brackets of its own; no type holds a space outside of them.
+    # A tuple's type is in brackets; no type holds a space outside of them.
     at = _closing(rest, 0) + 1 if rest.startswith("(") else rest.find(" ")
     opcode = _OPCODE.match(rest, at)
     if opcode is None:
@@ -282,7 +282,7 @@ def _operation(line: str) -> Operation | None:
 
 
 def _closing(text: str, start: int) -> int:
-    """Returns where the bracket that opens at `start` closes."""
+    """Returns the position of the bracket that closes the one at `start`."""
     depth = 0
     for at in range(start, len(text)):
         if text[at] in "({[":
@@ -313,7 +313,7 @@ def _constant(operation: Operation | None) -> int | None:
 
 
 def _traced(computation: Computation, loop: Operation, index: int) -> Operation | None:
-    """Returns what the loop's state holds at `index` before the first turn."""
+    """Returns the operation of element `index` of the loop's initial state."""
     first = computation.by_name.get(loop.operands[0]) if loop.operands else None
     if first is None or first.opcode != "tuple" or index >= len(first.operands):
         return None

@@ -8,8 +8,8 @@ from typing import Any
 from big_vision_lite.runtime import flops
 from big_vision_lite.runtime.hlo import ArrayType, Computation, Module, Operation
 
-# Custom calls of NVIDIA's libraries: which operand or result (None) of a convolution is
-# its image, its kernel and its output.
+# Custom calls of cuDNN's convolutions: the operands, or the result (None), that are the
+# image, the kernel and the output.
 _CONVOLUTIONS = {
     "__cudnn$convForward": (0, 1, None),
     "__cudnn$convBiasActivationForward": (0, 1, None),
@@ -36,7 +36,7 @@ class Work:
 def pallas_kernels(jaxpr: Any) -> dict[Signature, Work]:
     """Returns the work of every Pallas kernel in a traced function.
 
-    The text of a compiled program says of such a kernel only what goes in and out.
+    The text of a compiled program shows only the operands and results of a kernel.
     """
     found: dict[Signature, Work] = {}
     for equation in jaxpr.eqns:
@@ -62,10 +62,10 @@ def signature_of(computation: Computation, operation: Operation) -> Signature:
 
 
 def count(module: Module, computation: Computation, operation: Operation) -> int:
-    """Returns the FLOPs of the products in an operation, and in what is fused to it.
+    """Returns the FLOPs of the products in an operation, fused ones included.
 
-    One multiply-add is 2; a place where a convolution meets padding or the zeros of a
-    dilated image costs nothing.
+    One multiply-add is 2; padding and the zeros of a dilated image cost nothing in a
+    convolution.
     """
     match operation.opcode:
         case "dot":
@@ -99,7 +99,7 @@ def _library_call(computation: Computation, operation: Operation) -> int:
         )
         return _convolution(operation, image, kernel, output)
     if name in _ATTENTION:
-        # Weights [B, H, N, M], and what is summed up for each, a head of q.
+        # Weights [B, H, N, M], each a sum over the head dimension of q.
         found = re.search(
             r'"intermediate_tensor_shape":\{[^{}]*"dimensions":\[([^\]]*)\]',
             operation.attributes,
@@ -112,7 +112,7 @@ def _library_call(computation: Computation, operation: Operation) -> int:
 def _convolution(
     operation: Operation, image: ArrayType, kernel: ArrayType, output: ArrayType
 ) -> int:
-    """Counts as XLA does: only places where a weight meets a value of the image."""
+    """Counts FLOPs as XLA does: only where a weight meets a value of the image."""
     labels = operation.attribute("dim_labels") or ""
     sides = re.fullmatch(r"(\w+)_(\w+)->(\w+)", labels)
     if sides is None:
@@ -166,7 +166,7 @@ def _meetings(
 
 
 def _window(text: str) -> dict[str, list[int]]:
-    """Reads "{size=3x3 stride=2x2 pad=1_1x1_1}"; of padding only where it begins."""
+    """Parses "{size=3x3 stride=2x2 pad=1_1x1_1}"; keeps only the low padding."""
     found: dict[str, list[int]] = {}
     for name, values in re.findall(r"(\w+)=([\dx_\-]+)", text):
         if name in ("stride", "lhs_dilate", "rhs_dilate"):

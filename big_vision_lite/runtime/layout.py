@@ -1,4 +1,4 @@
-"""Shardings of batches and activations on the mesh; no-ops without a mesh."""
+"""Shards batches and activations over the mesh; does nothing without a mesh."""
 
 import math
 
@@ -21,7 +21,7 @@ def batch_sharding(mesh: jax.sharding.Mesh) -> NamedSharding:
 
 
 def replicated(mesh: jax.sharding.Mesh) -> NamedSharding:
-    """Returns the sharding of a value that every device holds whole."""
+    """Returns the replicated sharding: every device holds the whole value."""
     return NamedSharding(mesh, PartitionSpec())
 
 
@@ -45,12 +45,12 @@ def check_batch_size(
     *,
     option: str = "--config.data.batch_size",
 ) -> None:
-    """Raises ValueError for a batch that does not divide evenly over the devices.
+    """Checks that a batch divides evenly over the devices and the micro-batches.
 
-    `option` is what chooses the size.
+    `option` is the flag of the batch size, for messages.
 
     Raises:
-        ValueError: names the two nearest batch sizes that do.
+        ValueError: it does not divide; names the two nearest batch sizes that do.
     """
     shares = num_row_shares(mesh)
     unit = shares * micro_batches
@@ -70,9 +70,10 @@ def check_batch_size(
 
 
 def pin_batch(x: Array) -> Array:
-    """Keeps the rows of `x` on the batch axes, so that weights move, not activations.
+    """Constrains the rows of `x` to the batch axes.
 
-    Without it the partitioner may move activations, many times the bytes.
+    Without it the partitioner may move activations instead of weights, many times the
+    bytes.
     """
     axes = _batch_axes()
     if not axes or x.ndim == 0:
@@ -81,7 +82,7 @@ def pin_batch(x: Array) -> Array:
 
 
 def pin_like(x: Array, sharding: NamedSharding) -> Array:
-    """Keeps `x` split as `sharding` says, over the axes that the compiler divides."""
+    """Constrains `x` to `sharding` on the mesh axes that the compiler partitions."""
     mesh = jax.sharding.get_abstract_mesh()
     names = [name if name in mesh.auto_axes else None for name in sharding.spec]
     if not any(names):
@@ -112,6 +113,6 @@ def tensor_shards() -> int:
 
 
 def _batch_axes() -> tuple[str, ...]:
-    # Inside shard_map, where gradients are accumulated, rows stay by themselves.
+    # Inside the shard_map of gradient accumulation the rows are split already.
     mesh = jax.sharding.get_abstract_mesh()
     return tuple(axis for axis in BATCH_AXES if axis in mesh.auto_axes)

@@ -1,8 +1,8 @@
-"""Which compilers JAX may see: where there is no accelerator, those of CPUs only.
+"""Hides the compilers of absent accelerators from JAX.
 
-libtpu and the CUDA wheels compile for machines that are not there (`targets`). A
-process that computes on this machine has no use for them, and they are not silent:
-JAX loads whatever is installed, prints a dozen lines and a trace, and goes on.
+libtpu and the CUDA wheels also compile for machines that are not present (`targets`). A
+process that computes on this machine does not need them, and they are not silent: JAX
+loads all that is installed, prints a dozen lines and a trace, and goes on.
 """
 
 import contextlib
@@ -14,16 +14,16 @@ import sys
 import types
 from typing import Any
 
-# Set for a process that is to compile for machines that are not there.
+# The environment variable, set for a process that compiles for absent machines.
 WANTED = "BIG_VISION_LITE_COMPILERS"
 CUDA_WHEELS = ("jax_cuda12_plugin", "jax_cuda13_plugin")
 CUDA_PLUGINS = ("jax_plugins.xla_cuda12", "jax_plugins.xla_cuda13")
 
 
 def hide_without_devices(root: pathlib.Path = pathlib.Path("/")) -> None:
-    """Hides compilers of devices that this machine does not have from JAX.
+    """Hides from JAX the compilers of devices that this machine does not have.
 
-    To be called before JAX is imported: its modules load the CUDA wheel's.
+    Call it before JAX is imported: JAX's modules load those of the CUDA wheel.
     """
     if os.environ.get(WANTED) or "jax" in sys.modules:
         return
@@ -69,5 +69,5 @@ def compilers_installed() -> bool:
 
 
 def _hide(name: str) -> None:
-    # Python's own way to say that a module is not to be found.
+    # None makes Python raise ModuleNotFoundError on import.
     sys.modules.setdefault(name, None)  # pyright: ignore[reportArgumentType]

@@ -1,8 +1,8 @@
 """Coordinates the processes of one run, and ends all of them if one fails.
 
-A process that waits for another waits in a collective, which nothing can interrupt. So
-what only process 0 does is told to all, and a process that fails ends at once: its
-connections break, and that ends the others.
+Processes wait for each other in collectives, which nothing can interrupt. So process 0
+broadcasts the result of what it does alone, and a failed process exits at once: its
+broken connections end the others.
 """
 
 import contextlib
@@ -20,14 +20,14 @@ from typing import Any
 import jax
 import numpy as np
 
-# What process 0 tells the others, as JSON; longer messages are cut.
+# The size of process 0's broadcast, as JSON; longer error messages are cut.
 TOLD_BYTES = 8192
-# What the libraries say when a process at the other end of a connection is gone.
+# Words of library errors when the process at the other end of a connection is gone.
 LOST = ("Gloo", "NCCL", "oordination service", "Connection reset", "heartbeat")
 
 
 class OtherProcessFailed(ValueError):
-    """Another process of this run failed; its own message says why."""
+    """The failure of another process of this run; its own message says why."""
 
 
 def barrier(name: str) -> None:
@@ -42,7 +42,7 @@ def on_first(function: Callable[[], Any]) -> Any:
     """Calls `function` on process 0 and returns its result (plain JSON) on all.
 
     Raises:
-        OtherProcessFailed: on the others, with the message of what process 0 raised.
+        OtherProcessFailed: on the others, with the message of process 0's error.
     """
     if jax.process_count() == 1:
         return function()
@@ -77,10 +77,10 @@ def gather(*values: bool | float) -> list[tuple[float, ...]]:
 
 @contextlib.contextmanager
 def named_losses() -> Iterator[None]:
-    """Replaces a library's error about a lost process by a sentence.
+    """Replaces library errors about a lost process by one readable message.
 
     Raises:
-        OtherProcessFailed: in place of an error of the connection to it.
+        OtherProcessFailed: the connection to another process broke.
     """
     try:
         yield
@@ -96,14 +96,14 @@ def named_losses() -> Iterator[None]:
 
 
 def leave(code: int) -> int:
-    """Returns the exit code, or ends a failed process of several at once.
+    """Returns exit code `code`, or exits at once if this is a failed one of several.
 
-    An orderly end waits for the others, who may wait for this one in a collective.
+    An orderly exit waits for the others, which may wait for this one in a collective.
     Codes above 128 are those of signals, at which all stop together.
     """
     if code in range(1, 129) and jax.distributed.is_initialized():
-        # The others may be about to say the same; with process 0 goes what keeps
-        # them together, and they would be cut off.
+        # The others may be about to print the same error; the exit of process 0, which
+        # holds the coordination service, would cut them off.
         if jax.process_index() == 0:
             time.sleep(3)
         sys.stdout.flush()
@@ -124,17 +124,18 @@ def run(main: Callable[[], int]) -> int:
     return leave(code)
 
 
-# Several processes ask each other this often: the notice before a machine is taken
-# away is 30 seconds, and a save follows.
+# Several processes exchange their signals this often: a preempted machine gets a notice
+# of 30 seconds, in which a save must follow.
 SECONDS_BETWEEN = 5.0
 
 
 class StopSignal:
-    """Notes SIGTERM and SIGINT while it is open; all processes stop at one step.
+    """A handler of SIGTERM and SIGINT that stops all processes at the same step.
 
-    A second Ctrl-C interrupts at once. Inside another StopSignal it shares the outer
-    one's note, so that an inner training stops too. What happens next is said at once;
-    on a CPU, which computes in the main thread, both wait for the step in progress.
+    Use as a context. A second Ctrl-C interrupts at once. A StopSignal inside another
+    one shares the outer one's signal, so an inner training stops too. A message is
+    printed at once; on a CPU, which computes in the main thread, message and interrupt
+    wait for the step in progress.
     """
 
     _open: "StopSignal | None" = None
@@ -170,8 +171,8 @@ class StopSignal:
     def agreed(self, step: int) -> bool:
         """Returns whether all processes stop after `step`; call it after every step.
 
-        One process decides at once. Several ask each other about every 5 seconds, at
-        the same steps, so that all save the same one.
+        One process decides at once. Several exchange their signals about every 5
+        seconds, at the same steps, so all save the same one.
         """
         here = self.requested() is not None
         self._step = step
@@ -179,7 +180,7 @@ class StopSignal:
             return here
         if step < self._ask_at:
             return False
-        # A step takes what it took the slowest of them since they asked last.
+        # A step is assumed to take the slowest process's time since the last exchange.
         (last_step, last_time), now = self._asked, time.monotonic()
         told = gather(here, (now - last_time) / max(1, step - last_step))
         slowest = max(seconds for _, seconds in told)
@@ -197,13 +198,13 @@ class StopSignal:
             if jax.process_count() > 1:
                 step = "the steps until all processes have heard of it,"
             text = f"\n{self.received}: finishing {step} and saving; {again} leaves"
-            # Not print: the signal may have come in the middle of one.
+            # Not print: the signal may have interrupted one.
             with contextlib.suppress(OSError):
                 os.write(2, f"{text} at once\n".encode())
 
 
 class Stopped(Exception):
-    """The run was asked to stop, has saved and can be resumed."""
+    """The stop of a run on request: it has saved and can be resumed."""
 
     def __init__(self, name: str | None, step: int, workdir: Any):
         self.exit_code = 128 + (signal.Signals[name] if name else signal.SIGTERM)

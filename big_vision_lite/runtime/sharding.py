@@ -1,4 +1,4 @@
-"""The mesh of devices, and where the arrays of the train state live on it."""
+"""Builds the mesh of devices and shards the train state over it."""
 
 import dataclasses
 import enum
@@ -19,7 +19,7 @@ from big_vision_lite.types import Array
 # A parameter above this many values that cannot be split over an axis is worth a
 # warning (256 KB in float32); below, holding it everywhere costs nothing.
 BIG_PARAMETER = 2**16
-# What the names of the optimiser's state begin with in a train state.
+# The prefix of the names of the optimizer state in a train state.
 OPTIMIZER_STATE = "opt_state/"
 
 
@@ -31,7 +31,7 @@ class Layout(enum.StrEnum):
     FSDP = "fsdp"
     # Whole on every device.
     REPLICATE = "replicate"
-    # Whole, but the optimiser's state is split over "fsdp" (ZeRO-1, arXiv:1910.02054):
+    # Whole, but the optimizer state is split over "fsdp" (ZeRO-1, arXiv:1910.02054):
     # gradients are reduce-scattered, every device updates its share, shares are
     # gathered.
     OPTIMIZER = "optimizer"
@@ -44,7 +44,7 @@ class Layout(enum.StrEnum):
     TENSOR_OUTPUTS = "tensor_outputs"
 
 
-# Which dimension is split over "tensor".
+# The dimension that is split over "tensor".
 _TENSOR_DIMENSIONS = {
     Layout.TENSOR_INPUTS: 0,
     Layout.TENSOR_HEADS: -2,
@@ -54,14 +54,14 @@ _TENSOR_DIMENSIONS = {
 
 @dataclasses.dataclass(kw_only=True)
 class ShardingRule:
-    """Places the parameters whose whole name matches `pattern`."""
+    """The layout of the parameters whose whole name matches the regex `pattern`."""
 
     pattern: str
     layout: Layout = Layout.FSDP
 
 
-# The rules of a recipe whose ViT has heads and MLPs split over "tensor" (Megatron-LM,
-# arXiv:1909.08053): two sums of activations a block forward, and two backward.
+# Rules that split the heads and MLPs of a ViT over "tensor" (Megatron-LM,
+# arXiv:1909.08053): two all-reduces of activations per block forward, two backward.
 TENSOR_PARALLEL_VIT = (
     ShardingRule(
         pattern=".*attention/(query|key|value)/(kernel|bias)",
@@ -190,11 +190,11 @@ def _refuse_shape(config: Mesh, devices: Sequence[Any]) -> NoReturn:
 
 
 def compiler_options(mesh: jax.sharding.Mesh) -> dict[str, Any]:
-    """Returns what XLA must be told for programs whose parameters are split.
+    """Returns XLA's options for programs whose parameters are split over "fsdp".
 
-    XLA:TPU turns a product with the reduce-scatter after it, or the gather before it,
-    into a chain of products and collective-permutes. For ViT-L/16 with fsdp=8 on v5e
-    that reads and writes 1.5 times the bytes (libtpu 0.0.42.1).
+    By default XLA:TPU turns a product with the reduce-scatter after it, or the gather
+    before it, into a chain of products and collective-permutes. For ViT-L/16 with
+    fsdp=8 on v5e that reads and writes 1.5 times the bytes (libtpu 0.0.42.1).
     """
     if mesh.devices.flat[0].platform != "tpu" or mesh.shape[FSDP_AXIS] == 1:
         return {}
@@ -213,16 +213,16 @@ def shardings(
 ) -> Any:
     """Returns a NamedSharding for every leaf, by the first rule that matches its name.
 
-    `rules` speak of the names of `parameters`, by default `abstract_tree` itself. Pass
-    a whole train state as `abstract_tree` and its parameters, trained and frozen, as
-    `parameters`: leaves whose name ends in a parameter's name and that have its shape
-    (momentum, averages) live where the parameter lives, all others (counters, factored
-    moments, batch statistics) whole on every device. Of layout "optimizer" only what
-    is under "opt_state" is split. Without rules all is replicated.
+    `rules` match the names of `parameters`, by default `abstract_tree` itself. For a
+    whole train state, pass it as `abstract_tree` and its parameters, trained and
+    frozen, as `parameters`: a leaf whose name ends in a parameter's name and that has
+    its shape (momentum, averages) gets the parameter's sharding; all others (counters,
+    factored moments, batch statistics) are replicated. With layout "optimizer" only
+    leaves under "opt_state" are split. Without rules all is replicated.
 
     Raises:
-        ValueError: a rule matches no parameter, or a parameter no rule; a tensor layout
-            that does not divide.
+        ValueError: a rule matches no parameter, a parameter matches no rule, or a
+            tensor layout does not divide its parameter.
     """
     abstract_parameters = trees.flatten(
         abstract_tree if parameters is None else parameters
@@ -271,8 +271,8 @@ def _axes(
     """Returns the axis, or None, over which each dimension of a parameter is split."""
     axes: list[str | None] = [None] * len(shape)
     dimension = _TENSOR_DIMENSIONS.get(rule)
-    # On an axis of one device "split" and "whole" are the same place; one spelling of
-    # it keeps compiled programs and checkpoints comparable.
+    # On an axis of one device "split" and "whole" mean the same; one spelling keeps
+    # compiled programs and checkpoints comparable.
     tensor, fsdp = mesh.shape[TENSOR_AXIS], mesh.shape[FSDP_AXIS]
     if dimension is not None and tensor > 1:
         axes[dimension] = TENSOR_AXIS
@@ -281,7 +281,7 @@ def _axes(
         for axis, size in enumerate(shape)
         if axes[axis] is None and size and size % fsdp == 0
     ]
-    # Biases, norms and tokens: a gather of so little takes long for what it saves.
+    # Biases, norms and tokens: gathering takes long for the little memory it saves.
     vector = name.endswith("bias") or sum(size > 1 for size in shape) <= 1
     if rule != Layout.REPLICATE and fsdp > 1 and free and not vector:
         # XLA:TPU reduce-scatters columns of bfloat16 only in multiples of 256, and of
@@ -299,10 +299,10 @@ def _partition(axes: Sequence[str | None]) -> PartitionSpec:
 def _check_tensor(
     parameters: Mapping[str, Any], layouts: Mapping[str, Any], mesh: jax.sharding.Mesh
 ) -> None:
-    """Raises ValueError for tensor layouts whose axis does not divide the parameter.
+    """Checks that "tensor" divides every parameter of a tensor layout.
 
     Raises:
-        ValueError: names all of them.
+        ValueError: it does not; names all such parameters.
     """
     size = mesh.shape[TENSOR_AXIS]
     wrong = []

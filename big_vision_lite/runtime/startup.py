@@ -29,8 +29,8 @@ class Platform(enum.StrEnum):
 
 
 CACHE = "~/.cache/big_vision_lite/compiled"
-# When to say that the others are missing, when to give up, and how long a process may
-# be silent (frozen, or its host gone) before the others end.
+# Seconds until a reminder that other processes are missing, until giving up, and for
+# which a process may be silent (frozen, or its host gone) before the others end.
 REMIND_SECONDS = 20
 JOIN_SECONDS = 300
 HEARTBEAT_SECONDS = 60
@@ -45,13 +45,13 @@ def set_up(
     process_id: int | None = None,
     platform_flag: str = "--config.platform",
 ) -> None:
-    """Chooses the platform, joins the other processes, sets memory and caches up.
+    """Chooses the platform, joins the other processes, sets up memory and caches.
 
-    `platform_flag` is how this program's user chooses a platform, for messages.
+    `platform_flag` is the flag that chooses the platform, for messages.
 
     Raises:
-        ValueError: the machine has a GPU that this JAX cannot use, or has not what was
-            chosen, or the other processes cannot be joined.
+        ValueError: the machine has a GPU that this JAX cannot use, the chosen platform
+            is missing, or the other processes cannot be joined.
     """
     cpu.set_up()
     if platform is not None:
@@ -69,10 +69,10 @@ def set_up(
 
 
 def set_up_to_use(trained_on: str | None, platform: Platform | None) -> None:
-    """Sets up to use a saved step, on the CPU if its run has chosen that on purpose.
+    """Sets up to use a saved step, on the CPU if its recipe chose that.
 
-    By `platform`, else JAX_PLATFORMS, if given. What was trained on another platform
-    goes wherever JAX goes by itself: a pod's checkpoint may be used on a laptop.
+    `platform`, else JAX_PLATFORMS, takes precedence. A step trained on another platform
+    runs on JAX's default one: a pod's checkpoint may be used on a laptop.
     """
     if platform is None and not os.environ.get("JAX_PLATFORMS"):
         platform = Platform.CPU if trained_on == Platform.CPU else None
@@ -85,13 +85,14 @@ def join(
     process_id: int | None,
     platform: Platform | None = None,
 ) -> None:
-    """Meets the other processes of the run, where there are any.
+    """Joins the other processes of the run, if there are any.
 
-    By the three arguments, under srun of Slurm, or on a TPU VM, which knows its slice.
+    Finds them by the three arguments, under Slurm's srun, or on a TPU VM, which knows
+    its slice.
 
     Raises:
         ValueError: the arguments are incomplete or contradict each other, the port is
-            taken, or the environment looks like several processes and is not.
+            taken, or Slurm reserved several tasks but srun did not start this one.
     """
     given = (coordinator, num_processes, process_id)
     if any(value is not None for value in given):
@@ -133,12 +134,12 @@ def join(
 
 
 def _meet(who: str, where: str, **arguments: Any) -> None:
-    """Calls jax.distributed.initialize, and says what it waits for when it takes long.
+    """Calls jax.distributed.initialize, and reports a long wait.
 
-    Left alone, it waits in silence and then ends in a stack trace.
+    By itself it waits in silence and then ends in a stack trace.
     """
     # On CPUs each device that waits for another holds a thread. With as many threads as
-    # cores none may be left for the work that is waited for, and all stand still.
+    # cores none may be left for the work that they wait for: a deadlock.
     virtual: int = jax.config.values["jax_num_cpu_devices"]
     threads = 4 * max(2, os.cpu_count() or 1, virtual)
     os.environ.setdefault("PJRT_NPROC", str(threads))
@@ -198,7 +199,7 @@ def _on_tpu_vm(dev: pathlib.Path = pathlib.Path("/dev")) -> bool:
 def check_not_idle(
     platform_flag: str, proc: pathlib.Path = pathlib.Path("/proc")
 ) -> None:
-    """Raises ValueError where JAX would ignore a GPU of this machine."""
+    """Raises ValueError if JAX would ignore a GPU of this machine."""
     driver = proc / "driver" / "nvidia" / "version"
     if not driver.exists() or jax.default_backend() != "cpu":
         return
@@ -212,7 +213,7 @@ def check_not_idle(
 
 
 def check_there(platform: Platform, platform_flag: str) -> None:
-    """Checks that this machine and this JAX have the platform."""
+    """Raises ValueError if this machine or this JAX lacks the platform."""
     try:
         jax.devices()
     except (AssertionError, RuntimeError) as error:
@@ -237,7 +238,7 @@ def cache_compiled() -> None:
     if folder:
         path = str(pathlib.Path(folder).expanduser())
         jax.config.update("jax_compilation_cache_dir", path)
-        # The small ones, too: a restart meets dozens of them.
+        # Small programs, too: a restart needs dozens of them.
         jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
 
 
@@ -245,11 +246,11 @@ LIBRARIES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "num
 
 
 def versions() -> dict[str, str]:
-    """Returns the versions of this code and of the libraries that decide results."""
+    """Returns the versions of this code and of the libraries that affect results."""
     found = {name: importlib.metadata.version(name) for name in LIBRARIES}
     found["python"] = platform.python_version()
     root = pathlib.Path(__file__).parents[2]
-    # An installed copy lies in no repository, or in that of somebody else.
+    # An installed copy lies in no repository, or in another one.
     if (root / ".git").exists():
         with contextlib.suppress(FileNotFoundError):  # a machine without git
             commit = subprocess.run(
@@ -264,7 +265,7 @@ def versions() -> dict[str, str]:
 
 
 def machine() -> dict[str, Any]:
-    """Returns what bit-exactness depends on: devices, processes, visible cores."""
+    """Returns devices, processes and visible cores, on which exact bits depend."""
     return {
         "platform": jax.default_backend(),
         "device_kind": jax.devices()[0].device_kind,
@@ -281,7 +282,7 @@ class _PlainLines(logging.Handler):
     """Prints "warning: ..." without time, thread and line of code."""
 
     def emit(self, record: logging.LogRecord) -> None:
-        # sys.stderr as it is now: a live progress line keeps such lines above itself.
+        # The current sys.stderr: a live progress line keeps such lines above itself.
         print(f"{record.levelname.lower()}: {record.getMessage()}", file=sys.stderr)
 
 
@@ -294,13 +295,13 @@ def _is_foreign(record: logging.LogRecord) -> bool:
 
 def quiet() -> None:
     """Silences libraries' log output; may be called again."""
-    # Not their errors either: Orbax logs the stack of every thread that a full disk
-    # stops, and raises what we say in one message; the stack goes to the trace file.
+    # Errors, too: Orbax logs the stack of every thread that a full disk stops, and also
+    # raises the error, which we print as one message with the stack in the trace file.
     absl_logging.set_verbosity(absl_logging.FATAL)
     absl_logging.use_absl_handler()
     absl_logging.get_absl_handler().addFilter(_is_foreign)
     ours = logging.getLogger(OURS)
-    ours.setLevel(logging.WARNING)  # the root's is now that of silence
+    ours.setLevel(logging.WARNING)  # the root's level is now FATAL
     ours.addHandler(_PLAIN)
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
     os.environ.setdefault("GRPC_VERBOSITY", "ERROR")

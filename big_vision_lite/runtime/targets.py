@@ -1,7 +1,7 @@
-"""Machines to compile for, present or described, and their chips' peak rates.
+"""Describes machines to compile for, present or absent, and their chips' peak rates.
 
 The TPU compiler (libtpu) and NVIDIA's (two CUDA wheels) compile for devices that are
-only described. `parse("v5e:2x4")` names such a machine, `Target.describe()` gives its
+only described. `parse("v5e:2x4")` returns such a machine, `Target.describe()` its
 devices.
 """
 
@@ -21,17 +21,17 @@ from big_vision_lite.runtime import plugins
 HERE = "here"
 INSTALL = "pip install -e '.[plan]'"
 GIB = 2**30
-# What JAX takes of a GPU's memory unless told otherwise, and how to tell it.
+# The fraction of a GPU's memory that JAX takes by default, and its setting.
 GPU_FRACTION, GPU_FRACTION_SETTING = 0.75, "XLA_PYTHON_CLIENT_MEM_FRACTION"
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Chip:
-    """One JAX device by its data sheet, of which no program gets all.
+    """The data-sheet rates of one JAX device, which no program fully reaches.
 
-    `kind` begins its `device_kind`; `flops` are dense bfloat16 a second, `memory` what
-    a program may use of it in bytes, `bandwidth` bytes a second to and from memory,
-    `link` bytes a second that it sends to others, `clock` cycles a second.
+    `kind` is a prefix of its `device_kind`; `flops` are dense bfloat16 FLOP/s, `memory`
+    the bytes that a program may use, `bandwidth` bytes/s to and from memory, `link`
+    bytes/s sent to other devices, `clock` cycles/s.
     """
 
     kind: str
@@ -87,10 +87,10 @@ def _gpu(
     )
 
 
-# By the data sheets of cloud.google.com/tpu/docs and NVIDIA. Of v2, v3 and TPU7x the
-# device is a core, half a chip. The memory of a TPU is what libtpu 0.0.42 says is free,
-# its clock what makes the peak of its matrix units. The first `kind` that begins a
-# device's kind counts.
+# From the data sheets of cloud.google.com/tpu/docs and NVIDIA. A device of v2, v3 and
+# TPU7x is a core, half a chip. A TPU's memory is the free memory that libtpu 0.0.42
+# reports; its clock follows from the peak of its matrix units. The first `kind` that is
+# a prefix of a device's kind counts.
 TPUS = (
     _tpu("v6e", "TPU v6", 918.0, 1640.0, 31.25, 400.0, 1.75),
     _tpu("v5e", "TPU v5 lite", 197.0, 819.0, 15.75, 200.0, 1.5),
@@ -114,9 +114,10 @@ GPUS = (
     _gpu("", "NVIDIA L4", 121.0, 300.0, 24.0, 32.0, 2.04),
 )
 
-# What XLA:GPU asks of a GPU, for those it can be told of: cores, float32 units a core,
-# L2 and shared memory in bytes, compute capability, name (NVIDIA's data; XLA's own
-# descriptions agree). Rates and memory are those of `GPUS`, here in full.
+# GPUs as XLA:GPU describes them: cores, float32 units per core, bytes/s, L2 in bytes,
+# clock in GHz, memory, shared memory per core and per block (opt-in) in bytes, compute
+# capability, name (NVIDIA's data; XLA's own descriptions agree). Rates and memory are
+# those of `GPUS`, unrounded.
 _DESCRIBED = {
     "a100": (108, 64, 2_039_040_000_000, 41_943_040, 1.41, 85_100_068_864)
     + (167_936, 166_912, 8, "NVIDIA A100-SXM4-80GB"),
@@ -127,28 +128,29 @@ _DESCRIBED = {
     "b200": (148, 128, 7_672_320_000_000, 132_644_864, 1.965, 191_514_411_008)
     + (233_472, 232_448, 10, "NVIDIA B200"),
 }
-# Nobody is there to try kernels: matrix products go to cuBLAS, as Triton's default
-# tiles do not exist for every shape, which is an error.
+# No device is there to try kernels on: matrix products go to cuBLAS, because Triton's
+# default tiles do not exist for every shape, which is an error.
 GPU_OPTIONS = {"xla_gpu_enable_triton_gemm": False, "xla_gpu_autotune_level": 0}
 
 
 def chip_of(device_kind: str) -> Chip | None:
-    """Returns the chip of a JAX device by its `device_kind`, None if not known."""
+    """Returns the chip of a JAX device by its `device_kind`, None if unknown."""
     chips = (*GPUS, *TPUS)
     return next((c for c in chips if device_kind.startswith(c.kind)), None)
 
 
 def peak_flops(device_kind: str) -> float | None:
-    """Returns the bfloat16 FLOP/s of a device by its data sheet, None if not known."""
+    """Returns the data-sheet bfloat16 FLOP/s of a device, None if unknown."""
     chip = chip_of(device_kind)
     return None if chip is None else chip.flops
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Target:
-    """A machine to compile for: `count` devices of one kind, as the user names them.
+    """A machine to compile for: devices of one kind, as the user names them.
 
-    `kind` is tpu, gpu or cpu; of a CPU `chip` is None, nobody knows its rates.
+    `kind` is "tpu", "gpu" or "cpu"; `chip` is None if its rates are unknown, as for
+    CPUs.
     """
 
     name: str
@@ -158,10 +160,11 @@ class Target:
     chip: Chip | None
 
     def describe(self) -> list[Any]:
-        """Returns the devices, described, or for "cpu" those of this process.
+        """Returns the described devices; those of this process for "here" and "cpu".
 
         Raises:
-            ValueError: there is no such slice, or its compiler is not installed.
+            ValueError: there is no such slice, its compiler is not installed, or this
+                process has too few CPU devices.
         """
         if self.name == HERE:
             return jax.devices()
@@ -172,14 +175,14 @@ class Target:
 
     @property
     def memory(self) -> float | None:
-        """Returns the bytes that a program gets on one device, None if not known."""
+        """Returns the bytes that a program gets on one device, None if unknown."""
         if self.chip is None:
             return None
         return self.chip.memory * (GPU_FRACTION if self.kind == "gpu" else 1)
 
     @property
     def compiler_options(self) -> dict[str, Any]:
-        """Returns what the compiler has to be told where no device can be asked."""
+        """Returns compiler options for a described GPU, {} for any other target."""
         described = self.kind == "gpu" and self.name != HERE
         return dict(GPU_OPTIONS) if described else {}
 
@@ -197,10 +200,10 @@ def here() -> Target:
 
 
 def parse(name: str) -> Target:
-    """Reads "v5e:2x4", "tpu7x:2x2x1", "h100:8", "h100:2x8" (2 hosts) or "cpu:8".
+    """Parses "v5e:2x4", "tpu7x:2x2x1", "h100:8", "h100:2x8" (2 hosts) or "cpu:8".
 
     Raises:
-        ValueError: there is no such chip; names those there are.
+        ValueError: the chip is unknown or the shape wrong; names the known chips.
     """
     generation, colon, shape = name.strip().lower().partition(":")
     tpus = {chip.generation: chip for chip in TPUS}
@@ -235,9 +238,9 @@ def parse(name: str) -> Target:
 
 @contextlib.contextmanager
 def lowering_without_gpu(target: Target) -> Iterator[None]:
-    """Lets programs be lowered for a described GPU that ask a real one for its version.
+    """Allows cuDNN's attention to be lowered for a described GPU.
 
-    Lowering cuDNN's attention does: it gets the version that `describe` tells XLA.
+    Lowering asks the GPU for versions; here it gets those that `describe` gives XLA.
     """
     if target.kind != "gpu" or target.name == HERE:
         yield
@@ -289,7 +292,7 @@ def _cpus(target: Target) -> list[Any]:
 def _tpus(target: Target) -> list[Any]:
     from jax.experimental import topologies
 
-    # Nobody answers where there is no cloud machine, and a second process may compile.
+    # There is no metadata server outside the cloud, and a second process may compile.
     os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
     os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")
     os.environ.setdefault("TPU_ACCELERATOR_TYPE", "v5litepod-8")
@@ -298,7 +301,7 @@ def _tpus(target: Target) -> list[Any]:
     dims += [1] * (2 - len(dims))
     options: dict[str, Any] = {}
     if any(n == 1 for n in dims[:2]):
-        # One host with what there is; by default a host has 2x2 chips.
+        # One host with all the chips; by default a host has 2x2 chips.
         options["chips_per_host_bounds"] = tuple([*dims, 1, 1][:3])
     name = f"{target.generation}:{'x'.join(map(str, dims))}"
     try:
@@ -331,7 +334,7 @@ def _gpus(target: Target) -> list[Any]:
 
 
 def _description(generation: str) -> str:
-    """Returns what XLA:GPU is told of a GPU that is not there."""
+    """Returns the description of an absent GPU for XLA:GPU."""
     cores, units, rate, l2, clock, memory, shared, optin, capability, name = _DESCRIBED[
         generation
     ]

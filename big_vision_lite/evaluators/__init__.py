@@ -1,1 +1,1 @@
-"""Evaluators score a train state: one file per evaluator."""
+"""Evaluators that score a train state, one file each."""

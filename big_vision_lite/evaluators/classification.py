@@ -22,7 +22,7 @@ COLUMNS = ("step", "class", "count", "correct", "accuracy")
 
 
 class MatchClasses(enum.StrEnum):
-    """The way in which a source's labels are matched to the model's classes."""
+    """The matching of a source's labels to the model's classes."""
 
     BY_NAME = "by_name"
     # For the same classes under other names ("tench", "n01440764").
@@ -35,10 +35,10 @@ class Classification:
 
     Scores: accuracy, accuracy_top5 (with more than 5 classes), loss (of the objective),
     examples and unreadable (counts). They do not depend on the number of devices.
-    Labels are matched to the model's classes by name, or `match_classes` in order,
-    where both have as many. With several labels an image counts as correct if the
-    predicted class is among them; one without any label is left out. `per_class` writes
-    WORKDIR/<name>_per_class.csv.
+    Labels are matched to the model's classes by name, or with
+    match_classes="in_order" by position if both have as many. With several labels, an
+    image counts as correct if the predicted class is among them; images without any
+    label are left out. `per_class` writes WORKDIR/<name>_per_class.csv.
     """
 
     source: Source
@@ -69,8 +69,8 @@ class Classification:
             outputs = forward(**context.model.inputs(batch))
             logits = _logits(outputs, len(names), context.name)
             top = jax.lax.top_k(logits, min(TOP, len(names)))[1]
-            # The objective may run the model in another way; where it runs it like
-            # this, the compiler finds both to be the same and computes them once.
+            # The objective may call the model differently; if it makes the same call,
+            # the compiler computes both once.
             losses, _ = context.objective(forward, batch, rng)
             return {
                 "loss": losses.astype(jnp.float32),
@@ -134,7 +134,7 @@ class Classification:
                 names,
                 name=name,
                 ours_is="train",
-                # With fewer classes than the model's, order cannot match them.
+                # In order only works with as many classes as the model has.
                 in_order=option if len(theirs) == len(names) else None,
             )
         if len(theirs) != len(names):
@@ -186,7 +186,7 @@ def _write_per_class(
     labels: np.ndarray,
     predicted: np.ndarray,
 ) -> None:
-    """Appends the rows of `step`, replacing those a killed run wrote from it on."""
+    """Appends the rows of `step`; drops those of it or later that a killed run left."""
     if labels.ndim == 2:
         count = (labels > 0).sum(axis=0)
         hit = labels[np.arange(len(predicted)), predicted] > 0

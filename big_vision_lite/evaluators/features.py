@@ -12,8 +12,7 @@ from jaxtyping import Float, Int
 from big_vision_lite.runs.evaluations import Context, EvalStep, RowFunction
 from big_vision_lite.types import Array, Batch, Forward, Model, Op, Source
 
-# Raw pixels are shrunk to this side first: more pixels make a worse control and a slow
-# one.
+# Longer side in px to which raw pixels are shrunk: more make a worse, slower control.
 RAW_PIXELS_SIDE = 32
 
 
@@ -27,10 +26,10 @@ class Features:
 
 
 def pooled(model: Model) -> RowFunction:
-    """Returns a function for eval steps that computes the pooled features.
+    """Returns an eval-step function that gives pooled features ("vectors") and labels.
 
-    These are "pooled", or "pre_logits" if the head has a tanh layer, as in the few-shot
-    protocol.
+    The features are "pooled", or "pre_logits" if the head has a tanh layer, as in the
+    few-shot protocol; float32 [B, D].
     """
 
     def function(forward: Forward, batch: Batch, rng: Array) -> dict[str, Array]:
@@ -83,7 +82,7 @@ def check(
     """Checks, before any step, that `extract` can compute features of `source`.
 
     Raises:
-        ValueError: an image has not one integer label, or `Context.check_step` raises.
+        ValueError: images have several labels each, or `Context.check_step` raises.
     """
     rows = context.check_step(step, source, ops, batch_size)
     if rows["label"].ndim != 1:

@@ -14,7 +14,7 @@ from big_vision_lite.runs.evaluations import Context, class_table
 from big_vision_lite.types import Op, Runner, Source
 
 L2_GRID = tuple(2.0**power for power in range(-6, 13))
-# Validation images a class: those that follow the k shots in their shuffled list.
+# Validation images per class: those after the k shots in the shuffled list.
 VALIDATION_PER_CLASS = 25
 
 
@@ -34,15 +34,16 @@ class FewShotSet:
 
 @dataclasses.dataclass(kw_only=True)
 class FewShot:
-    """Top-1 accuracy on the test set of each set from k labelled images per class.
+    """Top-1 test accuracy of ridge regression on features of k images per class.
 
-    For every set and k: "<set>/<k>_shot/accuracy" at the fixed penalty `l2` and
-    "accuracy_l2_chosen" at the one of 2^-6..2^12 ("l2_chosen") with the best accuracy,
-    mean over seeds, on validation images: per class the up to 25 of the training pool
-    that follow the seed's k shots, never test images; left out where none follow. Ties
-    go to the larger penalty. Means over `seeds`, beside each "..._sd", the sample
-    standard deviation. The protocol: big_vision (arXiv:2205.01580, section 3).
-    "<set>/unreadable" counts the images of pool and test set that were left out.
+    For every set and k: "<set>/<k>_shot/accuracy" at the fixed penalty `l2`, and
+    "accuracy_l2_chosen" at the penalty of 2^-6..2^12 ("l2_chosen") with the best
+    validation accuracy, averaged over seeds; ties go to the larger penalty. Validation
+    images are, per class, up to 25 of the training pool after the seed's k shots, never
+    test images; without any, these two scores are left out. All accuracies are means
+    over `seeds`; with several, "..._sd" is the sample standard deviation. Follows
+    big_vision's protocol (arXiv:2205.01580, section 3). "<set>/unreadable" counts the
+    unreadable images of pool and test set.
 
     `controls` adds the same scores for raw pixels ("control_raw_pixels", at most 32 px
     a side) and the untrained network ("control_untrained"), computed once per run and
@@ -215,8 +216,8 @@ def _count_unreadable(
 def natural_sets(data_dir: str | None = None) -> tuple[FewShotSet, ...]:
     """Returns big_vision's six few-shot sets of natural and aerial images.
 
-    Squeezed to 256 x 256 without antialias and cropped to 224; all must be prepared by
-    tensorflow_datasets, in `data_dir` or where `Tfds` looks without it.
+    Images are resized to exactly 256 x 256 px without antialiasing and cropped to 224.
+    tensorflow_datasets must have prepared all sets, in `data_dir` or Tfds's default.
     """
     splits = {
         "caltech101": ("train", "test"),

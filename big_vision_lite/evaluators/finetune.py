@@ -79,7 +79,7 @@ class FineTune:
             name=f"{context.name} test",
             ours_is=f"{context.name} train",
         )
-        # Once: the rule looks at a sample of the images.
+        # Built once, because the rule reads a sample of the images.
         config = self.training(context, self.seeds[0])
         pretrained = [dataclasses.replace(config, seed=seed) for seed in self.seeds]
         untrained = [dataclasses.replace(c, init=()) for c in pretrained]
@@ -115,7 +115,7 @@ class FineTune:
             fsdp=context.mesh.shape["fsdp"],
         )
         assert config.num_steps is not None, "the rule gives steps"
-        # Once, at the end: nothing may be chosen on the test images.
+        # Once, at the end: nothing may be selected on the test images.
         evaluators[TEST] = Classification(
             source=self.test,
             batch_size=self.eval_batch_size,
@@ -144,7 +144,7 @@ def fine_tune(
     if not processes.on_first(lambda: _accuracy(folder, num_steps) is not None):
         first = None
         if params is not None:
-            # The training donates what it starts from: it must not be the outer run's.
+            # Training donates its first parameters: copy them from the outer run's.
             first = {name: jnp.copy(leaf) for name, leaf in params.items()}
         train.train(config, folder, first_params=first)
         processes.barrier(f"finetuned_{folder.parent.name}_{config.seed}")
@@ -181,7 +181,7 @@ def _document(config: TrainConfig) -> Any:
 
 
 def forget_others(context: Context, folder: epath.Path) -> None:
-    """Removes trainings of this step that started from other parameters."""
+    """Removes fine-tuning runs of the same step that began with other parameters."""
     step = folder.name.split("_")[0]
     for other in folder.parent.glob(f"{step}_*"):
         if other.name != folder.name and jax.process_index() == 0:
@@ -197,7 +197,7 @@ def _remove(folder: epath.Path) -> None:
 
 
 def _protocol(config: TrainConfig) -> list[Any]:
-    """Returns all that a training from random parameters depends on."""
+    """Returns everything that training from random parameters depends on."""
     evaluator = config.evaluators[TEST]
     assert isinstance(evaluator, Classification), "made above"
     sources = config.data.source.fingerprint, evaluator.source.fingerprint

@@ -15,10 +15,10 @@ from big_vision_lite.types import Array, Batch, Forward, Op, Runner, Source
 
 @dataclasses.dataclass(kw_only=True)
 class Loss:
-    """Means of the run's loss and metrics over every example of `source`, once.
+    """Means of the objective's loss and metrics over all examples of `source`.
 
-    Works with any objective. `ops` are the deterministic ops that make the objective's
-    inputs from an example; None uses the recipe's `preprocess`. Device ops do not run.
+    Works with any objective. `ops` are the deterministic ops from an example to the
+    objective's inputs; None uses the recipe's `preprocess`. Device ops do not run.
     The averaged parameters (EMA), if any, serve as the model and as its teacher. Labels
     are matched to the model's classes by name. Random masks are fixed by the run's seed
     and the ordinal of the batch; per-batch metrics and contrastive objectives depend on
@@ -83,7 +83,7 @@ class Loss:
         return run
 
     def _indices(self, context: Context) -> Array | None:
-        """Returns the model's label of each class, None if labels are the same."""
+        """Returns the model's label for each of the source's, None if they agree."""
         theirs = tuple(self.source.class_names)
         if not theirs or not context.class_names:
             return None

@@ -1,6 +1,6 @@
-"""Few-shot linear evaluation: nested shots, ridge regression for many penalties.
+"""Ridge regression on features for many penalties, and nested choices of shots.
 
-After the few-shot protocol of big_vision (arXiv:2205.01580, section 3): regression of
+Follows big_vision's few-shot protocol (arXiv:2205.01580, section 3): regression of
 targets -1 and +1 on standardised features, solved by one eigendecomposition.
 """
 
@@ -11,7 +11,7 @@ from jaxtyping import Float, Int
 
 # N training images, M images, D features and one constant, C classes, R rank.
 SIGMA_FLOOR = 1e-5
-# So large that the penalty hardly touches the bias.
+# The feature that acts as bias, so large that the penalty hardly affects it.
 CONSTANT = 100.0
 CHUNK_ROWS = 8192
 
@@ -48,7 +48,7 @@ class Ridge:
         self._eigenvalues, self._left, self._right = solve(x, y)
 
     def weights(self, l2: float) -> Float[np.ndarray, "D C"]:
-        """Returns weights of standardised features, then the bias, at penalty `l2`."""
+        """Returns weights of standardised features, then of the constant, at `l2`."""
         return self._left @ (self._right / (self._eigenvalues + l2)[:, None])
 
     def scores(self, vectors: Float[np.ndarray, "M d"], l2: float) -> np.ndarray:
@@ -79,7 +79,7 @@ class Ridge:
 def primal(
     x: Float[np.ndarray, "N D"], y: Float[np.ndarray, "N C"]
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Returns eigenvalues, left and right factor of (X'X + l2)^-1 X'Y."""
+    """Returns eigenvalues, left and right factor of the weights (X'X + l2)^-1 X'Y."""
     eigenvalues, vectors = np.linalg.eigh(x.T @ x)
     return eigenvalues, vectors, vectors.T @ (x.T @ y)
 
@@ -87,7 +87,7 @@ def primal(
 def dual(
     x: Float[np.ndarray, "N D"], y: Float[np.ndarray, "N C"]
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Returns those of X'(XX' + l2)^-1 Y: equal weights, cheaper with few images."""
+    """Returns those of X'(XX' + l2)^-1 Y: the same weights, cheaper for N < D."""
     eigenvalues, vectors = np.linalg.eigh(x @ x.T)
     return eigenvalues, x.T @ vectors, vectors.T @ y
 
@@ -95,7 +95,7 @@ def dual(
 def _chunks(
     vectors: Float[np.ndarray, "M d"], labels: Int[np.ndarray, " M"]
 ) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-    # Standardised features are float64 copies: a whole test set would be gigabytes.
+    # Standardising copies features in float64: gigabytes for a whole test set.
     for begin in range(0, len(labels), CHUNK_ROWS):
         rows = slice(begin, begin + CHUNK_ROWS)
         yield vectors[rows].astype(np.float64), labels[rows]

@@ -22,7 +22,7 @@ from big_vision_lite.models.blocks.layers import (
 from big_vision_lite.runtime import layout
 from big_vision_lite.types import Model
 
-# Units a stage, arXiv:1603.05027; 26 is the hybrid's of arXiv:2106.10270.
+# Units per stage, arXiv:1603.05027; R26 is from the hybrids of arXiv:2106.10270.
 DEPTHS = {
     "R26": (2, 2, 2, 2),
     "R50": (3, 4, 6, 3),
@@ -157,12 +157,12 @@ class Stage(nn.Module, kw_only=True):
 
 
 class BiT(nn.Module, Model, kw_only=True):
-    """BiT ResNet; returns "grid" [B, h, w, D], "pooled", "image", with head "logits".
+    """BiT; returns "grid" [B, h, w, D], "pooled", "image"; with a head, "logits".
 
-    `stages` holds the number of units of every stage; stage k has `width * 2**k`
-    channels, 4 times that at the end of a bottleneck, and halves the image but for the
-    first. "pooled" is the mean of the grid. Group norm has `groups` groups. `mean` and
-    `std` are in units of 0..255, one value or one a channel.
+    `stages` holds the number of units per stage. Stage k, counted from 0, has
+    `width * 2**k` channels, 4 times that after a bottleneck; every stage but the first
+    halves the grid. "pooled" is the mean of the grid. Group norm has `groups` groups.
+    `mean` and `std` are in units of 0..255, one value or one per channel.
     """
 
     layers: ClassVar = ("stem/.*", r"block(\d+)/unit(\d+)/.*")
@@ -201,7 +201,7 @@ class BiT(nn.Module, Model, kw_only=True):
 
     @classmethod
     def of(cls, size: str, **overrides: object) -> "BiT":
-        """Builds a published size, BiT.of("R50x1", head=...), or "small".
+        """Builds a published size: BiT.of("R50x1", head=...), or "small".
 
         R26, R50, R101 and R152 take any width factor. "small" is made for images of
         8 to 32 px: three stages of one basic unit, 0.3 M parameters.
@@ -259,7 +259,7 @@ class BiT(nn.Module, Model, kw_only=True):
 
 
 def group_norm(groups: int, dtype: Dtype, name: str) -> GroupNorm:
-    """Returns BiT's norm: eps 1e-5, statistics of H, W and a group in float32."""
+    """Returns BiT's group norm: eps 1e-5, float32 statistics over H, W and a group."""
     return GroupNorm(groups=groups, epsilon=1e-5, dtype=dtype, name=name)
 
 

@@ -1,7 +1,7 @@
 """ResNet v1.5 with group norm and standardised weights: big_vision's "bit".
 
 arXiv:1512.03385 with the stride on the 3x3 convolution, norms after convolutions;
-also the stem of hybrid vision transformers (arXiv:2010.11929; `hybrid.py`).
+also the stem of hybrid vision transformers (`vit_variants.hybrid`; arXiv:2010.11929).
 """
 
 import enum
@@ -64,7 +64,7 @@ class StandardisedConv(nn.Module, kw_only=True):
         kernel = self.param("kernel", nn.initializers.lecun_normal(), shape)
         kernel = standardise(kernel, self.standardisation).astype(self.dtype)
         x = x.astype(self.dtype)
-        # TensorFlow's: with a stride, even sizes get less on the left and top.
+        # As in TensorFlow: with a stride, even sizes get less on the left and top.
         return convolve(x, kernel, self.stride, "SAME")
 
 
@@ -97,7 +97,7 @@ class Unit(nn.Module, kw_only=True):
         y = conv(channels=inner, size=3, stride=stride, name="conv2")(y)
         y = nn.relu(norm(name="gn2")(y))
         y = conv(channels=channels, size=1, stride=1, name="conv3")(y)
-        # At 0 every unit starts as relu of its shortcut.
+        # A scale of 0 makes every unit start as the relu of its shortcut.
         y = norm(first_scale=0.0, name="gn3")(y)
         if stride > 1 or x.shape[-1] != channels:
             x = conv(channels=channels, size=1, stride=stride, name="conv_proj")(x)
@@ -106,12 +106,12 @@ class Unit(nn.Module, kw_only=True):
 
 
 class Trunk(nn.Module, kw_only=True):
-    """The convolutional trunk: scaled pixels to a grid, one cell every `stride_of` px.
+    """A convolutional trunk: scaled pixels to a grid, one cell per `stride_of` px.
 
-    `stages` holds the number of units of every stage, () is the root alone; stage k has
-    `4 * width * 2**k` channels and halves the image but for the first. Group norm has
-    `groups` groups. timm and Hugging Face have standardisation="inside_root" and
-    norm_epsilon=1e-5.
+    `stages` holds the number of units per stage, () for the root alone. Stage k,
+    counted from 0, has `4 * width * 2**k` channels; every stage but the first halves
+    the grid. Group norm has `groups` groups. timm and Hugging Face use
+    standardisation="inside_root" and norm_epsilon=1e-5.
     """
 
     input_kernel: ClassVar[str] = "conv_root/kernel"
@@ -121,7 +121,7 @@ class Trunk(nn.Module, kw_only=True):
     width: int = 64
     groups: int = 32
     standardisation: Standardisation = Standardisation.OUTSIDE_ROOT
-    # Flax's, and so big_vision's.
+    # Flax's default, which big_vision uses.
     norm_epsilon: float = 1e-6
     dtype: Dtype = Dtype.FLOAT32
     remat: Remat = Remat.NONE
@@ -162,7 +162,7 @@ class Trunk(nn.Module, kw_only=True):
             dtype=self.dtype,
             name="gn_root",
         )(x)
-        # After the relu zeros around the image would give the same maxima as -inf.
+        # Pads with -inf; after the relu, zeros would give the same maxima.
         x = nn.max_pool(nn.relu(x), (3, 3), strides=(2, 2), padding="SAME")
         x = layout.pin_batch(x)
         unit = rematerialised(Unit, self.remat)
@@ -181,7 +181,7 @@ class Trunk(nn.Module, kw_only=True):
 
 
 def stride_of(trunk: Trunk) -> int:
-    """Returns the stride in pixels; a side of n px gives ceil(n / stride) cells."""
+    """Returns a trunk's stride in pixels; n px give ceil(n / stride) cells a side."""
     return 4 * 2 ** max(0, len(trunk.stages) - 1)
 
 
@@ -213,7 +213,7 @@ class BiTV1(nn.Module, Model, kw_only=True):
     ) -> "BiTV1":
         """Builds a published size: BiTV1.of("R50x1", head=...).
 
-        R26, R50, R101 and R152 take any width factor; `trunk` holds the other fields.
+        R26, R50, R101 and R152 take any width factor; `trunk` overrides Trunk's fields.
         """
         depth, _, factor = size.partition("x")
         if depth not in DEPTHS or not factor.isdecimal() or not int(factor):

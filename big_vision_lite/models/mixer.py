@@ -33,7 +33,7 @@ PUBLISHED = ("S/32", "S/16", "B/32", "B/16", "L/32", "L/16", "H/14")
 
 
 class MixerBlock(nn.Module, kw_only=True):
-    """One block: x += mlp over patches(norm(x)); x += mlp over channels(norm(x))."""
+    """Mixer block: x += token_mixing(norm(x)); x += channel_mixing(norm(x))."""
 
     token_mlp_dim: int
     channel_mlp_dim: int
@@ -72,11 +72,12 @@ class MixerBlock(nn.Module, kw_only=True):
 
 
 class MlpMixer(nn.Module, Model, kw_only=True):
-    """MLP-Mixer; returns "grid" [B, h, w, D], "pooled", "image", with head "logits".
+    """MLP-Mixer; returns "grid" [B, h, w, D], "pooled", "image"; with a head, "logits".
 
     The number of patches is a layer width, so parameters fit one image size only.
-    `stochastic_depth` is the drop rate of the last block; it grows linearly from 0.
-    `mean` and `std` are in 0..255, one value or one a channel.
+    `stochastic_depth` is the drop rate of the last block; the rate grows linearly from
+    0 at the first. `mean` and `std` are in units of 0..255, one value or one per
+    channel.
     """
 
     layers: ClassVar = ("patch_embedding/.*", r"block_(\d+)/.*")
@@ -114,7 +115,7 @@ class MlpMixer(nn.Module, Model, kw_only=True):
 
     @classmethod
     def of(cls, size: str, **overrides: object) -> "MlpMixer":
-        """Builds a published size, MlpMixer.of("B/16", head=Classifier(...))."""
+        """Builds a published size: MlpMixer.of("B/16", head=Classifier(...))."""
         name, _, patch = size.partition("/")
         if name not in SIZES or not patch.isdecimal():
             raise ValueError(

@@ -1,7 +1,7 @@
 """ResNet v1.5 with batch norm, ResNeXt and Wide ResNet.
 
 arXiv:1512.03385 with the stride on the 3x3 convolution instead of the 1x1 before it, as
-torchvision has it; arXiv:1611.05431; arXiv:1605.07146.
+in torchvision; arXiv:1611.05431; arXiv:1605.07146.
 """
 
 from typing import Any, ClassVar
@@ -25,15 +25,15 @@ from big_vision_lite.models.blocks.layers import (
 from big_vision_lite.runtime import layout
 from big_vision_lite.types import Model
 
-# Units a stage: arXiv:1512.03385, Table 1. Those of bottlenecks serve all families.
+# Units per stage: arXiv:1512.03385, Table 1. All families share those of bottlenecks.
 BASIC = {"18": (2, 2, 2, 2), "34": (3, 4, 6, 3)}
 BOTTLENECK = {"50": (3, 4, 6, 3), "101": (3, 4, 23, 3), "152": (3, 8, 36, 3)}
-# Groups of the 3x3 convolution and channels a group at stage 1.
+# Groups of the 3x3 convolution and channels per group in the first stage.
 GROUPS = {
     # arXiv:1611.05431, Tables 1 and 4.
     "50_32x4d": (32, 4),
     "101_64x4d": (64, 4),
-    # arXiv:1805.00932, Section 2.2; 8 is also torchvision's.
+    # arXiv:1805.00932, Section 2.2; torchvision has 32x8d, too.
     "101_32x8d": (32, 8),
     "101_32x16d": (32, 16),
     "101_32x32d": (32, 32),
@@ -47,7 +47,7 @@ SIZES = (
     *(f"X{size}" for size in GROUPS),
     *(f"W{size}" for size in WIDE),
 )
-# fan_out and ReLU's 2: arXiv:1502.01852, equation 14.
+# fan_out, and 2 for ReLU: arXiv:1502.01852, equation 14.
 HE = nn.initializers.variance_scaling(2.0, "fan_out", "normal")
 
 
@@ -160,19 +160,19 @@ class Stage(nn.Module, kw_only=True):
 
 
 class ResNet(nn.Module, Model, kw_only=True):
-    """ResNet; returns "grid" [B, h, w, D], "pooled", "image", with head "logits".
+    """ResNet; returns "grid" [B, h, w, D], "pooled", "image"; with a head, "logits".
 
-    `stages` holds the number of units of every stage; stage k, counted from 0, has
-    `width*2**k` channels, 4 times that at the end of a bottleneck, and halves the image
-    but for the first. A bottleneck's 3x3 convolution has `groups` groups of
+    `stages` holds the number of units per stage. Stage k, counted from 0, has
+    `width * 2**k` channels, 4 times that after a bottleneck; every stage but the first
+    halves the grid. A bottleneck's 3x3 convolution has `groups` groups of
     `width_per_group * 2**k * width / 64` channels each. "pooled" is the mean of the
-    grid. `last_scale` is the initial scale of the last norm in a unit: at 0 every unit
-    starts as the identity (arXiv:1706.02677, 5.1), torchvision starts at 1. Training
-    computes batch statistics in `statistics_groups` equal groups of the batch: at 1 all
-    devices wait for each other in every norm, at a multiple of their number only for
-    gradients (which costs bytes on a GPU: for R50, XLA:GPU's program for 8 H100 moves
-    69.5 GB instead of 55.3 a device; compiled, not run). `mean` and `std` are in units
-    of 0..255, one value or one a channel.
+    grid. `last_scale` is the initial scale of the last norm in a unit: 0 makes every
+    unit start as the identity (arXiv:1706.02677, 5.1); torchvision starts at 1.
+    Training computes batch statistics in `statistics_groups` equal groups of the batch:
+    with 1, devices synchronise in every norm; with a multiple of their number, only for
+    gradients, but a GPU moves more bytes (R50 on 8 H100: 69.5 GB per device instead of
+    55.3, by XLA:GPU; compiled, not run). `mean` and `std` are in units of 0..255, one
+    value or one per channel.
     """
 
     layers: ClassVar = ("stem(?:_norm)?/.*", r"stage_(\d+)/unit_(\d+)/.*")
@@ -262,7 +262,7 @@ class ResNet(nn.Module, Model, kw_only=True):
         planes = self.width * 2**stage
         if self.block == Block.BASIC:
             return planes
-        # Rounded as torchvision does.
+        # Rounded down, as in torchvision.
         return int(planes * (self.width_per_group / 64)) * self.groups
 
     @nn.compact
@@ -285,7 +285,7 @@ class ResNet(nn.Module, Model, kw_only=True):
         )(x, train)
         x = nn.relu(x)
         if self.stem == Stem.LARGE:
-            # Pads with -inf. Flax declares a string for padding but takes more.
+            # Pads with -inf. Flax declares padding as a string but accepts pairs.
             padding: Any = ((1, 1), (1, 1))
             x = nn.max_pool(x, (3, 3), strides=(2, 2), padding=padding)
         x = layout.pin_batch(x)

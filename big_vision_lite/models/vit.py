@@ -46,26 +46,27 @@ SIZES = {
 
 
 class ViT(nn.Module, Model, kw_only=True):
-    """ViT; returns "grid" [B, h, w, D], "pooled", "image", with head "logits".
+    """ViT; returns "grid" [B, h, w, D], "pooled", "image"; with a head, "logits".
 
-    `dropout` acts after the positions and after every dense layer but query, key and
-    value; `stochastic_depth` is the drop rate of the last block; it grows linearly from
-    0. `mean` and `std` are in units of 0..255, one value or one a channel.
+    `dropout` applies after the positions and after every dense layer of the blocks but
+    query, key and value. `stochastic_depth` is the drop rate of the last block; the
+    rate grows linearly from 0 at the first. `mean` and `std` are in units of 0..255,
+    one value or one per channel.
 
     Options of published variants, each off by default (`vit_variants.py` sets them):
-    `layer_scale` is the initial value of a learned factor per channel on each branch,
+    `layer_scale` is the initial value of a learned factor per channel on each branch.
     `registers` is the number of learned tokens without positions, left out of the
-    output (arXiv:2309.16588). `distillation_token` (arXiv:2012.12877) is a second class
-    token with its own head: "logits" and "pooled" are then the means of both,
-    "class_logits" and "distillation_logits" the two. `stem` makes a grid of the image,
-    and `patch_size` counts its cells. `kernel_patch_size` and `position_grid` are the
-    sizes in which the patch kernel and the learned positions are stored, to be resized
-    at every use (FlexiViT, arXiv:2212.08013).
+    output (arXiv:2309.16588). `distillation_token` (arXiv:2012.12877) adds a second
+    class token and head: "logits" and "pooled" are then means over both tokens,
+    "class_logits" and "distillation_logits" the two parts. `stem` turns the image into
+    a grid, whose cells `patch_size` then counts. `kernel_patch_size` and
+    `position_grid` are the sizes in which the patch kernel and the learned positions
+    are stored; every call resizes them (FlexiViT, arXiv:2212.08013).
 
-    A call may keep some patches only: `visible` [B, K] are their indices, row by row;
-    it then returns "tokens" [B, K, D] in that order and no grid (arXiv:2111.06377).
-    Where `replaced` [B, N] is true, a learned token replaces the patch, and its
-    position is added (arXiv:2106.08254); this needs `mask_token=True`.
+    A call can encode only some patches: `visible` [B, K] holds their indices per image;
+    the call then returns "tokens" [B, K, D] in that order and no "grid"
+    (arXiv:2111.06377). `replaced` [B, N] is true where a learned token replaces a patch
+    before positions are added (arXiv:2106.08254); it needs `mask_token=True`.
     """
 
     head_modules: ClassVar = ("head", "distillation_head")
@@ -140,13 +141,13 @@ class ViT(nn.Module, Model, kw_only=True):
                 f"width={self.width} does not divide over num_heads={self.num_heads}; "
                 f"use width={nearest}, or other heads."
             )
-        # A function: Linen would let interceptors see a method, with no path yet.
+        # Not a method: Linen's interceptors would see it before the module has a path.
         _check_variants(self)
         super().__post_init__()
 
     @classmethod
     def of(cls, size: str, **overrides: object) -> "ViT":
-        """Builds a published size, ViT.of("S/16", head=Classifier(num_classes=10))."""
+        """Builds a published size: ViT.of("S/16", head=Classifier(num_classes=10))."""
         name, _, patch = size.partition("/")
         if name not in SIZES or not patch.isdecimal():
             raise ValueError(
@@ -168,7 +169,7 @@ class ViT(nn.Module, Model, kw_only=True):
         replaced: Bool[Array, "B N"] | None = None,
     ) -> dict[str, Array]:
         scaled = scale_pixels(image, self.mean, self.std)
-        # The gradient recomputes the patches from bytes instead of storing them.
+        # The backward pass recomputes patches from the input instead of storing them.
         x = nn.remat(PatchEmbedding)(
             patch_size=self.patch_size,
             kernel_patch_size=self.kernel_patch_size,
@@ -197,7 +198,7 @@ class ViT(nn.Module, Model, kw_only=True):
                 x = x + positions.reshape(x.shape[1:]).astype(self.dtype)
         if visible is not None:
             x = jnp.take_along_axis(x, visible[:, :, None], axis=1)
-        # After the positions, so that none of these tokens has one.
+        # After the positions, because these tokens have none.
         before = self._tokens_before_patches(batch)
         x = jnp.concatenate([*before, x], axis=1) if before else x
         x = nn.Dropout(self.dropout, name="dropout")(x, deterministic=not train)

@@ -1,6 +1,6 @@
 """Published variants of ViT, built by setting its fields.
 
-Each takes a size like ViT.of and further fields to override; DeiT is
+Each function takes a size, like ViT.of, and fields to override; DeiT is
 `deit("S/16", head=Classifier(num_classes=1000))`.
 """
 
@@ -65,7 +65,7 @@ def deit3(size: str, **overrides: object) -> ViT:
 
 
 def flexivit(size: str, **overrides: object) -> ViT:
-    """Builds FlexiViT (arXiv:2212.08013), whose patch size is free, like "B/16".
+    """Builds FlexiViT (arXiv:2212.08013) with any patch size, like "B/16".
 
     The parameters are the same for every patch and image size.
     """
@@ -78,13 +78,13 @@ def flexivit(size: str, **overrides: object) -> ViT:
     return ViT.of(size, **{**fields, **overrides})
 
 
-# Units of the trunk's stages, size of the transformer, cells of the grid a patch: those
-# of the published weights, as timm 1.0.31 builds them for loading. Behind the slash
-# stand pixels a token, but for R+Ti/16, whose 8 cells of 4 px are 32.
+# Units per stage of the trunk, transformer size, side of a patch in grid cells: those
+# of the published weights, as timm 1.0.31 builds them for loading. The name ends in
+# pixels per token, except for R+Ti/16, whose 8 cells of 4 px are 32.
 SIZES = {
     "R+Ti/16": ((), "Ti", 8),
     "R26+S/32": ((2, 2, 2, 2), "S", 1),
-    # The units of the fourth stage moved to the third: 16 px a token with patches of 1.
+    # The third stage has the fourth's units, too: 16 px per token with patches of 1.
     "R50+B/16": ((3, 4, 9), "B", 1),
     "R50+L/32": ((3, 4, 6, 3), "L", 1),
 }
@@ -102,7 +102,7 @@ def hybrid(
     """Builds a published hybrid of ResNet and ViT by name, like "R26+S/32".
 
     `overrides` are fields of the ViT, which has a class token and learned positions as
-    published. timm has standardisation="inside_root" and trunk_norm_epsilon=1e-5.
+    published. timm uses standardisation="inside_root" and trunk_norm_epsilon=1e-5.
     """
     if size not in SIZES:
         raise ValueError(

@@ -84,7 +84,7 @@ def as_distribution(
 def is_correct(
     logits: Float[Array, "B C"], labels: Float[Array, "B C"]
 ) -> Float[Array, " B"]:
-    """Returns 1.0 where the largest logit's class has the image's largest label."""
+    """Returns 1.0 where the predicted class has the image's largest label above 0."""
     chosen = jnp.take_along_axis(labels, logits.argmax(-1, keepdims=True), axis=-1)
     largest = labels.max(axis=-1)
     return ((chosen[:, 0] == largest) & (largest > 0)).astype(jnp.float32)

@@ -13,10 +13,10 @@ from big_vision_lite.runtime import layout
 from big_vision_lite.training.state import TrainState
 from big_vision_lite.types import Array, Batch
 
-# Moves or relabels values without changing them, so that a cast may come before it.
+# Primitives that move or relabel values unchanged: a cast may come before them.
 MOVES = {"reshape", "transpose", "squeeze", "slice", "concatenate", "copy"}
-# What backward makes again instead of keeping it: whole parameters, and what a layer
-# joins or folds them into before its product.
+# Primitives that backward recomputes: gathered parameters, and what a layer joins or
+# reshapes them into before its product.
 REMADE = {"all_gather", "broadcast_in_dim", "concatenate", "reshape"}
 
 
@@ -27,18 +27,18 @@ def accumulate_gradients(
     places: Any,
     micro_batches: int,
 ) -> Callable[..., Any]:
-    """Returns gradients of the global batch, accumulated over `micro_batches`.
+    """Returns a function that accumulates the global batch's gradients.
 
-    Every device walks through its own rows, part i taking rows i, i + m, i + 2m...,
-    so that no image moves and the parts are the same on any number of devices. A
-    parameter that is split over "fsdp" is gathered for the layer in work, in the dtype
-    that the layer computes in, and again in backward; its gradient is reduce-scattered
-    in every part and carried split. What remains, and all gradients of whole
-    parameters, is summed over devices once, after the last part.
+    Every device iterates over its own rows: of m micro-batches, i takes rows i, i + m,
+    i + 2m..., so no image moves and micro-batches are the same on any number of
+    devices. A parameter sharded over "fsdp" is gathered per layer, in the layer's
+    compute dtype, in forward and again in backward; its gradient is reduce-scattered in
+    every micro-batch and accumulated sharded. The other sums over devices, and all
+    gradients of replicated parameters, follow once, after the last micro-batch.
 
     `loss_of(params, frozen, collections, ema, batch, rng, progress)` returns the mean
-    and (sums, weight, collections); `places` are the shardings that the gradients shall
-    have.
+    and (sums, weight, collections). The function takes the same arguments and returns
+    (gradients, sums, weight, collections), gradients with the shardings `places`.
     """
     held = (abstract.params, abstract.frozen, abstract.ema)
     split = jax.tree.map(lambda leaf: layout.split_axis(leaf.sharding), held)
@@ -66,8 +66,8 @@ def accumulate_gradients(
 
         def body(carry: Any, inputs: Any) -> Any:
             totals, collections = carry
-            # Gathered in every part: what is the same in all of them the compiler
-            # would take out of the loop, and hold whole.
+            # Gathered in every micro-batch: the compiler would hoist values that do
+            # not change out of the loop, and hold them whole.
             now = _after(totals[2], held, split) if any_split else held
             *new, collections = one(now, collections, *inputs)
             return (jax.tree.map(jnp.add, totals, new), collections), None
@@ -87,8 +87,8 @@ def accumulate_gradients(
 
     rows, whole = PartitionSpec(layout.BATCH_AXES), PartitionSpec()
     params, frozen, ema = jax.tree.map(_manual_spec, split)
-    # An axis of one device is no work for the compiler; cuDNN's attention cannot be
-    # where some axes are left to it.
+    # With one device on the tensor axis, all axes are manual: cuDNN's attention fails
+    # if some axes are left to the compiler.
     alone = mesh.shape[layout.TENSOR_AXIS] == 1
     return jax.shard_map(
         local,
@@ -112,7 +112,7 @@ def _part(
 ) -> Any:
     """Returns (sum of gradients, sums, weight, collections) of one micro-batch.
 
-    `held` are (params, frozen, ema), `split` their split axes, None where none is.
+    `held` is (params, frozen, ema), `split` their sharded axes, None if none are.
     """
     key = jax.random.fold_in(key, index)
     num_rows = len(jax.tree.leaves(part)[0])
@@ -122,12 +122,12 @@ def _part(
         mean, (sums, weight, new) = loss_of(
             params, frozen, collections, ema, part, key, progress
         )
-        # Parts and devices whose rows are padding count for less.
+        # Micro-batches and devices with padding rows count less.
         return mean * jnp.maximum(weight, 1) / num_rows, (sums, weight, new)
 
     gradients, kept = _gradient(loss, held, split)
-    # Multiplied here, not after the last part: XLA:TPU would take the reduce-scatter of
-    # a plain sum out of the loop, and carry whole gradients in float32.
+    # Multiplied here, not after the loop: XLA:TPU would hoist the reduce-scatter of a
+    # plain sum out of the loop, and carry whole gradients in float32.
     gradients = jax.tree.map(lambda g: g.astype(jnp.float32) * num_rows, gradients)
     return gradients, *kept
 
@@ -135,7 +135,7 @@ def _part(
 def _cast(
     held: Any, loss_of: Callable[..., Any], abstract: TrainState, inputs: Any
 ) -> Any:
-    """Casts (params, frozen, ema) to what `loss_of` computes in, before any gather."""
+    """Casts (params, frozen, ema) to the dtypes of `loss_of`, before any gather."""
     whole = (abstract.params, abstract.frozen, abstract.ema)
     shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), whole)
     collections, part, key, progress = inputs
@@ -149,10 +149,10 @@ def _cast(
 
 
 def used_dtypes(function: Callable[[Any], Any], shapes: Any) -> Any:
-    """Returns for every leaf of `shapes` the dtype in which `function` uses it.
+    """Returns the dtype in which `function` uses each leaf of `shapes`.
 
-    That is the dtype of the cast before any other use, or its own. A cast changes
-    every value by itself, so it may as well come before a gather.
+    That is the dtype to which all its uses cast it, else the leaf's. A cast is
+    elementwise, so it can come before a gather.
     """
     closed = jax.make_jaxpr(function)(shapes)
     leaves, tree = jax.tree.flatten(shapes)
@@ -164,7 +164,7 @@ def used_dtypes(function: Callable[[Any], Any], shapes: Any) -> Any:
 
 
 def _uses(jaxpr: core.Jaxpr, variable: Any) -> Iterable[Any]:
-    """Lists the dtypes of the casts that `variable` goes into, or its own."""
+    """Yields the dtypes that `variable` is cast to, its own for uses without a cast."""
     if any(variable is out for out in jaxpr.outvars):
         yield variable.aval.dtype
     for equation in jaxpr.eqns:
@@ -183,7 +183,7 @@ def _uses(jaxpr: core.Jaxpr, variable: Any) -> Iterable[Any]:
 
 
 def _inner(equation: Any) -> core.Jaxpr | None:
-    """Returns the program that an equation runs once on its own inputs, if any."""
+    """Returns the jaxpr that an equation runs once on its own inputs, None if none."""
     for name in ("jaxpr", "call_jaxpr", "fun_jaxpr"):
         inner = equation.params.get(name)
         inner = getattr(inner, "jaxpr", inner)
@@ -193,10 +193,10 @@ def _inner(equation: Any) -> core.Jaxpr | None:
 
 
 def _gradient(loss: Callable[..., Any], held: Any, split: Any | None) -> Any:
-    """Returns (gradients of held[0], what `loss` returns besides its value).
+    """Returns (gradients of held[0], auxiliary output of `loss`).
 
-    With `split`, the split axes, backward gathers the whole parameters again, and
-    those of forward are let go.
+    With `split`, the sharded axes, backward gathers the parameters again instead of
+    keeping those of forward.
     """
     params, *rest = held
 
@@ -208,11 +208,11 @@ def _gradient(loss: Callable[..., Any], held: Any, split: Any | None) -> Any:
     remade = jax.checkpoint(
         of_params,
         policy=lambda primitive, *_, **__: primitive.name not in REMADE,
-        # Its barrier would write to memory all that forward leaves to backward.
+        # The CSE barrier would write everything backward needs to memory.
         prevent_cse=False,
     )
     total, backward, kept = jax.vjp(remade, params, has_aux=True)
-    # Of equal values the compiler would gather one, and hold it whole from forward to
+    # The compiler would gather equal values once, and hold the result from forward to
     # backward.
     again = jax.tree.leaves(_after(total, held, split))
     new = dict(zip(map(id, jax.tree.leaves(held)), again, strict=True))
@@ -221,7 +221,7 @@ def _gradient(loss: Callable[..., Any], held: Any, split: Any | None) -> Any:
 
 
 def _after(number: Array, held: Any, split: Any) -> Any:
-    """Returns `held` in values that the compiler cannot have before `number`."""
+    """Makes the sharded leaves of `held` depend on `number`, by adding 0 * number."""
 
     def one(x: Array, axis: int) -> Array:
         return x if axis < 0 else x + (0 * number).astype(x.dtype)
@@ -242,7 +242,7 @@ def _gather(leaf: Array, axis: int) -> Array:
 
 
 def _reduce(gradients: Any, split: Any, wanted: Any, mesh: jax.sharding.Mesh) -> Any:
-    """Sums gradients over the devices that have not summed them, each kind at once."""
+    """Sums gradients over the mesh axes where they are still partial."""
     leaves, tree = jax.tree.flatten(gradients)
     axes = list(zip(jax.tree.leaves(split), jax.tree.leaves(wanted), strict=True))
     for index, (have, want) in enumerate(axes):
@@ -265,13 +265,13 @@ def _reduce(gradients: Any, split: Any, wanted: Any, mesh: jax.sharding.Mesh) ->
 
 
 def _strided(x: Array, parts: int) -> Array:
-    """Returns [parts, rows of a part, ...]: part i has rows i, i + parts, ..."""
+    """Returns [parts, rows / parts, ...]: part i has rows i, i + parts, ..."""
     x = x.reshape(x.shape[0] // parts, parts, *x.shape[1:])
     return jnp.swapaxes(x, 0, 1)
 
 
 def _zeros(shape: Any) -> Array:
-    # Sums of many small numbers: float32, whatever dtype a part has.
+    # Sums of many small numbers: float32, whatever the dtype of a micro-batch's.
     return jnp.zeros(shape.shape, jnp.promote_types(shape.dtype, jnp.float32))
 
 

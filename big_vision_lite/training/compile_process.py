@@ -1,7 +1,7 @@
 """Compiles in a separate process, where JAX sees the compilers but no device.
 
-A compiler that is told of a machine that is not there may end the process or write what
-nobody asked for: here that is one message, or nothing.
+A compiler for an absent machine may end its process or print unrelated output: that
+becomes one error message here, or nothing.
 """
 
 import contextlib
@@ -23,14 +23,14 @@ from big_vision_lite.runtime import plugins, targets
 from big_vision_lite.training import estimate as estimates
 from big_vision_lite.training.estimate import Estimate
 
-# What the compilers would say of a machine without a cloud, drivers and devices.
+# Silences what compilers print about missing cloud, drivers and devices.
 QUIET = {"TF_CPP_MIN_LOG_LEVEL": "3", "TPU_STDERR_LOG_LEVEL": "3"}
-# Lines of a dead process's last words that are shown.
+# Last lines of a dead process's stderr to show.
 LAST_LINES = 8
 
 
 class CompileProcess:
-    """Compiles what it is asked to, one after the other; a context, which ends it."""
+    """A process that compiles recipes one after the other; a context that ends it."""
 
     def __init__(self, allowed_modules: Sequence[str] = (), cpu_devices: int = 1):
         self._modules = list(allowed_modules)
@@ -51,8 +51,8 @@ class CompileProcess:
         """Returns the estimate of the step on a target; see `estimate.on_target`.
 
         Raises:
-            ValueError: the recipe does not fit the target, its compiler is missing, or
-                it failed; with its last words.
+            ValueError: the recipe does not fit the target, or its compiler is missing
+                or failed; the message then has its last lines.
         """
         self._send(config, target, num_steps)
         return self._estimate_of(self._receive(target))
@@ -60,9 +60,9 @@ class CompileProcess:
     def memory(
         self, config: TrainConfig, target: str, num_steps: int | None
     ) -> Estimate:
-        """Returns the memory of the recipe's step, as soon as the compiler knows it.
+        """Returns an estimate with the step's memory as soon as the compiler knows it.
 
-        XLA:TPU places all arrays within a tenth of the time that its code takes.
+        XLA:TPU places all arrays in a tenth of the time it takes to generate code.
 
         Raises:
             ValueError: as `estimate`.
@@ -72,7 +72,7 @@ class CompileProcess:
             known = self._estimate_of(self._receive(target))
             while not self._answered():
                 reports = list(pathlib.Path(dump).glob("*train_step*memory-usage*"))
-                # Its parts are written in the order of their numbers.
+                # Colors are written in order: with color 1, color 0 is complete.
                 texts = [path.read_text() for path in reports]
                 whole = [text for text in texts if "(color=1)" in text]
                 if whole:
@@ -119,7 +119,7 @@ class CompileProcess:
         environment[plugins.WANTED] = "1"
         environment["JAX_PLATFORMS"] = "cpu"
         environment["JAX_NUM_CPU_DEVICES"] = str(self._cpu_devices)
-        # The same package, wherever this process found it, and the user's modules.
+        # Imports the package from where this process did, and the user's modules.
         paths = [str(pathlib.Path(__file__).parents[2]), *filter(None, sys.path)]
         environment["PYTHONPATH"] = os.pathsep.join(dict.fromkeys(paths))
         self._process = subprocess.Popen(
@@ -158,9 +158,9 @@ class CompileProcess:
 
 
 def answer(request: dict[str, Any], send: Callable[[dict[str, Any]], None]) -> None:
-    """Compiles what a request describes; a user's mistake is an answer, too.
+    """Compiles a request; sends {"estimate": ...}, or {"error": ...} for a ValueError.
 
-    With a folder to dump into, what is known without compiling comes first.
+    With a dump folder, first sends the estimate known without compiling.
     """
     dump = request["dump"]
 
@@ -181,8 +181,8 @@ def answer(request: dict[str, Any], send: Callable[[dict[str, Any]], None]) -> N
 
 
 def main() -> None:
-    """Answers requests, one JSON document a line, until there are no more."""
-    # Compilers print; what they print must not come between the answers.
+    """Answers requests from stdin, one JSON document per line, until it closes."""
+    # Compilers print to stdout, which must not mix with the answers.
     answers = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)
 

@@ -1,7 +1,7 @@
 """Estimates memory and time of a recipe's train step on a machine, from shapes.
 
-Nothing runs and no data is opened: the step is compiled for devices, here or described,
-and what the compiler made of it is read. Times are estimates, and are called so.
+Nothing runs and no data is opened: the step is compiled for present or described
+devices, and the compiled program is read. Times are estimates, and are labelled so.
 """
 
 import dataclasses
@@ -23,12 +23,12 @@ from big_vision_lite.training import program
 from big_vision_lite.training import state as state_lib
 from big_vision_lite.training.program import Program
 
-# At which a checkpoint is taken to be written, in bytes a second.
+# Assumed speed of writing a checkpoint, in bytes per second.
 DISK = 1e9
-# The length that a schedule is built for where nobody knows the number of examples.
+# Length of schedules if the number of examples is unknown.
 UNKNOWN_STEPS = 100_000
-# What XLA:TPU takes after it has placed the arrays: code, and room for collectives. Of
-# ViTs of 1 to 12 blocks 90 to 200 MB.
+# Bytes that XLA:TPU adds after placing the arrays, for code and collectives: 90 to 200
+# MB for ViTs of 1 to 12 blocks.
 ADDED_LATER = 200_000_000
 _SIZE = r"([\d.]+)([KMGT]?)"
 
@@ -37,9 +37,10 @@ _SIZE = r"([\d.]+)([KMGT]?)"
 class Estimate:
     """The estimate of a recipe on a machine, as plain values for a table or JSON.
 
-    Bytes, FLOPs and seconds are of one device and one step; `memory` says by kind what
-    is there at the peak. Where the compiler refuses, `fits` is False and only what is
-    known without it is there. Unknown values are None.
+    Bytes, FLOPs and seconds are per device and step; `model_flops`, `checkpoint_bytes`
+    and `images_per_second` are over all devices. `memory` is the peak by kind. If the
+    compiler refuses, `fits` is False and only values known without it are set. Unknown
+    values are None.
     """
 
     target: str
@@ -95,8 +96,8 @@ def on_target(
 ) -> Estimate:
     """Returns the estimate of the step, compiled for a real or described machine.
 
-    `first` is called with what is known before anything is compiled. XLA:TPU writes
-    into the folder `dump`, if given, what it does on the way.
+    `first` is called with the values known before compiling. XLA:TPU dumps its HLO and
+    memory reports into the folder `dump`, if given.
 
     Raises:
         ValueError: there is no such machine, or the recipe does not fit its devices.
@@ -111,10 +112,10 @@ def on_target(
 def of_program(
     built: Program, mesh: jax.sharding.Mesh, target: Target, *, dump: str = ""
 ) -> Estimate:
-    """Compiles a program for the devices of its mesh and estimates what it does.
+    """Returns the estimate of a program, compiled for the devices of its mesh.
 
     Raises:
-        jax.errors.JaxRuntimeError: the compiler failed, for another reason than memory.
+        jax.errors.JaxRuntimeError: the compiler failed for a reason other than memory.
     """
     start = time.perf_counter()
     traced = built.train_step.trace(built.abstract, dict(built.spec))
@@ -156,7 +157,7 @@ def of_program(
 
 
 def refused_bytes(message: str) -> int | None:
-    """Reads from a compiler's refusal how many bytes the program would need."""
+    """Returns the bytes that a compiler's memory error names; None for other errors."""
     if "RESOURCE_EXHAUSTED" not in message:
         return None
     for pattern in (rf"Used {_SIZE} of", rf"temporaries \({_SIZE}\)", rf"{_SIZE}i?B? "):
@@ -167,7 +168,7 @@ def refused_bytes(message: str) -> int | None:
 
 
 def add_reported(known: Estimate, report: str) -> Estimate:
-    """Adds to what is known what XLA:TPU reports of memory before it writes code."""
+    """Returns an estimate with the memory that XLA:TPU reports before its code."""
     found = re.search(r"\(color=0\)\nTotal bytes: (\d+)", report)
     needed = int(found[1]) if found else 0
     there = known.memory_there
@@ -185,7 +186,7 @@ def add_reported(known: Estimate, report: str) -> Estimate:
 
 
 def shard_bytes(tree: Any) -> int:
-    """Returns the bytes that one device holds of a tree of shapes with shardings."""
+    """Returns the bytes per device of a tree of shapes with shardings."""
     return sum(
         _bytes(leaf.sharding.shard_shape(leaf.shape), leaf.dtype)
         for leaf in jax.tree.leaves(tree)
@@ -193,7 +194,7 @@ def shard_bytes(tree: Any) -> int:
 
 
 def whole_bytes(tree: Any) -> int:
-    """Returns the bytes of a tree of shapes, over all devices once."""
+    """Returns the bytes of a tree of shapes, each array counted once."""
     return sum(_bytes(leaf.shape, leaf.dtype) for leaf in jax.tree.leaves(tree))
 
 
@@ -229,14 +230,14 @@ def _known_without_compiling(
 def _times(
     built: Program, figures: Figures, target: Target, devices: int
 ) -> dict[str, float]:
-    """Returns the fields of an estimate that are times, or come from one."""
+    """Returns the fields of an estimate that are times or derived from times."""
     chip = target.chip
     if chip is None:
         return {}
     bound = figures.bound_seconds(chip)
     link = figures.link_seconds(chip, devices)
-    # Who waits for whom is not known: at best the links work beside the device, and no
-    # step is faster than its roofline.
+    # Overlap is unknown: at best, communication hides behind compute, and no step is
+    # faster than its roofline.
     seconds = max(figures.seconds(chip), link, bound)
     rows = next(iter(built.spec.values())).shape[0]
     return {

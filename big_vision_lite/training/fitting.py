@@ -1,7 +1,7 @@
 """Searches by compiling for the smallest change that fits a recipe on a machine.
 
-A model whose blocks repeat is compiled at two small depths: its memory grows by the
-same bytes with every block. Of what is proposed the compiler has placed all arrays.
+A model whose blocks repeat is first compiled at two small depths: every block adds the
+same bytes of memory. For each proposed change the compiler has placed all arrays.
 """
 
 import dataclasses
@@ -16,15 +16,15 @@ from big_vision_lite.config import TrainConfig
 from big_vision_lite.recipes import mistakes, serialize
 from big_vision_lite.training.estimate import Estimate
 
-# Depths at which a model is compiled to tell what a block takes. The first block may be
-# special, and the last.
+# Depths compiled to measure the memory of a block. The first and the last may be
+# special.
 DEPTHS = (1, 2)
-# State and gradients that leave less than this to activations are not tried.
+# Variants whose state and gradients take a larger share of memory are not tried.
 MOST_STATE = 0.8
-# Of the memory, for what lines through two points cannot know.
+# Usable share of memory; the rest allows for errors of extrapolation from two depths.
 MARGIN = 0.95
 SECONDS = 240.0
-# Numbers of micro-batches that are tried for one way to place and compute.
+# Numbers of micro-batches tried per target, remat and sharding.
 TRIES = 4
 
 
@@ -47,14 +47,14 @@ class Change:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Fit:
-    """A change with which the recipe fits, as flags, and what was compiled to know."""
+    """A change that makes the recipe fit, as flags, and its compiled estimate."""
 
     flags: list[str]
     estimate: Estimate
 
 
 def changed(config: TrainConfig, values: dict[str, Any], modules: Any) -> TrainConfig:
-    """Returns a copy of a recipe with other values at some paths, checked anew."""
+    """Returns a copy of a recipe with `values` set by path, validated again."""
     copy = serialize.rebuild(config, modules)
     for path, value in values.items():
         config_path.set_value(path, copy, value)
@@ -70,11 +70,12 @@ def search(
     modules: Any = (),
     patience: float = SECONDS,
 ) -> Fit | None:
-    """Looks for the smallest change with which a recipe fits; None if none was found.
+    """Returns the smallest change that makes a recipe fit, None if none was found.
 
-    `refused` is what the first of `targets` was asked and refused; the others have more
-    of the same chips. Fewer changes come first, and cheaper ones: more micro-batches,
-    parameters split over devices, blocks computed twice, more chips.
+    `refused` is the estimate for the first of `targets`, where the recipe does not fit;
+    the others have more of the same chips. Tries fewer and cheaper changes first: more
+    micro-batches, sharded parameters, recomputed blocks, more chips. Stops trying
+    variants after `patience` seconds.
     """
     end = time.monotonic() + patience
     attempt = _Search(config, ask, say, modules, end)
@@ -91,7 +92,7 @@ def search(
 
 
 class _Search:
-    """One search: what it compiles with, and until when."""
+    """One search: its recipe, compiler and end time."""
 
     def __init__(
         self,
@@ -111,7 +112,7 @@ class _Search:
     def try_variant(
         self, refused: Estimate, target: str, remat: str | None, fsdp: bool
     ) -> Fit | None:
-        """Returns the fewest micro-batches with which one variant fits, if any."""
+        """Returns one variant's fit with the fewest micro-batches, None if none fit."""
         devices = _devices(refused, target)
         values: dict[str, Any] = {}
         if remat is not None:
@@ -147,7 +148,7 @@ class _Search:
     ) -> Iterator[int]:
         """Yields numbers of micro-batches that may fit, the fewest first."""
         if self._depth is None:
-            # Nothing repeats: each is compiled whole.
+            # No blocks repeat: every number is compiled at full size.
             yield from parts
             return
         tried = parts[0]
@@ -155,7 +156,7 @@ class _Search:
             needed, kept = self._whole(values, target, tried)
             if needed <= MARGIN * there:
                 yield tried
-            # Beside what does not depend on them, memory goes with the rows of a part.
+            # Memory beyond the state is proportional to the rows of a micro-batch.
             room = max(MARGIN * there - kept, 1.0)
             larger = [m for m in parts if m > tried]
             enough = [m for m in larger if (needed - kept) * tried / m <= room]
@@ -166,7 +167,7 @@ class _Search:
     def _whole(
         self, values: dict[str, Any], target: str, micro_batches: int
     ) -> tuple[float, float]:
-        """Extrapolates to the whole depth: all memory, and what the state takes."""
+        """Extrapolates to the full depth: all bytes, and those of the state."""
         assert self._depth is not None
         depth = int(config_path.get_value(self._depth, self._config))
         all_, kept = zip(
@@ -183,7 +184,7 @@ class _Search:
     def _needed(
         self, values: dict[str, Any], target: str, depth: int, micro_batches: int
     ) -> tuple[int, int]:
-        """Returns the bytes at one depth, and those of parameters and optimizer."""
+        """Returns all bytes at one depth, and those of parameters and optimizer."""
         assert self._depth is not None
         chosen = values | {self._depth: depth, "micro_batches": micro_batches}
         words = " ".join(f"{p.split('.')[-1]}={v}" for p, v in chosen.items())
@@ -193,7 +194,7 @@ class _Search:
         return found.memory_needed, kept
 
     def _state(self, refused: Estimate, split: int) -> float:
-        """Bounds from below what state and gradients take, split over devices."""
+        """Returns a lower bound on the bytes of state and gradients per device."""
         already = refused.mesh["fsdp"]
         sizes = (refused.memory["parameters"], refused.memory["optimizer"])
         gradients = 4 * refused.trained / already
@@ -201,7 +202,7 @@ class _Search:
 
 
 def depth_path(config: TrainConfig) -> str | None:
-    """Returns the path of the field with a model's number of blocks, None if none."""
+    """Returns the path of a model's number of blocks, None unless it has just one."""
     leaves = mistakes.list_leaves(config.model, "model.")
     found = [
         path
@@ -212,7 +213,7 @@ def depth_path(config: TrainConfig) -> str | None:
 
 
 def remat_path(config: TrainConfig) -> str:
-    """Returns the path of a model's rematerialisation field, '' if none."""
+    """Returns the path of a model's first field `remat`, '' if it has none."""
     leaves = mistakes.list_leaves(config.model, "model.")
     return next((path for path, _, _ in leaves if path.endswith(".remat")), "")
 
@@ -225,7 +226,7 @@ def _remats(config: TrainConfig) -> list[str | None]:
 
 
 def _devices(refused: Estimate, target: str) -> int:
-    """Returns the devices of a target; the same chips as those of `refused`."""
+    """Returns the number of devices of a target with the same chips as `refused`."""
     count = 1
     for size in refused.mesh.values():
         count *= size

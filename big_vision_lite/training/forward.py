@@ -15,10 +15,11 @@ from big_vision_lite.types import Array, Model
 class BoundModel:
     """The model that an objective calls as `forward(**inputs)`; see types.Forward.
 
-    Each call folds its ordinal into the random key, so that two views get two dropout
-    masks, and hands the collections it changed to the next call. Without `train` there
-    is no dropout and no collection changes; `rng` serves what the model draws by
-    itself, such as masks. `progress` is the share of the run that is done.
+    Each call folds its ordinal into the random key, so two views get different dropout
+    masks, and passes the collections it changed to the next call. Without `train`,
+    there is no dropout and collections do not change; `rng` serves the model's own
+    draws, such as masks. `progress` is the fraction of the run that is done. Modules in
+    `frozen_modules` are always in evaluation mode.
     """
 
     def __init__(
@@ -46,7 +47,7 @@ class BoundModel:
 
     @property
     def progress(self) -> Array:
-        """The share of the run that is done: float32, 0 at step 1, 1 after the last.
+        """Returns the fraction of the run done, float32: 0 at step 1, 1 after the last.
 
         Raises:
             ValueError: the length of the run is unknown.
@@ -117,7 +118,7 @@ class BoundModel:
     def _evaluate_frozen(self, call: Any, args: Any, kwargs: Any, context: Any) -> Any:
         if "/".join(context.module.path) not in self._frozen_modules:
             return call(*args, **kwargs)
-        # By position too: rematerialised blocks cannot take it by name.
+        # `train` may come by position: rematerialised blocks cannot take it by name.
         names = list(inspect.signature(context.orig_method).parameters)
         args = [
             False if name == "train" else value
@@ -126,13 +127,13 @@ class BoundModel:
         if "train" in kwargs:
             kwargs = {**kwargs, "train": False}
         if isinstance(context.module, nn.BatchNorm):
-            # Its owner may train; modules live for one call, so this stays here.
+            # Its parent may train; a module lives for one call, so this is local.
             object.__setattr__(context.module, "use_running_average", True)
         return call(*args, **kwargs)
 
 
 def random_keys(model: Model, rng: Array | None, call: int) -> dict[str, Array]:
-    """Returns the named keys of one call of the model, none without `rng`."""
+    """Returns the random keys by name for one call of the model, {} without `rng`."""
     if rng is None:
         return {}
     key = jax.random.fold_in(rng, call)
@@ -143,7 +144,7 @@ def random_keys(model: Model, rng: Array | None, call: int) -> dict[str, Array]:
 
 
 def progress_of(step: Array, num_steps: int | None) -> Array | None:
-    """Returns the share of `num_steps` updates that is done, None where unknown."""
+    """Returns the fraction of `num_steps` updates that is done, None if unknown."""
     return None if num_steps is None else step.astype(jnp.float32) / num_steps
 
 

@@ -1,14 +1,14 @@
 """AdamW, SGD and Adafactor in one chain: clip, direction, learning rate, decay.
 
-With lr(step) the schedule, d the optimiser's direction from the clipped gradient and
-name-wise multipliers m (learning rate) and w (decay), every parameter p moves by
+With lr(step) the schedule, d the optimizer's direction from the clipped gradient and
+per-name multipliers m (learning rate) and w (decay), every parameter p moves by
 
     p <- p - lr(step) * m * d - lr(step) / peak * weight_decay * w * p
 
-so `weight_decay` is what a parameter loses per step at the peak: it follows the shape
-of the schedule but is not multiplied by its height (big_vision's convention). torch's
-AdamW multiplies by the learning rate: its value times `peak` is ours, for example
-torch's 0.1 at 1e-3 is 1e-4 here. By default only names that end in "kernel" decay.
+so `weight_decay` is the fraction a parameter loses per step at the peak: it follows the
+shape of the schedule but is not multiplied by its peak (big_vision's convention).
+torch's AdamW multiplies by the learning rate: use torch's value times `peak`, for
+example 1e-4 for torch's 0.1 at 1e-3. By default only names ending in "kernel" decay.
 """
 
 import dataclasses
@@ -27,7 +27,7 @@ from big_vision_lite.types import Params, Schedule
 class MomentumDtype(enum.StrEnum):
     """The dtype of the first moment; the second moment is always float32.
 
-    Optax takes the average's decay in this dtype too: in bfloat16, 0.9 acts as 0.8984
+    Optax casts the average's decay to this dtype too: in bfloat16, 0.9 acts as 0.8984
     (as it does wherever optax's `mu_dtype` or `accumulator_dtype` is used).
     """
 
@@ -37,7 +37,7 @@ class MomentumDtype(enum.StrEnum):
 
 @dataclasses.dataclass(kw_only=True)
 class Rule:
-    """Changes learning rate and decay of the parameters whose whole name matches.
+    """Learning-rate and decay multipliers of parameters whose whole name matches.
 
     `learning_rate_multiplier` multiplies the schedule; 0 leaves the parameters
     untouched, decay included (`freeze=` in the recipe does the same and saves their
@@ -74,7 +74,7 @@ class AdamW:
 
     `layer_decay` scales the whole update at depth d of L blocks by
     layer_decay^(L + 1 - d), as in BEiT's and MAE's fine-tuning: embeddings have depth
-    0, block i has i + 1, what follows the blocks L + 1 (`trees.layers_above`
+    0, block i has i + 1, everything after the blocks L + 1 (`trees.layers_above`
     of the model's `layers`).
     """
 
@@ -147,12 +147,12 @@ class SGD:
 
 @dataclasses.dataclass(kw_only=True)
 class Adafactor:
-    """Adafactor as big_vision trains large ViTs with it (arXiv:2106.04560).
+    """Adafactor in big_vision's form for large ViTs (arXiv:2106.04560).
 
     The second moment of parameters with two dimensions of at least
     `min_factored_size` is kept as a row and a column; its decay 1 - t^-0.8 stops at
     `beta2_cap`. Updates are not clipped by block; momentum is a plain average without
-    bias correction, in bfloat16: 2 bytes of state a parameter instead of Adam's 8.
+    bias correction, in bfloat16: 2 bytes of state per parameter, Adam has 8.
     """
 
     schedule: Schedule
@@ -194,7 +194,7 @@ class Adafactor:
 
 @runtime_checkable
 class _Config(Protocol):
-    """The fields that the optimisers of this file share."""
+    """The fields that the optimizers of this file share."""
 
     schedule: Schedule
     weight_decay: float
@@ -224,7 +224,7 @@ def _chain(
         direction,
         optax.scale(peak),
         _multiply_and_decay(config, layers),
-        # After the decay, which so follows the schedule but not the peak.
+        # After the decay, so that it follows the schedule's shape but not its peak.
         optax.scale_by_schedule(lambda step: learning_rate(step) / peak),
         optax.scale(-1.0),
     )
@@ -275,9 +275,9 @@ def _multipliers(
         decay = rule.weight_decay_multiplier
         if decay is None:
             decay = float(name.endswith("kernel"))
-        # The layer's scale is on the decay too, as in torch, where decay comes with the
-        # group's learning rate: MAE's 0.65 leaves the lowest layers 0.4 % of it, and
-        # undiminished decay would shrink them to nothing.
+        # The layer's scale applies to the decay too, as in torch, where the group's
+        # learning rate multiplies it: MAE's 0.65 leaves the lowest layers 0.4 % of that
+        # rate, and unscaled decay would shrink them to nothing.
         multipliers[name] = _Multiplier(
             learning_rate=rule.learning_rate_multiplier * scales[name],
             weight_decay=decay * scales[name],

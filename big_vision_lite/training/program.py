@@ -31,10 +31,11 @@ from big_vision_lite.types import (
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Program:
-    """`abstract` has shape, dtype and sharding of every leaf; `fresh()` initialises.
+    """A recipe's program: the abstract state, its initialisation and the train step.
 
-    `spec` describes the global batch, `train_step(state, batch)` donates the state.
-    Used as a context, at whose end the host's memory is free again.
+    `abstract` has shape, dtype and sharding of every leaf of the state that `fresh()`
+    initialises. `spec` describes the global batch; `train_step(state, batch)` donates
+    the state. A context that frees the host's memory on exit.
     """
 
     num_steps: int
@@ -43,13 +44,13 @@ class Program:
     fresh: Callable[[], TrainState]
     train_step: Any
     flops_per_step: int
-    # What a user of an accelerator should know of the program, a line each.
+    # Notes on the program for users of an accelerator, one line each.
     notes: tuple[str, ...] = ()
-    # The train step where a CPU computes it and its memory is kept.
+    # The train step on a CPU, which keeps its memory between steps.
     steady: cpu.SteadyStep | None = None
 
     def make_room(self) -> None:
-        """Leaves the host's memory to others, an evaluation, until the next step."""
+        """Frees the step's host memory, for an evaluation, until the next step."""
         if self.steady is not None:
             self.steady.give_back()
 
@@ -69,14 +70,13 @@ def build(
     num_steps: int | None = None,
     saving: Callable[[], bool] | None = None,
 ) -> Program:
-    """Traces the model on the shapes of a batch; computes and compiles nothing yet.
+    """Builds the program by tracing a batch's shapes; computes and compiles nothing.
 
-    With `num_steps` the source is not opened: its classes are taken to be those of the
-    head. `saving()` says whether a checkpoint is being written, by threads of this
-    process.
+    With `num_steps` the source is not opened, and the head is assumed to fit its
+    classes. `saving()` returns whether threads of this process write a checkpoint.
 
     Raises:
-        ValueError: a rule of the recipe (freeze, sharding, optimizer.rules) fits no
+        ValueError: a rule of the recipe (freeze, sharding, optimizer.rules) matches no
             parameter, or the head does not fit the classes.
     """
     names = None
@@ -96,7 +96,7 @@ def build(
     on_cpu = device.platform == "cpu"
     model = config.model
     if config.deterministic and device.platform in ("gpu", "cuda"):
-        # Nobody promises that cuDNN's backward pass adds up in the same order.
+        # cuDNN's backward pass does not guarantee its order of summation.
         model = attention.without_fused(model)
     train_step = make_train_step(
         model,
@@ -117,7 +117,7 @@ def build(
         try:
             trace_objective(counting, config.objective, spec, config.data.device_ops)
         except ValueError:
-            # Labels of other classes than the head's: that is said with the options.
+            # If head and classes differ, raise the error that names the options.
             check_head(config, counting.outputs, names)
             raise
     check_head(config, counting.outputs, names)
@@ -138,16 +138,16 @@ def build(
 class CountingForward:
     """A `forward` for objectives that only counts FLOPs and returns shapes.
 
-    `flops` are those of the products so far, `outputs` the shapes that came back.
-    Trained parameters cost forward and backward, frozen and averaged ones forward. A
-    call counts with the inputs it gets: a model that sees a quarter of the tokens
-    costs as much as a quarter.
+    `flops` are those of the matrix products and convolutions so far, `outputs` the
+    shapes that calls with trained parameters returned. Trained parameters count forward
+    and backward, frozen and averaged ones forward. A call counts with the inputs it
+    gets, which may be a quarter of the tokens.
     """
 
     def __init__(self, model: Model, abstract: TrainState):
         self.flops = 0
         self.outputs: dict[str, Any] = {}
-        # Not of jax: nothing is computed on a mesh of described devices.
+        # Not a jax array: described devices compute nothing.
         self.progress: Any = np.zeros((), np.float32)
         self._model = model
         self._abstract = abstract
@@ -207,11 +207,11 @@ def trace_objective(
     spec: Mapping[str, Any],
     device_ops: Sequence[DeviceOp] = (),
 ) -> None:
-    """Calls the objective on the shapes of a batch; `forward` counts and keeps shapes.
+    """Traces the objective on a batch's shapes; `forward` counts and keeps shapes.
 
     Raises:
-        ValueError: the objective takes no such batch, or returns something else than
-            one loss an example.
+        ValueError: the objective needs a key that the batch lacks, or does not return
+            one loss per example.
     """
 
     def run(batch: Batch, rng: Array) -> Any:
@@ -239,11 +239,11 @@ def check_head(
 ) -> None:
     """Checks that the head has one output for every class of the data.
 
-    A label that no output stands for would train as an image without a label. Where
-    nobody knows the `names` of the classes, the labels need fit the head only.
+    A label without an output would train like an image without a label. If the class
+    `names` are unknown (None), only the labels must fit the head.
 
     Raises:
-        ValueError: says which options are to be changed.
+        ValueError: head, labels and data differ; the message names options to change.
     """
     logits = outputs.get("logits")
     if logits is None or names == ():

@@ -1,4 +1,4 @@
-"""The train state: born sharded, split into trained and frozen parameters."""
+"""The train state: initialised sharded, with trained and frozen parameters apart."""
 
 import dataclasses
 from collections.abc import Callable, Mapping, Sequence
@@ -21,8 +21,8 @@ class TrainState:
     """The train state: everything a step reads and writes and a checkpoint holds.
 
     `step` counts finished updates (int32). `frozen` parameters get no gradient and no
-    optimiser state. `collections` are batch statistics, queues and the like. `ema` is
-    an average of `params`, a copy (an alias could not be donated), or None.
+    optimizer state. `collections` are batch statistics, queues and the like. `ema` is
+    an average of `params` or None; it starts as a copy (an alias could not be donated).
     """
 
     # Typed loosely: the tree also holds shapes, shardings and digests.
@@ -35,7 +35,7 @@ class TrainState:
 
 
 def frozen_names(patterns: Sequence[str], names: Sequence[str]) -> set[str]:
-    """Lists the parameters that `freeze` patterns match.
+    """Returns the names of the parameters that `freeze` patterns match.
 
     Raises:
         ValueError: a pattern matches nothing, or everything is frozen.
@@ -52,7 +52,7 @@ def frozen_names(patterns: Sequence[str], names: Sequence[str]) -> set[str]:
 
 
 def frozen_modules(frozen: set[str], names: Sequence[str]) -> set[str]:
-    """Lists the modules all of whose parameters are frozen: "encoder/block_03"."""
+    """Returns the modules whose parameters are all frozen, like "encoder/block_03"."""
     trained = {
         parent for name in names if name not in frozen for parent in _parents(name)
     }
@@ -69,14 +69,14 @@ def split(params: Params, frozen: set[str]) -> tuple[dict, dict]:
 
 
 def merge(trained: Params, frozen: Params) -> dict:
-    """Undoes `split`."""
+    """Merges trained and frozen parameters; undoes `split`."""
     return trees.unflatten(trees.flatten(trained) | trees.flatten(frozen))
 
 
 def variables(state: TrainState, *, averaged: bool = False) -> dict[str, Any]:
-    """Returns {name: leaf} of all parameters, and of statistics as "batch_stats/...".
+    """Returns {name: leaf} of all parameters and batch statistics ("batch_stats/...").
 
-    With `averaged` the averaged parameters where there are some.
+    `averaged` takes the averaged parameters (EMA), if the state has them.
     """
     trained = state.ema if averaged and state.ema is not None else state.params
     statistics = {
@@ -88,7 +88,7 @@ def variables(state: TrainState, *, averaged: bool = False) -> dict[str, Any]:
 
 
 def split_variables(named: Mapping[str, Any]) -> tuple[dict, dict]:
-    """Returns the nested (parameters, collections) of {name: leaf} of `variables`."""
+    """Returns nested (parameters, collections) from the {name: leaf} of `variables`."""
     inside = {name for name in named if name.startswith(STATISTICS)}
     return (
         trees.unflatten({n: x for n, x in named.items() if n not in inside}),
@@ -104,7 +104,7 @@ def make_initializer(
     freeze: Sequence[str] = (),
     ema: bool = False,
 ) -> Callable[[Array], TrainState]:
-    """Returns `init(key) -> TrainState`, to be traced: it computes nothing by itself.
+    """Returns `init(key) -> TrainState`, to be traced by `blueprint` and `create`.
 
     `batch_spec` gives shape and dtype of the batch's arrays.
     """
@@ -116,7 +116,7 @@ def make_initializer(
 
     def init(key: Array) -> TrainState:
         batch = {name: jnp.zeros(s.shape, s.dtype) for name, s in example.items()}
-        # Parameters draw from "params" alone: the other keys change none of them.
+        # Parameters depend on the key "params" alone, not on the others.
         rngs = {"params": key, **random_keys(model, key, 0)}
         try:
             inputs = model.inputs(batch)
@@ -148,8 +148,8 @@ def blueprint(
     rules: Sequence[sharding.ShardingRule],
     mesh: jax.sharding.Mesh,
 ) -> TrainState:
-    """Returns the state as shapes, dtypes and shardings, computing nothing."""
-    # The key is made inside: nothing is computed on a mesh of described devices.
+    """Returns the abstract state (shapes, dtypes, shardings) and computes nothing."""
+    # The key is made inside eval_shape, because described devices compute nothing.
     shapes = jax.eval_shape(lambda: initialize(jax.random.key(0)))
     parameters = merge(shapes.params, shapes.frozen)
     places = sharding.shardings(shapes, rules, mesh, parameters=parameters)
@@ -163,9 +163,10 @@ def blueprint(
 
 
 def gradient_shardings(abstract: TrainState) -> Any:
-    """Returns where gradients of the trained parameters live when they are whole.
+    """Returns the shardings of the complete gradients of the trained parameters.
 
-    Where the parameter lives, or its optimiser's state where that is split further.
+    A gradient has the sharding of its parameter or, if that is replicated, of the
+    optimizer state of the parameter's shape.
     """
     places = {
         name: leaf.sharding for name, leaf in trees.flatten(abstract.params).items()
@@ -180,9 +181,10 @@ def gradient_shardings(abstract: TrainState) -> Any:
 
 
 def with_variables(state: TrainState, named: Mapping[str, Any]) -> TrainState:
-    """Returns `state` with the parameters, their average and statistics of `named`.
+    """Returns `state` with parameters, their average and batch statistics of `named`.
 
-    `named` has the names that `variables` gives; other collections stay as they are.
+    `named` has the names of `variables`; the average becomes a copy of the
+    parameters. Other collections do not change.
     """
 
     def put(name: str, leaf: Array) -> Array:
@@ -214,7 +216,7 @@ def create(
 
 
 def check_same(expected: TrainState, state: TrainState) -> None:
-    """Asserts that a state's shapes, dtypes and shardings need no second compile."""
+    """Asserts that shapes, dtypes and shardings are as expected: no recompilation."""
     for (name, want), have in zip(
         trees.flatten(expected).items(), jax.tree.leaves(state), strict=True
     ):

@@ -25,7 +25,7 @@ from big_vision_lite.types import (
     backbone_of,
 )
 
-# Random keys of evaluation are others than those of any step.
+# Folded into the seed's key in place of a step: evaluation shares no key with any.
 EVALUATION = 2**31 - 1
 
 
@@ -45,16 +45,16 @@ def make_train_step(
 ) -> Any:
     """Returns the jitted `train_step(state, batch) -> (state, metrics)`.
 
-    The state is donated. `num_steps` is the length of the run, for what follows its
-    progress: `forward.progress`, an average that grows. `metrics` are scalars of this
-    step: the objective's means, "loss", "gradient_norm" (before clipping) and "finite".
-    A step whose loss or gradient is not finite leaves everything but the counter as it
-    was, so that what went wrong can still be looked at.
+    The state is donated. `num_steps`, the length of the run, serves `forward.progress`
+    and an `ema` whose decay grows. `metrics` are scalars of this step: the means of the
+    objective's metrics, "loss", "gradient_norm" (before clipping) and "finite". If loss
+    or gradient is not finite, the step changes only the step counter, which leaves the
+    state for inspection.
 
     Raises:
         ValueError: micro-batches with batch statistics, or with an objective that needs
-            the whole batch; at the first step, an objective that returns something
-            else than one loss an example.
+            the whole batch; at the first step, an objective that does not return one
+            loss per example.
     """
     frozen_names = set(trees.names(abstract.frozen))
     named = [*trees.names(abstract.params), *frozen_names]
@@ -169,11 +169,11 @@ def make_eval_step(
     num_steps: int | None = None,
     part: str = "",
 ) -> Callable[..., Any]:
-    """Jits `function(forward, batch, rng)` as `step(state, batch, ordinal=0)`.
+    """Returns `function(forward, batch, rng)` jitted: `step(state, batch, ordinal=0)`.
 
-    The model is in evaluation mode, with the averaged parameters when the state has
-    them. Random keys are fixed by the seed and the `ordinal` of the batch in its set.
-    `part` is where in the state's model `model` is, "" where it is the whole.
+    The model is in evaluation mode, with the averaged parameters if the state has them.
+    Random keys depend only on the seed and the `ordinal` of the batch in its set.
+    `part` is the path of `model` in the state's model, "" for all of it.
     """
 
     def eval_step(state: TrainState, batch: Batch, ordinal: Any = 0) -> Any:
@@ -194,18 +194,18 @@ def make_eval_step(
     return jax.jit(eval_step)
 
 
-# Names that records have of their own.
+# Metric names that records already use.
 RESERVED = ("loss", "gradient_norm", "finite", "examples", "unreadable")
 
 
 def call_objective(
     objective: Objective, forward: Forward, batch: Batch, rng: Array
 ) -> tuple[Array, dict[str, Array]]:
-    """Returns losses [B] and metrics, each [B] or a number of the batch [].
+    """Calls the objective; returns losses [B] and metrics, [B] or [] each.
 
     Raises:
-        ValueError: the objective returned something else; says what came and how to
-            make it one value an example.
+        ValueError: the objective returned other types or shapes, or a reserved metric
+            name; the message says what came and how to correct it.
     """
     returned: Any = objective(forward, batch, rng)
     rows = len(jax.tree.leaves(dict(batch))[0])
@@ -244,7 +244,7 @@ def call_objective(
 
 
 def weighted_sum(values: Array, batch: Batch) -> Array:
-    """Sums one value an example [B] in float32, leaving out rows that are not valid."""
+    """Sums values [B], one per example, in float32, without rows that are not valid."""
     values = values.astype(jnp.float32)
     if "valid" in batch:
         values = jnp.where(batch["valid"], values, 0)

@@ -1,1 +1,1 @@
-"""The parts that models are made of."""
+"""Building blocks that the models share."""

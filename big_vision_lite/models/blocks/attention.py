@@ -1,4 +1,4 @@
-"""Multi-head attention: the projections, and one function that attends."""
+"""Multi-head attention, and the choice of its implementation for a platform."""
 
 import contextlib
 import contextvars
@@ -30,19 +30,19 @@ from big_vision_lite.runtime import layout
 class Attention(enum.StrEnum):
     """The implementation of softmax(q k / sqrt(D)) v."""
 
-    # The fastest that the accelerator has and that takes these arrays; see `choose`.
+    # The fused kernel of the platform if it takes these arrays, else XLA; see `choose`.
     AUTO = "auto"
     # The reference; runs everywhere, keeps [B, H, N, M] weights in memory.
     XLA = "xla"
     # Fused; NVIDIA GPUs since Ampere, and bfloat16 only.
     CUDNN = "cudnn"
-    # Fused, a kernel of our own; TPUs only. It has not run on one yet.
+    # Fused, `kernels/tpu_attention.py`; TPUs only. It has not run on one yet.
     PALLAS = "pallas"
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Shapes:
-    """The shapes of an attention call: `queries` of N and `memory` of M tokens."""
+    """The shapes of an attention call: `queries` tokens attend to `memory` tokens."""
 
     dtype: str
     queries: int
@@ -53,7 +53,7 @@ class Shapes:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Choice:
-    """The implementation chosen for a platform, and why it is not the fused kernel."""
+    """The implementation for a platform, and why a fused kernel was refused, if so."""
 
     attention: Attention
     reason: str | None = None
@@ -67,7 +67,7 @@ _calls: contextvars.ContextVar[dict[tuple[Attention, Shapes], None] | None] = (
 
 @contextlib.contextmanager
 def calls() -> Iterator[dict[tuple[Attention, Shapes], None]]:
-    """Collects what a model that is traced inside asks `attend` for, in order."""
+    """Collects (implementation, shapes) of attention calls traced inside, in order."""
     found: dict[tuple[Attention, Shapes], None] = {}
     token = _calls.set(found)
     try:
@@ -79,7 +79,7 @@ def calls() -> Iterator[dict[tuple[Attention, Shapes], None]]:
 def describe(
     found: dict[tuple[Attention, Shapes], None], platform: str, device_kind: str
 ) -> list[str]:
-    """Returns a line for each kind of call: the implementation on `platform`."""
+    """Returns one line per distinct call: its implementation on `platform`, and why."""
     lines = []
     for wanted, shapes in found:
         choice = Choice(attention=wanted)
@@ -98,7 +98,7 @@ def describe(
 
 
 def without_fused(module: Any) -> Any:
-    """Returns a model in which `auto` is `xla`, in it and in all modules it holds."""
+    """Returns the model with `auto` replaced by `xla` in it and all its submodules."""
     changed = {}
     for field in dataclasses.fields(module):
         value = getattr(module, field.name)
@@ -112,7 +112,7 @@ def without_fused(module: Any) -> Any:
 
 
 def choose(platform: str, shapes: Shapes) -> Choice:
-    """Returns what `auto` takes on "cpu", "tpu" or "gpu" (also called "cuda")."""
+    """Returns the choice of `auto` on "cpu", "tpu" or "gpu" (also called "cuda")."""
     if platform in ("gpu", "cuda"):
         reason = _not_for_cudnn(shapes)
         reason = f"cuDNN's takes no {reason}" if reason else _no_cudnn()
@@ -141,11 +141,10 @@ def attend(
 ) -> Float[Array, "B N H D"]:
     """Returns softmax(q k / sqrt(D)) v, the softmax in float32.
 
-    `auto` is decided where the program is lowered: one trace serves every platform.
+    `auto` is resolved when the program is lowered: one trace serves every platform.
 
     Raises:
-        ValueError: `cudnn` or `pallas` on another platform than theirs, or with arrays
-            that they do not take.
+        ValueError: `cudnn` or `pallas` does not support the platform, shapes or dtype.
     """
     functions = {
         Attention.XLA: _xla,
@@ -161,12 +160,12 @@ def attend_to_self(
     out: Float[Array, "I W"],
     attention: Attention,
 ) -> Float[Array, "B N W"]:
-    """Projects tokens to heads, attends as `attend` does, and projects back.
+    """Projects tokens to heads, applies attention, and projects back without bias.
 
-    One product makes queries, keys and values: x is read and written once, 0.91 of the
-    bytes of three products in a step of ViT-S/16 on an H100, by XLA:GPU. The TPU's
-    kernel takes that product's rows as they are, image by image, and gives the
-    gradients of the biases; other products are those of two matrices.
+    One product computes queries, keys and values: x is read and written once, which
+    moves 0.91 of the bytes of three products in a step of ViT-S/16 on an H100, by
+    XLA:GPU. The TPU kernel reads that product's rows unsplit, image by image, and
+    returns the bias gradients; the other forms multiply by `layers.product`.
     """
     *_, num_heads, head_dim = joined.kernel.shape
 
@@ -207,7 +206,7 @@ def _dispatch(
     shapes: Shapes,
     *operands: Any,
 ) -> Array:
-    """Calls the function that `attention` names, or that the platform is to have."""
+    """Calls the function of `attention`, for `auto` the one chosen for the platform."""
     found = _calls.get()
     if found is not None:
         found[attention, shapes] = None
@@ -230,9 +229,9 @@ def _dispatch(
 
 def _xla(q: Array, k: Array, v: Array) -> Array:
     logits = jnp.einsum("bnhd,bmhd->bhnm", q, k, preferred_element_type=jnp.float32)
-    # In float32: queries times 1 / sqrt(D), rounded to bfloat16, are other queries if D
-    # is no power of 4. With heads of 80 and logits of 8, 4 % of the results were more
-    # than 2 units of bfloat16 off, up to 14; now none.
+    # Scaled in float32: rounding q / sqrt(D) to bfloat16 changes q unless D is a power
+    # of 4. With heads of 80 and logits of 8, 4 % of the results were more than 2 units
+    # of bfloat16 off, up to 14; now none.
     logits *= q.shape[-1] ** -0.5
     weights = jax.nn.softmax(logits).astype(v.dtype)
     return jnp.einsum("bhnm,bmhd->bnhd", weights, v)
@@ -242,8 +241,8 @@ def _cudnn(q: Array, k: Array, v: Array) -> Array:
     call = functools.partial(jax.nn.dot_product_attention, implementation="cudnn")
     mesh = jax.sharding.get_abstract_mesh()
     if mesh.manual_axes and layout.TENSOR_AXIS in mesh.auto_axes:
-        # JAX divides this call over all axes of a mesh or over none; where gradients
-        # are accumulated, rows are divided already.
+        # JAX shards this call over all axes of a mesh or over none; in gradient
+        # accumulation rows are already sharded, so only heads are left.
         even = q.shape[2] % mesh.shape[layout.TENSOR_AXIS] == 0
         heads = PartitionSpec(None, None, layout.TENSOR_AXIS if even else None)
         call = jax.shard_map(
@@ -257,10 +256,10 @@ def _cudnn(q: Array, k: Array, v: Array) -> Array:
 
 
 class MultiHeadAttention(nn.Module, kw_only=True):
-    """Lets every query attend to every memory.
+    """Multi-head attention of queries to memory, with its four projections.
 
-    `qk_norm` normalises queries and keys within each head (arXiv:2302.05442); the
-    output projection has a bias whatever `qkv_bias` says.
+    `qk_norm` normalises queries and keys within each head (arXiv:2302.05442). The
+    output projection has a bias even with `qkv_bias=False`.
     """
 
     num_heads: int
@@ -306,7 +305,7 @@ class MultiHeadAttention(nn.Module, kw_only=True):
 
 
 def _platform() -> str:
-    """Returns where the program is to run: by the mesh, else where JAX runs."""
+    """Returns the platform of the mesh, or JAX's default without a mesh."""
     device = jax.sharding.get_abstract_mesh().abstract_device
     return jax.default_backend() if device is None else device.platform
 
@@ -314,7 +313,7 @@ def _platform() -> str:
 def _no_cudnn() -> str | None:
     """Returns why JAX cannot trace cuDNN's attention here, None if it can.
 
-    It asks the machine for cuDNN and for a GPU since Ampere while it traces.
+    JAX looks for cuDNN and for a GPU since Ampere while it traces.
     """
     small = jax.ShapeDtypeStruct((1, 8, 1, 8), jnp.bfloat16)
     try:

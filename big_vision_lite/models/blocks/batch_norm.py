@@ -1,4 +1,4 @@
-"""Batch norm over the global batch, parts of it, or with the statistics of weights."""
+"""Batch norm over the global batch, over parts of it, or with frozen statistics."""
 
 import enum
 import math
@@ -12,33 +12,33 @@ from big_vision_lite.models.blocks.layers import Dtype, moments, of_all, shift_o
 from big_vision_lite.runtime import layout
 
 EPSILON = 1e-5
-# Of the old average; torch calls the rest, 0.1, momentum.
+# The weight of the old average; torch calls the rest, 0.1, momentum.
 MOMENTUM = 0.9
 
 
 class Statistics(enum.StrEnum):
-    """The statistics of training; evaluation uses the running averages."""
+    """The statistics used in training; evaluation uses the running averages."""
 
-    # Mean and variance of the batch, on all devices together.
+    # Mean and variance of the batch over all devices, or of `statistics_groups`.
     BATCH = "batch"
-    # The running averages as they are; they stay so. For fine-tuning.
+    # The running averages, left unchanged; for fine-tuning.
     FROZEN = "frozen"
 
 
 class BatchNorm(nn.Module, kw_only=True):
-    """Returns scale * (x - mean) / sqrt(variance + 1e-5) + bias (arXiv:1502.03167).
+    """Batch norm: scale * (x - mean) / sqrt(variance + 1e-5) + bias (arXiv:1502.03167).
 
-    With `statistics_groups` = G every one of G equal parts of the batch, its rows in
-    order, is normalised by itself (ghost batch norm, arXiv:1705.08741), on any number
-    of devices; with a multiple of the devices no statistics travel between them.
+    With `statistics_groups` = G, each of G equal parts of consecutive rows of the batch
+    is normalised separately (ghost batch norm, arXiv:1705.08741), on any number of
+    devices; if G is a multiple of that number, devices exchange no statistics.
 
     The running averages, "batch_stats/.../mean" and ".../variance", move by 0.1 of the
-    way to every batch: to the average of the parts' means and that of their variances,
-    which training divides by (how the means differ is left out; torch, whose parts are
-    its devices', keeps those of the first). The running variance is that of a sample,
-    N / (N - 1) times the one that the N values of a part are normalised with, as in
-    torch (Flax's own keeps the latter). All statistics are float32. `first_scale` is
-    where every scale starts.
+    way to every batch: to the average of the parts' means and that of their variances.
+    The variance between the parts' means is left out, as in training. (torch, whose
+    parts are its devices' batches, keeps the statistics of the first.) The running
+    variance is the sample variance, N / (N - 1) times the one that normalises the N
+    values of a part, as in torch; Flax keeps the latter. All statistics are float32.
+    `first_scale` is the initial value of every scale.
     """
 
     statistics: Statistics = Statistics.BATCH
@@ -80,20 +80,20 @@ class BatchNorm(nn.Module, kw_only=True):
 def group_moments(
     x: Float[Array, "B H W C"], groups: int, running_mean: Float[Array, " C"]
 ) -> tuple[Float[Array, "G C"], Float[Array, "G C"]]:
-    """Returns mean and variance of groups of rows, computed about shifts."""
+    """Returns mean and variance of groups of rows; `moments` explains the shifts."""
     if groups == 1 and x.dtype == jnp.bfloat16:
-        # The shift is one for all: a sum over all devices. By images as below XLA:TPU
-        # moves 1.1 % more bytes in a step (estimated for v5e).
+        # With one shift for all rows, one sum over all devices. Per image, as below,
+        # XLA:TPU moves 1.1 % more bytes in a step (estimated for v5e).
         found = moments(x.astype(jnp.float32), (0, 1, 2), running_mean)
         return found[0].reshape(1, -1), found[1].reshape(1, -1)
-    # Of images first: split into groups, the rows would lose the TPU's layout.
+    # Per image first: split into groups, x would lose the TPU's layout.
     shift = shift_of(x, (1, 2), running_mean)
     mean, variance = moments(x.astype(jnp.float32), (1, 2), shift)
-    # Then of parts that lie on one device and in one group, then of groups: of one
-    # gather of two numbers a channel, or of none where every group is a part.
+    # Then per part (on one device, in one group), then per group: with one gather of
+    # two numbers per channel, or none if every group is a part.
     parts = math.lcm(groups, layout.batch_shards())
     if len(x) % parts:
-        # A batch that the devices do not share evenly, as where only shapes are traced.
+        # The batch does not divide over the devices, as when only shapes are traced.
         parts = groups
     mean, variance = of_all(*(_split(y, parts) for y in (mean, variance)), axis=1)
     if parts == groups:
@@ -108,13 +108,13 @@ def _split(y: Float[Array, "B 1 1 C"], parts: int) -> Float[Array, "P b C"]:
 
 
 def _for_rows(y: Float[Array, "G C"], rows: int) -> Float[Array, "#B 1 1 C"]:
-    """Gives every row of the batch what its group has."""
+    """Repeats the values of each group for all its rows of the batch."""
     y = y[:, None, None]
     return y if len(y) == 1 else layout.pin_batch(jnp.repeat(y, rows // len(y), axis=0))
 
 
 def _values(x: Float[Array, "B H W C"], groups: int) -> int:
-    """Returns how many values a channel of a group has; refuses one and fractions."""
+    """Returns the values per channel of a group; ValueError for 1 or a fraction."""
     batch, height, width, _ = x.shape
     if batch % groups:
         raise ValueError(

@@ -1,4 +1,4 @@
-"""The blocks of a transformer that all tokens pass through."""
+"""The transformer encoder: pre-norm blocks of attention and MLP."""
 
 import flax.linen as nn
 from jaxtyping import Array, Float
@@ -15,9 +15,9 @@ from big_vision_lite.runtime import layout
 
 
 class EncoderBlock(nn.Module, kw_only=True):
-    """x += attention(norm(x)); x += mlp(norm(x)).
+    """Pre-norm block: x += attention(norm(x)); x += mlp(norm(x)).
 
-    With `layer_scale` each branch is multiplied by a learned vector that starts there.
+    `layer_scale` is the initial value of a learned vector that multiplies each branch.
     """
 
     mlp_dim: int
@@ -67,7 +67,7 @@ class EncoderBlock(nn.Module, kw_only=True):
             start = nn.initializers.constant(self.layer_scale)
             scale = self.param(f"{branch}_scale", start, y.shape[-1:])
             y = y * scale.astype(y.dtype)
-        # Whole branches of whole images, arXiv:1603.09382.
+        # Stochastic depth drops a branch per image, arXiv:1603.09382.
         return nn.Dropout(
             self.stochastic_depth,
             broadcast_dims=(1, 2),
@@ -76,7 +76,7 @@ class EncoderBlock(nn.Module, kw_only=True):
 
 
 class Encoder(nn.Module, kw_only=True):
-    """A stack of blocks and, with `last_norm`, a norm of every token."""
+    """A stack of blocks, then with `last_norm` a layer norm of every token."""
 
     depth: int
     mlp_dim: int

@@ -1,4 +1,4 @@
-"""From a pooled vector to logits."""
+"""The classification head: pooled features to logits."""
 
 import flax.linen as nn
 import jax.numpy as jnp
@@ -9,10 +9,10 @@ from big_vision_lite.runtime import layout
 
 
 class Classifier(nn.Module, kw_only=True):
-    """One linear layer in float32, zero at the start.
+    """A linear classifier in float32, with a kernel that starts at zero.
 
     `hidden_dim` puts a tanh layer before it (arXiv:2205.01580 uses the model's width).
-    `bias_init` is the first value of every bias: with a sigmoid loss over C classes
+    `bias_init` is the initial value of every bias: with a sigmoid loss over C classes,
     -log(C), or -10 for ImageNet-21k, starts near the rate of positives.
     """
 

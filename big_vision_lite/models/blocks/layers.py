@@ -1,4 +1,4 @@
-"""Layers of every model family: compute dtype, pixel scaling, norms."""
+"""Layers that all model families share: pixel scaling, norms, dense, convolution."""
 
 import dataclasses
 import enum
@@ -13,7 +13,7 @@ from big_vision_lite.runtime import layout
 
 
 class Dtype(enum.StrEnum):
-    """Compute dtype; parameters, norm statistics, pooled and logits stay float32."""
+    """Compute dtype; parameters, norm statistics, "pooled", "logits" stay float32."""
 
     FLOAT32 = "float32"
     BFLOAT16 = "bfloat16"
@@ -61,8 +61,8 @@ def moments(
 ) -> tuple[Float[Array, "..."], Float[Array, "..."]]:
     """Returns mean and variance over `axes`, each axis left with size 1, in one pass.
 
-    E[x^2] - E[x]^2 loses the variance where the mean is many deviations (off by 3e-2 at
-    100); of x less a shift near the mean it does not, and the result is the same.
+    E[x^2] - E[x]^2 loses the variance if the mean is many deviations from 0 (off by
+    3e-2 at 100). Subtracting a shift near the mean avoids that; the result is the same.
     """
     centred = x - shift
     mean = centred.mean(axes, keepdims=True)
@@ -74,11 +74,11 @@ def moments(
 def shift_of(
     x: Float[Array, "..."], axes: tuple[int, ...], known: Array | float = 0.0
 ) -> Array | float:
-    """Returns a shift for the moments of x: its first value, or what is `known` before.
+    """Returns a shift for `moments`: the first value of x, or `known` for bfloat16.
 
-    The latter for bfloat16: XLA:TPU then sums in the kernel that makes x. Estimated for
-    v5e (libtpu 0.0.42.1), not run: the first value costs ViT-S/16 12 % more bytes,
-    BiTV1 15 %. And bfloat16 has itself lost more: 0.3 deviations where the mean is 100.
+    With `known`, XLA:TPU sums in the kernel that computes x. Estimated for v5e (libtpu
+    0.0.42.1), not run: the first value costs ViT-S/16 12 % more bytes, BiTV1 15 %.
+    bfloat16 itself loses more: 0.3 deviations if the mean is 100 of them.
     """
     if x.dtype == jnp.bfloat16:
         return known
@@ -97,7 +97,7 @@ def of_all(
 
 
 class LayerNorm(nn.Module, kw_only=True):
-    """Returns scale * (x - mean) / sqrt(variance + epsilon) + bias of every token."""
+    """Layer norm per token: scale * (x - mean) / sqrt(variance + epsilon) + bias."""
 
     epsilon: float = 1e-6
     dtype: Dtype = Dtype.FLOAT32
@@ -113,9 +113,9 @@ class LayerNorm(nn.Module, kw_only=True):
 
 
 class GroupNorm(nn.Module, kw_only=True):
-    """Normalises every image over H, W and a group of channels (arXiv:1803.08494).
+    """Group norm of an image over H, W and a group of channels (arXiv:1803.08494).
 
-    `first_scale` is where every scale starts.
+    `first_scale` is the initial value of every scale.
     """
 
     groups: int
@@ -129,7 +129,7 @@ class GroupNorm(nn.Module, kw_only=True):
         scale = self.param("scale", nn.initializers.constant(self.first_scale), shape)
         bias = self.param("bias", nn.initializers.zeros, shape)
         shift, x = shift_of(x, (1, 2)), x.astype(jnp.float32)
-        # Of channels, then of groups: the large array keeps its four axes.
+        # Per channel, then per group: the large array keeps its four axes.
         parts = [
             y.reshape(len(x), self.groups, shape[0] // self.groups)
             for y in moments(x, (1, 2), shift)
@@ -143,14 +143,14 @@ class GroupNorm(nn.Module, kw_only=True):
 
 
 def layer_norm(dtype: Dtype, name: str, epsilon: float = 1e-6) -> LayerNorm:
-    """Returns the norm of transformers, with statistics in float32."""
+    """Returns a named layer norm, with statistics in float32."""
     return LayerNorm(epsilon=epsilon, dtype=dtype, name=name)
 
 
 class Dense(nn.Module, kw_only=True):
-    """Returns x @ kernel + bias over the last axis of x, in the compute dtype.
+    """Dense layer: x @ kernel + bias over the last axis of x, in the compute dtype.
 
-    Biases start normally distributed about 0, by `bias_deviation`.
+    Biases start normally distributed, with standard deviation `bias_deviation`.
     """
 
     features: int
@@ -174,10 +174,10 @@ def convolve(
     padding: tuple[tuple[int, int], tuple[int, int]] | str,
     groups: int = 1,
 ) -> Float[Array, "B y x O"]:
-    """Returns a convolution of images; in groups, each sees I / groups = J channels.
+    """Returns the convolution of x; each of `groups` reads J = I / groups channels.
 
-    1x1 kernels, too: by their matrix product with x XLA:GPU lays activations out by
-    channels, and moves 1.32 times the bytes in a step of BiT-R50x1 on a H100.
+    Also for 1x1 kernels: as matrix products, XLA:GPU lays activations out by channels
+    and moves 1.32 times the bytes in a step of BiT-R50x1 on an H100.
     """
     return jax.lax.conv_general_dilated(
         x,
@@ -194,10 +194,10 @@ def product(
 ) -> Float[Array, "*B O"]:
     """Returns x @ kernel as a product of two matrices, whatever the axes of x.
 
-    The kernel's gradient is one, too: of more axes XLA:CPU transposes x, and computes
-    all that led to it again. XLA:TPU makes the same program of both forms, but where
-    parameters are gathered by hand: there x keeps its axes, or a step of ViT-S/16 on a
-    v5e (fsdp=8, 4 parts) moves 1.06 times the bytes.
+    The kernel's gradient then is one, too; with more axes, XLA:CPU transposes x and
+    recomputes all that led to it. XLA:TPU compiles both forms to the same program,
+    except where parameters are gathered by hand: there x keeps its axes, or a step of
+    ViT-S/16 on a v5e (fsdp=8, 4 micro-batches) would move 1.06 times the bytes.
     """
     if layout.gathers_by_hand():
         return jnp.matmul(x, kernel)
@@ -210,14 +210,14 @@ def add_bias(
 ) -> Float[Array, "*B D"]:
     """Adds a bias in float32 and returns the dtype of x.
 
-    Its gradient, a sum over all rows, then is one in float32: in bfloat16 it would lose
-    most rows, and takes XLA:TPU 1.8 times the cycles.
+    The bias's gradient is then summed over all rows in float32: in bfloat16 the sum
+    would lose most rows, and take XLA:TPU 1.8 times the cycles.
     """
     return (x.astype(jnp.float32) + bias).astype(x.dtype)
 
 
 def rematerialised(block: type[nn.Module], remat: Remat) -> type[nn.Module]:
-    """Wraps a block class called as `block(...)(x, train)`."""
+    """Wraps a block class, called as `block(...)(x, train)`, in `nn.remat`."""
     match remat:
         case Remat.NONE:
             return block
@@ -242,7 +242,7 @@ def check_positive(**numbers: int) -> None:
 
 
 def check_choices(module: nn.Module) -> None:
-    """Raises ValueError for the first field with a value that its enum does not have.
+    """Raises ValueError for the first field whose value is not one of its enum.
 
     Fields are recognised by a default that is a member of a StrEnum.
     """

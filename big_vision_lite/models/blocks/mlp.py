@@ -17,13 +17,13 @@ class Activation(enum.StrEnum):
     GELU_TANH = "gelu_tanh"
     # The exact form, by the error function: the default of torch, timm, DeiT, DINOv2.
     GELU_ERF = "gelu_erf"
-    # silu(gate) * value, arXiv:2002.05202; DINOv2 giant. The first layer makes both,
+    # silu(gate) * value, arXiv:2002.05202; DINOv2 giant. The first layer computes both,
     # gate first, each of `hidden_dim`.
     SWIGLU = "swiglu"
 
 
 class Mlp(nn.Module, kw_only=True):
-    """Widens to `hidden_dim`, applies the activation, comes back."""
+    """A two-layer MLP: D to `hidden_dim`, activation, back to D."""
 
     hidden_dim: int
     dropout: float = 0.0
@@ -49,12 +49,12 @@ class Mlp(nn.Module, kw_only=True):
 
         gated = self.activation == Activation.SWIGLU
         hidden = dense((2 if gated else 1) * self.hidden_dim, "hidden")(x)
-        # The activation is computed again for the gradient instead of being kept, a
-        # quarter of what a block keeps: a step of ViT-S/16 takes 0.88 of the memory and
-        # 1.03 of the bytes on an H100, by XLA:GPU.
+        # Backward recomputes the activation, a quarter of what a block would store: a
+        # step of ViT-S/16 takes 0.88 of the memory and moves 1.03 of the bytes on an
+        # H100, by XLA:GPU.
         if layout.gathers_by_hand():
-            # There the whole backward pass is remade by a policy of its own, inside
-            # which this one would hold the parameters of many blocks whole.
+            # There a policy rematerialises the whole backward pass (`accumulation.py`);
+            # this remat inside it would hold the gathered parameters of many blocks.
             return activate_and_narrow(self, hidden)
         return nn.remat(activate_and_narrow)(self, hidden)
 

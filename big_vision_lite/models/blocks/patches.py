@@ -1,4 +1,4 @@
-"""Patches of an image as tokens, of one size or many, and their positions."""
+"""Patch embedding, for one patch size or many, and position embeddings."""
 
 import enum
 import functools
@@ -14,7 +14,7 @@ from big_vision_lite.models.blocks.layers import Dtype, add_bias, product, scale
 
 
 def grid_size(height: int, width: int, patch_size: int) -> tuple[int, int]:
-    """Returns (rows, columns) of patches; ValueError names sizes that divide."""
+    """Returns (rows, columns) of patches; raises ValueError with sizes that divide."""
     if height % patch_size or width % patch_size or not (height and width):
         smaller, larger = (
             "x".join(
@@ -46,12 +46,12 @@ def patchify(
 
 
 class PatchEmbedding(nn.Module, kw_only=True):
-    """Projects every patch to a token: a convolution with stride = kernel size.
+    """A projection of patches to tokens: a convolution with stride = kernel size.
 
-    The kernel has the layout of that convolution, [p, p, C, D]; the product is a
-    matrix product, which every backend does best. With `kernel_patch_size` p is that,
-    and the kernel is resized to `patch_size` at every use (FlexiViT). With `mean` and
-    `std` it takes pixels, and scales them first.
+    The kernel has the layout of that convolution, [p, p, C, D], but is applied as a
+    matrix product, which every backend does best. p is `kernel_patch_size`, if
+    given; every call then resizes the kernel to `patch_size` (FlexiViT). With `mean`
+    and `std` the input is raw pixels, scaled first.
     """
 
     patch_size: int
@@ -80,7 +80,7 @@ class Positions(enum.StrEnum):
 
     # Fixed, arXiv:2205.01580.
     SINCOS = "sincos"
-    # One vector a patch, arXiv:2010.11929.
+    # One vector per patch, arXiv:2010.11929.
     LEARNED = "learned"
     NONE = "none"
 
@@ -114,18 +114,18 @@ AnyArray = TypeVar("AnyArray", np.ndarray, jax.Array)
 def resize_kernel(
     kernel: Float[AnyArray, "p p C D"], new_patch: int
 ) -> Float[AnyArray, "q q C D"]:
-    """Returns the kernel of patches of `new_patch` px that gives the tokens of before.
+    """Returns the kernel resized to patches of `new_patch` px, preserving the tokens.
 
-    The pseudo-inverse resize of arXiv:2212.08013, section 3.4: a patch enlarged
-    bilinearly gets the token that the small patch had, exactly. To smaller patches it
-    is the least-squares answer, off by the order of the tokens themselves on patches
-    that are not smooth, and the way back does not restore the kernel: keep the one
-    that was trained and resize it at use.
+    Uses the pseudo-inverse resize of arXiv:2212.08013, section 3.4: a bilinearly
+    enlarged patch gets exactly the token of the small patch. To smaller patches it is
+    the least-squares solution; its error is of the order of the tokens on patches that
+    are not smooth, and resizing back does not restore the kernel. So keep the trained
+    kernel and resize it at use.
     """
     old_patch = kernel.shape[0]
     if new_patch == old_patch:
         return kernel
-    # Images are resized along rows and columns apart, so the inverse comes apart too.
+    # The resize is separable into rows and columns, and so is its inverse.
     inverse = _inverse_of_resize(old_patch, new_patch)
     if isinstance(kernel, np.ndarray):
         resized = np.einsum("qp,rs,psco->qrco", inverse, inverse, kernel, optimize=True)
@@ -140,7 +140,7 @@ def resample_positions(
     """Resamples learned positions to another grid, as FlexiViT does on the fly.
 
     Bilinear with half-pixel centres, antialiased when shrinking (arXiv:2212.08013);
-    other programs have other forms, with other numbers.
+    other programs use other resizes and get other values.
     """
     shape = (*grid, positions.shape[-1])
     return jax.image.resize(positions, shape, "linear", antialias=True)
@@ -149,11 +149,11 @@ def resample_positions(
 def bilinear(old: int, new: int) -> Float[np.ndarray, "new old"]:
     """Returns the matrix that resizes a row of `old` px to `new`.
 
-    Half-pixel centres and no antialiasing, as in the code of FlexiViT; with
-    antialiasing the answer for smaller patches would be another one.
+    Half-pixel centres and no antialiasing, as in the code of FlexiViT; antialiasing
+    would change the result for smaller patches.
     """
     centres = np.clip((np.arange(new) + 0.5) * old / new - 0.5, 0, old - 1)
-    # One unit image a column: np.interp of it is its bilinear resize.
+    # Column i is the bilinear resize, np.interp, of the unit row i.
     return np.stack(
         [np.interp(centres, np.arange(old), unit) for unit in np.eye(old)], axis=1
     )

@@ -1,4 +1,4 @@
-"""From tokens to one vector an image."""
+"""Pooling of tokens to one vector per image."""
 
 import enum
 
@@ -16,12 +16,12 @@ class Pooling(enum.StrEnum):
 
     AVERAGE = "average"
     CLASS_TOKEN = "class_token"
-    # One after the other, twice as wide: DINOv2's linear classifiers, arXiv:2304.07193.
+    # Concatenated, twice as wide: DINOv2's linear classifiers, arXiv:2304.07193.
     CLASS_TOKEN_AND_AVERAGE = "class_token_and_average"
     ATTENTION = "attention"
 
 
-# Those that read a class token, so that there is one.
+# Those that read a class token; a model has one only for these.
 WITH_CLASS_TOKEN = (Pooling.CLASS_TOKEN, Pooling.CLASS_TOKEN_AND_AVERAGE)
 
 
@@ -35,7 +35,7 @@ class FinalNorm(enum.StrEnum):
 
 
 class AttentionPooling(nn.Module, kw_only=True):
-    """One learned probe attends to all tokens, then an MLP (arXiv:1810.00825)."""
+    """Attention of one learned probe to all tokens, then an MLP (arXiv:1810.00825)."""
 
     num_heads: int
     mlp_dim: int

@@ -1,1 +1,1 @@
-"""Kernels for one kind of accelerator, each beside the plain form that it equals."""
+"""Kernels for one kind of accelerator; each equals a plain form in `blocks`."""

@@ -1,17 +1,17 @@
-"""Attention on TPUs: whole rows in fast memory, in the layout of the projections.
+"""Fused attention for TPUs: whole rows in VMEM, in the layout of the projections.
 
-[B, N, H * D] is how the projections leave queries, keys and values, and how the output
-projection takes them: no transposition, and no [B, H, N, M] array in memory. A program
-of the grid attends for one image. Backward computes the weights anew, and sums the
-gradients of the biases while it has the gradients of queries, keys and values at hand.
+Queries, keys, values and results are [B, N, H * D], as the projections write and read
+them: no transposition, and no [B, H, N, M] array in memory. One program of the grid
+attends for one image. Backward recomputes the attention weights, and sums the gradients
+of queries, keys and values to those of their biases while it holds them.
 
-Weights stand transposed, [M, N]: maximum and sum over keys then run over sublanes, in
-the vector unit, instead of over lanes, and one transposition less is needed backward.
-Heads of 64 are worked on in pairs that fill 128 lanes, one of them zeroed in the
-queries, so that no head is moved to other lanes. For an image of ViT-S/16 on a v5e the
-compiler schedules 1.7 thousand bundles forward and 3.3 backward, 3.7 with the sums for
-biases; one head after the other, not transposed, took 2.2 and 6.0 (libtpu 0.0.42.1).
-It was compiled for v4 to TPU7x and run in interpret mode; it has not run on a TPU.
+Attention weights are kept transposed, [M, N]: the maximum and sum over keys then run
+over sublanes, in the vector unit, instead of over lanes, and backward needs one
+transposition less. Heads of 64 are processed in pairs that fill 128 lanes; one head of
+a pair is zeroed in the queries, which moves no head to other lanes. For an image of
+ViT-S/16 on a v5e the compiler schedules 1.7 thousand bundles forward and 3.3 backward,
+3.7 with bias gradients; one head at a time, not transposed, took 2.2 and 6.0 (libtpu
+0.0.42.1). Compiled for v4 to TPU7x and run in interpret mode, never on a TPU.
 """
 
 import functools
@@ -29,27 +29,27 @@ from jaxtyping import Array, Float
 from big_vision_lite.runtime import layout
 
 LANES = 128
-# Queries that are worked on at once: [M, N] weights of 256 x 256 take 256 KB.
+# Queries per block: [M, N] weights of 256 x 256 take 256 KB.
 ROWS = 256
-# What one program may hold by `_bytes`, which says rather too much: 20.5 MB were 16.8
-# of the 16 that the compiler grants (1,024 tokens, 6 heads of 64 a program, v5e).
+# The limit on `_bytes` of one program. `_bytes` overestimates: 20.5 MB where the
+# compiler needed 16.8 and allows 16 (1,024 tokens, 6 heads of 64 per program, v5e).
 VMEM_BYTES = 16 * 2**20
-# Tokens up to which it was compiled, by head dimension: for v4, v5e, v5p and v6e; 64
-# for TPU7x too. Heads that do not fill 128 lanes in twos lie across them and take more
-# memory: at 576 tokens 18.2 MB of the 16 for heads of 80.
+# Most tokens that were compiled, by head dimension, for v4, v5e, v5p and v6e (64: TPU7x
+# too). Heads that do not fill 128 lanes in pairs straddle them and take more memory:
+# heads of 80 at 576 tokens need 18.2 MB of the 16.
 LONGEST = {64: 1024, 72: 257, 80: 257, 88: 257}
-# The mesh axis that splits heads, where a mesh has it.
+# The mesh axis that splits heads, if the mesh has it.
 HEADS_AXIS = "tensor"
 
 
 def refusal(
     dtype: str, queries: int, memory: int, num_heads: int, head_dim: int
 ) -> str | None:
-    """Returns why the kernel does not take these shapes, None if it does.
+    """Returns what the kernel does not support ("float32"), None if it supports all.
 
-    It takes what it was compiled for: by the compiler's schedule it wins wherever it
-    was compared. Thousand cycles an image, forward and backward, v5e (libtpu 0.0.42.1),
-    the kernel's and by XLA's estimate those of the XLA form:
+    It supports the shapes it was compiled for; by the compiler's schedule it is faster
+    wherever it was compared. Thousand cycles per image, forward and backward, v5e
+    (libtpu 0.0.42.1), of the kernel, then of the XLA form by XLA's estimate:
 
         50 tokens, 6 heads of 64      1.5     4.0
         196 tokens, 6 heads of 64     5.4    43.1
@@ -84,8 +84,8 @@ def attend(
 ) -> Float[Array, "B N H D"]:
     """Returns softmax(q k / sqrt(D)) v; every device attends for its own images.
 
-    `biases` of q, k and v are added first. Given here, their gradients come out of the
-    kernel, and nobody reads those of q, k and v again to sum them.
+    `biases` of q, k and v are added first. The kernel then returns their gradients too,
+    which saves reading those of q, k and v again to sum them.
     """
     arrays = (_flat(q), _flat(k), _flat(v))
     flat_biases = tuple(_flat(bias) for bias in biases)
@@ -103,10 +103,10 @@ def attend_joined(
     head_dim: int,
     interpret: bool = False,
 ) -> Float[Array, "B N W"]:
-    """Attends as `attend` does, to what one product made: [q | k | v], J = 3 * W.
+    """Returns what `attend` does, from [q | k | v] of one product, J = 3 * W.
 
-    Nothing is split or joined in memory, forward and backward, except where heads are
-    spread over devices or a program cannot hold the whole width.
+    Splits and joins nothing in memory, forward or backward, unless heads are split over
+    devices or a program cannot hold the whole width.
     """
     _, tokens, width = qkv.shape
     biases = () if bias is None else (bias,)
@@ -136,7 +136,7 @@ def _forward(
     interpret: bool,
 ) -> tuple[Array, Any]:
     if biases:
-        # Not in the kernel: XLA adds them where the projection's product ends.
+        # Not in the kernel: XLA fuses the addition into the projection's product.
         arrays = tuple(
             x + bias.astype(x.dtype) for x, bias in zip(arrays, biases, strict=True)
         )
@@ -151,8 +151,8 @@ def _backward(
     given = (*arrays, gradient)
     results = _call(_backward_kernel, _backward_results, given, head_dim, interpret)
     gradients, sums = results[: len(arrays)], results[len(arrays) :]
-    # A sum for every image: the images' sum, and that over devices, is left to XLA,
-    # which joins it with the other gradients.
+    # The kernel sums per image; XLA sums over images and devices, together with the
+    # other gradients.
     each = zip(biases, sums, strict=False)
     return gradients, tuple(x.sum((0, 1)).astype(bias.dtype) for bias, x in each)
 
@@ -161,9 +161,9 @@ _attend.defvjp(_forward, _backward)
 
 
 def _mesh_axes() -> dict[str, int]:
-    """Returns the sizes of the mesh axes that the compiler would spread arrays over.
+    """Returns the sizes of the mesh axes that the compiler shards arrays over.
 
-    Inside `shard_map`, where gradients are accumulated, rows are local already.
+    Inside `shard_map`, where gradients are accumulated, rows are already local.
     """
     mesh = jax.sharding.get_abstract_mesh()
     if mesh.empty:
@@ -177,7 +177,7 @@ def _forward_results(arrays: tuple[Array, ...]) -> list[jax.ShapeDtypeStruct]:
 
 
 def _backward_results(arrays: tuple[Array, ...]) -> list[jax.ShapeDtypeStruct]:
-    """Returns what is like q, k and v, then a sum over the tokens of each."""
+    """Returns the shapes of the gradients of q, k and v, then of their token sums."""
     *like, _ = arrays
     sums = ((x.shape[0], 1, x.shape[2]) for x in like)
     return [
@@ -199,7 +199,7 @@ def _call(
     if not axes:
         return local(*arrays)
     rows = tuple(axis for axis in layout.BATCH_AXES if axis in axes)
-    # A row that does not divide is a shape being traced (parameters, FLOPs).
+    # A batch that does not divide is only traced for shapes (parameters, FLOPs).
     if arrays[0].shape[0] % math.prod(axes[axis] for axis in rows):
         rows = ()
     spec = PartitionSpec(rows or None, None, HEADS_AXIS if HEADS_AXIS in axes else None)
@@ -225,9 +225,9 @@ def _call_local(
         shape = (1, x.shape[1], x.shape[2] // parts)
         return pl.BlockSpec(shape, lambda image, part: (image, 0, part))
 
-    # As the XLA form computes them: two products forward, four backward, whatever is
-    # computed again or multiplied with zeros. `flops.count` reads it. No bytes: XLA
-    # counts operands and results by itself, and would add these.
+    # The FLOPs of the XLA form, for `flops.count`: two products forward, four backward,
+    # without recomputation and products with zeros. No bytes: XLA counts operands and
+    # results itself, and would add these.
     products = 2 if len(shapes) == 1 else 4
     cost = pl.CostEstimate(
         flops=products * 2 * batch * tokens**2 * width,
@@ -250,10 +250,10 @@ def _call_local(
 
 
 def _lanes(tokens: int, width: int, head_dim: int) -> int | None:
-    """Returns how much of [N, W] a program takes, whole heads; None: no part fits.
+    """Returns the lanes of [N, W] that a program takes, whole heads; None if none fit.
 
-    All of it where it fits: the more heads, the more the compiler finds to do while a
-    product of one of them is under way (the whole of ViT-S is 0.75 of three pairs).
+    The most that fit: with more heads the compiler overlaps more work with the product
+    of one of them (the whole of ViT-S takes 0.75 of three pairs).
     """
     unit = math.lcm(LANES, head_dim)
     parts = [n for n in range(unit, width, unit) if width % n == 0]
@@ -262,30 +262,30 @@ def _lanes(tokens: int, width: int, head_dim: int) -> int | None:
 
 
 def _bytes(tokens: int, lanes: int) -> int:
-    """Returns about what a backward program holds in fast memory."""
+    """Estimates the bytes that a backward program holds in VMEM."""
     tokens = -(-tokens // 16) * 16
     lanes = -(-lanes // LANES) * LANES
-    # Four arrays come and three go, bfloat16, the next image's beside this one's.
+    # Four bfloat16 arrays in and three out, double-buffered: this image and the next.
     blocks = 7 * 2 * tokens * lanes * 2
     longest = max(rows.stop - rows.start for rows in _row_blocks(tokens))
     rows = -(-longest // LANES) * LANES
-    # Of two heads: weights, their gradients and products of these, float32.
+    # For two heads, in float32: weights, their gradients and products of these.
     weights = 2 * 4 * tokens * rows * 4
     return blocks + weights + 4 * tokens * LANES * 4
 
 
 def _row_blocks(tokens: int) -> list[slice]:
-    """Splits queries into blocks of `ROWS`; a short rest joins the last of them.
+    """Splits queries into blocks of `ROWS`; a rest of up to `LANES` joins the last.
 
-    Queries lie on lanes, 128 of them in a register: 257 fill three, in a block of their
-    own as in one of 256 and one of the last.
+    Queries lie on lanes, 128 per register: 257 fill three registers, in one block as in
+    blocks of 256 and 1.
     """
     starts = [at for at in range(0, tokens, ROWS) if not at or tokens - at > LANES]
     return [slice(*ends) for ends in zip(starts, [*starts[1:], tokens], strict=True)]
 
 
 def _windows(lanes: int, head_dim: int) -> Iterator[tuple[slice, int]]:
-    """Yields lanes that are worked on at once, and how many heads they hold."""
+    """Yields the lanes processed at once, and the number of heads in them."""
     size = LANES if LANES % head_dim == 0 else head_dim
     for start in range(0, lanes, size):
         stop = min(start + size, lanes)
@@ -293,13 +293,13 @@ def _windows(lanes: int, head_dim: int) -> Iterator[tuple[slice, int]]:
 
 
 def _product(a: Array, b: Array, axes: tuple[int, int] = (1, 0)) -> Array:
-    """Sums over an axis of each, in float32."""
+    """Returns the product of a and b, summed over one axis of each, in float32."""
     dimensions = (((axes[0],), (axes[1],)), ((), ()))
     return jax.lax.dot_general(a, b, dimensions, preferred_element_type=jnp.float32)
 
 
 def _by_head(x: Array, heads: int) -> list[Array]:
-    """Returns for every head a copy of x [N, heads * D] with zeros for the others."""
+    """Returns a copy of x [N, heads * D] per head, with the other heads zeroed."""
     if heads == 1:
         return [x]
     head_dim = x.shape[1] // heads
@@ -323,13 +323,13 @@ def _rows_of_head(x: Array, head: int, heads: int) -> Array:
 def _exponentials(q: Array, k: Array, head_dim: int) -> Array:
     """Returns exp(logits - their maximum) [M, N]."""
     logits = _product(k, q, (1, 1))
-    # 2 ** x is what the hardware has; the scale rides on its factor.
+    # The hardware computes 2 ** x; one factor holds the scale and log2(e).
     scale = head_dim**-0.5 * math.log2(math.e)
     return jnp.exp2((logits - logits.max(0, keepdims=True)) * scale)
 
 
 def _thirds(refs: tuple[Any, ...]) -> list[Any]:
-    """Returns what holds q, k and v, in memory of their own or in one."""
+    """Returns refs of q, k and v, given as three refs or as one of all."""
     if len(refs) == 3:
         return list(refs)
     width = refs[0].shape[2] // 3
@@ -339,8 +339,8 @@ def _thirds(refs: tuple[Any, ...]) -> list[Any]:
 def _forward_kernel(*refs: Any, head_dim: int) -> None:
     *given, y_ref = refs
     q_ref, k_ref, v_ref = _thirds(tuple(given))
-    # All heads of a window do each thing before the next one, here and backward: the
-    # compiler keeps the order, and so fills the wait for one head with the other.
+    # Here and in backward, each operation runs for all heads of a window before the
+    # next: the compiler keeps the order and fills the wait for one head with another.
     for at, heads in _windows(q_ref.shape[-1], head_dim):
         k = k_ref[0, :, at]
         v_rows = v_ref[0, :, at].T
@@ -357,7 +357,7 @@ def _forward_kernel(*refs: Any, head_dim: int) -> None:
 
 
 def _backward_kernel(*refs: Any, head_dim: int) -> None:
-    # q, k, v, the gradient of y; their gradients; sums of these. Each three or joined.
+    # q, k, v; gradient of y; gradients of q, k, v; their sums. Triples may be joined.
     each = (len(refs) - 1) // 3
     q_ref, k_ref, v_ref = _thirds(refs[:each])
     gradient_ref = refs[each]

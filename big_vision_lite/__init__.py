@@ -5,6 +5,7 @@ mesh), Orbax checkpoints, few-shot and fine-tune transfer evaluators, TPU VM lau
 scripts, checkpoint conversion to PyTorch; small enough to read.
 """
 
+import os
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
@@ -20,7 +21,10 @@ plugins.hide_without_devices()
 
 
 def load(
-    path: str, *, batch_size: int = 64, allowed_modules: Sequence[str] = ()
+    path: str | os.PathLike[str],
+    *,
+    batch_size: int = 64,
+    allowed_modules: Sequence[str] = (),
 ) -> "LoadedModel":
     """Loads a model that maps uint8 images to pooled features and class probabilities.
 

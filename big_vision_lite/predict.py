@@ -7,14 +7,13 @@ library (file, folder with config.json, hub:organisation/name); no recipe is nee
 """
 
 import argparse
-import contextlib
 import csv
 import dataclasses
 import io
 import sys
 import time
 import unicodedata
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 
 import jax
 import numpy as np
@@ -131,31 +130,11 @@ def predict(
     """
     ops = Guarded(run.config.preprocess)
     steps = inference.make_steps(run, classes=top, features=embed, log=log)
-    with _refusing(images, ops):
-        found = inference.run_steps(
-            run, steps, images, ops, batch_size, hidden=quiet or None
-        )
+    found = inference.run_steps(
+        run, steps, images, ops, batch_size, hidden=quiet or None
+    )
     errors = {images.files[i]: reason for i, reason in sorted(ops.errors.items())}
     return Predictions(files=images.files, errors=errors, **found)
-
-
-@contextlib.contextmanager
-def _refusing(images: ImageFiles, ops: Guarded) -> Iterator[None]:
-    """Raises a ValueError that names the first image if none can be read."""
-    try:
-        yield
-    except ValueError as error:
-        if len(ops.errors) < len(images):
-            raise
-        index, reason = min(ops.errors.items())
-        first = images.files[index]
-        text = f"{images.root / first} cannot be read: {reason}"
-        if len(images) > 1:
-            text = (
-                f"Not one of {len(images)} images of {images.root} can be read; the "
-                f"first is {first}: {reason}"
-            )
-        raise ValueError(text) from error
 
 
 def _output(path: str | None, flag: str) -> epath.Path | None:

@@ -259,7 +259,7 @@ def test_mistakes_are_one_message_and_leave_no_file(tmp_path, run, images, capsy
         (run, empty, ["holds no images", "nothing"]),
         (run, broken, [f"{broken}/a.jpg cannot be read: not"]),
         (run, broken / "a.jpg", [f"{broken}/a.jpg cannot be read: not"]),
-        (run, two, ["Not one of 2 images", "the first is a.jpg: not"]),
+        (run, two, ["Not one of 2 images", f"the first is {two}/a.jpg: not"]),
         (tmp_path, images, ["No complete checkpoint"]),
     ):
         assert command(workdir, folder, "--out", out) == 1

@@ -249,9 +249,14 @@ def test_an_evaluator_that_could_not_run_is_refused_before_any_step(
     assert words in str(caught.value)
     assert records(tmp_path) == {}
     assert step_folder.complete_steps(epath.Path(tmp_path / "checkpoints")) == []
-    # Switched off, it is in nobody's way.
-    evaluator.every_steps = 0
-    run(tmp_path, config)
+
+
+def test_evaluators_that_are_switched_off_are_in_nobodys_way(tmp_path):
+    absent = {
+        "late": few_shot(NOWHERE, every_steps=0),
+        "later": on_digits(source=Empty(), every_steps=0),
+    }
+    run(tmp_path, recipe(evaluators=absent))
     assert list(records(tmp_path)) == list(range(1, 9))
 
 

@@ -1,5 +1,6 @@
 """Formats: one family of models in the names and layout of one library."""
 
+import abc
 import dataclasses
 import enum
 import functools
@@ -50,7 +51,7 @@ class Architecture:
     notes: tuple[str, ...] = ()
 
 
-class Format:
+class Format(abc.ABC):
     """One family of models in the names of one library; a family inherits it.
 
     Of each file the names in `signs` are there and those in `strangers` are not.
@@ -86,9 +87,9 @@ class Format:
         names = self.normalised_names(weights).arrays.keys()
         return set(self.signs) <= names and not names & set(self.strangers)
 
+    @abc.abstractmethod
     def architecture(self, weights: Weights) -> Architecture:
         """Works out the model; ValueError says what is not supported and why."""
-        raise NotImplementedError
 
     def rows(self, model: Any) -> Rows:
         """Returns the table for a model, where it depends on that."""

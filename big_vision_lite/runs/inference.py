@@ -1,8 +1,8 @@
 """Runs a saved model on images: classes, probabilities and features."""
 
-import contextlib
 import functools
-from collections.abc import Callable, Iterator, Mapping, Sequence
+import os
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -81,8 +81,7 @@ class LoadedModel:
         # Powers of two, so that only a few batch sizes are compiled.
         power_of_two = 1 << (len(source) - 1).bit_length()
         batch_size = min(self._batch_size, power_of_two)
-        with _naming_all(source, ops):
-            found = run_steps(self.run, steps, source, ops, batch_size, hidden=None)
+        found = run_steps(self.run, steps, source, ops, batch_size, hidden=None)
         if ops.errors:
             index, reason = min(ops.errors.items())
             raise ValueError(f"{source.name(index)} cannot be read: {reason}")
@@ -144,7 +143,10 @@ class _Images:
 
 
 def load(
-    path: str, *, batch_size: int = 64, allowed_modules: Sequence[str] = ()
+    path: str | os.PathLike[str],
+    *,
+    batch_size: int = 64,
+    allowed_modules: Sequence[str] = (),
 ) -> LoadedModel:
     """Implements `big_vision_lite.load`, on the devices of this process."""
     if batch_size < 1:
@@ -209,6 +211,9 @@ def run_steps(
 
     Rows of images in `ops.errors` are zeros. `batch_size` is rounded up to a multiple
     of the devices; progress is shown in a terminal or notebook unless `hidden`.
+
+    Raises:
+        ValueError: not one image can be read, or preprocessing gives several sizes.
     """
     num_devices = run.mesh.size
     batch_size = -(-min(batch_size, len(source)) // num_devices) * num_devices
@@ -217,33 +222,46 @@ def run_steps(
     if hidden is None:
         shown = console.is_terminal or console.is_jupyter
         hidden = not shown or len(source) <= 4 * batch_size
+    progress = track(
+        batches, "predicting", console=console, transient=True, disable=hidden
+    )
     found: dict[str, np.ndarray] = {}
-    with jax.set_mesh(run.mesh):
-        for batch in track(
-            batches, "predicting", console=console, transient=True, disable=hidden
-        ):
-            # Rows of unreadable images stay zeros, even if all of a batch are.
-            rows = jax.device_get([step(run.state, batch) for step in steps])
-            rows = {name: x for found_rows in rows for name, x in found_rows.items()}
-            valid = np.asarray(batch["valid"])
-            for name, values in rows.items():
-                if name not in found:
-                    shape = (len(source), *values.shape[1:])
-                    found[name] = np.zeros(shape, values.dtype)
-                found[name][np.asarray(batch["index"])[valid]] = values[valid]
-    return found
-
-
-@contextlib.contextmanager
-def _naming_all(source: _Images, ops: Guarded) -> Iterator[None]:
-    """Raises a ValueError that names the first image if none can be read."""
     try:
-        yield
+        with jax.set_mesh(run.mesh):
+            for batch in progress:
+                rows = jax.device_get([step(run.state, batch) for step in steps])
+                _put(rows, batch, found, len(source))
     except ValueError as error:
         if len(ops.errors) < len(source):
             raise
-        index, reason = min(ops.errors.items())
-        raise ValueError(f"{source.name(index)} cannot be read: {reason}") from error
+        raise _nothing_read(source, ops) from error
+    return found
+
+
+def _put(
+    rows: Sequence[Mapping[str, np.ndarray]],
+    batch: Batch,
+    found: dict[str, np.ndarray],
+    count: int,
+) -> None:
+    """Copies the readable rows of a batch to their places among `count`."""
+    valid = np.asarray(batch["valid"])
+    places = np.asarray(batch["index"])[valid]
+    for name, values in (item for each in rows for item in each.items()):
+        # Rows of unreadable images stay zeros, even if all of a batch are.
+        if name not in found:
+            found[name] = np.zeros((count, *values.shape[1:]), values.dtype)
+        found[name][places] = values[valid]
+
+
+def _nothing_read(source: Source, ops: Guarded) -> ValueError:
+    index, reason = min(ops.errors.items())
+    name, count = source.name(index), len(source)
+    if count == 1:
+        return ValueError(f"{name} cannot be read: {reason}")
+    return ValueError(
+        f"Not one of {count} images can be read; the first is {name}: {reason}"
+    )
 
 
 def _make_step(run: SavedRun, function: Any, model: Model, part: str) -> Step:

@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from etils import epath
+from tiers import few
 from tiny_runs import gradients, rows, start
 
 from big_vision_lite import train, trees
@@ -66,7 +67,7 @@ def trained(model, variables, image):
     return outputs, changed["batch_stats"]
 
 
-@pytest.mark.parametrize("size", SIZES)
+@pytest.mark.parametrize("size", few(SIZES, "R18", "R50", "X50_32x4d", "W50_2"))
 def test_published_sizes_have_the_shapes_of_the_contract(size):
     model = ResNet.of(size, head=Classifier(num_classes=1000))
     image = jax.ShapeDtypeStruct((2, 224, 256, 3), jnp.uint8)

@@ -58,7 +58,7 @@ ALLOWED = [f"--allow_module={module}" for module in MODULES]
 
 
 def vit() -> ViT:
-    return ViT(width=16, depth=2, mlp_dim=32, num_heads=2, patch_size=4)
+    return ViT(width=16, depth=1, mlp_dim=32, num_heads=2, patch_size=4)
 
 
 CROP = RandomResizedCrop(size_px=SIZE, area_min=0.4)
@@ -177,7 +177,7 @@ def records(workdir: pathlib.Path) -> dict[str, float]:
 def test_a_resumed_run_of_any_objective_is_the_straight_one_bit_for_bit(trained):
     kind, workdir, straight, resumed = trained
     names = trees.names(straight)
-    assert any("encoder/block_01" in name or "image_tower" in name for name in names)
+    assert any("encoder/block_00" in name or "image_tower" in name for name in names)
     for (name, a), b in zip(
         trees.flatten(straight).items(), jax.tree.leaves(resumed), strict=True
     ):
@@ -255,7 +255,7 @@ def test_the_backbone_is_exported_to_timm(trained, tmp_path, capsys):
     if importlib.util.find_spec("timm") is None:
         assert "Parity was not compared" in shown
     else:
-        assert "blocks.1" in shown and "failed" not in shown.lower()
+        assert "blocks.0" in shown and "failed" not in shown.lower()
 
 
 def test_a_backbone_is_fine_tuned_as_evaluator_and_by_the_recipe(trained, tmp_path):

@@ -18,7 +18,7 @@ NOTHING = np.random.default_rng(0)
 
 @pytest.fixture(scope="module")
 def model():
-    run = str(shapes_run.shared()[1])
+    run = shapes_run.shared()[1]
     return big_vision_lite.load(run, allowed_modules=[shapes_run.MODULE], batch_size=8)
 
 
@@ -102,6 +102,7 @@ WRONG = {
         [IMAGE, np.zeros((4, 4, 2), np.uint8)],
         r"images\[1\] cannot be read: .*1, 3 or 4 channels",
     ),
+    "no image files": ([b"abc"] * 2, r"Not one of 2 images .*images\[0\]: not a JPEG"),
     "no image file": ([b"abc"], r"images\[0\] cannot be read: not a JPEG"),
 }
 

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 from etils import epath
 from outside.self_distillation import Student
+from tiers import crossed
 
 from big_vision_lite import trees
 from big_vision_lite.config import Checkpoints, Init, PositionResize
@@ -442,11 +443,12 @@ def repeated(images, channels):
     return jnp.asarray(images[..., np.arange(channels) % images.shape[-1]])
 
 
-@pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize(
-    ("old", "new"), [(3, 1), (3, 2), (3, 4), (3, 13), (4, 3), (13, 3)]
+    ("family", "channels"),
+    crossed(FAMILIES, [(3, 1), (3, 2), (3, 4), (3, 13), (4, 3), (13, 3)]),
 )
-def test_stems_for_other_channels_see_missing_ones_as_repeated(family, old, new):
+def test_stems_for_other_channels_see_missing_ones_as_repeated(family, channels):
+    old, new = channels
     model, module = FAMILIES[family]
     # Standardised weights are others; only gray ones, up to a factor, are the same.
     images = noise(1 if family in STANDARDISED else min(old, new))
@@ -553,8 +555,9 @@ def started(loaded, model, fresh):
     return {"params": trees.unflatten(found)}, lines + more
 
 
-@pytest.mark.parametrize("family", ["ViT", "MlpMixer"])
-@pytest.mark.parametrize("channels", [1, 2, 4, 13])
+@pytest.mark.parametrize(
+    ("family", "channels"), crossed(["ViT", "MlpMixer"], [1, 2, 4, 13])
+)
 @pytest.mark.parametrize("back", [False, True], ids=["from_imagenet", "to_imagenet"])
 def test_another_range_and_other_channels_at_once_are_exact(family, channels, back):
     ranges = [

@@ -68,10 +68,10 @@ def three_steps(vit: bool, place: str, micro_batches: int = 1) -> dict:
     [
         (False, "data=8", 4),
         (False, "fsdp=8", 4),
-        (False, "data=2,fsdp=4", 4),
-        (False, "zero,fsdp=8", 1),
-        (False, "zero,fsdp=8", 4),
         (False, "zero,data=2,fsdp=4", 4),
+        pytest.param(False, "data=2,fsdp=4", 4, marks=SLOW),
+        pytest.param(False, "zero,fsdp=8", 1, marks=SLOW),
+        pytest.param(False, "zero,fsdp=8", 4, marks=SLOW),
         (True, "tensor=2", 1),
         (True, "fsdp=2,tensor=2", 4),
         pytest.param(True, "tensor=4", 1, marks=SLOW),

@@ -99,11 +99,11 @@ def trunk_arrays(stages, width=32, channels=3, seed=0):
     return arrays
 
 
-def random_variables(model, image_size, channels=3, seed=0):
+def random_variables(model, image_size_px, channels=3, seed=0):
     """Returns {name: array} for a model of ours, no two alike and none trivial."""
     rng = np.random.default_rng(seed)
     found = {}
-    for name, shape in formats.shapes(model, image_size, channels).items():
+    for name, shape in formats.shapes(model, image_size_px, channels).items():
         if name.endswith("kernel"):
             values = rng.normal(size=shape) / np.sqrt(np.prod(shape[:-1]))
         elif name.endswith("scale"):

@@ -719,7 +719,7 @@ def read(weights: Weights, size: Size | None = None, theirs: Any = None) -> Impo
     """Reads weights by what they hold, at a size or that which they fix."""
     form = foreign.recognise(weights)
     architecture = form.architecture(weights)
-    size = size or architecture.image_size
+    size = size or architecture.image_size_px
     assert size is not None
     variables = formats.load(weights, form, architecture, size)
     return Imported(form, architecture, variables, theirs)

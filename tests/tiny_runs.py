@@ -103,7 +103,7 @@ def written_weights(
         ops=(Decode(), Resize(size_px=32)),
         mean=model.mean,
         std=model.std,
-        image_size=(32, 32),
+        image_size_px=(32, 32),
     )
     exported = export.export(model, variables, road, 3, classes, library, str(folder))
     export.write(exported, folder)

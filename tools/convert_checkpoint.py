@@ -119,7 +119,7 @@ def preprocessing_of(run: SavedRun) -> tuple[Preprocessing, int]:
     ops, model = run.config.preprocess, backbone_of(run.config.model)[1]
     height, width, channels = input_shape(run)
     preprocessing = Preprocessing(
-        ops=ops, mean=model.mean, std=model.std, image_size=(height, width)
+        ops=ops, mean=model.mean, std=model.std, image_size_px=(height, width)
     )
     return preprocessing, channels
 

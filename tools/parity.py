@@ -147,7 +147,7 @@ def compare(
     `variables` are nested, as `model.apply` takes them.
     """
     theirs = load(exported, folder)
-    height, width = preprocessing.image_size
+    height, width = preprocessing.image_size_px
     rng = np.random.default_rng(0)
     shape = (NUM_RANDOM, height, width, channels)
     photographs = jpegs()

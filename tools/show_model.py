@@ -79,10 +79,10 @@ class Shown:
 
 
 def describe(
-    model: Any, image_size: tuple[int, int], channels: int = 3, depth: int = 2
+    model: Any, image_size_px: tuple[int, int], channels: int = 3, depth: int = 2
 ) -> Shown:
     """Counts a model on one image of (height, width), down to `depth` levels."""
-    image = jax.ShapeDtypeStruct((1, *image_size, channels), jnp.uint8)
+    image = jax.ShapeDtypeStruct((1, *image_size_px, channels), jnp.uint8)
     inputs = jax.eval_shape(lambda image: model.inputs({"image": image}), image)
     variables = dict(
         jax.eval_shape(lambda x: model.init(jax.random.key(0), **x), inputs)
@@ -194,7 +194,7 @@ def of_path(
 
     if weights.is_foreign(path):
         found = foreign.load(path)
-        return found.model, (*found.image_size, found.channels)
+        return found.model, (*found.image_size_px, found.channels)
     config = read_config(epath.Path(path), allowed_modules)
     shapes = set()
     for size in (300, 400):

@@ -65,7 +65,7 @@ def export(
                 f"{name} holds NaN or infinity. Export an earlier step: "
                 "RUN/checkpoints/STEP."
             )
-    size = preprocessing.image_size
+    size = preprocessing.image_size_px
     form = find(model, library, size, channels)
     described = form.describe(model, size, channels)
     leaves = {name: array.shape for name, array in variables.items()}
@@ -105,7 +105,7 @@ def _images(library: Library, preprocessing: Preprocessing, channels: int) -> Wr
 
 
 def find(
-    model: Any, library: Library, image_size: tuple[int, int], channels: int = 3
+    model: Any, library: Library, image_size_px: tuple[int, int], channels: int = 3
 ) -> Format:
     """Returns the format of a model in a library.
 
@@ -116,14 +116,15 @@ def find(
     reasons = []
     for form in fitting:
         if form.library == library:
-            reason = form.refusal(model, image_size, channels)
+            reason = form.refusal(model, image_size_px, channels)
             if reason is None:
                 return form
             reasons.append(reason)
     others = {
         form.library: f"--to {form.library}"
         for form in fitting
-        if form.library != library and form.refusal(model, image_size, channels) is None
+        if form.library != library
+        and form.refusal(model, image_size_px, channels) is None
     }
     ways = " or ".join(others[each] for each in Library if each in others)
     if not reasons:
@@ -198,7 +199,10 @@ def _files(
                 "preprocessor_config.json": processor,
             }
         case _:
-            shape = {"image_size": list(preprocessing.image_size), "channels": channels}
+            shape = {
+                "image_size": list(preprocessing.image_size_px),
+                "channels": channels,
+            }
             config = {**described, **shape, **images, **labels}
     return {"config.json": _json(config)}
 

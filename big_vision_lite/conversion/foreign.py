@@ -25,7 +25,7 @@ class Foreign:
 
     `variables` are our {name: float32 array}, batch statistics as "batch_stats/...".
     `model` has the scaling of pixels (mean, std) that the weights were trained with,
-    `preprocess` makes its input of a file, `image_size` (height, width).
+    `preprocess` makes its input of a file, `image_size_px` (height, width).
     `class_names` are empty when the file does not name them. `format` is what was
     recognised; `notes` are assumptions to be said.
     """
@@ -34,7 +34,7 @@ class Foreign:
     format: str
     model: Any
     variables: dict[str, np.ndarray]
-    image_size: tuple[int, int]
+    image_size_px: tuple[int, int]
     channels: int
     preprocess: tuple[Op, ...]
     class_names: tuple[str, ...]
@@ -62,9 +62,9 @@ def load(path: str) -> Foreign:
     steps = _own_preprocessing(found)
     if steps is None:
         steps = preprocessing.read(
-            found, form.assumes, architecture.image_size, channels
+            found, form.assumes, architecture.image_size_px, channels
         )
-    height, width = steps.image_size
+    height, width = steps.image_size_px
     variables = formats.load(found, form, architecture, (height, width))
     model = architecture.model.clone(mean=tuple(steps.mean), std=tuple(steps.std))
     return Foreign(
@@ -72,7 +72,7 @@ def load(path: str) -> Foreign:
         format=form.name,
         model=model,
         variables=variables,
-        image_size=(height, width),
+        image_size_px=(height, width),
         channels=channels,
         preprocess=steps.ops,
         class_names=_class_names(found, variables),

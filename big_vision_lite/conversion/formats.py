@@ -40,13 +40,13 @@ class Library(enum.StrEnum):
 class Architecture:
     """The model that some weights belong to.
 
-    `image_size` is (height, width) in px where the weights fix it, else None;
+    `image_size_px` is (height, width) in px where the weights fix it, else None;
     `channels` those of the image. `notes` are assumptions that shapes and names alone
     could not settle, said to the user.
     """
 
     model: Any
-    image_size: Size | None = None
+    image_size_px: Size | None = None
     channels: int = 3
     notes: tuple[str, ...] = ()
 
@@ -153,9 +153,9 @@ class Refusal:
 
 
 @functools.lru_cache(maxsize=4)
-def shapes(model: Model, image_size: Size, channels: int) -> Mapping[str, Shape]:
+def shapes(model: Model, image_size_px: Size, channels: int) -> Mapping[str, Shape]:
     """Returns {name: shape} of parameters and "batch_stats/...", computing nothing."""
-    image = jax.ShapeDtypeStruct((1, *image_size, channels), jnp.uint8)
+    image = jax.ShapeDtypeStruct((1, *image_size_px, channels), jnp.uint8)
     variables = dict(
         jax.eval_shape(
             lambda key, image: model.init(key, **model.inputs({"image": image})),
@@ -171,7 +171,7 @@ def load(
     weights: Weights,
     form: Format,
     architecture: Architecture,
-    image_size: Size,
+    image_size_px: Size,
 ) -> dict[str, np.ndarray]:
     """Returns our {name: float32 array} of weights in a format.
 
@@ -179,9 +179,9 @@ def load(
         ValueError: names or shapes are not those of the format; lists them.
     """
     model = architecture.model
-    leaves = shapes(model, image_size, architecture.channels)
+    leaves = shapes(model, image_size_px, architecture.channels)
     return engine.read(
-        form.entries(model, image_size, leaves),
+        form.entries(model, image_size_px, leaves),
         form.normalised_names(weights).arrays,
         leaves,
         what=f"{weights.path} ({form.name})",
@@ -192,12 +192,12 @@ def load(
 def write(
     form: Format,
     model: Any,
-    image_size: Size,
+    image_size_px: Size,
     variables: Mapping[str, np.ndarray],
 ) -> dict[str, np.ndarray]:
     """Returns our {name: array} in the names and layout of a format, all it has."""
     leaves = {name: array.shape for name, array in variables.items()}
-    theirs = engine.write(form.entries(model, image_size, leaves), variables)
+    theirs = engine.write(form.entries(model, image_size_px, leaves), variables)
     return theirs | form.dialect.counters(list(theirs)) | form.constants(model)
 
 

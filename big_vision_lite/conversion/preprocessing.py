@@ -52,12 +52,12 @@ PROCESSORS: dict[str, dict[str, Any]] = {
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Preprocessing:
-    """`ops` lead from a file to uint8 [*image_size, C]; mean and std are in 0..255."""
+    """`ops` make uint8 [*image_size_px, C] of a file; mean and std are in 0..255."""
 
     ops: tuple[Op, ...]
     mean: tuple[float, ...]
     std: tuple[float, ...]
-    image_size: Size
+    image_size_px: Size
     notes: tuple[str, ...] = ()
 
 
@@ -65,7 +65,7 @@ class Preprocessing:
 class Assumed:
     """The preprocessing assumed where weights bring none; `words` tell the user.
 
-    `make(image_size, channels)` gets None for a size that the weights leave open.
+    `make(image_size_px, channels)` gets None for a size that the weights leave open.
     `words_of_colour` are added for images of 3 channels.
     """
 
@@ -75,11 +75,11 @@ class Assumed:
 
 
 def read(
-    weights: Weights, assumed: Assumed, image_size: Size | None, channels: int = 3
+    weights: Weights, assumed: Assumed, image_size_px: Size | None, channels: int = 3
 ) -> Preprocessing:
     """Returns the preprocessing that comes with weights; notes say what was assumed.
 
-    `image_size` is (height, width) where the weights fix it: then it wins, and what
+    `image_size_px` is (height, width) where the weights fix it: then it wins, and what
     is resized before a crop keeps its proportion to it.
 
     Raises:
@@ -87,25 +87,25 @@ def read(
     """
     config = weights.config
     if weights.preprocessor.keys() & {"image_mean", "size", FLIP}:
-        return from_huggingface(weights.preprocessor, image_size, channels)
+        return from_huggingface(weights.preprocessor, image_size_px, channels)
     if "pretrained_cfg" in config or {"input_size", "mean"} <= config.keys():
-        return from_timm(config, image_size, channels)
-    made = assumed.make(image_size, channels)
+        return from_timm(config, image_size_px, channels)
+    made = assumed.make(image_size_px, channels)
     words = assumed.words
     if channels == 3:
-        words += assumed.words_of_colour(made.image_size)
+        words += assumed.words_of_colour(made.image_size_px)
     note = f"no preprocessing comes with {weights.path}; assumed is {words}"
     return dataclasses.replace(made, notes=(note,))
 
 
 def from_timm(
-    config: Mapping[str, Any], image_size: Size | None = None, channels: int = 3
+    config: Mapping[str, Any], image_size_px: Size | None = None, channels: int = 3
 ) -> Preprocessing:
     """Reads a pretrained_cfg, or the config.json around it, as timm resolves it."""
     config = config.get("pretrained_cfg") or config
     _, height, width = config.get("input_size") or (channels, 224, 224)
     written = (height, width)
-    size = image_size or written
+    size = image_size_px or written
     fraction = config.get("crop_pct") or 0.875
     if fraction > 1:
         raise ValueError(
@@ -132,8 +132,8 @@ def from_timm(
         ),
         mean=_pixels(config.get("mean") or IMAGENET_MEAN),
         std=_pixels(config.get("std") or IMAGENET_STD),
-        image_size=size,
-        notes=_wins(image_size, written),
+        image_size_px=size,
+        notes=_wins(image_size_px, written),
     )
 
 
@@ -157,22 +157,22 @@ def from_torchvision(
         ),
         mean=_pixels(IMAGENET_MEAN),
         std=_pixels(IMAGENET_STD),
-        image_size=crop_size,
+        image_size_px=crop_size,
     )
 
 
-def from_big_vision(image_size: Size, channels: int = 3) -> Preprocessing:
+def from_big_vision(image_size_px: Size, channels: int = 3) -> Preprocessing:
     """Returns what big_vision, vision_transformer and BiT evaluate with."""
     return Preprocessing(
-        ops=(Decode(channels=channels), Resize(**_sides(image_size))),
+        ops=(Decode(channels=channels), Resize(**_sides(image_size_px))),
         mean=(127.5,),
         std=(127.5,),
-        image_size=image_size,
+        image_size_px=image_size_px,
     )
 
 
 def from_huggingface(
-    config: Mapping[str, Any], image_size: Size | None = None, channels: int = 3
+    config: Mapping[str, Any], image_size_px: Size | None = None, channels: int = 3
 ) -> Preprocessing:
     """Reads a preprocessor_config.json of an image classifier or encoder."""
     config = _in_full(config)
@@ -184,7 +184,7 @@ def from_huggingface(
         )
     short, squash, crop = _huggingface_sizes(config)
     written = crop or squash
-    size = image_size or written
+    size = image_size_px or written
     if size is None:
         raise ValueError(
             "The preprocessor fixes no input size (no crop_size, no size with height "
@@ -211,8 +211,8 @@ def from_huggingface(
         ops=tuple(steps),
         mean=_pixels([m + offset for m in mean], factor),
         std=_pixels(std, factor),
-        image_size=size,
-        notes=_wins(image_size, written),
+        image_size_px=size,
+        notes=_wins(image_size_px, written),
     )
 
 
@@ -283,10 +283,10 @@ def _pixels(values: Sequence[float], factor: float = 1 / 255) -> tuple[float, ..
     return scaled[:1] if len(set(scaled)) == 1 else scaled
 
 
-def _wins(image_size: Size | None, written: Size | None) -> tuple[str, ...]:
-    if image_size is None or written is None or image_size == written:
+def _wins(image_size_px: Size | None, written: Size | None) -> tuple[str, ...]:
+    if image_size_px is None or written is None or image_size_px == written:
         return ()
-    said, held = (f"{height}x{width} px" for height, width in (written, image_size))
+    said, held = (f"{height}x{width} px" for height, width in (written, image_size_px))
     return (
         f"the preprocessing is for {said}, the weights for {held}: images are resized "
         f"and cropped to {held} in proportion",

@@ -52,7 +52,7 @@ def to_timm(preprocessing: Preprocessing, channels: int = 3) -> Written:
         ValueError: the ops are not at most one resize and a central crop.
     """
     resize, crop = _steps(preprocessing.ops)
-    size = preprocessing.image_size
+    size = preprocessing.image_size_px
     resized = _resized(resize, size)
     square = resized[0] == resized[1]
     return Written(
@@ -80,7 +80,7 @@ def to_torchvision(preprocessing: Preprocessing) -> Written:
         ValueError: the ops are not a resize of the short side and a square crop.
     """
     resize, crop = _steps(preprocessing.ops)
-    height, width = preprocessing.image_size
+    height, width = preprocessing.image_size_px
     if not isinstance(resize, ResizeSmall) or resize.width_px or height != width:
         raise ValueError(
             "torchvision's preset resizes the short side and cuts a square; use "
@@ -109,7 +109,7 @@ def to_huggingface(preprocessing: Preprocessing, channels: int = 3) -> Written:
             to cover a shape that is no square.
     """
     resize, crop = _steps(preprocessing.ops)
-    height, width = preprocessing.image_size
+    height, width = preprocessing.image_size_px
     if isinstance(resize, ResizeSmall):
         if resize.width_px is not None:
             raise ValueError(

@@ -232,7 +232,7 @@ class ForeignWeights:
                 "origin": found.origin,
                 "input": {
                     "image": {
-                        "shape": [*found.image_size, found.channels],
+                        "shape": [*found.image_size_px, found.channels],
                         "dtype": "uint8",
                     }
                 },

@@ -120,7 +120,7 @@ def written(name):
 def load(weights):
     form = foreign.recognise(weights)
     architecture = form.architecture(weights)
-    size = architecture.image_size or SIZE
+    size = architecture.image_size_px or SIZE
     return formats.load(weights, form, architecture, size)
 
 

@@ -72,7 +72,7 @@ def test_weights_without_a_configuration_are_read_as_square():
     theirs = randomise(cases.timm_hybrid(), seed=1)
     told = {"model_args": {"num_heads": HEADS}}
     _, found, _ = read(weights_of(theirs, told))
-    assert found.image_size == EVEN
+    assert found.image_size_px == EVEN
     assert any("gelu_erf" in note for note in found.notes)
 
 
@@ -176,7 +176,7 @@ def test_archives_give_the_numbers_of_timms_own_loader(tmp_path, size, square):
     }
     path = saved(tmp_path, arrays, size)
     form, found, variables = read(files.read(path), size)
-    assert form == NPZ and found.image_size == (8 * rows, 8 * columns)
+    assert form == NPZ and found.image_size_px == (8 * rows, 8 * columns)
     image = pixels(size)
     # timm's own form: the same weights with its constants.
     theirs = timm_from(path, size)

@@ -54,7 +54,7 @@ def test_theirs_give_the_same_numbers_here(case, size, tmp_path):
     assert found.form.name == THEIRS[case].form
     stride = 8 if "hybrid" in case else 1
     whole = tuple(-(-side // stride) * stride for side in size)
-    assert found.architecture.image_size in (whole, None)
+    assert found.architecture.image_size_px in (whole, None)
     if THEIRS[case].goes_by_name:
         assert not found.architecture.notes
 
@@ -113,7 +113,7 @@ def test_ours_go_there_as_a_folder_and_come_back_bit_for_bit(case, tmp_path):
     found = foreign.load(str(tmp_path / "out"))
     scaling = {"mean": found.model.mean, "std": found.model.std}
     assert found.model == ours.model.clone(**scaling)
-    assert (found.image_size, found.channels) == (ours.size, ours.channels)
+    assert (found.image_size_px, found.channels) == (ours.size, ours.channels)
     assert found.format == exported.form.name
     assert_same(found.variables, variables)
 

@@ -216,7 +216,7 @@ def test_every_resize_has_a_crop_pct(mode):
                 ops=(ops.Decode(), op(size_px=resize), ops.CentralCrop(size_px=crop)),
                 mean=(127.5,),
                 std=(127.5,),
-                image_size=(crop, crop),
+                image_size_px=(crop, crop),
             )
             config = preprocessing_export.to_timm(found).config
             assert preprocessing.from_timm(config).ops[1].size_px == resize
@@ -231,7 +231,7 @@ def test_what_timm_computes_otherwise_is_said():
         len(
             preprocessing_export.to_timm(
                 preprocessing.Preprocessing(
-                    ops=few_shot, mean=(0.0,), std=(255.0,), image_size=(224, 224)
+                    ops=few_shot, mean=(0.0,), std=(255.0,), image_size_px=(224, 224)
                 )
             ).inexact
         )
@@ -343,7 +343,7 @@ def weights(**side_files):
 def test_what_the_weights_fix_wins_and_is_said():
     stored = {"size": {"shortest_edge": 256}, "crop_size": 224, "do_center_crop": True}
     found = preprocessing.read(weights(preprocessor=stored), OTHER, (518, 518))
-    assert found.image_size == (518, 518)
+    assert found.image_size_px == (518, 518)
     assert (found.ops[1].size_px, found.ops[2].size_px) == (592, 518)
     assert "224x224" in found.notes[0] and "518x518" in found.notes[0]
     config = {"pretrained_cfg": {"input_size": [3, 224, 224], "crop_pct": 0.875}}
@@ -398,7 +398,9 @@ def test_weights_of_images_in_bgr_are_refused_and_others_are_not():
     with pytest.raises(ValueError, match="images here are RGB"):
         preprocessing.read(weights(preprocessor=stored), OTHER, None)
     stored = {"do_flip_channel_order": False, "size": {"height": 64, "width": 64}}
-    assert preprocessing.read(weights(preprocessor=stored), OTHER, None).image_size == (
+    assert preprocessing.read(
+        weights(preprocessor=stored), OTHER, None
+    ).image_size_px == (
         64,
         64,
     )
@@ -422,7 +424,7 @@ def test_the_line_that_the_note_gives_makes_the_scaling_that_of_imagenet(tmp_pat
             (found.model.std, preprocessing.IMAGENET_STD),
         ):
             np.testing.assert_allclose(ours, 255 * np.asarray(wanted))
-        assert found.image_size == bare.image_size == (32, 32)
+        assert found.image_size_px == bare.image_size_px == (32, 32)
         assert not any("preprocessing" in note for note in found.notes)
 
 
@@ -434,7 +436,7 @@ def test_images_of_one_channel_are_not_told_of_imagenet():
 def test_what_has_no_counterpart_is_refused():
     def made(*steps, size=(224, 224)):
         return preprocessing.Preprocessing(
-            ops=(ops.Decode(), *steps), mean=(0.0,), std=(255.0,), image_size=size
+            ops=(ops.Decode(), *steps), mean=(0.0,), std=(255.0,), image_size_px=size
         )
 
     covering = made(

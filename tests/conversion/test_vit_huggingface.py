@@ -72,7 +72,7 @@ def load(path):
 def differences(model, path):
     """Loads what `path` holds and compares it with their `model`."""
     _, architecture, variables = load(path)
-    image = images(architecture.image_size, architecture.channels)
+    image = images(architecture.image_size_px, architecture.channels)
     ours = our_outputs(architecture.model, variables, image)
     theirs = their_outputs(model, scaled(image))
     return {n: relative_difference(ours[n], theirs[n]) for n in theirs if n in ours}
@@ -240,7 +240,7 @@ def test_a_config_that_does_not_fit_is_refused(tmp_path, change, message):
 def test_an_edge_that_fills_no_patch_is_cut_off(tmp_path):
     model = build(siglip(image_size=27, patch_size=8))  # as So400m/14 at 384
     _, architecture, variables = load(save(model, tmp_path))
-    assert architecture.image_size == (24, 24)
+    assert architecture.image_size_px == (24, 24)
     assert any("27x27" in note for note in architecture.notes)
     image = images((27, 27))
     found = our_outputs(architecture.model, variables, image[:, :24, :24])["pooled"]
@@ -345,7 +345,7 @@ def test_published_sizes_have_as_many_parameters_as_theirs(name):
         config=config.to_dict(),
     )
     architecture = form.architecture(found)
-    shapes = formats.shapes(architecture.model, architecture.image_size, 3)
+    shapes = formats.shapes(architecture.model, architecture.image_size_px, 3)
     expected = sum(
         tensor.numel()
         for parameter, tensor in model.named_parameters()

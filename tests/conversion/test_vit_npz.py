@@ -35,22 +35,24 @@ POOLINGS = (Pooling.CLASS_TOKEN, Pooling.AVERAGE, Pooling.ATTENTION)
 class Case:
     pooling: Pooling = Pooling.CLASS_TOKEN
     patch: int = 8
-    image_size: tuple[int, int] = (24, 24)
+    image_size_px: tuple[int, int] = (24, 24)
     representation: bool = False
     positions: bool = True
 
     @property
     def patches(self) -> int:
-        return (self.image_size[0] // self.patch) * (self.image_size[1] // self.patch)
+        return (self.image_size_px[0] // self.patch) * (
+            self.image_size_px[1] // self.patch
+        )
 
 
 CASES = {
     "token": Case(),
-    "token, odd": Case(patch=7, image_size=(35, 35)),
-    "token, not square": Case(image_size=(16, 32)),
+    "token, odd": Case(patch=7, image_size_px=(35, 35)),
+    "token, not square": Case(image_size_px=(16, 32)),
     "token, representation": Case(representation=True),
     "average": Case(Pooling.AVERAGE),
-    "average, not square": Case(Pooling.AVERAGE, image_size=(40, 16)),
+    "average, not square": Case(Pooling.AVERAGE, image_size_px=(40, 16)),
     "average, representation": Case(Pooling.AVERAGE, representation=True),
     "attention": Case(Pooling.ATTENTION),
 }
@@ -154,7 +156,7 @@ def timm_model(case: Case, arrays, epsilon=1e-6, activation="gelu_tanh"):
     torch = pytest.importorskip("torch")
     pools = {Pooling.CLASS_TOKEN: "token", Pooling.AVERAGE: "avg"}
     model = timm_vit.VisionTransformer(
-        img_size=case.image_size,
+        img_size=case.image_size_px,
         patch_size=case.patch,
         embed_dim=WIDTH,
         depth=DEPTH,
@@ -251,30 +253,30 @@ def our_outputs(model, variables, image):
     return jax.jit(lambda p, x: model.apply({"params": p}, x))(params, image)
 
 
-def save(path, arrays, image_size=None):
+def save(path, arrays, image_size_px=None):
     path.mkdir(exist_ok=True)
     np.savez(path / "model.npz", **arrays)
-    if image_size is not None:
-        config = json.dumps({"image_size": list(image_size)})
+    if image_size_px is not None:
+        config = json.dumps({"image_size": list(image_size_px)})
         (path / "config.json").write_text(config)
     return str(path)
 
 
-def load(path, image_size):
+def load(path, image_size_px):
     """Returns (model, our variables) of an archive, its format found by content."""
     found = weights.read(path)
     form = foreign.recognise(found)
     architecture = form.architecture(found)
-    assert architecture.image_size in (image_size, None)
+    assert architecture.image_size_px in (image_size_px, None)
     assert architecture.channels == 3
-    variables = formats.load(found, form, architecture, image_size)
+    variables = formats.load(found, form, architecture, image_size_px)
     return architecture.model, variables
 
 
 def differences(case, path, arrays, **timm_arguments):
     """Loads an archive and compares with timm's model of the 18.1 `arrays`."""
-    model, variables = load(path, case.image_size)
-    image = images(case.image_size)
+    model, variables = load(path, case.image_size_px)
+    image = images(case.image_size_px)
     ours = our_outputs(model, variables, image)
     theirs = timm_outputs(timm_model(case, arrays, **timm_arguments), image)
     return {
@@ -289,14 +291,14 @@ def folder(tmp_path):
 
 
 def square(case):
-    return case.image_size[0] == case.image_size[1]
+    return case.image_size_px[0] == case.image_size_px[1]
 
 
 @pytest.mark.parametrize("name", CASES)
 def test_big_vision_archives_give_the_numbers_of_timm(folder, name):
     case = CASES[name]
     arrays = big_vision(case)
-    path = save(folder, arrays, None if square(case) else case.image_size)
+    path = save(folder, arrays, None if square(case) else case.image_size_px)
     assert max(differences(case, path, arrays).values()) < BOUND
 
 
@@ -305,7 +307,7 @@ def test_big_vision_archives_give_the_numbers_of_timm(folder, name):
 def test_vision_transformer_archives_give_the_numbers_of_timm(folder, name):
     case = CASES[name]
     renamed, arrays = vision_transformer(case)
-    path = save(folder, renamed, None if square(case) else case.image_size)
+    path = save(folder, renamed, None if square(case) else case.image_size_px)
     assert max(differences(case, path, arrays).values()) < BOUND
 
 
@@ -408,8 +410,8 @@ def test_the_representation_layer_ends_in_a_tanh(folder):
     torch = pytest.importorskip("torch")
     case = CASES["token, representation"]
     arrays = big_vision(case)
-    model, variables = load(save(folder, arrays), case.image_size)
-    image = images(case.image_size)
+    model, variables = load(save(folder, arrays), case.image_size_px)
+    image = images(case.image_size_px)
     theirs = timm_model(case, arrays)
     theirs.head[1] = torch.nn.Identity()
     ours = our_outputs(model, variables, image)["logits"]
@@ -447,7 +449,7 @@ def test_no_positions_are_fixed_sines_and_cosines(folder):
     case = dataclasses.replace(CASES["average"], positions=False)
     arrays = big_vision(case)
     path = save(folder, arrays)
-    model, _ = load(path, case.image_size)
+    model, _ = load(path, case.image_size_px)
     assert model.positions == Positions.SINCOS
     table = sincos_by_the_formula(3, 3)
     whole = arrays | {"pos_embedding": table[None]}

@@ -190,7 +190,7 @@ def test_weights_that_are_not_those_of_the_format_are_refused_by_name(change, wo
     def load():
         form = foreign.recognise(weights)
         architecture = form.architecture(weights)
-        size = architecture.image_size or (35, 35)
+        size = architecture.image_size_px or (35, 35)
         return formats.load(weights, form, architecture, size)
 
     if words is None:
@@ -205,7 +205,7 @@ def test_what_is_assumed_without_a_configuration_is_said():
     architecture = vit_timm.FORMATS[0].architecture(weights_of(theirs))
     assert architecture.model.num_heads == 3
     assert architecture.model.activation == Activation.GELU_ERF
-    assert architecture.image_size == (224, 224)
+    assert architecture.image_size_px == (224, 224)
     assert len(architecture.notes) == 2
     assert "num_heads=3 assumed" in architecture.notes[0]
     assert "gelu_erf assumed" in architecture.notes[1]
@@ -226,7 +226,7 @@ def test_images_that_are_no_multiple_of_patches_become_the_next_smaller_ones():
     weights = weights_of(theirs, {"architecture": "vit_so400m_patch14_siglip_384"})
     weights.config["pretrained_cfg"] = {"input_size": [3, 384, 384]}
     architecture = vit_timm.FORMATS[0].architecture(weights)
-    assert architecture.image_size == (378, 378)
+    assert architecture.image_size_px == (378, 378)
     assert "384x384 px are no multiple" in architecture.notes[-1]
 
 
@@ -275,7 +275,7 @@ def check_counts(name):
     pools = {"avg": Pooling.AVERAGE, "token": Pooling.CLASS_TOKEN, "map": "attention"}
     assert model.pooling == pools[theirs.global_pool]
 
-    size = found.image_size or (224, 224)
+    size = found.image_size_px or (224, 224)
     shapes = formats.shapes(model, size, found.channels)
     entries = form.entries(model, size, shapes)
     assert {n for entry in entries for n in entry.theirs} == arrays.keys()
@@ -342,7 +342,7 @@ def test_a_published_size_gives_the_logits_of_timm(name):
     weights = weights_of(theirs, {"architecture": name})
     form = foreign.recognise(weights)
     architecture = form.architecture(weights)
-    size = architecture.image_size
+    size = architecture.image_size_px
     variables = formats.load(weights, form, architecture, size)
     found = worst(architecture.model, variables, theirs, size)
     print(f"{name}: {found}")

@@ -31,7 +31,7 @@ def variables_of(arrays, **config):
     weights = Weights(arrays=arrays, path="facebook.pth", config=config)
     form = foreign.recognise(weights)
     architecture = form.architecture(weights)
-    assert architecture.image_size == SIZE
+    assert architecture.image_size_px == SIZE
     return architecture.model, formats.load(weights, form, architecture, SIZE)
 
 

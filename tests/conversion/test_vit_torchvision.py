@@ -44,7 +44,7 @@ def read(weights):
     form = foreign.recognise(weights)
     assert form.name == "torchvision ViT"
     found = form.architecture(weights)
-    return form, found, formats.load(weights, form, found, found.image_size)
+    return form, found, formats.load(weights, form, found, found.image_size_px)
 
 
 @pytest.mark.parametrize("case", CASES)
@@ -52,7 +52,7 @@ def test_another_gelu_or_norm_constant_is_another_model(case):
     theirs = built(case)
     _, found, variables = read(weights_of(theirs, TINY))
     side = CASES[case]["image_size"]
-    assert found.image_size == (side, side) and not found.notes
+    assert found.image_size_px == (side, side) and not found.notes
     other = found.model.clone(activation=Activation.GELU_TANH)
     assert difference(other, variables, theirs, side) > BOUND
     other = found.model.clone(norm_epsilon=1e-4)
@@ -90,9 +90,9 @@ def test_published_sizes_have_the_shapes_and_the_names_of_theirs(size):
     form = foreign.recognise(weights)
     found = form.architecture(weights)
     assert found.model.num_heads == theirs.encoder.layers[0].num_heads
-    ours = formats.shapes(found.model, found.image_size, 3)
+    ours = formats.shapes(found.model, found.image_size_px, 3)
     variables = {n: np.broadcast_to(np.float32(0), s) for n, s in ours.items()}
-    written = formats.write(form, found.model, found.image_size, variables)
+    written = formats.write(form, found.model, found.image_size_px, variables)
     assert {n: x.shape for n, x in written.items()} == shapes
     # Ours has no position of the class token.
     assert sum(np.prod(s) for s in ours.values()) + found.model.width == sum(

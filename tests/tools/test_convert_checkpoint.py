@@ -311,7 +311,7 @@ def step_folder_as(run, out):
 
     config = run_folder.read_config(step_folder.find(str(run)))
     road = Preprocessing(
-        ops=config.preprocess, mean=(127.5,), std=(127.5,), image_size=(8, 8)
+        ops=config.preprocess, mean=(127.5,), std=(127.5,), image_size_px=(8, 8)
     )
     exported = export.export(
         config.model, variables_of(run), road, 1, (), Library.TIMM, str(out)

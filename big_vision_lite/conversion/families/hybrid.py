@@ -115,19 +115,19 @@ def _trunk_in(model: ViT) -> Trunk:
     return model.stem
 
 
-def cells(trunk: Trunk, image_size: tuple[int, int]) -> tuple[int, int]:
+def cells(trunk: Trunk, image_size_px: tuple[int, int]) -> tuple[int, int]:
     """Returns (rows, columns) of the trunk's grid; sizes of the image round up."""
     stride = stride_of(trunk)
-    return -(-image_size[0] // stride), -(-image_size[1] // stride)
+    return -(-image_size_px[0] // stride), -(-image_size_px[1] // stride)
 
 
 def _over(trunk: Trunk, channels: int, found: Architecture) -> Architecture:
     """Returns a ViT that was read as one over cells, over images."""
-    size, stride = found.image_size, stride_of(trunk)
+    size, stride = found.image_size_px, stride_of(trunk)
     return dataclasses.replace(
         found,
         model=found.model.clone(stem=trunk),
-        image_size=None if size is None else (size[0] * stride, size[1] * stride),
+        image_size_px=None if size is None else (size[0] * stride, size[1] * stride),
         channels=channels,
     )
 

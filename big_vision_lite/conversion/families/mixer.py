@@ -135,7 +135,7 @@ def _fields(sizes: Mapping[str, int]) -> dict[str, Any]:
 def _architecture(
     model: MlpMixer,
     sizes: Mapping[str, int],
-    image_size: tuple[int, int] | None,
+    image_size_px: tuple[int, int] | None,
     weights: Weights,
 ) -> Architecture:
     """Returns a model over so many patches, by the image size or as a square.
@@ -146,12 +146,12 @@ def _architecture(
     patches, patch = sizes["patches"], model.patch_size
     side = round(patches**0.5)
     rows, columns = side, side
-    if image_size is not None:
-        given = [length // patch for length in image_size]
+    if image_size_px is not None:
+        given = [length // patch for length in image_size_px]
         if given[0] * given[1] == patches:
             rows, columns = given
     if rows * columns != patches:
-        given = "" if image_size is None else f" and no image of {image_size} px"
+        given = "" if image_size_px is None else f" and no image of {image_size_px} px"
         raise ValueError(
             f"{weights.path} mixes {patches} patches of {patch} px, which are no "
             f"square{given}. Write a config.json beside it: "
@@ -159,7 +159,7 @@ def _architecture(
         )
     return Architecture(
         model=model,
-        image_size=(rows * patch, columns * patch),
+        image_size_px=(rows * patch, columns * patch),
         channels=sizes["channels"],
     )
 

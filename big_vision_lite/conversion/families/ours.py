@@ -33,7 +33,7 @@ class Ours(Format):
         size = weights.config.get("image_size")
         return Architecture(
             model=serialize.from_json(json.dumps(document)),
-            image_size=None if size is None else (size[0], size[1]),
+            image_size_px=None if size is None else (size[0], size[1]),
             channels=weights.config.get("channels", 3),
         )
 

@@ -92,17 +92,17 @@ class BigVisionViT(Format):
         notes: list[str] = []
         if root and model.head is not None:
             notes += ["the head is the projection to the space shared with text"]
-        image_size = None
+        image_size_px = None
         if has_positions:
             count = weights.shape(f"{root}{self.positions}", 3)[1]
             count -= int(f"{root}cls" in arrays and self.token_position)
             rows, columns = _grid(count, model.patch_size, weights)
-            image_size = (rows * model.patch_size, columns * model.patch_size)
+            image_size_px = (rows * model.patch_size, columns * model.patch_size)
         else:
             notes += ["no positions in the file: fixed sines and cosines (sincos2d)"]
         return Architecture(
             model=model,
-            image_size=image_size,
+            image_size_px=image_size_px,
             channels=sizes["channels"],
             notes=tuple(notes),
         )

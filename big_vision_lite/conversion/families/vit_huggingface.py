@@ -257,7 +257,7 @@ def _architecture(
         ]
     return Architecture(
         model=model,
-        image_size=size,
+        image_size_px=size,
         channels=config["num_channels"],
         notes=tuple(notes),
     )

@@ -174,7 +174,7 @@ class TimmViT(Format):
         notes = (num_heads.note, activation.note, placed.note)
         return Architecture(
             model=model,
-            image_size=placed.image_size,
+            image_size_px=placed.image_size_px,
             channels=sizes["channels"],
             notes=tuple(note for note in notes if note),
         )

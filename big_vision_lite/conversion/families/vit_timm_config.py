@@ -142,10 +142,10 @@ def activation_of(weights: Weights, gated: bool) -> Found:
 
 
 class Placed(NamedTuple):
-    """The grid of positions; `image_size` is (height, width) in px, or None."""
+    """The grid of positions; `image_size_px` is (height, width) in px, or None."""
 
     positions: Positions
-    image_size: tuple[int, int] | None
+    image_size_px: tuple[int, int] | None
     note: str | None = None
 
 
@@ -182,15 +182,15 @@ def positions_of(weights: Weights, patch: int) -> Placed:
     # What the configuration says wins over a square.
     grid, first = next((g for g in grids if g[0] == given), grids[0])
     fixed = width % 4 == 0 and np.array_equal(table[first:], sincos(*grid, width))
-    image_size = (grid[0] * patch, grid[1] * patch)
+    image_size_px = (grid[0] * patch, grid[1] * patch)
     note = None
-    if size is not None and grid == given and size != image_size:
+    if size is not None and grid == given and size != image_size_px:
         note = (
             f"Images of {size[0]}x{size[1]} px are no multiple of patches of {patch} "
             "px: timm leaves out the rest on the right and below, here they are "
-            f"resized to {image_size[0]}x{image_size[1]}."
+            f"resized to {image_size_px[0]}x{image_size_px[1]}."
         )
-    return Placed(Positions.SINCOS if fixed else Positions.LEARNED, image_size, note)
+    return Placed(Positions.SINCOS if fixed else Positions.LEARNED, image_size_px, note)
 
 
 def _configured_size(weights: Weights) -> tuple[int, int] | None:

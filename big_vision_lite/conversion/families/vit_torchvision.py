@@ -98,7 +98,7 @@ class TorchvisionViT(Format):
         )
         return Architecture(
             model=model,
-            image_size=(side * patch, side * patch),
+            image_size_px=(side * patch, side * patch),
             channels=sizes["channels"],
             notes=notes,
         )

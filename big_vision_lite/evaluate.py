@@ -31,6 +31,7 @@ from big_vision_lite.runs.evaluations import make_context
 from big_vision_lite.runs.saved_run import SavedRun
 from big_vision_lite.runtime import files, startup
 from big_vision_lite.runtime.startup import Platform
+from big_vision_lite.training import recalibration
 from big_vision_lite.types import Evaluator
 
 
@@ -48,6 +49,7 @@ def evaluate(
     """
     suffix = "" if run.state.ema is None else "_ema"
     scores: dict[str, float] = {}
+    progress.message(recalibration.describe(run.state) or "")
     with jax.set_mesh(run.mesh):
         for name, evaluator in evaluators.items():
             context = make_context(
@@ -128,6 +130,7 @@ def record(
         "recipe": recipe or "the run's own",
         "evaluators": evaluators,
         "scores": known | dict(scores),
+        "parameters": recalibration.describe(run.state),
         "versions": startup.versions(),
         "machine": startup.machine(),
     }

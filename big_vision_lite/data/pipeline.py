@@ -16,7 +16,12 @@ import jax
 import numpy as np
 from etils import epath
 
-from big_vision_lite.data.batches import EvaluationBatches, TrainingBatches
+from big_vision_lite.data.batches import (
+    ATTEMPTS,
+    EvaluationBatches,
+    TrainingBatches,
+    replacement,
+)
 from big_vision_lite.data.host_batch import HostBatch, Report
 from big_vision_lite.data.unreadable import UnreadableImages
 from big_vision_lite.data.workers import ProcessWorkers, ThreadWorkers, resolve_threads
@@ -262,6 +267,12 @@ def eval_batches(
         num_batches=math.ceil(total / batch_size),
         threads=resolve_threads(threads),
     )
+
+
+def seed_of_step(seed: int, step: int) -> int:
+    """Returns the seed, below 2**32, of batches that serve one step of a run alone."""
+    # No attempt to replace an image has this number.
+    return replacement(seed, step, ATTEMPTS, 2**32)
 
 
 def spec_of(

@@ -340,12 +340,20 @@ class Evaluations:
             return
         try:
             with self._run.progress.paused():
+                averaged = self._run.recalibrated(step, state)
+                self._record_statistics(step, averaged)
                 for name in due:
-                    self._evaluate(name, step, state)
+                    self._evaluate(name, step, averaged)
         except Stopped:
             if step > self._run.done:
                 self._run.save(step, state)
             raise self._run.stopped(step) from None
+
+    def _record_statistics(self, step: int, state: TrainState) -> None:
+        """Records on how many batches the statistics were measured; 0: averaged."""
+        name, found = "statistics_batches", state.recalibrated
+        if found is not None and not self._run.writer.recorded(step, name):
+            self._run.writer.write(step, {name: found["batches"]})
 
     def _evaluate(self, name: str, step: int, state: TrainState) -> None:
         prefix = f"{name}{self._suffix}"

@@ -311,8 +311,12 @@ def load_variables(folder: Any) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
     """
     manifest = step_folder.verified_manifest(folder)
     leaves = manifest["leaves"]
+    # Statistics belong to their parameters: the first of these that were saved.
+    sets = ("recalibrated/", "ema_statistics/", "collections/")
+    kept = [f"{x}batch_stats/" for x in sets]
+    statistics = [x for x in kept if any(name.startswith(x) for name in leaves)]
     averaged = any(name.startswith("ema/") for name in leaves)
-    parts = ("ema/" if averaged else "params/", "frozen/", "collections/batch_stats/")
+    parts = ("ema/" if averaged else "params/", "frozen/", *statistics[:1])
     # Under a mesh of several devices jit refuses an array that is on only one of them.
     mesh = jax.sharding.get_mesh()
     device = (

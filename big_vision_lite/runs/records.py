@@ -133,8 +133,10 @@ class Writer:
         self._seen |= _keys(record)
 
     def recorded(self, step: int, prefix: str) -> bool:
-        """Returns whether a name that starts with "`prefix`/" is recorded at `step`."""
-        return any(s == step and n.startswith(f"{prefix}/") for s, n in self._seen)
+        """Returns whether `prefix` or a name "`prefix`/..." is recorded at `step`."""
+        return any(
+            s == step and f"{n}/".startswith(f"{prefix}/") for s, n in self._seen
+        )
 
     def latest(self) -> dict[str, float | int]:
         """Returns the newest value of every evaluator's score, by name."""

@@ -82,6 +82,8 @@ def state_of(tree: Mapping[str, Any]) -> TrainState:
         collections=tree.get("collections", {}),
         opt_state=(),
         ema=tree.get("ema"),
+        ema_statistics=tree.get("ema_statistics"),
+        recalibrated=tree.get("recalibrated"),
     )
 
 

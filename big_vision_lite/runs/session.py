@@ -1,6 +1,8 @@
 """Defines `Run`: one training's folder, data, checkpoints, records and display."""
 
 import contextlib
+import dataclasses
+import itertools
 import queue
 import shlex
 import sys
@@ -21,6 +23,7 @@ from big_vision_lite.runs.health import Monitor, Profiler
 from big_vision_lite.runs.records import Writer
 from big_vision_lite.runtime import startup
 from big_vision_lite.runtime.processes import Stopped, StopSignal
+from big_vision_lite.training import recalibration
 from big_vision_lite.training import state as state_lib
 from big_vision_lite.training.program import Program
 from big_vision_lite.training.state import TrainState
@@ -122,6 +125,7 @@ class Run:
         self._leaving = False
         # The number of finished steps in the restored state, set by `begin`.
         self.done = 0
+        self._measured: tuple[int, dict[str, Any]] | None = None
 
     def __enter__(self) -> "Run":
         with contextlib.ExitStack() as opened:
@@ -191,9 +195,11 @@ class Run:
         """
         for note in program.notes:
             self.say(note)
-        self._flops_per_step = program.flops_per_step
-        self._checkpointer.prepare(program.abstract)
-        return self._checkpointer.restore_latest(program.abstract)
+        self._program = program
+        saved = recalibration.saved(program.abstract)
+        self._checkpointer.prepare(saved)
+        state = self._checkpointer.restore_latest(saved)
+        return state and dataclasses.replace(state, recalibrated=None)
 
     def begin(self, program: Program, state: TrainState) -> None:
         """Continues from `state`; drops the records of later steps."""
@@ -207,7 +213,7 @@ class Run:
     def steps(self) -> Iterator[tuple[int, Any]]:
         """Yields every remaining (step, batch); at most two steps are in flight."""
         self._folder.begin()
-        self.progress.begin(self.done, self._flops_per_step)
+        self.progress.begin(self.done, self._program.flops_per_step)
         batches = self._batches.starting_at(self.done + 1)
         idle_since = self._in_flight.idle_since
         for step, batch in self.progress.watch(batches, self.num_steps, idle_since):
@@ -227,7 +233,10 @@ class Run:
 
     def saves_at(self, step: int) -> bool:
         """Returns whether `step` is saved: at the interval, at the end, on a stop."""
-        return step == self.num_steps or self._leaving or self._checkpointer.due(step)
+        return self._leaving or self._saves_anyway(step)
+
+    def _saves_anyway(self, step: int) -> bool:
+        return step == self.num_steps or self._checkpointer.due(step)
 
     def stops_at(self, step: int) -> bool:
         """Returns whether to stop at `step` after a signal, as all hosts agreed."""
@@ -255,7 +264,48 @@ class Run:
         """
         self._monitor.fetch_and_check(state)
         with self.progress.paused():
-            self._checkpointer.save(step, state)
+            # A machine that is taken away leaves no time for more than the save.
+            hurried = self._leaving and not self._saves_anyway(step)
+            self._checkpointer.save(step, self.recalibrated(step, state, not hurried))
+
+    def recalibrated(
+        self, step: int, state: TrainState, measure: bool = True
+    ) -> TrainState:
+        """Returns `state` with the batch statistics of its averaged parameters.
+
+        They are measured on batches that depend on the seed and `step` alone; without
+        `measure` they are the averaged ones. `state` itself does not change.
+        """
+        if not state.ema_statistics:
+            return state
+        if not measure or self._program.statistics_step is None:
+            found = recalibration.not_measured(state)
+        elif self._measured is not None and self._measured[0] == step:
+            found = self._measured[1]
+        else:
+            found = self._measure(step, state)
+            self._measured = (step, found)
+        return dataclasses.replace(state, recalibrated=found)
+
+    def _measure(self, step: int, state: TrainState) -> dict[str, Any]:
+        data, average = self.config.data, self.config.ema
+        add = self._program.statistics_step
+        assert average is not None and add is not None
+        self._program.make_room()
+        epoch = max(1, len(data.source) // data.batch_size)
+        count = min(average.recalibrate_statistics, epoch)
+        seed = pipeline.seed_of_step(self.config.seed, step)
+        stream = dataclasses.replace(data, processes=0)
+        totals = recalibration.start(self._program.abstract)
+        with (
+            pipeline.open_batches(stream, seed, self.mesh) as batches,
+            StepsInFlight() as in_flight,
+        ):
+            for batch in itertools.islice(batches.starting_at(1), count):
+                totals = add(state, batch, totals)
+                # A copy: the next step donates the totals.
+                in_flight.add(totals.batches + 0)
+        return recalibration.measured(totals)
 
     def stopped(self, step: int) -> Stopped:
         """Returns the exception for a run that stops after `step`, which is saved."""

@@ -37,10 +37,12 @@ def accumulate_gradients(
     gradients of replicated parameters, follow once, after the last micro-batch.
 
     `loss_of(params, frozen, collections, ema, batch, rng, progress)` returns the mean
-    and (sums, weight, collections). The function takes the same arguments and returns
-    (gradients, sums, weight, collections), gradients with the shardings `places`.
+    and (sums, weight, collections); `ema` is (averaged parameters, statistics). The
+    function takes the same arguments and returns (gradients, sums, weight,
+    collections), gradients with the shardings `places`.
     """
-    held = (abstract.params, abstract.frozen, abstract.ema)
+    averages = (abstract.ema, abstract.ema_statistics)
+    held = (abstract.params, abstract.frozen, averages)
     split = jax.tree.map(lambda leaf: layout.split_axis(leaf.sharding), held)
     wanted = jax.tree.map(layout.split_axis, places)
     any_split = max(jax.tree.leaves(split)) >= 0
@@ -136,7 +138,8 @@ def _cast(
     held: Any, loss_of: Callable[..., Any], abstract: TrainState, inputs: Any
 ) -> Any:
     """Casts (params, frozen, ema) to the dtypes of `loss_of`, before any gather."""
-    whole = (abstract.params, abstract.frozen, abstract.ema)
+    averages = (abstract.ema, abstract.ema_statistics)
+    whole = (abstract.params, abstract.frozen, averages)
     shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), whole)
     collections, part, key, progress = inputs
 

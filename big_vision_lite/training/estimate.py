@@ -212,7 +212,7 @@ def _known_without_compiling(
             "parameters": shard_bytes((abstract.params, abstract.frozen)),
             "optimizer": shard_bytes(abstract.opt_state),
             "averages and statistics": shard_bytes(
-                (abstract.ema, abstract.collections)
+                (abstract.ema, abstract.ema_statistics, abstract.collections)
             ),
             "batch": shard_bytes(dict(built.spec)),
         },

@@ -32,12 +32,14 @@ class BoundModel:
         train: bool = False,
         progress: Array | None = None,
         ema: Any = None,
+        ema_statistics: Any = None,
         frozen_modules: frozenset[str] = frozenset(),
     ):
         self.collections = collections
         self._model = model
         self._params = params
         self._ema = ema
+        self._ema_statistics = ema_statistics or {}
         self._rng = rng
         self._train = train
         self._progress = progress
@@ -84,6 +86,8 @@ class BoundModel:
                 "and transform what comes after."
             )
         variables = {"params": self._choose(params), **self.collections}
+        if params == "ema":
+            variables |= self._ema_statistics
         train = self._train and params == "online"
         rngs = random_keys(self._model, self._rng, self._calls)
         self._calls += 1

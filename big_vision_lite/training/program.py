@@ -15,6 +15,7 @@ from big_vision_lite.messages import some
 from big_vision_lite.models.blocks import attention
 from big_vision_lite.recipes import mistakes
 from big_vision_lite.runtime import cpu, flops
+from big_vision_lite.training import recalibration
 from big_vision_lite.training import state as state_lib
 from big_vision_lite.training.forward import BoundModel
 from big_vision_lite.training.state import TrainState
@@ -44,6 +45,8 @@ class Program:
     fresh: Callable[[], TrainState]
     train_step: Any
     flops_per_step: int
+    # Adds the batch statistics of averaged parameters on a batch; None if not needed.
+    statistics_step: Any | None = None
     # Notes on the program for users of an accelerator, one line each.
     notes: tuple[str, ...] = ()
     # The train step on a CPU, which keeps its memory between steps.
@@ -127,12 +130,21 @@ def build(
         abstract=abstract,
         fresh=functools.partial(state_lib.create, initialize, abstract, config.seed),
         train_step=steady or train_step,
+        statistics_step=_statistics_step(config, model, abstract),
         flops_per_step=counting.flops,
         notes=()
         if on_cpu
         else tuple(attention.describe(calls, device.platform, device.device_kind)),
         steady=steady,
     )
+
+
+def _statistics_step(config: TrainConfig, model: Model, abstract: TrainState) -> Any:
+    if config.ema is None or not config.ema.recalibrate_statistics:
+        return None
+    if not recalibration.keeps_statistics(model, abstract):
+        return None
+    return recalibration.make_statistics_step(model, abstract, seed=config.seed)
 
 
 class CountingForward:

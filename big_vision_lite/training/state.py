@@ -23,6 +23,9 @@ class TrainState:
     `step` counts finished updates (int32). `frozen` parameters get no gradient and no
     optimizer state. `collections` are batch statistics, queues and the like. `ema` is
     an average of `params` or None; it starts as a copy (an alias could not be donated).
+    `ema_statistics` {"batch_stats": ...} are averaged alike. A checkpoint, or a state
+    to evaluate, has statistics measured for `ema` in `recalibrated` {"batches": how
+    many, "batch_stats": ...}; a state that trains has None.
     """
 
     # Typed loosely: the tree also holds shapes, shardings and digests.
@@ -32,6 +35,8 @@ class TrainState:
     collections: Any
     opt_state: Any
     ema: Any
+    ema_statistics: Any = None
+    recalibrated: Any = None
 
 
 def frozen_names(patterns: Sequence[str], names: Sequence[str]) -> set[str]:
@@ -78,13 +83,31 @@ def variables(state: TrainState, *, averaged: bool = False) -> dict[str, Any]:
 
     `averaged` takes the averaged parameters (EMA), if the state has them.
     """
-    trained = state.ema if averaged and state.ema is not None else state.params
+    trained, collections = state.params, state.collections
+    if averaged and state.ema is not None:
+        trained, collections = with_average(state)
     statistics = {
         name: leaf
-        for name, leaf in trees.flatten(state.collections).items()
+        for name, leaf in trees.flatten(collections).items()
         if name.startswith(STATISTICS)
     }
     return trees.flatten(merge(trained, state.frozen)) | statistics
+
+
+def with_average(state: TrainState) -> tuple[Any, dict[str, Any]]:
+    """Returns the averaged parameters and the collections that belong to them.
+
+    Batch statistics are those measured for them or, without, averaged ones.
+    """
+    found = state.recalibrated or state.ema_statistics or {}
+    statistics = {name: x for name, x in found.items() if name == "batch_stats"}
+    return state.ema, {**state.collections, **statistics}
+
+
+def copy_statistics(collections: Mapping[str, Any]) -> dict[str, Any]:
+    """Returns a copy of the batch statistics, {} without any."""
+    statistics = {n: x for n, x in collections.items() if n == "batch_stats"}
+    return jax.tree.map(jnp.copy, statistics)
 
 
 def split_variables(named: Mapping[str, Any]) -> tuple[dict, dict]:
@@ -138,6 +161,7 @@ def make_initializer(
             collections=variables,
             opt_state=optimizer.init(trained),
             ema=jax.tree.map(jnp.copy, trained) if ema else None,
+            ema_statistics=copy_statistics(variables) if ema else None,
         )
 
     return init
@@ -194,13 +218,18 @@ def with_variables(state: TrainState, named: Mapping[str, Any]) -> TrainState:
         return put(name, leaf) if name.startswith(STATISTICS) else leaf
 
     trained = trees.map_named(put, state.params)
-    average = None if state.ema is None else jax.tree.map(jnp.copy, trained)
+    collections = trees.map_named(put_statistics, state.collections)
+    average = statistics = None
+    if state.ema is not None:
+        average = jax.tree.map(jnp.copy, trained)
+        statistics = copy_statistics(collections)
     return dataclasses.replace(
         state,
         params=trained,
         frozen=trees.map_named(put, state.frozen),
-        collections=trees.map_named(put_statistics, state.collections),
+        collections=collections,
         ema=average,
+        ema_statistics=statistics,
     )
 
 

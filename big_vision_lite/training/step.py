@@ -64,11 +64,12 @@ def make_train_step(
         params: Any,
         frozen: Any,
         collections: Any,
-        ema: Any,
+        averages: Any,
         batch: Any,
         rng: Any,
         progress: Any,
     ) -> Any:
+        average, statistics = averages
         forward = BoundModel(
             model,
             state_lib.merge(params, frozen),
@@ -76,7 +77,8 @@ def make_train_step(
             rng=jax.random.fold_in(rng, 0),
             train=True,
             progress=progress,
-            ema=None if ema is None else state_lib.merge(ema, frozen),
+            ema=None if average is None else state_lib.merge(average, frozen),
+            ema_statistics=statistics,
             frozen_modules=modules,
         )
         key = jax.random.fold_in(rng, 1)
@@ -125,17 +127,24 @@ def make_train_step(
             batch = op(batch, jax.random.fold_in(rng, 2 + index))
         compute = whole_batch if micro_batches == 1 else accumulate
         progress = progress_of(state.step, num_steps)
-        held = (state.params, state.frozen, state.collections, state.ema)
+        averages = (state.ema, state.ema_statistics)
+        held = (state.params, state.frozen, state.collections, averages)
         gradients, sums, weight, collections = compute(*held, batch, rng, progress)
         metrics = {name: total / weight for name, total in sums.items()}
         metrics["gradient_norm"] = optax.tree.norm(gradients)
         updates, opt_state = optimizer.update(gradients, state.opt_state, state.params)
         params = optax.apply_updates(state.params, updates)
-        average = state.ema
+        average, statistics = state.ema, state.ema_statistics
         if average is not None and ema is not None:
             decay = ema.decay(progress)
             average = jax.tree.map(
                 lambda old, new: decay * old + (1 - decay) * new, average, params
+            )
+            # As a difference: frozen statistics must not drift by rounding.
+            statistics = jax.tree.map(
+                lambda old, new: old + (1 - decay) * (new - old),
+                statistics,
+                {name: collections[name] for name in statistics},
             )
         finite = jnp.isfinite(metrics["loss"]) & jnp.isfinite(metrics["gradient_norm"])
         stepped = dataclasses.replace(
@@ -144,6 +153,7 @@ def make_train_step(
             opt_state=opt_state,
             collections=collections,
             ema=average,
+            ema_statistics=statistics,
         )
         kept = jax.tree.map(
             lambda new, old: jnp.where(finite, new, old), stepped, state
@@ -177,14 +187,16 @@ def make_eval_step(
     """
 
     def eval_step(state: TrainState, batch: Batch, ordinal: Any = 0) -> Any:
-        params = state.params if state.ema is None else state.ema
+        params, collections = state.params, state.collections
+        if state.ema is not None:
+            params, collections = state_lib.with_average(state)
         rng = jax.random.fold_in(jax.random.key(seed), EVALUATION)
         rng = jax.random.fold_in(rng, jnp.asarray(ordinal, jnp.int32))
         merged = trees.part(state_lib.merge(params, state.frozen), part)
         forward = BoundModel(
             model,
             merged,
-            {name: trees.part(x, part) for name, x in state.collections.items()},
+            {name: trees.part(x, part) for name, x in collections.items()},
             rng=jax.random.fold_in(rng, 0),
             progress=progress_of(state.step, num_steps),
             ema=None if state.ema is None else merged,

@@ -22,9 +22,7 @@ from big_vision_lite.models.blocks.layers import Dtype, Remat
 from big_vision_lite.models.resnet import SIZES, ResNet
 from big_vision_lite.objectives.classification import SoftmaxClassification
 from big_vision_lite.schedules import Average, Constant
-from big_vision_lite.training.forward import BoundModel
 from big_vision_lite.training.optimizers import AdamW
-from big_vision_lite.training.step import make_eval_step
 
 
 def tiny(**overrides):
@@ -266,19 +264,6 @@ def test_micro_batches_step_like_the_whole_batch_where_the_statistics_stay():
         for name, value in one.items():
             largest = np.abs(value).max()
             assert np.abs(other[name] - value).max() <= 1e-5 * largest + 1e-7, name
-
-
-def test_averaged_parameters_are_evaluated_with_the_running_statistics():
-    model = tiny(stages=(1,))
-    run = start(model, ema=0.5)
-    run.advance(rows(), rows(seed=1))
-    evaluate = make_eval_step(model, lambda f, b, _: f(image=b["image"])["logits"])
-    with jax.set_mesh(run.mesh):
-        found = evaluate(run.state, run.put(rows()))
-    state = jax.device_get(run.state)
-    forward = BoundModel(model, state.ema, state.collections)
-    expected = forward(image=jnp.asarray(rows()["image"]))["logits"]
-    np.testing.assert_allclose(found, expected, rtol=1e-4, atol=1e-4)
 
 
 def test_layer_decay_counts_the_units():

@@ -12,8 +12,6 @@ from big_vision_lite.models.blocks.layers import Dtype, moments, of_all, shift_o
 from big_vision_lite.runtime import layout
 
 EPSILON = 1e-5
-# The weight of the old average; torch calls the rest, 0.1, momentum.
-MOMENTUM = 0.9
 
 
 class Statistics(enum.StrEnum):
@@ -38,11 +36,13 @@ class BatchNorm(nn.Module, kw_only=True):
     parts are its devices' batches, keeps the statistics of the first.) The running
     variance is the sample variance, N / (N - 1) times the one that normalises the N
     values of a part, as in torch; Flax keeps the latter. All statistics are float32.
+    `momentum` is the weight of the old average; torch calls the rest, 0.1, momentum.
     `first_scale` is the initial value of every scale.
     """
 
     statistics: Statistics = Statistics.BATCH
     statistics_groups: int = 1
+    momentum: float = 0.9
     first_scale: float = 1.0
     dtype: Dtype = Dtype.FLOAT32
 
@@ -71,7 +71,7 @@ class BatchNorm(nn.Module, kw_only=True):
         sample = variance * (count / (count - 1))
         for running, new in ((running_mean, mean), (running_variance, sample)):
             new = jax.lax.stop_gradient(new.mean(axis=0))
-            running.value = MOMENTUM * running.value + (1 - MOMENTUM) * new
+            running.value = self.momentum * running.value + (1 - self.momentum) * new
         factor = scale * jax.lax.rsqrt(variance + EPSILON)
         factor, offset = (_for_rows(y, len(x)) for y in (factor, bias - mean * factor))
         return (x * factor + offset).astype(self.dtype)

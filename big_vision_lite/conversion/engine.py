@@ -1,7 +1,7 @@
 """Tables that tie the arrays of another library to ours, read in both directions.
 
-Every entry is a rearrangement of the same numbers, so that there and back again gives
-the same bits; the table of a model is the whole documentation of its format.
+Every entry made here rearranges the same numbers, so that a round trip gives the same
+bits. The table of a model documents its format.
 """
 
 import dataclasses
@@ -27,7 +27,7 @@ class Entry:
     """Ties the arrays named `theirs` to those named `ours`.
 
     `to_ours(arrays, shapes)` gets theirs and the shapes that ours must have,
-    `to_theirs(arrays)` gets ours; each returns one array a name.
+    `to_theirs(arrays)` gets ours; each returns one array for each name.
     """
 
     theirs: tuple[str, ...]
@@ -47,7 +47,7 @@ def same(theirs: str, ours: str) -> Entry:
 
 
 def reshaped(theirs: str, ours: str, to_theirs: Callable[[Shape], Shape]) -> Entry:
-    """Ties arrays of the same numbers in the same order; `to_theirs` maps our shape."""
+    """Ties arrays of equal numbers in equal order; `to_theirs` maps our shape."""
     return Entry(
         theirs=(theirs,),
         ours=(ours,),
@@ -80,7 +80,7 @@ def conv(theirs: str, ours: str) -> Entry:
 def projections(theirs: str, *ours: str) -> Entry:
     """Ties a weight [parts * H * Dh, D] to kernels [D, H, Dh], one for each of `ours`.
 
-    The parts (query, key, value) lie one after the other, heads within a part.
+    The parts (query, key, value) follow each other, and heads follow within a part.
     """
 
     def to_ours(arrays: Arrays, shapes: Sequence[Shape]) -> Arrays:
@@ -132,7 +132,7 @@ def read(
 
     Raises:
         ValueError: names are missing or left over, a shape differs, or a value is NaN
-            or infinite; all of them are listed by name with "+" and "-".
+            or infinite; lists the first 30 by name with "+" and "-".
     """
     entries = list(entries)
     tied = {name for entry in entries for name in entry.theirs}
@@ -175,7 +175,7 @@ def read(
 
 
 def report(what: str, lines: Sequence[str]) -> str:
-    """Returns the message on weights that do not fit: lines with "+" and "-", and help.
+    """Returns the message on weights that do not fit: the first 30 lines, and help.
 
     `what` names the file.
     """
@@ -188,7 +188,7 @@ def report(what: str, lines: Sequence[str]) -> str:
 def write(
     entries: Iterable[Entry], ours: Mapping[str, np.ndarray]
 ) -> dict[str, np.ndarray]:
-    """Returns their arrays {name: float32} from ours, which the entries must cover."""
+    """Returns their {name: array} from ours, all of which the entries must cover."""
     theirs: dict[str, np.ndarray] = {}
     used: set[str] = set()
     for entry in entries:
@@ -204,7 +204,7 @@ def _matrix(array: np.ndarray) -> np.ndarray:
     """Returns a matrix as it is; a flat array would be reshaped into other rows.
 
     Raises:
-        ValueError: it has not 2 axes.
+        ValueError: it does not have 2 axes.
     """
     if array.ndim != 2:
         raise ValueError(f"{array.shape} must have 2 axes")

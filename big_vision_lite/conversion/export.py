@@ -1,4 +1,4 @@
-"""A model of ours in the names, layout and files of another library."""
+"""Exports a model of ours in the names, layout and files of another library."""
 
 import dataclasses
 import json
@@ -26,10 +26,10 @@ SAFETENSORS = "model.safetensors"
 class Exported:
     """The content of an export, before it is written.
 
-    `arrays` {name: float32} in its names, `form` whose they are, `entries` its table
-    for this model, `described` how it builds the model (see Format.describe), `files`
-    {name: text} beside the weights, `code` the lines that use them, `notes` what the
-    other side computes otherwise.
+    `arrays` {name: float32, or int64 for counters} and `entries`, the table of this
+    model, are those of the format `form`; `described` is how the library builds the
+    model (see Format.describe). `files` {name: text} lie beside the weights, `code` are
+    lines that use them, `notes` say what the library computes otherwise.
     """
 
     library: Library
@@ -53,11 +53,11 @@ def export(
 ) -> Exported:
     """Returns `model` with `variables` ("batch_stats/..." included) for `library`.
 
-    `folder` is where it will lie, for the lines of code.
+    `folder` is where the export will lie, for the lines of code.
 
     Raises:
-        ValueError: the library has no counterpart, or a weight is not finite; says of
-            what and what to do.
+        ValueError: the library has no counterpart of the model or its preprocessing, or
+            a weight is not finite; says what to do.
     """
     for name, array in variables.items():
         if not np.isfinite(array).all():
@@ -92,14 +92,14 @@ def _images(library: Library, preprocessing: Preprocessing, channels: int) -> Wr
             return preprocessing_export.to_timm(preprocessing, channels)
         case Library.TORCHVISION:
             preset = preprocessing_export.to_torchvision(preprocessing)
-            # torchvision reads no configuration: timm's form is read back here.
+            # torchvision reads no configuration; timm's form lets us read it back.
             back = preprocessing_export.to_timm(preprocessing, channels)
             return Written(
                 config={"transforms": preset.config, "pretrained_cfg": back.config},
                 inexact=preset.inexact,
             )
         case _:
-            # Read back here, by our own ops.
+            # Only this package reads it, so it holds our own ops.
             own = json.loads(serialize.to_json(preprocessing))["config"]
             return Written(config={foreign.PREPROCESSING: own}, inexact=())
 
@@ -110,7 +110,7 @@ def find(
     """Returns the format of a model in a library.
 
     Raises:
-        ValueError: the library has none for this model; says why, and who has.
+        ValueError: the library has none for this model; says why, and which have.
     """
     fitting = [form for form in FORMATS if isinstance(model, form.model)]
     reasons = []
@@ -141,7 +141,7 @@ def write(exported: Exported, folder: pathlib.Path) -> None:
     """Writes weights and files into `folder`, all of them or nothing.
 
     Raises:
-        ValueError: the folder exists and holds something.
+        ValueError: the folder is not empty.
     """
     if folder.exists() and any(folder.iterdir()):
         raise ValueError(f"{folder} is not empty; name a new folder with --out.")
@@ -150,7 +150,7 @@ def write(exported: Exported, folder: pathlib.Path) -> None:
     shutil.rmtree(unfinished, ignore_errors=True)
     unfinished.mkdir()
     if exported.library == Library.NPZ:
-        # numpy's signature takes names for its own arguments.
+        # Any: by numpy's signature the names could be its own arguments.
         save: Any = np.savez
         save(unfinished / WEIGHTS[Library.NPZ], **exported.arrays)
     else:
@@ -177,7 +177,7 @@ def _files(
     channels: int,
     class_names: Sequence[str],
 ) -> dict[str, str]:
-    """Returns {name: text} of what lies beside the weights."""
+    """Returns {name: text} of the files beside the weights."""
     labels = {"label_names": list(class_names)} if class_names else {}
     match library:
         case Library.TORCHVISION:

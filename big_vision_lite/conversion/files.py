@@ -1,8 +1,8 @@
-"""Reads the arrays of weight files from elsewhere; what a file is, its bytes tell.
+"""Reads the arrays of weight files of other libraries, told apart by their bytes.
 
-Nothing in a file is ever executed: safetensors and numpy arrays hold none that could
-be, and torch's archives are opened by torch itself, tensors and the arguments of
-training scripts (argparse.Namespace, attributes without code) only.
+No code in a file is ever executed: safetensors and numpy arrays hold none, and torch
+itself opens its archives, restricted to tensors and the arguments of training scripts
+(argparse.Namespace, attributes without code).
 """
 
 import argparse
@@ -24,23 +24,26 @@ from big_vision_lite.conversion.families import FORMATS
 from big_vision_lite.conversion.weights import Weights
 
 HUB = "hub:"
-# In the order in which they are looked for.
+# In the order of the search.
 FOLDER_FILES = (
     *("model.safetensors", "model.safetensors.index.json"),
     *("pytorch_model.bin", "pytorch_model.bin.index.json"),
     "model.npz",
 )
-# Of large models; an index says which array is in which.
+# Parts of large models; an index says which array is in which part.
 PARTS = ("model-*.safetensors", "pytorch_model-*.bin")
 READ = "Read are: Orbax run folders, .safetensors, .npz, torch's .pth and .bin"
 
 
 def read(path: str) -> Weights:
-    """Reads a file, a folder with config.json, or `hub:organisation/name`.
+    """Reads a weight file, a folder that holds one, or `hub:organisation/name`.
+
+    config.json and preprocessor_config.json are read where they lie beside it.
 
     Raises:
-        FileNotFoundError: there is nothing of that name.
-        ValueError: it is no weight file, is damaged, or holds other things than arrays.
+        FileNotFoundError: there is nothing of that name, or no weights in the folder.
+        ValueError: it is no weight file, is damaged, holds other things than arrays, or
+            could not be downloaded.
     """
     given = _download(path) if path.startswith(HUB) else pathlib.Path(path).expanduser()
     if given.is_dir():
@@ -53,7 +56,7 @@ def read(path: str) -> Weights:
 
 
 def is_foreign(path: str) -> bool:
-    """Returns whether a path names weights of another library, not one of our runs."""
+    """Returns whether a path names a weight file or `hub:...`, not one of our runs."""
     if path.startswith(HUB):
         return True
     given = pathlib.Path(path).expanduser()
@@ -63,7 +66,9 @@ def is_foreign(path: str) -> bool:
 
 
 def arrays_of(path: pathlib.Path) -> dict[str, np.ndarray]:
-    """Returns {name: array} of one file, floats as float32, wrappers taken off.
+    """Returns {name: array} of one file, floats as float32, names without `WRAPPERS`.
+
+    Logs a warning of what lies beside the arrays of the model.
 
     Raises:
         ValueError: see `read`.
@@ -130,7 +135,7 @@ def _download(path: str) -> pathlib.Path:
         return pathlib.Path(
             huggingface_hub.snapshot_download(name, allow_patterns=wanted)
         )
-    except Exception as error:  # the client raises a dozen kinds
+    except Exception as error:  # The client raises a dozen kinds.
         reason = str(error).strip().splitlines()[0] if str(error) else repr(error)
         raise ValueError(
             f"{path} could not be downloaded: {reason} Write hub:organisation/name, "
@@ -149,7 +154,7 @@ def _json(path: pathlib.Path) -> Mapping[str, Any]:
 
 
 def _parts(index: pathlib.Path) -> dict[str, np.ndarray]:
-    """Reads all files that an index names; they lie beside it."""
+    """Reads all files that an index names, which must lie beside it."""
     names = _json(index).get("weight_map")
     if not isinstance(names, dict) or not names:
         raise ValueError(f"{index} is JSON, but no index of weight files. {READ}.")
@@ -204,10 +209,10 @@ def _torch(path: pathlib.Path) -> dict[str, np.ndarray]:
             "'.[torch]', or save it as safetensors."
         ) from None
     try:
-        # Training scripts keep their arguments: attributes, and no code to be run.
+        # Training scripts save their arguments, attributes that run no code.
         with torch.serialization.safe_globals([argparse.Namespace]):
             found = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # torch raises a dozen kinds
+    except Exception as error:  # torch raises a dozen kinds.
         raise ValueError(_why_not_torch(path, error)) from error
     arrays: dict[str, np.ndarray] = {}
     _collect(found, "", arrays, torch.Tensor)
@@ -242,7 +247,7 @@ def _take_out(path: pathlib.Path, key: str, weights_only: str) -> str:
 
 
 def _collect(node: Any, name: str, arrays: dict[str, np.ndarray], tensor: type) -> None:
-    """Gathers the tensors of nested dicts; epochs, arguments and such are left out."""
+    """Adds the tensors of nested dicts to `arrays`; ignores all other values."""
     if isinstance(node, tensor):
         whole: Any = node
         arrays[name] = whole.detach().float().numpy()
@@ -252,7 +257,7 @@ def _collect(node: Any, name: str, arrays: dict[str, np.ndarray], tensor: type) 
 
 
 def _floats(array: np.ndarray) -> np.ndarray:
-    # numpy's archives keep bfloat16 as two bytes without a meaning.
+    # numpy's archives store bfloat16 as two bytes of no type.
     if array.dtype == np.dtype("V2"):
         array = array.view(ml_dtypes.bfloat16)
     if array.dtype.kind in "fV" or array.dtype == ml_dtypes.bfloat16:
@@ -270,20 +275,20 @@ def _unknown(path: pathlib.Path, head: bytes) -> str:
     return f"{path} is no weight file: it begins with {head[:8]!r}. {READ}."
 
 
-# What training scripts wrap parameters in; averages first, as timm's loader does.
+# Keys under which training scripts save parameters; averages first, as in timm.
 AVERAGES = ("state_dict_ema", "model_ema")
 WRAPPERS = (
     *(*AVERAGES, "state_dict", "model", "module", "_orig_mod"),
     *("params", "opt/target", "opt.target"),
 )
-# How names began before wrappers were taken off, and the arrays without them.
+# The prefix that was removed from the names, and the arrays without it.
 Inside = tuple[str, dict[str, np.ndarray]]
 
 
 def unwrapped(arrays: dict[str, np.ndarray], path: str, taken: str = "") -> Inside:
-    """Returns what was taken off the front of the names, and the arrays of the model.
+    """Returns the prefix removed from the names, and the arrays of the model alone.
 
-    What lies beside the model is dropped. `path` names the file in messages.
+    `path` names the file in messages; `taken` is the prefix that is removed already.
     """
     if _of_a_model(arrays, path):
         return taken, arrays
@@ -297,7 +302,7 @@ def unwrapped(arrays: dict[str, np.ndarray], path: str, taken: str = "") -> Insi
 
 
 def beside(names: Iterable[str], prefix: str) -> list[str]:
-    """Returns what lies beside the prefix, each branch by one name."""
+    """Returns the names that lie beside `prefix`, one for each branch."""
     shared = {name: len(os.path.commonprefix([name, prefix])) for name in names}
     others = {name: count for name, count in shared.items() if count < len(prefix)}
     tops = [name[:n] + re.split("[./]", name[n:])[0] for name, n in others.items()]

@@ -1,4 +1,4 @@
-"""A model from elsewhere, in our terms: recognised, converted, ready to run."""
+"""Loads a model of another library: recognises its format and converts it to ours."""
 
 import dataclasses
 import json
@@ -15,7 +15,7 @@ from big_vision_lite.conversion.weights import Weights
 from big_vision_lite.recipes import serialize
 from big_vision_lite.types import Op
 
-# Where config.json of our exports holds the preprocessing.
+# The key of the preprocessing in config.json of our exports.
 PREPROCESSING = "preprocessing"
 
 
@@ -24,10 +24,10 @@ class Foreign:
     """A model read from a weight file.
 
     `variables` are our {name: float32 array}, batch statistics as "batch_stats/...".
-    `model` has the scaling of pixels (mean, std) that the weights were trained with,
-    `preprocess` makes its input of a file, `image_size_px` (height, width).
-    `class_names` are empty when the file does not name them. `format` is what was
-    recognised; `notes` are assumptions to be said.
+    `model` has the scaling of pixels (mean, std) that the weights were trained with;
+    `preprocess` makes its input, of `image_size_px` (height, width), from a file.
+    `class_names` are empty when the file does not name them. `format` is the name of
+    the recognised format; `notes` are assumptions to tell the user.
     """
 
     path: str
@@ -48,12 +48,12 @@ class Foreign:
 
 
 def load(path: str) -> Foreign:
-    """Reads and converts a file, a folder with config.json, or `hub:org/name`.
+    """Reads and converts a weight file, a folder that holds one, or `hub:org/name`.
 
     Raises:
-        FileNotFoundError: there is nothing of that name.
-        ValueError: it is no weight file, is damaged, is in no known format, or is not
-            what its format should hold; lists names with "+" and "-".
+        FileNotFoundError: there is nothing of that name, or no weights in the folder.
+        ValueError: it is no weight file, is damaged, is in no known format, or does not
+            fit its format; lists names with "+" and "-".
     """
     found = files.read(path)
     form = recognise(found)
@@ -82,10 +82,10 @@ def load(path: str) -> Foreign:
 
 
 def recognise(found: Weights) -> Format:
-    """Returns the format of some weights.
+    """Returns the first format that recognises the weights.
 
     Raises:
-        ValueError: it is none of those known; says what the names look like.
+        ValueError: none does; quotes some of the names.
     """
     for form in FORMATS:
         if form.recognises(found):
@@ -99,7 +99,7 @@ def recognise(found: Weights) -> Format:
 
 
 def _own_preprocessing(found: Weights) -> Preprocessing | None:
-    """Returns the preprocessing that our own exports carry, every op of it."""
+    """Returns the preprocessing in config.json of our own exports, None elsewhere."""
     document = found.config.get(PREPROCESSING)
     if document is None:
         return None

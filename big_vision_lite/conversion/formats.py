@@ -1,4 +1,4 @@
-"""Formats: one family of models in the names and layout of one library."""
+"""Defines a format: one family of models in the names and layout of one library."""
 
 import abc
 import dataclasses
@@ -25,12 +25,12 @@ Size = tuple[int, int]
 
 
 class Library(enum.StrEnum):
-    """Whose names and layouts."""
+    """The library that reads the names and layouts of a format."""
 
     TIMM = "timm"
     TORCHVISION = "torchvision"
     HUGGINGFACE = "huggingface"
-    # Archives of numpy arrays: big_vision, vision_transformer, the first BiT.
+    # npz archives: big_vision, vision_transformer, the first BiT.
     NPZ = "npz"
     # Our own names in one file.
     SAFETENSORS = "safetensors"
@@ -40,9 +40,9 @@ class Library(enum.StrEnum):
 class Architecture:
     """The model that some weights belong to.
 
-    `image_size_px` is (height, width) in px where the weights fix it, else None;
-    `channels` those of the image. `notes` are assumptions that shapes and names alone
-    could not settle, said to the user.
+    `image_size_px` is (height, width) where the weights fix it, else None; `channels`
+    is that of the image. `notes` tell the user what was assumed because shapes and
+    names do not show it.
     """
 
     model: Any
@@ -52,22 +52,22 @@ class Architecture:
 
 
 class Format(abc.ABC):
-    """One family of models in the names of one library; a family inherits it.
+    """One family of models in the names of one library; subclasses are the formats.
 
-    Of each file the names in `signs` are there and those in `strangers` are not.
-    `table` holds the names of modules in the library's `dialect`, `ignored` patterns of
-    names that carry nothing. `requires` says which values the fields of our model have
-    there, {"head.hidden_dim": None}: one value, a list of some, or a class; `hints`
-    {field: sentence} says what else to do about one.
+    `signs` are names that every file of this format has, `strangers` names that none
+    has. `table` holds the names of modules in the library's `dialect`; `ignored` are
+    patterns of names that no model needs. `requires` holds the values that fields of
+    our model must have, {"head.hidden_dim": None}: one value, a list of allowed ones,
+    or a class. `hints` {field: sentence} say what to do about another value.
     """
 
-    # What messages call it: "timm ViT".
+    # The name in messages: "timm ViT".
     name: str
     library: Library
     model: type
     dialect: Dialect = tables.TORCH
     table: Rows = {}
-    # Where no preprocessing comes with the weights.
+    # For weights without preprocessing.
     assumes: Assumed = preprocessing.OF_TRANSFORMERS
     signs: Sequence[str] = ()
     strangers: Sequence[str] = ()
@@ -79,41 +79,48 @@ class Format(abc.ABC):
     }
 
     def normalised_names(self, weights: Weights) -> Weights:
-        """Returns the weights with names that are written in one way only."""
+        """Returns the weights with one spelling for names that have several."""
         return weights
 
     def recognises(self, weights: Weights) -> bool:
-        """Says, by names and shapes, whether the weights are in this format."""
+        """Returns whether the weights are in this format, by names, shapes, config."""
         names = self.normalised_names(weights).arrays.keys()
         return set(self.signs) <= names and not names & set(self.strangers)
 
     @abc.abstractmethod
     def architecture(self, weights: Weights) -> Architecture:
-        """Works out the model; ValueError says what is not supported and why."""
+        """Returns the model of the weights.
+
+        Raises:
+            ValueError: it is not supported; says what and why.
+        """
 
     def rows(self, model: Any) -> Rows:
-        """Returns the table for a model, where it depends on that."""
+        """Returns the table for a model; overridden where it depends on the model."""
         return self.table
 
     def special(self, model: Any, size: Size) -> Sequence[Entry]:
-        """Returns what ties several arrays at once; the rows tie the rest."""
+        """Returns entries for arrays that no row can tie; `rows` tie the rest."""
         return ()
 
     def constants(self, model: Any) -> dict[str, np.ndarray]:
-        """Returns arrays that they have and nothing of ours corresponds to."""
+        """Returns their {name: array} that correspond to nothing of ours."""
         return {}
 
     def describe(self, model: Any, size: Size, channels: int) -> dict[str, Any]:
         """Returns what the other library needs to build the same model.
 
         timm: {"architecture": name, "model_args": {...}}; torchvision: {"builder":
-        name, "arguments": {...}}; Hugging Face: the content of config.json;
-        npz: {}. Raises ValueError with a sentence where there is no counterpart.
+        name, "arguments": {...}}; Hugging Face: the content of config.json; npz: {};
+        safetensors: our JSON of the model.
+
+        Raises:
+            ValueError: the library has no counterpart; says why in a sentence.
         """
         return {}
 
     def entries(self, model: Any, size: Size, leaves: Leaves) -> list[Entry]:
-        """Ties all `leaves` {name: shape} of a model at an image size, both ways."""
+        """Returns the entries that tie all `leaves` {name: shape} of a model."""
         special = list(self.special(model, size))
         tied = {name for entry in special for name in entry.ours}
         rest = {name: shape for name, shape in leaves.items() if name not in tied}
@@ -121,7 +128,7 @@ class Format(abc.ABC):
         return [*special, *plain]
 
     def refusal(self, model: Any, size: Size, channels: int) -> "Refusal | None":
-        """Returns why a model has no counterpart, None where it has one."""
+        """Returns why a model has no counterpart in this format, None if it has one."""
         found = {name: _value(model, name) for name in self.requires}
         wrong = [
             n for n, wanted in self.requires.items() if not _fits(found[n], wanted)
@@ -131,7 +138,7 @@ class Format(abc.ABC):
             here = " and ".join(f"{name}={_words(found[name])}" for name in wrong)
             hints = [self.hints[name] for name in wrong if name in self.hints]
             why = f"{self.name} has {there}, this model {here}."
-            # A part that is missing or another is further away than any number.
+            # A missing or different part weighs more than any number.
             parts = [
                 n for n in wrong if _is_part(found[n]) or _is_part(self.requires[n])
             ]
@@ -146,7 +153,7 @@ class Format(abc.ABC):
 
 @dataclasses.dataclass(frozen=True)
 class Refusal:
-    """Why a model has no counterpart; of several formats the nearest one's is said."""
+    """Why a model has no counterpart; messages have that of the least `distance`."""
 
     sentence: str
     distance: int
@@ -154,7 +161,7 @@ class Refusal:
 
 @functools.lru_cache(maxsize=4)
 def shapes(model: Model, image_size_px: Size, channels: int) -> Mapping[str, Shape]:
-    """Returns {name: shape} of parameters and "batch_stats/...", computing nothing."""
+    """Returns {name: shape} of parameters and "batch_stats/..."; computes no value."""
     image = jax.ShapeDtypeStruct((1, *image_size_px, channels), jnp.uint8)
     variables = dict(
         jax.eval_shape(
@@ -176,7 +183,8 @@ def load(
     """Returns our {name: float32 array} of weights in a format.
 
     Raises:
-        ValueError: names or shapes are not those of the format; lists them.
+        ValueError: names or shapes are not those of the format, or a value is not
+            finite; lists them.
     """
     model = architecture.model
     leaves = shapes(model, image_size_px, architecture.channels)
@@ -195,14 +203,14 @@ def write(
     image_size_px: Size,
     variables: Mapping[str, np.ndarray],
 ) -> dict[str, np.ndarray]:
-    """Returns our {name: array} in the names and layout of a format, all it has."""
+    """Returns {name: array} in the names and layout of a format, complete for it."""
     leaves = {name: array.shape for name, array in variables.items()}
     theirs = engine.write(form.entries(model, image_size_px, leaves), variables)
     return theirs | form.dialect.counters(list(theirs)) | form.constants(model)
 
 
 def _value(model: Any, path: str) -> Any:
-    """Returns the field "head.hidden_dim", None where there is no head."""
+    """Returns a field such as "head.hidden_dim", None where there is no head."""
     for name in path.split("."):
         model = getattr(model, name, None)
     return model
@@ -219,7 +227,7 @@ def _is_part(value: Any) -> bool:
 
 
 def _words(value: Any) -> str:
-    """Writes a value as flags do; of a module its class."""
+    """Returns a value as flags write it, a module by the name of its class."""
     if isinstance(value, list):
         return " or ".join(map(_words, value))
     if _is_part(value):

@@ -1,4 +1,4 @@
-"""Weights for pixels in one range, changed to expect another."""
+"""Changes weights for pixels in one range to expect another."""
 
 from typing import NamedTuple
 
@@ -8,7 +8,7 @@ from big_vision_lite.models.blocks import patches
 
 
 class InputRange(NamedTuple):
-    """The model gets (pixels - mean) / std; one value or one a channel, in 0..255."""
+    """The range of (pixels - mean) / std: one value or one a channel, in 0..255."""
 
     mean: tuple[float, ...]
     std: tuple[float, ...]
@@ -29,10 +29,10 @@ def fold_input_range(
 ) -> tuple[np.ndarray, np.ndarray]:
     """Returns a stem's kernel [h, w, C, D] and bias [D] for pixels scaled as `after`.
 
-    On them it computes what the old ones compute on pixels scaled as `before`, exactly
-    up to rounding, because every tap sees a pixel. `patch_size` is the size to which
-    the model resizes the kernel, None for its own: the bias depends on it, because
-    smaller kernels need not have the same sum.
+    Up to rounding they compute what `kernel` and `bias` compute on pixels scaled as
+    `before`, because every tap sees a pixel. `patch_size` is the size to which the
+    model resizes the kernel, None for its own: the bias depends on it, because resized
+    kernels need not have the same sum.
 
     Raises:
         ValueError: the stem pads with zeros, which mean another gray in each range, or

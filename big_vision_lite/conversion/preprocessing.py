@@ -13,13 +13,13 @@ from big_vision_lite.types import Op
 
 Size = tuple[int, int]
 
-# Of torchvision, in 0..1.
+# torchvision's, in 0..1.
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
-# Of CLIP (arXiv:2103.00020), in 0..1.
+# CLIP's (arXiv:2103.00020), in 0..1.
 CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
 CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
 HALF = (0.5,)
-# Of Hugging Face: from RGB to BGR, in which Caffe's models were trained.
+# Hugging Face's flag for BGR, in which Caffe's models were trained.
 FLIP = "do_flip_channel_order"
 
 INTERPOLATIONS = {
@@ -33,8 +33,8 @@ RESAMPLES = {
     2: Resampling.PIL_BILINEAR,
     3: Resampling.PIL_BICUBIC,
 }
-# What an image processor of Hugging Face does where its file is silent, by the
-# beginning of its name.
+# Defaults of Hugging Face's image processors for keys that a file leaves out, by the
+# beginning of their names.
 PROCESSORS: dict[str, dict[str, Any]] = {
     "ViT": {"size": {"height": 224, "width": 224}, "resample": 2},
     "Siglip": {"size": {"height": 224, "width": 224}, "resample": 3},
@@ -52,7 +52,7 @@ PROCESSORS: dict[str, dict[str, Any]] = {
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Preprocessing:
-    """`ops` make uint8 [*image_size_px, C] of a file; mean and std are in 0..255."""
+    """Ops that make uint8 [*image_size_px, C] from a file; mean, std are in 0..255."""
 
     ops: tuple[Op, ...]
     mean: tuple[float, ...]
@@ -63,7 +63,7 @@ class Preprocessing:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Assumed:
-    """The preprocessing assumed where weights bring none; `words` tell the user.
+    """The preprocessing assumed for weights without one; `words` tell the user.
 
     `make(image_size_px, channels)` gets None for a size that the weights leave open.
     `words_of_colour` are added for images of 3 channels.
@@ -79,11 +79,11 @@ def read(
 ) -> Preprocessing:
     """Returns the preprocessing that comes with weights; notes say what was assumed.
 
-    `image_size_px` is (height, width) where the weights fix it: then it wins, and what
-    is resized before a crop keeps its proportion to it.
+    `image_size_px` is (height, width) where the weights fix it: it then overrides the
+    written size, and the resize before a crop is scaled with it.
 
     Raises:
-        ValueError: it cannot be expressed in our ops; says what it is.
+        ValueError: our ops cannot express it; says why.
     """
     config = weights.config
     if weights.preprocessor.keys() & {"image_mean", "size", FLIP}:
@@ -101,7 +101,11 @@ def read(
 def from_timm(
     config: Mapping[str, Any], image_size_px: Size | None = None, channels: int = 3
 ) -> Preprocessing:
-    """Reads a pretrained_cfg, or the config.json around it, as timm resolves it."""
+    """Returns what timm makes of a pretrained_cfg, or of the config.json around it.
+
+    Raises:
+        ValueError: a crop_pct above 1, another crop_mode or another interpolation.
+    """
     config = config.get("pretrained_cfg") or config
     _, height, width = config.get("input_size") or (channels, 224, 224)
     written = (height, width)
@@ -120,7 +124,7 @@ def from_timm(
     if mode == "squash":
         resize: Op = Resize(**resized, resampling=resampling)
     else:
-        # Towards a square torchvision resizes, towards other shapes timm itself.
+        # timm leaves squares to torchvision's Resize, and does other shapes itself.
         down = resized["width_px"] is None
         rounding = Rounding.DOWN if down else Rounding.NEAREST
         resize = ResizeSmall(**resized, resampling=resampling, rounding=rounding)
@@ -145,7 +149,7 @@ def from_torchvision(
 ) -> Preprocessing:
     """Returns the ImageClassification preset: Resize, CenterCrop, ImageNet's mean, std.
 
-    Without `resize_size` that of the first weights, 256 for 224.
+    `resize_size` None is 8/7 of the crop, 256 for 224 as with the first weights.
     """
     short = min(crop_size) * 8 // 7 if resize_size is None else resize_size
     resampling = _resampling(INTERPOLATIONS, interpolation)
@@ -162,7 +166,7 @@ def from_torchvision(
 
 
 def from_big_vision(image_size_px: Size, channels: int = 3) -> Preprocessing:
-    """Returns what big_vision, vision_transformer and BiT evaluate with."""
+    """Returns the evaluation of big_vision, vision_transformer and BiT: one resize."""
     return Preprocessing(
         ops=(Decode(channels=channels), Resize(**_sides(image_size_px))),
         mean=(127.5,),
@@ -174,7 +178,11 @@ def from_big_vision(image_size_px: Size, channels: int = 3) -> Preprocessing:
 def from_huggingface(
     config: Mapping[str, Any], image_size_px: Size | None = None, channels: int = 3
 ) -> Preprocessing:
-    """Reads a preprocessor_config.json of an image classifier or encoder."""
+    """Returns what Hugging Face makes of a preprocessor_config.json.
+
+    Raises:
+        ValueError: BGR images, no input size, or another size or resampling.
+    """
     config = _in_full(config)
     if config.get(FLIP):
         raise ValueError(
@@ -217,7 +225,7 @@ def from_huggingface(
 
 
 def _in_full(config: Mapping[str, Any]) -> dict[str, Any]:
-    """Adds what the processor does where its file is silent, in the newest form."""
+    """Returns a configuration with the processor's defaults, in the newest form."""
     kind = config.get("image_processor_type") or config.get("feature_extractor_type")
     known = [name for name in PROCESSORS if str(kind).startswith(name)]
     defaults = PROCESSORS[known[0]] if known else PROCESSORS["ViT"]
@@ -232,7 +240,7 @@ def _in_full(config: Mapping[str, Any]) -> dict[str, Any]:
 
 
 class _Sizes(NamedTuple):
-    """The resize, to one or two sides or none, and the crop after it."""
+    """The resize, to the short side or both sides or none, and the crop after it."""
 
     short: int | None
     squash: Size | None
@@ -276,7 +284,7 @@ def _sides(size: Sequence[int]) -> dict[str, Any]:
 
 
 def _pixels(values: Sequence[float], factor: float = 1 / 255) -> tuple[float, ...]:
-    """Returns values in 0..1 (in units of `factor`) in 0..255, equal ones as one."""
+    """Returns values / factor, in 0..255; equal values as a single one."""
     # Multiplied by 255, not divided by 1/255, which would not give 127.5 for 0.5.
     scale = 255.0 if factor == 1 / 255 else 1 / factor
     scaled = tuple(float(value) * scale for value in values)

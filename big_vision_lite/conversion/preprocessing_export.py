@@ -1,4 +1,4 @@
-"""Our preprocessing in the words of timm, torchvision and Hugging Face."""
+"""Translates our preprocessing for timm, torchvision and Hugging Face."""
 
 import dataclasses
 import math
@@ -22,7 +22,7 @@ from big_vision_lite.data.ops import (
 from big_vision_lite.data.ops.resampling import Resampling, Rounding
 from big_vision_lite.types import Op
 
-# The nearest of theirs, all of which antialias.
+# The nearest filters of theirs, all of which antialias.
 FILTERS = {
     **{ours: name for name, ours in INTERPOLATIONS.items()},
     Resampling.BILINEAR: "bilinear",
@@ -34,11 +34,10 @@ FILTERS = {
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Written:
-    """`config` is the other library's form; `inexact` says how it computes otherwise.
+    """The preprocessing of another library; `inexact` says where its pixels differ.
 
     With an empty `inexact`, timm and torchvision make the same pixels. Hugging Face's
-    fast processors resize with torch's own code, which is one of 255 off here and
-    there.
+    fast processors resize with torch's own code, which differs by 1 of 255 in places.
     """
 
     config: dict[str, Any]
@@ -49,7 +48,8 @@ def to_timm(preprocessing: Preprocessing, channels: int = 3) -> Written:
     """Returns the part of a pretrained_cfg that timm.data.create_transform reads.
 
     Raises:
-        ValueError: the ops are not at most one resize and a central crop.
+        ValueError: there are ops beside a resize and a central crop, or no crop_pct
+            gives the resize.
     """
     resize, crop = _steps(preprocessing.ops)
     size = preprocessing.image_size_px
@@ -105,8 +105,8 @@ def to_huggingface(preprocessing: Preprocessing, channels: int = 3) -> Written:
     """Returns the content of preprocessor_config.json.
 
     Raises:
-        ValueError: the ops are not at most one resize and a central crop, or resize
-            to cover a shape that is no square.
+        ValueError: there are ops beside a resize and a central crop, or the resize
+            covers a shape that is no square.
     """
     resize, crop = _steps(preprocessing.ops)
     height, width = preprocessing.image_size_px
@@ -144,7 +144,11 @@ def to_huggingface(preprocessing: Preprocessing, channels: int = 3) -> Written:
 
 
 def _steps(ops: Sequence[Op]) -> tuple[Resize | ResizeSmall | None, CentralCrop | None]:
-    """Returns the resize and the crop of a preprocessing that has no other steps."""
+    """Returns the resize and the crop of a preprocessing that has no other steps.
+
+    Raises:
+        ValueError: it has other steps, or ResizeSmall without a crop.
+    """
     steps: list[Any] = [op for op in ops if not isinstance(op, Decode | ToGray)]
     resize: Resize | ResizeSmall | None = None
     crop: CentralCrop | None = None
@@ -162,7 +166,7 @@ def _steps(ops: Sequence[Op]) -> tuple[Resize | ResizeSmall | None, CentralCrop 
 
 
 def _resized(resize: Resize | ResizeSmall | None, size: Size) -> Size:
-    """Returns what is resized to; without a resize images have their size already."""
+    """Returns the target of the resize; without one, images have `size` already."""
     return size if resize is None else geometry.target(resize)
 
 
@@ -198,7 +202,7 @@ def _inexact(
     long_side: Rounding,
     offset: Rounding,
 ) -> tuple[str, ...]:
-    """Returns the note on sides and offsets that round differently."""
+    """Returns notes on another filter and on sides and offsets that round otherwise."""
     said = []
     if resize is not None and resize.resampling not in INTERPOLATIONS.values():
         said.append(

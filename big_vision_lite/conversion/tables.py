@@ -1,7 +1,7 @@
-"""Tables of module names: where another library keeps what our modules hold.
+"""Tables that map the names of our modules to those of another library.
 
-A row ties a module, "stage_{s}/unit_{u}/conv{i}": "layer{s}.{u-1}.conv{i}". Names of
-leaves and layouts follow from our own parameters and the library's dialect.
+A row ties a module, "stage_{s}/unit_{u}/conv{i}": "layer{s}.{u-1}.conv{i}". Names and
+layouts of its leaves follow from our own parameters and the library's dialect.
 """
 
 import dataclasses
@@ -15,7 +15,7 @@ from big_vision_lite.conversion import engine
 from big_vision_lite.conversion.engine import Arrays, Entry, Shape
 from big_vision_lite.trees import STATISTICS
 
-# Ties one array of theirs to ours: Layout(theirs, ours, shapes of ours).
+# Makes the entry of one array of theirs: Layout(theirs, ours, shapes of ours).
 Layout = Callable[[str, Sequence[str], Sequence[Shape]], Entry]
 
 
@@ -27,11 +27,11 @@ class To:
     layout: Layout
 
 
-# Ours: theirs, in the order of the computation. A name may be that of a module or the
-# whole one of a parameter. "{u}" is a number, written without zeros in front; theirs
-# may count otherwise ("{u-1}") and with zeros ("{u:02d}"). Where theirs is not
-# "module.weight", "{leaf}" says where the word for the leaf stands. Several modules of
-# ours, a tuple, lie in one array there, and so do blocks that theirs does not number.
+# {ours: theirs}, in the order of the computation. A name is that of a module, or the
+# full name of a parameter. "{u}" is a number without leading zeros; theirs may count
+# from another number ("{u-1}") and with zeros ("{u:02d}"). "{leaf}" is the place of the
+# leaf's name where theirs is not "module.weight". A tuple of our modules lies in one
+# array of theirs, and so do all blocks where theirs has no number for them.
 Rows = Mapping[Any, str | To]
 
 
@@ -39,8 +39,8 @@ Rows = Mapping[Any, str | To]
 class Dialect:
     """The names and layouts that a library gives to the leaves of a module.
 
-    `leaves` {ours: theirs}, `norms` those of modules with a scale. `counter` is a
-    number of batches beside running statistics, which nothing here reads.
+    `leaves` are {ours: theirs}, `norms` the same for modules with a scale. `counter`
+    names a number of batches beside running statistics, which nothing here reads.
     """
 
     separator: str
@@ -68,7 +68,7 @@ class Dialect:
 def entries(
     rows: Rows, dialect: Dialect, leaves: Mapping[str, Shape], format_name: str
 ) -> list[Entry]:
-    """Ties every leaf {name: shape} of ours, in the order of the rows, block by block.
+    """Returns entries for all `leaves` {name: shape} of ours, by rows and blocks.
 
     A leaf without a row is a mistake in the table of `format_name`.
     """
@@ -112,7 +112,7 @@ class _Leaf:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class _Row:
-    """A row for one module; `place` is its block, its number and its part there."""
+    """A row for one module; `place` sorts: block, row, part of a tuple."""
 
     pattern: re.Pattern[str]
     theirs: str
@@ -126,7 +126,7 @@ def _compiled(rows: Rows, dialect: Dialect) -> list[_Row]:
     for index, (key, to) in enumerate(rows.items()):
         modules = key if isinstance(key, tuple) else (key,)
         to = to if isinstance(to, To) else To(theirs=to, layout=dialect.layout)
-        # Rows of one block stand together: block 0 is whole before block 1.
+        # All rows of block 0 come before those of block 1.
         before, number, _ = modules[0].partition("{")
         block = blocks.setdefault(before, index) if number else index
         numbers = set(re.findall(r"{(\w+)}", modules[0]))
@@ -177,7 +177,7 @@ def _filled(template: str, numbers: Mapping[str, str]) -> str:
 
 
 def _stacked(theirs: str, ours: Sequence[str], shapes: Sequence[Shape]) -> Entry:
-    """One array holds those of all blocks, one after the other."""
+    """Ties an array of theirs to those of all blocks, stacked along its first axis."""
 
     def to_ours(arrays: Arrays, shapes: Sequence[Shape]) -> Arrays:
         if len(arrays[0]) != len(shapes):
@@ -193,7 +193,7 @@ def _stacked(theirs: str, ours: Sequence[str], shapes: Sequence[Shape]) -> Entry
 
 
 def torch_layout(theirs: str, ours: Sequence[str], shapes: Sequence[Shape]) -> Entry:
-    """Kernels are transposed there, and heads of attention joined."""
+    """Returns the entry for torch: kernels are transposed, attention heads joined."""
     leaf, axes = ours[0].rpartition("/")[2], len(shapes[0])
     if leaf == "bias" and axes == 2:
         return engine.projection_biases(theirs, *ours)
@@ -207,7 +207,7 @@ def torch_layout(theirs: str, ours: Sequence[str], shapes: Sequence[Shape]) -> E
 
 
 def archive_layout(theirs: str, ours: Sequence[str], shapes: Sequence[Shape]) -> Entry:
-    """Arrays are as here."""
+    """Returns the entry for an npz archive, whose arrays have our layout."""
     return engine.same(theirs, ours[0])
 
 

@@ -1,4 +1,4 @@
-"""The content of a file of another library, before its format is known."""
+"""Holds the content of a file of another library, before its format is known."""
 
 import dataclasses
 import re
@@ -16,9 +16,9 @@ from big_vision_lite.models.blocks.heads import Classifier
 class Weights:
     """The content of a file or folder of another library, its format unknown.
 
-    `arrays` as stored, without the wrappers that checkpoints of training scripts add.
-    `config` and `preprocessor` are the config.json and preprocessor_config.json beside
-    them, {} where there are none. `path` is what messages name.
+    `arrays` have float32 for all floats, and names without the prefixes of training
+    scripts. `config` and `preprocessor` are the config.json and
+    preprocessor_config.json beside them, {} if absent. `path` is for messages.
     """
 
     arrays: Mapping[str, np.ndarray]
@@ -27,7 +27,7 @@ class Weights:
     preprocessor: Mapping[str, Any] = dataclasses.field(default_factory=dict)
 
     def shape(self, name: str, axes: int) -> tuple[int, ...]:
-        """Returns the shape of an array that a model cannot be without.
+        """Returns the shape of the array `name`, which must have `axes` axes.
 
         Raises:
             ValueError: it is missing, empty or has another number of axes; names it.
@@ -42,10 +42,10 @@ class Weights:
         raise ValueError(engine.report(self.path, [line]))
 
     def sizes(self, shapes: Mapping[str, str]) -> dict[str, int]:
-        """Reads sizes off shapes in words: {"stem.weight": "width channels 7 7"}.
+        """Returns {word: size} from shapes in words: {"stem.weight": "width _ 7 7"}.
 
-        Returns {word: size}. "_" is any size, a number must be that size, and a word
-        means one size wherever it stands.
+        "_" is any size, a number must be that size, and a word is the same size
+        everywhere.
 
         Raises:
             ValueError: an array is missing or has another shape; names it.
@@ -65,14 +65,14 @@ class Weights:
         return found
 
     def count(self, pattern: str) -> int:
-        """Counts blocks that names number from 0; the pattern's group is the number."""
+        """Returns the number of blocks, counted from 0 by the pattern's group."""
         numbers = (re.match(pattern, name) for name in self.arrays)
         return 1 + max((int(found[1]) for found in numbers if found), default=-1)
 
     def units(self, pattern: str) -> tuple[int, ...]:
-        """Counts the units of every stage; the pattern's groups are stage and unit.
+        """Returns the units of every stage; the pattern's groups are stage and unit.
 
-        Gaps are filled: what is missing there is then reported by name.
+        Gaps count, so that `engine.read` reports by name what is missing there.
         """
         found = (re.match(pattern, name) for name in self.arrays)
         places = {(int(each[1]), int(each[2])) for each in found if each}
@@ -87,7 +87,7 @@ class Weights:
         return tuple(unit - first + 1 for unit in last)
 
     def head(self, name: str, shape: str = "classes _") -> Classifier | None:
-        """Returns a head of as many classes as a weight has, None without it."""
+        """Returns a head with the classes of the array `name`, None without it."""
         if name not in self.arrays:
             return None
         return Classifier(num_classes=self.sizes({name: shape})["classes"])

@@ -4,5 +4,5 @@ import os
 
 # 600 MB as RGB: above any camera, below what eight threads could not hold.
 MAX_PIXELS = 200_000_000
-# OpenCV reads its limit once, when it is imported: every file below comes later.
+# Set before any file of this package imports OpenCV, which reads its limit only then.
 os.environ["OPENCV_IO_MAX_IMAGE_PIXELS"] = str(MAX_PIXELS)

@@ -40,24 +40,24 @@ class Order:
     def indices(self, positions: Sequence[int]) -> list[int]:
         """Returns the index of the example at each position.
 
-        Many at once: asked for between one image and the next, a position costs three
-        times as much, for Grain's code leaves the cache of the core in between.
+        Ask for many at once: between one image and the next a position costs three
+        times as much, because Grain's code has left the cache of the core.
         """
         return [int(self._stream[position]) for position in positions]
 
 
 def replacement(seed: int, position: int, attempt: int, size: int) -> int:
-    """Returns the index that stands in for an unreadable one, the same on any host."""
+    """Returns the index that replaces an unreadable example, the same on any host."""
     words = np.array([seed, position, attempt], "<u8").tobytes()
     digest = hashlib.blake2b(words, digest_size=8).digest()
     return int.from_bytes(digest, "little") % size
 
 
 class ExampleGenerator:
-    """One numpy generator that starts anew as `Philox(key=[seed, position])`.
+    """One numpy generator that is reset to `Philox(key=[seed, position])`.
 
-    Much cheaper than a new generator for each image. For one thread, and an op
-    must not keep it after its call.
+    This is much cheaper than a new generator for each image. It serves one thread, and
+    an op must not keep it after its call.
     """
 
     def __init__(self, seed: int):
@@ -93,14 +93,14 @@ class BatchMaker(Protocol):
         ...
 
     def complete(self, batch: HostBatch) -> None:
-        """Adds what needs the whole batch, when all its rows are filled."""
+        """Adds what needs the whole batch, after all its rows are filled."""
         ...
 
 
 class TrainingBatches:
-    """Batch of step n: positions (n-1)·B to n·B-1 of the shuffled endless stream.
+    """Makes batch n of positions (n-1)·B to n·B-1 of the shuffled endless stream.
 
-    An unreadable image gives way to another one, and the report names it.
+    Another image replaces an unreadable one, which the report names.
     """
 
     def __init__(self, source: Source, ops: tuple[Op, ...], seed: int, batch_size: int):
@@ -135,7 +135,7 @@ class TrainingBatches:
 
 
 class EvaluationBatches:
-    """Batch b: examples b·B to (b+1)·B-1 in the order of the source, then zeros.
+    """Makes batch b of examples b·B to (b+1)·B-1 of the source, then zeros.
 
     "valid" says which rows hold an example that decoded.
     """
@@ -162,7 +162,7 @@ class EvaluationBatches:
         batch.report.sort()
 
     def example(self) -> HostBatch:
-        """Returns a batch of one, the first that decodes, for its shapes.
+        """Returns a batch of one example, the first that decodes, for its shapes.
 
         Raises:
             ValueError: none of the first 100 decodes.
@@ -176,7 +176,7 @@ class EvaluationBatches:
 
 
 class _Examples:
-    """One thread's share of a batch: makes examples, notes what it saw."""
+    """Makes one thread's share of a batch, and records errors and times."""
 
     def __init__(
         self, source: Source, ops: tuple[Op, ...], seed: int, batch: HostBatch
@@ -191,7 +191,11 @@ class _Examples:
         self._timed = 0
 
     def make(self, row: int, index: int, position: int) -> bool:
-        """Makes example `index` into its row; False, and noted, if it is unreadable."""
+        """Makes example `index` in its row; records it and returns False if unreadable.
+
+        Raises:
+            ValueError, OSError: the data or the disk is at fault; names the example.
+        """
         rng = self._generator.at(position)
         try:
             self._batch.store(row, self._make(index, rng, row % TIMED_EVERY == 0))
@@ -212,7 +216,7 @@ class _Examples:
         return True
 
     def hand_in(self) -> None:
-        """Adds what was noted to the batch."""
+        """Adds what was recorded to the report of the batch."""
         names = ("read", *(type(op).__name__ for op in self._ops))
         report = Report(unreadable=self.unreadable)
         for name, seconds in zip(names, self._seconds.tolist(), strict=True):

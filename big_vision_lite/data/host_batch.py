@@ -1,4 +1,4 @@
-"""The rows of one batch while threads fill them: every numeric key, stacked."""
+"""Holds the rows of one batch while threads fill them: every numeric key, stacked."""
 
 import dataclasses
 import threading
@@ -11,15 +11,15 @@ from big_vision_lite.data.unreadable import Unreadable
 from big_vision_lite.types import Example
 
 Numbers = np.ndarray | np.generic
-# Dtypes of arrays that travel to the device as they are; other integers become int32,
-# other floats float32.
+# Dtypes of arrays that go to the device as they are; other integers become int32, other
+# floats float32.
 _KEPT = {np.dtype(name) for name in ("uint8", "uint16", "int32", "float32", "bool")}
 _SMALLEST, _LARGEST = -(2**31), 2**31 - 1  # of int32
 
 
 @dataclasses.dataclass
 class Report:
-    """Counts and times of making a batch, besides its arrays.
+    """The unreadable images and the CPU times of making a batch.
 
     `stages` maps the name of a stage to the CPU seconds it took for the images that
     were timed, and their number.
@@ -29,22 +29,22 @@ class Report:
     stages: dict[str, tuple[float, int]] = dataclasses.field(default_factory=dict)
 
     def add(self, other: "Report") -> None:
-        """Adds what `other` found and timed."""
+        """Adds the images and times of `other`."""
         self.unreadable += other.unreadable
         for name, (seconds, images) in other.stages.items():
             old_seconds, old_images = self.stages.get(name, (0.0, 0))
             self.stages[name] = (old_seconds + seconds, old_images + images)
 
     def sort(self) -> None:
-        """Forgets in which order the threads ended."""
+        """Sorts by index, so that the report does not depend on the threads."""
         self.unreadable.sort(key=lambda bad: bad.index)
 
 
 class HostBatch:
-    """Numbers `rows` of the batch of one step, in fresh arrays.
+    """Holds `rows` of the batch of one step in newly allocated arrays.
 
-    Fresh because JAX on CPU may go on using the memory of an array it was given.
-    The first finished example says which keys there are, and their shapes.
+    They are never reused: JAX on CPU may go on using the memory of an array it was
+    given. The first finished example fixes the keys, shapes and dtypes.
     """
 
     def __init__(self, step: int, rows: Sequence[int]):
@@ -91,7 +91,7 @@ class HostBatch:
                 "the example has no key left after the last op; keep one, by "
                 'Keep(keys=("image",)) for example.'
             )
-        # Zeros come from the system for nothing; rows without an example keep them.
+        # The system gives zeros at no cost; rows without an example keep them.
         self.arrays = {
             key: np.zeros((len(self.rows), *value.shape), value.dtype)
             for key, value in values.items()
@@ -99,10 +99,10 @@ class HostBatch:
 
 
 def _numbers(key: str, example: Example) -> Numbers:
-    """Returns a key as it travels; raises ValueError for what no device holds."""
+    """Returns the value of a key in a dtype of `_KEPT`; ValueError if it cannot."""
     value = example[key]
     if type(value) is int and _SMALLEST <= value <= _LARGEST:
-        return np.int32(value)  # a label: by way of an array it costs 5 us
+        return np.int32(value)  # A label: an array would cost 5 us.
     if not _is_numeric(value):
         raise ValueError(_not_numeric(key, example))
     array = np.asarray(value)
@@ -132,7 +132,7 @@ def _is_numeric(value: Any) -> bool:
 
 
 def _not_numeric(key: str, example: Example) -> str:
-    """Returns the remedy for text, bytes and the like."""
+    """Returns the message on a value that is not numeric, with a remedy."""
     came = f'"{key}" is {type(example[key]).__name__} after the last op, not an array'
     if key in ("image", "mask"):
         return f"{came} of pixels. Put an op that decodes first, such as Decode()."

@@ -1,4 +1,4 @@
-"""From a source to global batches on the devices, in order, a few batches ahead.
+"""Turns a source into global batches on the devices, in order, a few ahead of use.
 
 The batch of step n is a function of (seed, n): see `batches`.
 """
@@ -28,15 +28,15 @@ from big_vision_lite.data.workers import ProcessWorkers, ThreadWorkers, resolve_
 from big_vision_lite.runtime import layout
 from big_vision_lite.types import Array, DeviceOp, Op, Source
 
-# Batches being made or waiting, beside the one in use.
+# The most batches that are begun and not yet handed out.
 AHEAD = 3
 
 
 class Batches:
-    """The endless global batches of a run, and what making them cost.
+    """Makes the endless global batches of a run, and measures what they cost.
 
-    `threads` is how many decode on this host, in all worker processes, `unreadable`
-    what was skipped.
+    `threads` is the number of decoding threads in all worker processes of this host;
+    `unreadable` counts the images that were skipped.
     """
 
     def __init__(
@@ -60,7 +60,10 @@ class Batches:
     def starting_at(self, step: int) -> Iterator[dict[str, Array]]:
         """Returns the endless iterator of the batches of `step`, `step` + 1, ...
 
-        Steps count from 1. An earlier iterator ends.
+        Steps count from 1. An earlier iterator must not be used any more.
+
+        Raises:
+            ValueError: `step` is below 1.
         """
         if step < 1:
             raise ValueError(f"step={step}; steps count from 1.")
@@ -87,14 +90,14 @@ class Batches:
         return self._put.spec(probe.arrays)
 
     def stages(self) -> dict[str, tuple[float, int]]:
-        """Returns CPU seconds and images of each stage, of the images that were timed.
+        """Returns {stage: (CPU seconds, images)} of the images that were timed.
 
         Their ratio is the cost of an image; waiting for a disk does not count.
         """
         return dict(self._report.stages)
 
     def close(self) -> None:
-        """Ends all threads and processes; `starting_at` may begin anew."""
+        """Ends all threads and processes; `starting_at` starts new ones."""
         if self._workers is not None:
             self._workers.close()
             self._workers = None
@@ -104,16 +107,17 @@ class Batches:
     ) -> Iterator[dict[str, Array]]:
         for arrays, report in _made_ahead(workers, itertools.count(step)):
             self._report.add(Report(stages=report.stages))
-            # When a batch is used, not when it is made: the same step stops a run.
+            # Counted when a batch is used, not when it is made, so that too many stop
+            # every run at the same step.
             self.unreadable.add(report.unreadable)
             yield arrays
 
 
 class EvaluationSet:
-    """All examples of a source, once each, in its order; iterate as often as needed.
+    """Iterates over all examples of a source, once each, in its order, at every pass.
 
     Batches are full: rows past the end, and images that do not decode, are zeros with
-    "valid" False. Every process sees the same number of batches. After a pass
+    "valid" False. Every process sees the same number of batches. After a full pass
     `unreadable` holds the names of this process's images that do not decode.
     """
 
@@ -165,11 +169,12 @@ def _made_ahead(
 
 @dataclasses.dataclass(kw_only=True)
 class Stream:
-    """Training data: where examples come from and what becomes of them.
+    """The source of the training examples and what is done with them.
 
     `ops` run on the host for each example, `device_ops` on the global batch inside the
     train step. `threads` decode in this process, or in each of `processes` worker
-    processes; None chooses by the cores. Neither changes any batch.
+    processes; None chooses by the cores. Neither changes any batch. Raises ValueError
+    for a field that cannot be used.
     """
 
     source: Source
@@ -180,7 +185,7 @@ class Stream:
     processes: int = 0
 
     def __post_init__(self):
-        # By class: to ask the object itself would open a source that is lazy.
+        # Asks the class, because asking the object would open a lazy source.
         for method in ("__getitem__", "__len__", "name"):
             if not hasattr(type(self.source), method):
                 raise ValueError(
@@ -220,8 +225,8 @@ def open_batches(
 ) -> Iterator[Batches]:
     """Opens the training batches of a run; no thread or process outlives the context.
 
-    Unreadable images are listed in `bad_images_path`, usually WORKDIR/bad_files.txt,
-    one such file a process.
+    Unreadable images are listed in `bad_images_path`, usually WORKDIR/bad_files.txt;
+    each process writes a file of its own beside it (see `UnreadableImages`).
 
     Raises:
         ValueError: the batch is larger than the set, or does not divide over the mesh.
@@ -253,7 +258,7 @@ def eval_batches(
     mesh: jax.sharding.Mesh,
     threads: int | None = None,
 ) -> EvaluationSet:
-    """Returns the batches of an evaluation, with "valid" [B], last one padded.
+    """Returns the batches of an evaluation; "valid" [B] is False for padded rows.
 
     Raises:
         ValueError: the source is empty, or the batch does not divide over the mesh.
@@ -278,7 +283,7 @@ def seed_of_step(seed: int, step: int) -> int:
 def spec_of(
     rows: Mapping[str, np.ndarray], batch_size: int, sharding: jax.sharding.Sharding
 ) -> dict[str, jax.ShapeDtypeStruct]:
-    """Returns what a global batch of such rows is on the devices."""
+    """Returns shape, dtype and sharding of a global batch of rows like these."""
     return {
         key: jax.ShapeDtypeStruct(
             (batch_size, *array.shape[1:]), array.dtype, sharding=sharding
@@ -292,7 +297,7 @@ def rows_of_devices(
 ) -> list[int]:
     """Returns the rows of a batch that `devices` hold, each once, in order.
 
-    Neighbours in a torus may be devices of several hosts: there may be gaps.
+    There may be gaps, because neighbours in the mesh may belong to different hosts.
     """
     places = sharding.devices_indices_map((batch_size,)).items()
     held = {
@@ -317,7 +322,7 @@ class _Placement:
         self._places = {row: place for place, row in enumerate(self.rows)}
 
     def spec(self, rows: dict[str, np.ndarray]) -> dict[str, jax.ShapeDtypeStruct]:
-        """Returns what a whole batch of such rows is on the devices."""
+        """Returns shape, dtype and sharding of a global batch of rows like these."""
         return spec_of(rows, self._batch_size, self._sharding)
 
     def __call__(
@@ -328,7 +333,7 @@ class _Placement:
 
     def _global(self, array: np.ndarray) -> Array:
         def of_device(index: Any) -> np.ndarray:
-            # A device's rows are neighbours in the batch, and all of them are here.
+            # A device's rows are contiguous in the batch, and all of them are here.
             start, stop, _ = index[0].indices(self._batch_size)
             first = self._places[start]
             return array[first : first + stop - start]

@@ -1,6 +1,6 @@
 """Derives counts and shapes of training data without opening it.
 
-A plan needs no data: an image that was never taken goes through the recipe's ops.
+A plan needs no data: a made-up image goes through the recipe's ops.
 """
 
 import time
@@ -17,7 +17,7 @@ from big_vision_lite.data.sources.tfds import prepared_set
 from big_vision_lite.data.sources.tfds.values import renamed
 from big_vision_lite.types import Op
 
-# Images of the splits of sets that recipes name most, by their TFDS catalogue.
+# Number of images in the splits of common sets, from the TFDS catalogue.
 EXAMPLES = {
     "imagenet2012": {"train": 1_281_167, "validation": 50_000, "test": 100_000},
     "places365_small": {"train": 1_803_460, "validation": 36_500, "test": 328_500},
@@ -30,12 +30,15 @@ EXAMPLES = {
     "oxford_iiit_pet": {"train": 3_680, "test": 3_669},
     "oxford_flowers102": {"train": 1_020, "test": 6_149, "validation": 1_020},
 }
-# Height and width of an ImageNet photo as it is stored: most have these sides.
+# The most common height and width of a stored ImageNet photo.
 PHOTO = (375, 500)
 
 
 def count(source: Any) -> int | None:
-    """Returns how many examples a source of a known set has, without opening it."""
+    """Returns the number of examples of Digits or a set in `EXAMPLES`, else None.
+
+    Opens nothing. Raises ValueError for a split that the set does not have.
+    """
     if isinstance(source, sources.Digits):
         rows = arrays.DIGITS_SPLITS[source.split]
         return rows.stop - rows.start
@@ -54,11 +57,11 @@ def count(source: Any) -> int | None:
 
 
 def example(source: Any, image: Any) -> dict[str, Any]:
-    """Returns an example with the keys of `source`, which is not asked, and `image`.
+    """Returns a made-up example with `image` and the keys of `source`, unopened.
 
-    Of a Tfds and an ImageFolder the fields say which keys those are; of any other
-    source it is an image and a label. What is not known is one box, a mask of zeros
-    and a word.
+    The fields of a Tfds or an ImageFolder name the keys; for any other source they are
+    an image and a label. The label is 0, "boxes" one box of the whole image, "mask"
+    zeros, every other key a word.
     """
     if isinstance(source, sources.ImageFolder) and not source.labels:
         return {"image": image}
@@ -85,10 +88,10 @@ def example(source: Any, image: Any) -> dict[str, Any]:
 def rows(
     ops: Sequence[Op], preprocess: Sequence[Op], source: Any = None
 ) -> dict[str, np.ndarray]:
-    """Returns a batch of one, as `ops` make it of a made-up example of `source`.
+    """Returns the arrays [1, ...] that `ops` make of a made-up example of `source`.
 
-    The image has the size that `preprocess` gives: of a set whose ops keep the size of
-    the images that is the only word on it.
+    The image has the size that `preprocess` gives, the only known one where `ops` keep
+    the size of the images.
     """
     batch = HostBatch(step=1, rows=range(1))
     batch.store(0, _made(ops, photo(*native_size(preprocess)), source))
@@ -108,10 +111,10 @@ def seconds_an_image(
     patience: float = 0.5,
     source: Any = None,
 ) -> float:
-    """Measures the CPU time that one thread of this machine takes for an image.
+    """Returns the median CPU seconds that one thread of this machine takes an image.
 
-    Of a photo as large as ImageNet's, or of what `preprocess` gives where the ops would
-    keep the size of a photo.
+    The image is a photo as large as ImageNet's, or as `preprocess` gives where `ops`
+    keep its size. Runs 8 to 1,000 times, until `patience` CPU seconds have passed.
     """
     native = native_size(preprocess)
     image = photo(*PHOTO, 3)
@@ -128,7 +131,7 @@ def seconds_an_image(
 
 
 def photo(height: int, width: int, channels: int) -> bytes:
-    """Returns a JPEG with about the detail, and the bytes, of a photo."""
+    """Returns a JPEG with about as much detail, and as many bytes, as a photo."""
     rng = np.random.default_rng(0)
     coarse = rng.integers(0, 256, (height // 8 + 1, width // 8 + 1, channels), np.uint8)
     image = cv2.resize(coarse, (width, height), interpolation=cv2.INTER_CUBIC)
@@ -145,7 +148,7 @@ def _pixels(image: bytes) -> np.ndarray:
 
 
 def _made(ops: Sequence[Op], image: bytes, source: Any = None) -> dict[str, Any]:
-    """Runs the ops; on pixels where none of them decodes."""
+    """Returns what the ops make of a JPEG, or of its pixels where none decodes."""
     failure: Exception | None = None
     for form in (image, _pixels(image)):
         made = example(source, form)
@@ -156,7 +159,7 @@ def _made(ops: Sequence[Op], image: bytes, source: Any = None) -> dict[str, Any]
         except ValueError as error:
             failure = error
             continue
-        # Views leave their own keys instead of an image; a set may have text alone.
+        # Views replace "image" by keys of their own; a set may have text alone.
         if "image" not in example(source, form) or any(
             np.ndim(value) >= 3 for value in made.values()
         ):

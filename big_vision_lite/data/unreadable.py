@@ -1,4 +1,4 @@
-"""Images whose bytes do not decode: skipped, listed in the run folder, few allowed."""
+"""Lists images whose bytes do not decode; a run skips a few and stops at many."""
 
 import dataclasses
 from collections.abc import Iterable
@@ -7,7 +7,7 @@ from etils import epath
 
 from big_vision_lite.runtime import files
 
-# Above this share of distinct files a run stops: the set is broken, not a file.
+# Above this share of distinct images a run stops: the set is broken, not a file.
 LARGEST_SHARE = 0.001
 
 
@@ -21,7 +21,7 @@ class Unreadable:
 
     @property
     def line(self) -> str:
-        """One line of the list: index, name and reason between tabs."""
+        """Returns a line of the list: index, name and reason, separated by tabs."""
         fields = (str(self.index), self.name, self.reason)
         line = "\t".join(" ".join(field.split()) for field in fields) + "\n"
         # File names on Linux are bytes, not always UTF-8.
@@ -31,9 +31,9 @@ class Unreadable:
 class UnreadableImages:
     """Counts distinct unreadable images of a run, over its restarts and its hosts.
 
-    Every process keeps a file of its own beside `path` and reads those of all: process
-    0 has `path` itself, process 3 `<stem>_3<suffix>`. Without a path the count is of
-    this process and this run only.
+    Every process writes its own file and reads those of all: process 0 writes `path`,
+    process 3 `<stem>_3<suffix>` beside it. Without a path only this process and this
+    run count. Raises ValueError for a file of another form.
     """
 
     def __init__(self, total: int, path: epath.Path | None = None, process: int = 0):
@@ -47,7 +47,7 @@ class UnreadableImages:
 
     @property
     def count(self) -> int:
-        """Number of distinct unreadable images known to this process."""
+        """Returns the number of distinct unreadable images known to this process."""
         return len(self._found)
 
     def add(self, found: Iterable[Unreadable]) -> None:
@@ -92,7 +92,7 @@ class UnreadableImages:
 
     def _write(self) -> None:
         # Rewritten whole and renamed: no half line after a kill, and object stores
-        # cannot append. At most a thousandth of the images are listed.
+        # cannot append. The list is short: about a thousandth of the images at most.
         if self._own is None:
             return
         with files.writing(self._own):

@@ -1,4 +1,4 @@
-"""Threads, or worker processes with threads, that make batches ahead of their use."""
+"""Makes batches ahead of their use, in threads or in worker processes with threads."""
 
 import concurrent.futures
 import itertools
@@ -20,12 +20,12 @@ from big_vision_lite.runtime import cpu
 # Past this many, threads of one process mostly wait for Python's lock.
 MOST_THREADS = 8
 SHARED_MEMORY = "/dev/shm"
-# What is done with the arrays of a finished batch, in the thread that finished it.
+# Called with the arrays of a finished batch, in the thread that finished it.
 Finish = Callable[[dict[str, np.ndarray], Report], Any]
 
 
 def resolve_threads(threads: int | None, processes: int = 0) -> int:
-    """Returns the decoding threads of each process: as given, or by the cores."""
+    """Returns the number of decoding threads a process: as given, or by the cores."""
     if threads is not None:
         return threads
     return max(1, min(MOST_THREADS, cpu.available() // max(1, processes)))
@@ -34,8 +34,8 @@ def resolve_threads(threads: int | None, processes: int = 0) -> int:
 class ThreadWorkers:
     """Threads that share the rows of each batch among them.
 
-    Each takes one part of the rows, so a batch costs `threads` tasks and
-    not one for every image; the last to end hands the batch on.
+    Each takes one part of the rows, so that a batch costs `threads` tasks and not one
+    for every image. The last to end calls `finish`.
     """
 
     def __init__(
@@ -58,7 +58,7 @@ class ThreadWorkers:
         return task.future
 
     def close(self) -> None:
-        """Ends the threads after the image each is at."""
+        """Ends each thread after its current image; unfinished batches are lost."""
         for batch in tuple(self._open):
             batch.cancelled = True
         self._pool.shutdown(wait=True, cancel_futures=True)
@@ -79,7 +79,7 @@ class ThreadWorkers:
 
 
 class _Task:
-    """A batch on its way: the last of its parts completes it, an error ends it."""
+    """A batch in the making: the last of its parts completes it, an error ends it."""
 
     def __init__(self, batch: HostBatch, parts: int):
         self.batch = batch
@@ -88,7 +88,7 @@ class _Task:
         self._lock = threading.Lock()
 
     def is_last(self) -> bool:
-        """Counts one part as filled; True for the last."""
+        """Counts one part as filled; returns True for the last."""
         with self._lock:
             self._left -= 1
             return self._left == 0
@@ -104,8 +104,8 @@ class _Task:
 class ProcessWorkers:
     """Grain worker processes that make whole batches, each with its own threads.
 
-    For hosts with so many cores that one Python cannot keep them busy; they take some
-    ten seconds to start. Batches travel through /dev/shm.
+    They are for hosts with more cores than one Python process keeps busy, and take
+    about ten seconds to start. Batches pass through /dev/shm.
     """
 
     def __init__(
@@ -119,7 +119,7 @@ class ProcessWorkers:
         first_step: int,
     ):
         if not flags.FLAGS.is_parsed():
-            # Grain reads its debug flags, also in programs that parse none.
+            # Grain reads its debug flags even in programs that parse none.
             flags.FLAGS.mark_as_parsed()
         steps = grain.MapDataset.range(first_step, 2**62)
         batches = steps.map(WholeBatches(maker, rows, threads)).to_iter_dataset(
@@ -134,11 +134,11 @@ class ProcessWorkers:
         self._pool = concurrent.futures.ThreadPoolExecutor(1, "data")
 
     def submit(self, step: int) -> concurrent.futures.Future:
-        """Waits in the background for the next batch, which is that of `step`."""
+        """Returns a future of what `finish` makes of the next batch, that of `step`."""
         return self._pool.submit(self._take, step)
 
     def close(self) -> None:
-        """Ends the worker processes after the batch each is at."""
+        """Ends each worker process after its current batch."""
         self._pool.shutdown(wait=True, cancel_futures=True)
         if self._iterator is not None:
             self._iterator.close()
@@ -147,8 +147,8 @@ class ProcessWorkers:
     def _take(self, step: int) -> Any:
         made = next(self._iterator)
         assert made["step"] == step, (made["step"], step)
-        # Copied, so that shared memory is free again however long JAX, which may
-        # alias a host array, or the user keeps the batch.
+        # Copied to free the shared memory: JAX, which may alias a host array, or the
+        # user may keep the batch for long.
         arrays = {key: np.array(array) for key, array in made["arrays"].items()}
         return self._finish(arrays, made["report"])
 
@@ -179,18 +179,22 @@ class WholeBatches:
 
 
 def _follow(parent: Any) -> None:
-    """Ends this worker process when its parent is killed; Grain's would stay."""
+    """Ends this worker process when its parent is killed; Grain would keep it."""
     parent.join()
     os._exit(1)
 
 
 def _as_element(arrays: dict[str, np.ndarray], report: Report) -> dict[str, Any]:
-    """Returns what Grain takes to the main process; full shared memory is refused."""
+    """Returns what Grain takes to the main process.
+
+    Raises:
+        OSError: shared memory has no room for the batch.
+    """
     needed = sum(array.nbytes for array in arrays.values())
     if os.path.isdir(SHARED_MEMORY):
         free = shutil.disk_usage(SHARED_MEMORY).free
         if free < needed:
-            # Written anyway, the kernel would end this process by SIGBUS.
+            # The kernel would end this process by SIGBUS if it wrote.
             raise OSError(
                 f"worker processes pass batches through {SHARED_MEMORY}, which has "
                 f"{free / 1e6:.0f} MB free; one batch needs {needed / 1e6:.0f} MB. "
@@ -201,7 +205,7 @@ def _as_element(arrays: dict[str, np.ndarray], report: Report) -> dict[str, Any]
 
 
 def _split(rows: Sequence[int], parts: int) -> list[Sequence[int]]:
-    """Splits rows into at most `parts` neighbouring parts of nearly equal length."""
+    """Splits rows into at most `parts` contiguous parts of nearly equal length."""
     parts = max(1, min(parts, len(rows)))
     bounds = [len(rows) * part // parts for part in range(parts + 1)]
     return [rows[a:b] for a, b in itertools.pairwise(bounds)]

@@ -284,8 +284,10 @@ def _axes(
     # Biases, norms and tokens: gathering takes long for the little memory it saves.
     vector = name.endswith("bias") or sum(size > 1 for size in shape) <= 1
     if rule != Layout.REPLICATE and fsdp > 1 and free and not vector:
-        # XLA:TPU reduce-scatters columns of bfloat16 only in multiples of 256, and of
-        # [W, H, D] the heads; of what it cannot, it sums the whole on every device.
+        # Gradients are reduce-scattered over this axis. In bfloat16 XLA:TPU can do so
+        # over the last axis only in multiples of 256, and over H but not always over W
+        # of [W, H, D]; otherwise it sums the whole gradient on every device. So the
+        # last axis is the last choice, and of the others the smallest, here H, wins.
         outer = [axis for axis in free if axis < len(shape) - 1] or free
         axes[min(outer, key=lambda axis: shape[axis])] = FSDP_AXIS
     return axes

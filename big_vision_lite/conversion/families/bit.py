@@ -16,9 +16,9 @@ from big_vision_lite.models.bit_v1 import BiTV1, Standardisation, Trunk
 
 UNIT, UNIT_V1 = "block{s}/unit{u}", "block{s}_unit{u}"
 TIMM_UNIT = r"stages\.(\d+)\.blocks\.(\d+)\."
-# What surrounds the image where the stem takes maxima, by timm's stem_type.
+# The padding of the stem's max-pooling, by timm's stem_type.
 PADDINGS = {"fixed": PoolPadding.ZEROS, "": PoolPadding.NEGATIVE_INFINITY}
-# Units a stage and width factor of timm's BiTs; first the narrowest of each depth.
+# Units per stage and width factor of timm's BiTs; first the narrowest of each depth.
 NAMES = {
     "resnetv2_50x1_bit": ((3, 4, 6, 3), 1),
     "resnetv2_101x1_bit": ((3, 4, 23, 3), 1),
@@ -28,7 +28,7 @@ NAMES = {
     "resnetv2_152x4_bit": ((3, 8, 36, 3), 4),
 }
 GROUPS = 32
-# Channels of timm's and Hugging Face's models are rounded to multiples of it.
+# timm and Hugging Face round channels to multiples of this.
 DIVISOR = 8
 PLAIN = {"stem": Stem.LARGE, "head.hidden_dim": None}
 HINTS = {
@@ -36,7 +36,7 @@ HINTS = {
     **libraries.LARGE_STEM,
     "pool_padding": "Other padding gives other numbers near the border.",
 }
-# Constants of a trunk in torch's libraries; big_vision has those of a plain Trunk.
+# Constants of a trunk in torch's libraries; big_vision has the defaults of Trunk.
 TORCH_FORM: dict[str, Any] = {
     "standardisation": Standardisation.INSIDE_ROOT,
     "norm_epsilon": 1e-5,
@@ -70,7 +70,7 @@ def torch_units(ours: str, theirs: str) -> dict[str, str]:
 
 
 def _as_convolution(theirs: str, ours: Sequence[str], shapes: Sequence[Shape]) -> Entry:
-    """Timm's head is a 1x1 convolution."""
+    """Ties timm's head, a 1x1 convolution, to a dense layer."""
     if len(shapes[0]) == 1:
         return engine.same(theirs, ours[0])
     return dataclasses.replace(
@@ -94,7 +94,7 @@ TIMM_TRUNK: Rows = {
 
 
 class TimmBiT(Format):
-    """ResNetV2(preact=True), standardised with eps 1e-8, of which ours is no other."""
+    """timm's ResNetV2(preact=True); its eps 1e-8 gives the numbers of our 1e-10."""
 
     name = "timm BiT"
     library = Library.TIMM
@@ -102,7 +102,7 @@ class TimmBiT(Format):
     table = TIMM
     assumes = preprocessing.OF_TIMMS_BIT
     signs = ("stem.conv.weight", "stages.0.blocks.0.norm1.weight", "norm.weight")
-    # Of those with batch norm.
+    # Models with batch norm have it.
     strangers = ("norm.running_var",)
     requires = {**PLAIN, "pool_padding": PoolPadding.ZEROS, "groups": GROUPS}
     hints = HINTS
@@ -141,7 +141,7 @@ class TimmBiT(Format):
                 f"timm builds BiTs of 50, 101 and 152 layers, this one has stages="
                 f"{model.stages}."
             )
-        # One of the published widths, or one of the depth that is told another width.
+        # A published width, or a model of this depth that gets another width.
         exact = [n for n, factor in fitting.items() if 64 * factor == model.width]
         name = (exact or list(fitting))[0]
         factor, arguments = fitting[name], {}
@@ -157,9 +157,9 @@ class TimmBiT(Format):
 
 
 class TimmBiTV1(Format):
-    """ResNetV2(preact=False, stem_type="same") with StdConv2dSame(eps=1e-8).
+    """timm's ResNetV2(preact=False, stem_type="same") with StdConv2dSame(eps=1e-8).
 
-    timm has it inside hybrids only: by itself it comes in, and goes out nowhere.
+    timm has it inside hybrids only: by itself it is read, but not exported.
     """
 
     name = "timm ResNetV2, norms after convolutions"
@@ -193,8 +193,8 @@ class TimmBiTV1(Format):
 
 
 def timm_trunk(weights: Weights, root: str) -> tuple[Trunk, int]:
-    """Returns the trunk whose names begin with `root`, and its channels of images."""
-    # A trunk without stages is its root alone, and named so.
+    """Returns the trunk whose names begin with `root`, and the channels of images."""
+    # A trunk without stages is its stem alone, without "stem." in the names.
     stem = f"{root}stem." if f"{root}stem.conv.weight" in weights.arrays else root
     sizes = weights.sizes({f"{stem}conv.weight": "width channels 7 7"})
     stages = weights.units(re.escape(root) + TIMM_UNIT)
@@ -214,7 +214,7 @@ def _named(weights: Weights) -> str:
 
 
 def _arguments(weights: Weights) -> dict[str, Any]:
-    """Returns timm's arguments; refuses those that change what is computed."""
+    """Returns timm's arguments; raises ValueError for those that change the numbers."""
     arguments = dict(weights.config.get("model_args", {}))
     for name, plain in {
         "avg_down": False,

@@ -32,10 +32,9 @@ ARCHIVE_FORM: dict[str, Any] = {
 
 
 def _with_axes(theirs: str, ours: Sequence[str], shapes: Sequence[Shape]) -> Entry:
-    """Axes of size 1 stand before those of a scale, a bias or the kernel of a head.
+    """Ties scales, biases and head kernels to arrays with leading axes of size 1.
 
-    Norms are read of any shape: of the programs that read them, the older had norms of
-    their own.
+    Reads any shape of the same numbers, because programs differ in that of norms.
     """
     if ours[0] == "head/bias":
         return engine.same(theirs, ours[0])
@@ -44,7 +43,7 @@ def _with_axes(theirs: str, ours: Sequence[str], shapes: Sequence[Shape]) -> Ent
 
 
 def _flat(theirs: str, ours: Sequence[str], shapes: Sequence[Shape]) -> Entry:
-    """Norms are written as they are, and read of any shape."""
+    """Ties norms: writes our shape, and reads any shape of the same numbers."""
     return engine.reshaped(theirs, ours[0], lambda shape: shape)
 
 
@@ -81,7 +80,7 @@ ARCHIVE_TRUNK: Rows = {
 
 
 class FirstBiT(Format):
-    """The archives published with arXiv:1912.11370, in TensorFlow's names."""
+    """BiT in the archives published with arXiv:1912.11370, in TensorFlow's names."""
 
     name = "BiT (npz)"
     library = Library.NPZ
@@ -101,7 +100,7 @@ class FirstBiT(Format):
     hints = HINTS
 
     def normalised_names(self, weights: Weights) -> Weights:
-        """Returns the names with "resnet/" in front and without numbers of layers."""
+        """Returns the weights with "resnet/" before names and no numbers of layers."""
         numbered = re.compile(r"(standardized_conv2d|group_norm|conv2d)_\d+(?=/)")
         arrays = {
             "resnet/" + numbered.sub(r"\1", name.removeprefix("resnet/")): array
@@ -123,7 +122,7 @@ class FirstBiT(Format):
 
 
 class BitPaper(Format):
-    """big_vision's form of the same: -inf around the image at the max-pooling."""
+    """big_vision's bit_paper: BiT with -inf as the padding of the max-pooling."""
 
     name = "big_vision bit_paper (npz)"
     library = Library.NPZ
@@ -158,7 +157,7 @@ class ArchivedBiTV1(Format):
     assumes = preprocessing.OF_BIG_VISION
     table: Rows = {**under("", ARCHIVE_TRUNK, ours="trunk/"), "head": "head"}
     signs = ("conv_root/kernel", "gn_root/scale")
-    # Hybrids have a transformer behind it.
+    # Hybrids have a transformer after the trunk.
     strangers = ("embedding/kernel",)
     requires = {"head.hidden_dim": None, **in_field("trunk", ARCHIVE_FORM)}
     hints = hints_on("trunk")
@@ -170,7 +169,7 @@ class ArchivedBiTV1(Format):
 
 
 def archived_trunk(weights: Weights) -> tuple[Trunk, int]:
-    """Returns the trunk of an archive, and its channels of images."""
+    """Returns the trunk of an archive, and the channels of images."""
     sizes = weights.sizes({"conv_root/kernel": "7 7 channels width"})
     stages = weights.units(ARCHIVE_UNIT)
     return Trunk(stages=stages, width=sizes["width"], **ARCHIVE_FORM), sizes["channels"]

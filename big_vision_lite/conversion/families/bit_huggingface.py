@@ -21,7 +21,7 @@ from big_vision_lite.conversion.weights import Weights
 from big_vision_lite.models.bit import BiT, Block, PoolPadding
 from big_vision_lite.models.bit_v1 import BiTV1, Trunk
 
-# What a config.json that leaves a key out means: BitConfig.
+# Values of keys that a config.json leaves out: BitConfig.
 DEFAULTS: Mapping[str, Any] = {
     "embedding_size": 64,
     "layer_type": "preactivation",
@@ -44,9 +44,9 @@ HUGGINGFACE_TRUNK: Rows = {
 
 
 class HuggingFaceBiT(Format):
-    """BitForImageClassification, and BitModel when there is no head.
+    """Hugging Face's BitForImageClassification, and BitModel when there is no head.
 
-    `layer_type` and `padding` are what its configuration must say.
+    `layer_type` and `padding` are the values that its config.json must have.
     """
 
     name = "Hugging Face BiT"
@@ -120,7 +120,7 @@ class HuggingFaceBiT(Format):
         """Returns the configuration with defaults filled in.
 
         Raises:
-            ValueError: it is that of another model.
+            ValueError: it describes another model.
         """
         config = {**DEFAULTS, **weights.config}
         padding = config["global_padding"]
@@ -132,7 +132,7 @@ class HuggingFaceBiT(Format):
             "embedding_dynamic_padding": self.padding is not None,
         }
         for name, value in wanted.items():
-            # Without a configuration the names must do.
+            # Without a configuration the names decide alone.
             if weights.config and config[name] != value:
                 raise ValueError(
                     f"{weights.path}: config.json has {name}={config[name]}; with "
@@ -149,7 +149,7 @@ class HuggingFaceBiT(Format):
 
 
 class HuggingFaceBiTV1(HuggingFaceBiT):
-    """Bit with layer_type="bottleneck" and TensorFlow's padding."""
+    """Hugging Face's Bit with layer_type="bottleneck" and TensorFlow's padding."""
 
     name = "Hugging Face BiT, norms after convolutions"
     model = BiTV1
@@ -165,7 +165,7 @@ class HuggingFaceBiTV1(HuggingFaceBiT):
 
 
 def _root(weights: Weights) -> str | None:
-    """Returns what precedes the names of a backbone of Hugging Face, None elsewhere."""
+    """Returns the prefix of the backbone's names, None if they are another model's."""
     for root in ("bit.", ""):
         first = f"{root}encoder.stages.0.layers.0.conv1.weight"
         if {f"{root}embedder.convolution.weight", first} <= weights.arrays.keys():
@@ -178,7 +178,7 @@ def _stages(weights: Weights) -> tuple[int, ...]:
 
 
 def _output_stride(num_stages: int) -> int:
-    """Returns the stride of the last stage; below it Hugging Face would dilate."""
+    """Returns the stride of the last stage; Hugging Face dilates for smaller ones."""
     return 2 ** (num_stages + 1)
 
 

@@ -1,4 +1,4 @@
-"""Hybrids, a ViT over the grid of a trunk: timm's, vision_transformer's archives."""
+"""Hybrids, a ViT over the grid of a trunk: timm's and vision_transformer's."""
 
 import dataclasses
 from collections.abc import Sequence
@@ -17,7 +17,7 @@ from big_vision_lite.models.blocks.pooling import Pooling
 from big_vision_lite.models.vit import ViT
 
 BACKBONE = "patch_embed.backbone."
-# timm's hybrid with these units a stage; what follows the trunk are its arguments.
+# timm's hybrid with these units per stage; arguments set the ViT after the trunk.
 NAMES = {
     (): "vit_tiny_r_s16_p8_224",
     (2, 2, 2, 2): "vit_small_r26_s32_224",
@@ -27,7 +27,7 @@ NAMES = {
 
 
 class TimmHybrid(TimmViT):
-    """A ResNetV2(preact=False, stem_type="same"), and behind it timm's ViT."""
+    """timm's ResNetV2(preact=False, stem_type="same") followed by its ViT."""
 
     name = "timm hybrid ViT"
     requires = {
@@ -39,7 +39,7 @@ class TimmHybrid(TimmViT):
 
     def recognises(self, weights: Weights) -> bool:
         arrays = weights.arrays
-        # Not those over ResNets with batch norm.
+        # Hybrids over ResNets with batch norm are not read.
         return any(
             {f"{root}conv.weight", f"{root}norm.weight"} <= arrays.keys()
             and f"{root}norm.running_var" not in arrays
@@ -54,7 +54,7 @@ class TimmHybrid(TimmViT):
     def rows(self, model: ViT) -> Rows:
         trunk: Rows = bit.TIMM_TRUNK
         if not _trunk_in(model).stages:
-            # A trunk without stages is its root alone, and named so.
+            # A trunk without stages is its stem alone, without "stem." in the names.
             trunk = {**trunk, "conv_root": "conv", "gn_root": "norm"}
         return {**under(BACKBONE, trunk, ours="stem/"), **super().rows(model)}
 
@@ -73,7 +73,7 @@ class TimmHybrid(TimmViT):
 
 
 class ArchivedHybrid(VisionTransformerViT):
-    """vision_transformer's R+ViT: the trunk of big_vision's bit, then its ViT."""
+    """vision_transformer's R+ViT: the trunk of big_vision's bit followed by its ViT."""
 
     name = "vision_transformer hybrid ViT (npz)"
     requires = {
@@ -116,13 +116,13 @@ def _trunk_in(model: ViT) -> Trunk:
 
 
 def cells(trunk: Trunk, image_size_px: tuple[int, int]) -> tuple[int, int]:
-    """Returns (rows, columns) of the trunk's grid; sizes of the image round up."""
+    """Returns (rows, columns) of the trunk's grid for an image, rounded up."""
     stride = stride_of(trunk)
     return -(-image_size_px[0] // stride), -(-image_size_px[1] // stride)
 
 
 def _over(trunk: Trunk, channels: int, found: Architecture) -> Architecture:
-    """Returns a ViT that was read as one over cells, over images."""
+    """Returns a ViT that was read as one over cells as one over images."""
     size, stride = found.image_size_px, stride_of(trunk)
     return dataclasses.replace(
         found,

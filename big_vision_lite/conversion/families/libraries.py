@@ -2,7 +2,7 @@
 
 from typing import Any
 
-# What to do about a small stem, which no library has.
+# The hint for a small stem, which no library has.
 LARGE_STEM = {
     "stem": "A large stem is a 7x7 convolution and max-pooling: a model trained with "
     "stem=large goes there, or a ViT."
@@ -15,7 +15,7 @@ def timm(
     """Returns the name and arguments for `timm.create_model`."""
     head = model.head
     more = {"num_classes": 0 if head is None else head.num_classes}
-    # Three is what it takes when nothing is said.
+    # Three is timm's default.
     more |= {} if channels == 3 else {"in_chans": channels}
     return {"architecture": architecture, "model_args": {**more, **arguments}}
 
@@ -23,7 +23,11 @@ def timm(
 def torchvision(
     builder: str, model: Any, channels: int, /, **arguments: Any
 ) -> dict[str, Any]:
-    """Returns the function of torchvision.models and its arguments."""
+    """Returns the function of torchvision.models and its arguments.
+
+    Raises:
+        ValueError: `channels` is not 3.
+    """
     if channels != 3:
         raise ValueError(
             f"torchvision's models take 3 channels, this one takes {channels}."
@@ -40,7 +44,7 @@ def width_ratio(hidden: int, width: int) -> float:
 
 
 def labels(num_classes: int) -> dict[str, Any]:
-    """Returns names for classes, which tell Hugging Face how many there are."""
+    """Returns labels "LABEL_0", ..., which tell Hugging Face the number of classes."""
     names = {index: f"LABEL_{index}" for index in range(num_classes)}
     return {
         "id2label": {str(index): name for index, name in names.items()},

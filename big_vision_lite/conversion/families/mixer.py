@@ -1,4 +1,4 @@
-"""MLP-Mixer of timm, and in the archives of vision_transformer and big_vision."""
+"""MLP-Mixer of timm and of the archives of vision_transformer and big_vision."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -33,7 +33,7 @@ ARCHIVE: Rows = {
     "norm": "pre_head_layer_norm",
     "head": "head",
 }
-# timm builds a mixer by its name only: no argument changes its width or depth.
+# timm builds these mixers by name: no argument changes their width or depth.
 NAMES = {
     (512, 8, 32): "mixer_s32_224",
     (512, 8, 16): "mixer_s16_224",
@@ -45,14 +45,14 @@ NAMES = {
 
 
 class TimmMixer(Format):
-    """timm's names; its GELU is the exact one, eps 1e-6 as here."""
+    """MLP-Mixer in timm's names, with the exact GELU and eps 1e-6, as here."""
 
     name = "timm MLP-Mixer"
     library = Library.TIMM
     model = MlpMixer
     table = TIMM
     signs = ("stem.proj.weight", "blocks.0.mlp_tokens.fc1.weight")
-    # The other GELU changes logits by up to 5e-4.
+    # The tanh GELU changes logits by up to 5e-4.
     requires = {"activation": Activation.GELU_ERF, "head.hidden_dim": None}
 
     def architecture(self, weights: Weights) -> Architecture:
@@ -76,7 +76,7 @@ class TimmMixer(Format):
         model = MlpMixer(
             depth=weights.count(r"blocks\.(\d+)\."),
             head=weights.head("head.weight"),
-            # What timm computes, also for weights that Google trained with the tanh.
+            # timm computes it even for weights that Google trained with the tanh.
             activation=Activation.GELU_ERF,
             **_fields(sizes),
         )
@@ -97,7 +97,7 @@ class TimmMixer(Format):
 
 
 class ArchivedMixer(Format):
-    """The names of both programs, which have tanh GELU and eps 1e-6, as here."""
+    """MLP-Mixer in the names of both programs, with tanh GELU and eps 1e-6, as here."""
 
     name = "big_vision MLP-Mixer (npz)"
     library = Library.NPZ
@@ -138,10 +138,10 @@ def _architecture(
     image_size_px: tuple[int, int] | None,
     weights: Weights,
 ) -> Architecture:
-    """Returns a model over so many patches, by the image size or as a square.
+    """Returns a model whose patches fill `image_size_px`, or else a square.
 
     Raises:
-        ValueError: they are neither; says how to tell the image size.
+        ValueError: they do neither; says where to write the image size.
     """
     patches, patch = sizes["patches"], model.patch_size
     side = round(patches**0.5)

@@ -1,4 +1,4 @@
-"""ResNet, ResNeXt and Wide ResNet: torchvision and timm, one table; Hugging Face."""
+"""ResNet, ResNeXt and Wide ResNet of torchvision, timm and Hugging Face."""
 
 import re
 from collections.abc import Sequence
@@ -31,18 +31,18 @@ HUGGINGFACE: Rows = {
     f"{UNIT}/conv_proj": "encoder.stages.{s-1}.layers.{u-1}.shortcut.convolution",
     f"{UNIT}/norm_proj": "encoder.stages.{s-1}.layers.{u-1}.shortcut.normalization",
 }
-# What no library has: small stems, a layer in the head.
+# No library has small stems or a hidden layer in the head.
 PLAIN = {"stem": Stem.LARGE, "head.hidden_dim": None}
 HINTS = {**Format.hints, **libraries.LARGE_STEM}
 
-# Architectures of timm that are nothing but this model; the prefixes are old names.
+# Architectures of timm that are exactly this model; the prefixes are old names.
 NAMED = re.compile(
     r"((tv|ig|ssl|swsl)_)?(resnet\d+|wide_resnet\d+_2|resnext\d+_\d+x\d+d)(\..*)?"
 )
-# Of timm's arguments: those that shapes show, and those that change no evaluation.
+# timm's arguments that shapes show, and those that change no evaluation.
 SHOWN = ("layers", "channels", "cardinality", "base_width", "num_classes", "in_chans")
 TRAINING = ("drop_rate", "drop_path_rate", "drop_block_rate", "zero_init_last")
-# What plain arguments are, given though they need not be.
+# Defaults of arguments, which a configuration may write out.
 AT_DEFAULT = {
     "output_stride": 32,
     "global_pool": "avg",
@@ -53,7 +53,7 @@ AT_DEFAULT = {
     "down_kernel_size": 1,
     "block_reduce_first": 1,
 }
-# What a part of a name says about a model that is not plain.
+# What names that match a pattern show about a model that is not plain.
 UNSUPPORTED = {
     r"conv1\.\d+\..*": "a stem of three convolutions (timm's c, d, s and t variants)",
     r"maxpool\..*": "a convolution instead of the max-pooling",
@@ -61,7 +61,7 @@ UNSUPPORTED = {
     r".*\.downsample\.2\..*": "average pooling in the shortcuts (timm's d variants)",
     r".*\.conv2\.(conv|fc|bn)\d*\..*": "split or selective convolutions",
 }
-# How timm and torchvision name the published sizes, ours first.
+# {our size: its name in timm and torchvision}.
 NAMES = {
     size: {"R": "resnet", "X": "resnext", "W": "wide_resnet"}[size[0]] + size[1:]
     for size in SIZES
@@ -69,7 +69,7 @@ NAMES = {
 
 
 class TorchvisionResNet(Format):
-    """Convolutions and norms are conv1, bn1, ...; stages layer1 to layer4."""
+    """torchvision's names: convolutions conv1, norms bn1, stages layer1 to layer4."""
 
     name = "torchvision ResNet"
     library = Library.TORCHVISION
@@ -81,7 +81,7 @@ class TorchvisionResNet(Format):
     hints = HINTS
 
     def recognises(self, weights: Weights) -> bool:
-        # timm's files say what they are in a config.json.
+        # timm's files have their architecture in a config.json.
         of_timm = "architecture" in weights.config
         return super().recognises(weights) and of_timm == (self.library == Library.TIMM)
 
@@ -95,7 +95,7 @@ class TorchvisionResNet(Format):
             for index in range(len(stages))
         ]
         width = _width(outputs, basic, weights.path)
-        # Of the last stage, where rounding to whole channels hides least.
+        # Read from the last stage, where rounding to whole channels matters least.
         inner, in_group = weights.shape(f"layer{len(stages)}.0.conv2.weight", 4)[:2]
         planes = width * 2 ** (len(stages) - 1)
         stem = weights.sizes({"conv1.weight": "width channels 7 7"})
@@ -105,7 +105,7 @@ class TorchvisionResNet(Format):
             stem_width=stem["width"],
             block=Block.BASIC if basic else Block.BOTTLENECK,
             groups=1 if basic else inner // in_group,
-            # The smallest that gives so many channels.
+            # The smallest that gives `in_group` channels.
             width_per_group=64 if basic else -(-64 * in_group // planes),
             head=weights.head("fc.weight"),
         )
@@ -129,7 +129,7 @@ class TorchvisionResNet(Format):
 
 
 class TimmResNet(TorchvisionResNet):
-    """The same names; timm builds four stages of any width."""
+    """timm's ResNet, in torchvision's names: four stages of any width."""
 
     name = "timm ResNet"
     library = Library.TIMM
@@ -159,7 +159,7 @@ class TimmResNet(TorchvisionResNet):
 
 
 class HuggingFaceResNet(Format):
-    """ResNetForImageClassification; `root` precedes all names but the classifier's."""
+    """Hugging Face's ResNetForImageClassification; `root` precedes backbone names."""
 
     name = "Hugging Face ResNet"
     library = Library.HUGGINGFACE
@@ -171,7 +171,7 @@ class HuggingFaceResNet(Format):
     )
     requires = {**PLAIN, "groups": 1, "width_per_group": 64}
     hints = HINTS
-    # What their configuration must say, or leave out, for this to be its model.
+    # Values that the configuration must have, or leave out.
     fixed = {
         "hidden_act": "relu",
         "downsample_in_first_stage": False,
@@ -193,7 +193,7 @@ class HuggingFaceResNet(Format):
                     f"{value}: models/resnet.py is version 1.5 with the stride on "
                     "the 3x3 convolutions and none in the first stage."
                 )
-        # What the configuration leaves out is its default there.
+        # Hugging Face's defaults for keys that the configuration leaves out.
         outputs = list(config.get("hidden_sizes", (256, 512, 1024, 2048)))
         basic = config.get("layer_type", "bottleneck") == "basic"
         convolution = f"{self.root}{HUGGINGFACE['stem']}.weight"
@@ -229,7 +229,7 @@ class HuggingFaceResNet(Format):
 
 
 class HuggingFaceResNetModel(HuggingFaceResNet):
-    """ResNetModel, without a classifier."""
+    """Hugging Face's ResNetModel, which has no classifier."""
 
     name = "Hugging Face ResNet without a head"
     root = ""
@@ -242,10 +242,10 @@ def _same(model: ResNet, size: str, *fields: str) -> bool:
 
 
 def _width(outputs: Sequence[int], basic: bool, path: str) -> int:
-    """Returns the width of stages that end in so many channels.
+    """Returns the width of a ResNet whose stages end in `outputs` channels.
 
     Raises:
-        ValueError: one does not have twice the channels of that before.
+        ValueError: a stage does not have twice the channels of the one before.
     """
     expected = [outputs[0] * 2**index for index in range(len(outputs))]
     if list(outputs) != expected:

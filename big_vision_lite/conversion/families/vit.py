@@ -1,4 +1,4 @@
-"""The common part of all ViT formats: fields, tokens and positions."""
+"""The common parts of all ViT formats: fields, tokens and positions."""
 
 import dataclasses
 from collections.abc import Mapping, Sequence
@@ -21,7 +21,7 @@ BLOCK = "encoder/block_{b}/"
 PARTS = ("query", "key", "value")
 QUERY_KEY_VALUE = tuple(f"attention/{part}" for part in PARTS)
 GELUS = [Activation.GELU_ERF, Activation.GELU_TANH]
-# Fields that change no number of a trained model, or sizes that every format has.
+# Fields that no format restricts: sizes, and those that change no trained model.
 ANYWHERE = (
     *("width", "depth", "mlp_dim", "num_heads", "patch_size", "head", "mean", "std"),
     *("dropout", "stochastic_depth", "dtype", "attention", "remat", "parent", "name"),
@@ -30,9 +30,9 @@ ANYWHERE = (
 
 
 def requires(*free: str, **values: Any) -> dict[str, Any]:
-    """Returns what a format requires of our ViT: all at its default, but what is given.
+    """Returns what a format requires of our ViT: defaults, except for what is given.
 
-    `free` fields may have any value, those in `values` the one, or one of a list.
+    `free` fields may have any value, those in `values` this value, or one of a list.
     """
     plain = {field.name: field.default for field in dataclasses.fields(ViT)}
     plain |= {"head.hidden_dim": None}
@@ -41,7 +41,7 @@ def requires(*free: str, **values: Any) -> dict[str, Any]:
 
 
 def check_square(name: str, size: tuple[int, int]) -> None:
-    """Raises ValueError for images that are not square."""
+    """Raises ValueError unless `size` is square; `name` is the format's."""
     height, width = size
     if height != width:
         raise ValueError(
@@ -53,10 +53,10 @@ def check_square(name: str, size: tuple[int, int]) -> None:
 def usual_heads(
     weights: Weights, width: int, others: Mapping[int, int], hint: str
 ) -> int:
-    """Returns the heads of a width, which no shape shows: of 64 channels, or `others`.
+    """Returns the heads of a width, which no shape shows: `others`, or width / 64.
 
     Raises:
-        ValueError: such heads do not make the width; `hint` ends the message.
+        ValueError: 64 does not divide the width; `hint` ends the message.
     """
     if width % 64 and width not in others:
         raise ValueError(
@@ -78,12 +78,12 @@ def tokens_and_positions(
 ) -> Entry:
     """Ties tokens [1, K, D] and positions [*leading, R + N, D] of patches to ours.
 
-    `theirs` and `ours` say how many tokens have which name, in one order. Their
-    positions may begin with R rows for tokens, R one of `rows`; ours never do, so that
-    these are added to the tokens, the same function. Out go zeros for the first of
-    `rows`. Fixed positions go out as the table that they are, and come in only where
-    they are that table; learned ones that are resampled at every use leave as those of
-    `grid`. With `positions` None there are none.
+    `theirs` and `ours` are {name: number of tokens} in the same order. Their positions
+    may begin with R rows for tokens, R one of `rows`; these are added to our tokens,
+    which have no positions: the model computes the same. Export writes rows[0] rows of
+    zeros. Fixed positions are written as a table, and read only if the file holds that
+    table; learned ones are resampled to `grid` for export. `positions` None means that
+    the format has none.
     """
     count = sum(ours.values())
     learned = model.positions == Positions.LEARNED
@@ -130,7 +130,7 @@ def tokens_and_positions(
 
 
 def _fixed(model: ViT, grid: tuple[int, int]) -> np.ndarray:
-    """Returns positions [N, D] that are no parameters: sines, or zeros for none."""
+    """Returns positions [N, D] that are no parameters: sincos2d, or zeros for none."""
     if model.positions == Positions.SINCOS:
         return sincos(*grid, model.width)
     return np.zeros((grid[0] * grid[1], model.width), np.float32)

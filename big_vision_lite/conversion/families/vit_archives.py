@@ -1,4 +1,4 @@
-"""ViT in the npz archives of big_vision and of vision_transformer."""
+"""ViT in the npz archives of big_vision and vision_transformer."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -26,12 +26,13 @@ def _mlp(ours: str, theirs: str) -> Rows:
 
 
 class BigVisionViT(Format):
-    """Both programs have tanh GELU and eps 1e-6; names and one addition differ.
+    """big_vision's ViT, with tanh GELU and eps 1e-6, as in vision_transformer.
 
-    `root` are the names before all others ("img/" in image-text checkpoints). A `block`
-    without a number holds all blocks in one array a name, depth first. `positions` is
-    the name of [1, N, D], or with `token_position` of [1, 1 + N, D], where the class
-    token has a position too. `norms`, `attention` and `mlp` are the names in a block.
+    `root` precedes all names ("img/" in image-text checkpoints). A `block` without a
+    number holds all blocks in one array for each name, stacked along the first axis.
+    `positions` is the name of [1, N, D], or with `token_position` of [1, 1 + N, D],
+    where the class token has a position too. `norms`, `attention` and `mlp` are the
+    names in a block.
     """
 
     name = "big_vision ViT (npz)"
@@ -39,7 +40,7 @@ class BigVisionViT(Format):
     model = ViT
     dialect = tables.ARCHIVE
     assumes = preprocessing.OF_BIG_VISION
-    # Archives without a representation layer may have an empty place for it.
+    # Archives without a representation layer may have an empty entry for it.
     ignored = ("pre_logits",)
     requires = vit.requires(
         "head.hidden_dim",
@@ -171,14 +172,14 @@ class BigVisionViT(Format):
 
 
 class ReadOnly(BigVisionViT):
-    """Archives are written in one layout, the others only read."""
+    """A layout that is read, but not written: a ViT is written as BigVisionViT."""
 
     def describe(self, model: ViT, size: Size, channels: int) -> dict[str, Any]:
         raise ValueError(f"Archives are written as {BigVisionViT.name} only.")
 
 
 class StackedViT(ReadOnly):
-    """big_vision's scan: all blocks in one array."""
+    """big_vision's ViT with `scan`: all blocks in one array."""
 
     name = "big_vision ViT (npz, stacked blocks)"
     block = "encoderblock"
@@ -189,19 +190,19 @@ class ImageTextViT(ReadOnly):
 
     name = "big_vision image-text ViT (npz)"
     root = "img/"
-    # Beside the image tower: text, temperature, bias.
+    # The text tower, the temperature and the bias are not read.
     ignored = ("img/pre_logits", "txt/.*", "t", "b")
 
 
 class StackedImageTextViT(ImageTextViT):
-    """The same, all blocks in one array."""
+    """The image tower of an image-text checkpoint, all blocks in one array."""
 
     name = "big_vision image-text ViT (npz, stacked blocks)"
     block = "encoderblock"
 
 
 class VisionTransformerViT(ReadOnly):
-    """The archives of vision_transformer."""
+    """ViT in the archives of vision_transformer; the class token has a position."""
 
     name = "vision_transformer ViT (npz)"
     positions = "Transformer/posembed_input/pos_embedding"

@@ -1,6 +1,6 @@
-"""ViT and DeiT of Hugging Face's transformers; what all ViTs there share.
+"""ViT and DeiT of Hugging Face's transformers, and what all ViTs there share.
 
-Names are those in files, which transformers 5 translates when it loads them.
+Names are those in files; transformers 5 translates them when it loads a file.
 """
 
 from collections.abc import Mapping, Sequence
@@ -21,7 +21,7 @@ ACTIVATIONS = {
     "gelu_pytorch_tanh": Activation.GELU_TANH,
     "gelu_new": Activation.GELU_TANH,
 }
-# What a config.json that leaves a key out means: ViTConfig, DeiTConfig.
+# Values of keys that a config.json leaves out: ViTConfig, DeiTConfig.
 DEFAULTS: Mapping[str, Any] = {
     "hidden_size": 768,
     "num_hidden_layers": 12,
@@ -37,10 +37,10 @@ DEFAULTS: Mapping[str, Any] = {
 
 
 class HuggingFaceViT(Format):
-    """ViTForImageClassification, and ViTModel when there is no head.
+    """Hugging Face's ViTForImageClassification, and ViTModel when there is no head.
 
-    `root` precedes all names but the classifier's where there is one. `model_types`
-    are those of a config.json that is read, and `defaults` its keys.
+    With a head, `root` precedes all names but the classifier's. `model_types` are those
+    that a config.json may have; `defaults` are the keys that are read, with defaults.
     """
 
     name = "Hugging Face ViT"
@@ -110,7 +110,7 @@ class HuggingFaceViT(Format):
         ]
 
     def tokens(self, model: ViT) -> dict[str, str]:
-        """Returns the tokens {theirs: ours} that have a position there."""
+        """Returns {theirs: ours} of the tokens that have a position there."""
         return {"embeddings.cls_token": "class_token"}
 
     def describe(self, model: ViT, size: Size, channels: int) -> dict[str, Any]:
@@ -127,9 +127,10 @@ class HuggingFaceViT(Format):
         return "" if model.head is None else self.root
 
     def _config(self, weights: Weights) -> dict[str, Any]:
-        """Returns the keys that config.json may have; its absence is refused.
+        """Returns the values of config.json, or of its vision part, for `defaults`.
 
-        The vision part of a config of image and text is taken.
+        Raises:
+            ValueError: config.json is missing or has another model_type.
         """
         kind = self.model_types[0]
         if not weights.config:
@@ -153,7 +154,7 @@ class HuggingFaceViT(Format):
         """Returns the fields of our ViT that all these configurations have.
 
         Raises:
-            ValueError: an activation or patches that our ViT does not have.
+            ValueError: our ViT does not have the activation or the patches.
         """
         act, patch = config["hidden_act"], config["patch_size"]
         if act not in ACTIVATIONS:
@@ -182,10 +183,10 @@ class HuggingFaceViT(Format):
 
 
 class HuggingFaceDeiT(HuggingFaceViT):
-    """DeiTForImageClassificationWithTeacher, ...ForImageClassification, DeiTModel.
+    """Hugging Face's DeiTForImageClassification, with and without teacher, DeiTModel.
 
     With one head the distillation token only takes part in attention, as a register
-    does; its position is folded into it.
+    does; its position is added to it.
     """
 
     name = "Hugging Face DeiT"
@@ -245,7 +246,7 @@ class HuggingFaceDeiT(HuggingFaceViT):
 def _architecture(
     model: ViT, config: Mapping[str, Any], notes: Sequence[str]
 ) -> Architecture:
-    """Returns a model at its config's image size, less the edge that fills no patch."""
+    """Returns a model for the image size of its config, cut to whole patches."""
     given, patch = config["image_size"], model.patch_size
     height, width = given if isinstance(given, list | tuple) else (given, given)
     size = (height // patch * patch, width // patch * patch)

@@ -19,8 +19,8 @@ from big_vision_lite.models.blocks.mlp import Activation
 from big_vision_lite.models.blocks.pooling import Pooling
 from big_vision_lite.models.vit import ViT
 
-# What a config.json that leaves a key out means: Dinov2Config; with registers the
-# default of the patches is 16.
+# Values of keys that a config.json leaves out: Dinov2Config; with registers the default
+# patch size is 16.
 DINOV2: Mapping[str, Any] = {
     **{key: value for key, value in DEFAULTS.items() if key != "intermediate_size"},
     "mlp_ratio": 4,
@@ -33,15 +33,15 @@ REGISTERS: Mapping[str, Any] = {**DINOV2, "patch_size": 16, "num_register_tokens
 
 
 class HuggingFaceDINOv2(HuggingFaceViT):
-    """Dinov2ForImageClassification, and Dinov2Model when there is no head.
+    """Hugging Face's Dinov2ForImageClassification, and Dinov2Model without a head.
 
-    The classifier reads the class token and the mean of the patches, one after the
-    other: pooling=class_token_and_average. A head of ours on the class token alone goes
-    out with zeros for the mean and comes back from there.
+    The classifier reads the class token and the mean of the patches, concatenated:
+    pooling=class_token_and_average. A head of ours on the class token alone is exported
+    with zeros for the mean, and read back as such.
     """
 
     name = "Hugging Face DINOv2"
-    # Stands for masked patches in pretraining.
+    # It replaces masked patches in pretraining.
     ignored = (r"(.*\.)?embeddings\.mask_token",)
     requires = vit.requires(
         *("positions", "activation", "norm_epsilon", "qkv_bias"),
@@ -76,7 +76,7 @@ class HuggingFaceDINOv2(HuggingFaceViT):
         root, block = self._root(model), self._root(model) + self.block
         rows: Rows = {
             **super().rows(model),
-            # Without positions on both sides.
+            # Neither side adds positions to them.
             "registers": f"{root}embeddings.register_tokens",
         }
         if model.activation == Activation.SWIGLU:
@@ -126,7 +126,7 @@ class HuggingFaceDINOv2(HuggingFaceViT):
 
 
 class HuggingFaceDINOv2Registers(HuggingFaceDINOv2):
-    """The same with registers."""
+    """DINOv2 with registers."""
 
     name = "Hugging Face DINOv2 with registers"
     requires = {k: v for k, v in HuggingFaceDINOv2.requires.items() if k != "registers"}
@@ -138,7 +138,7 @@ class HuggingFaceDINOv2Registers(HuggingFaceDINOv2):
 
 
 def swiglu_dim(width: int, ratio: int) -> int:
-    """Returns the hidden width: two thirds of `ratio` widths, up to a multiple of 8."""
+    """Returns the hidden width: 2/3 of width * ratio, rounded up to a multiple of 8."""
     return (int(width * ratio * 2 / 3) + 7) // 8 * 8
 
 
@@ -171,7 +171,11 @@ def _first_half(theirs: str, ours: Sequence[str], shapes: Sequence[Shape]) -> En
 
 
 def _ratio(model: ViT) -> int:
-    """Returns the whole number that gives the MLP's width, which has no other place."""
+    """Returns the integer mlp_ratio, the only key of config.json for the MLP's width.
+
+    Raises:
+        ValueError: no integer gives this width.
+    """
     for ratio in range(1, 33):
         found = model.width * ratio
         if model.activation == Activation.SWIGLU:

@@ -18,8 +18,8 @@ from big_vision_lite.models.blocks.patches import grid_size
 from big_vision_lite.models.blocks.pooling import Pooling
 from big_vision_lite.models.vit import ViT
 
-# What a config.json that leaves a key out means: SiglipVisionConfig. Published ones
-# leave out most.
+# Values of keys that a config.json leaves out, as published ones do with most:
+# SiglipVisionConfig.
 SIGLIP: Mapping[str, Any] = {
     **{key: value for key, value in DEFAULTS.items() if key != "qkv_bias"},
     "hidden_act": "gelu_pytorch_tanh",
@@ -28,14 +28,14 @@ SIGLIP: Mapping[str, Any] = {
 
 
 class HuggingFaceSigLIP(HuggingFaceViT):
-    """SiglipVisionModel, and SiglipForImageClassification when there is a head.
+    """Hugging Face's SiglipVisionModel; SiglipForImageClassification if it has a head.
 
     The classifier reads the mean of all tokens, not the attention pooling that
-    SiglipVisionModel ends in; so any ViT that averages can go there.
+    SiglipVisionModel ends in; so any ViT with average pooling can be exported to it.
     """
 
     name = "Hugging Face SigLIP"
-    # Text, temperature and bias; the pooling that a classifier leaves unused.
+    # The text tower, temperature and bias; the pooling that a classifier does not use.
     ignored = (
         r"text_model\..*",
         r"logit_(scale|bias)",
@@ -134,7 +134,7 @@ class HuggingFaceSigLIP(HuggingFaceViT):
 
 
 class HuggingFaceSigLIPTower(HuggingFaceSigLIP):
-    """As transformers 5 saves a SiglipVisionModel; read only."""
+    """SiglipVisionModel as transformers 5 saves it: read, but not written."""
 
     name = "Hugging Face SigLIP tower"
     root = ""

@@ -1,7 +1,6 @@
 """timm's VisionTransformer (vit_*, deit_*, deit3_*, *_siglip, *_dinov2) and our ViT.
 
-Facebook's own files of DINOv2 and DeiT III are read, too: the same arrays, a few of
-which timm renamed.
+Facebook's own files of DINOv2 and DeiT III are read, too; a few of their names differ.
 """
 
 import dataclasses
@@ -65,14 +64,14 @@ ROWS: Rows = {
     "head": "head",
     "distillation_head": "head_dist",
 }
-# Facebook's: timm's. DINOv2's SwiGLU has the gate in the first half of w12, as fc1.
+# {Facebook's: timm's}. w12 of DINOv2's SwiGLU has the gate first, as fc1 does.
 RENAMED = {
     r"(blocks\.\d+\.)gamma_([12])": r"\1ls\2.gamma",  # DeiT III
     r"(blocks\.\d+\.mlp\.)w12(\..*)": r"\1fc1\2",  # DINOv2, giant
     r"(blocks\.\d+\.mlp\.)w3(\..*)": r"\1fc2\2",
     r"register_tokens": "reg_token",  # DINOv2, with registers
 }
-# What some models of timm have and ours have not, by a name that shows it.
+# Parts that some models of timm have and ours do not, by a name that shows them.
 UNKNOWN_PARTS = {
     "norm_pre.weight": "a norm before the first block (CLIP)",
     "patch_embed.norm.weight": "a norm of patches (AIMv2)",
@@ -83,10 +82,11 @@ UNKNOWN_PARTS = {
 
 
 class TimmViT(Format):
-    """timm's names. A class token that no pooling reads is a register of ours.
+    """timm's VisionTransformer, with or without a class token that the pooling reads.
 
-    With `unread_class_token` it is the first of them; such models come in only: they
-    leave in the other form, with a register token and the same numbers.
+    `unread_class_token` means that the pooling does not read it: it is then the first
+    register of ours. Such models are read only; they are exported with a register token
+    instead, which computes the same.
     """
 
     name = "timm ViT"
@@ -103,20 +103,20 @@ class TimmViT(Format):
     unread_class_token = False
 
     def normalised_names(self, weights: Weights) -> Weights:
-        """Returns the weights in timm's names, not Facebook's.
+        """Returns the weights in timm's names, also from Facebook's.
 
         Raises:
-            ValueError: the positions have another number of axes than theirs.
+            ValueError: class token or positions do not have 3 axes.
         """
         arrays = {
             _renamed(name): array
             for name, array in weights.arrays.items()
-            # Stands for masked patches in pretraining.
+            # It replaces masked patches in pretraining.
             if name != "mask_token"
         }
         theirs = {"register_tokens", "cls_token", "pos_embed"}
         if theirs <= weights.arrays.keys():
-            # The positions begin with that of the class token; registers have none.
+            # The first position is the class token's; registers have none.
             weights.shape("cls_token", 3)
             weights.shape("pos_embed", 3)
             first, rest = np.split(arrays["pos_embed"], [1], axis=1)
@@ -164,7 +164,7 @@ class TimmViT(Format):
             final_norm=FinalNorm.POOLED
             if "fc_norm.weight" in arrays
             else FinalNorm.TOKENS,
-            # Where a fresh one starts; these weights have their own. DINOv2's.
+            # The initial value, DINOv2's by default; these weights have their own.
             layer_scale=(scale or 1e-5) if "blocks.0.ls1.gamma" in arrays else None,
             qkv_bias="blocks.0.attn.qkv.bias" in arrays,
             qk_norm="blocks.0.attn.q_norm.weight" in arrays,
@@ -200,8 +200,8 @@ class TimmViT(Format):
                     distillation_token=distilled,
                     registers=model.registers,
                 ),
-                # The rows of the distilled DeiT are always there; those of others go
-                # out as no_embed_class=True, without.
+                # The distilled DeiT always has positions of tokens; other models are
+                # exported without, as no_embed_class=True.
                 rows=(count, 0) if distilled else (0, count),
             ),
         ]
@@ -221,7 +221,8 @@ class TimmViT(Format):
         if model.distillation_token:
             base = "deit_base_distilled_patch16_224"
         if gated:
-            # Its MLP is a class, which no config.json can name: take a model of it.
+            # No config.json can name the class of its MLP, so it starts from a model
+            # that has it.
             base = "vit_giant_patch14_dinov2"
         pools = {ours: theirs for theirs, ours in POOLINGS.items()}
         acts = {ours: theirs for theirs, ours in ACTIVATIONS.items()}
@@ -251,7 +252,7 @@ class TimmViT(Format):
 
 
 class TimmViTUnread(TimmViT):
-    """A class token that no pooling reads."""
+    """timm's VisionTransformer with a class token that the pooling does not read."""
 
     name = "timm ViT, class token unread"
     unread_class_token = True
@@ -279,7 +280,7 @@ def _check_parts(weights: Weights) -> None:
 
 
 def _resized_patches(model: ViT) -> Entry:
-    """Ties the patch kernels; one stored for another patch size leaves resized."""
+    """Ties the patch kernels; exports one stored for another patch size resized."""
     plain = engine.conv(PATCHES, "patch_embedding/kernel")
     return dataclasses.replace(
         plain,

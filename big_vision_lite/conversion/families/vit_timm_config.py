@@ -1,4 +1,4 @@
-"""Reads from timm's configuration what shapes leave open: heads, GELU, pooling."""
+"""Reads from timm's configuration what shapes do not show: heads, GELU, pooling."""
 
 import math
 import re
@@ -12,7 +12,7 @@ from big_vision_lite.models.blocks.mlp import Activation
 from big_vision_lite.models.blocks.patches import Positions, sincos
 from big_vision_lite.models.blocks.pooling import Pooling
 
-# A model of each width in timm, by name only: all that differs is an argument.
+# A model of each width in timm; arguments set everything else.
 BASES = {
     192: "vit_tiny_patch16_224",
     384: "vit_small_patch16_224",
@@ -24,9 +24,10 @@ BASES = {
     1408: "vit_giant_patch14_224",
     1664: "vit_gigantic_patch14_224",
 }
-# Heads of 64 channels but for the largest: arXiv:2106.04560 Table 2, arXiv:2305.13035.
+# {width: heads} unless a head has 64 channels: arXiv:2106.04560 Table 2,
+# arXiv:2305.13035.
 HEADS = {1152: 16, 1280: 16, 1408: 16, 1664: 16}
-# Those that differ from that, by what is in timm's name.
+# Other exceptions, by the beginning of timm's name.
 NAMED_HEADS = {
     "vit_base_patch16_gap_": 16,
     "vit_giantopt_": 16,
@@ -47,21 +48,21 @@ POOLINGS = {
 
 
 class Found(NamedTuple):
-    """A value, and what to say if it was assumed."""
+    """A value, and a note for the user if it was assumed."""
 
     value: Any
     note: str | None = None
 
 
 def arguments_of(weights: Weights) -> dict[str, Any]:
-    """Returns what the configuration beside the weights says to the constructor.
+    """Returns the constructor's arguments in the configuration beside the weights.
 
     Raises:
-        ValueError: it asks for something that no ViT here does.
+        ValueError: they ask for something that no ViT here does.
     """
     config = weights.config
     if "_rpn_" in config.get("architecture", ""):
-        # Of the same names and shapes as any other.
+        # Its names and shapes are those of any other ViT.
         raise ValueError(
             f"{weights.path} normalises after each branch, which no ViT here does."
         )
@@ -86,14 +87,14 @@ def arguments_of(weights: Weights) -> dict[str, Any]:
 
 
 def pooling_of(weights: Weights) -> Pooling:
-    """Returns how tokens are pooled; without a word on it, what the names suggest."""
+    """Returns how tokens are pooled, by the names and the configuration."""
     arrays, arguments = weights.arrays, arguments_of(weights)
     pool = arguments.get("global_pool")
     if "attn_pool.latent" in arrays:
         return Pooling.ATTENTION
     if "cls_token" not in arrays or pool == "avg":
         return Pooling.AVERAGE
-    # timm normalises after pooling where it averages; elsewhere somebody asked for it.
+    # By default timm has fc_norm, a norm after pooling, only where it averages.
     asked = pool == "token" or arguments.get("fc_norm")
     if "fc_norm.weight" in arrays and not asked:
         return Pooling.AVERAGE
@@ -101,7 +102,7 @@ def pooling_of(weights: Weights) -> Pooling:
 
 
 def num_heads_of(weights: Weights) -> Found:
-    """Returns the number of heads, which no shape shows but that of a QK norm."""
+    """Returns the number of heads, which only the shape of a QK norm shows."""
     arrays, arguments = weights.arrays, arguments_of(weights)
     width = weights.shape("blocks.0.norm1.weight", 1)[0]
     if "num_heads" in arguments:
@@ -119,7 +120,7 @@ def num_heads_of(weights: Weights) -> Found:
 
 
 def activation_of(weights: Weights, gated: bool) -> Found:
-    """Returns the activation; `gated` says that the MLP makes twice what it uses."""
+    """Returns the activation; `gated` means that fc1 makes twice what fc2 reads."""
     if gated:
         return Found(Activation.SWIGLU)
     name = arguments_of(weights).get("act_layer")
@@ -142,7 +143,7 @@ def activation_of(weights: Weights, gated: bool) -> Found:
 
 
 class Placed(NamedTuple):
-    """The grid of positions; `image_size_px` is (height, width) in px, or None."""
+    """The kind of positions; `image_size_px` is (height, width), None if unknown."""
 
     positions: Positions
     image_size_px: tuple[int, int] | None
@@ -150,10 +151,10 @@ class Placed(NamedTuple):
 
 
 def positions_of(weights: Weights, patch: int) -> Placed:
-    """Finds the grid behind timm's positions, which are one long row.
+    """Returns kind and image size of timm's positions, which are stored as one row.
 
     Raises:
-        ValueError: they make no square and no configuration says the image size.
+        ValueError: they fill neither a square nor the image size of a configuration.
     """
     arrays = weights.arrays
     size = _configured_size(weights)
@@ -179,7 +180,7 @@ def positions_of(weights: Weights, patch: int) -> Placed:
             'its image size into a config.json beside it: {"model_args": {"img_size": '
             "[height, width]}}."
         )
-    # What the configuration says wins over a square.
+    # The configuration takes precedence over a square.
     grid, first = next((g for g in grids if g[0] == given), grids[0])
     fixed = width % 4 == 0 and np.array_equal(table[first:], sincos(*grid, width))
     image_size_px = (grid[0] * patch, grid[1] * patch)

@@ -38,14 +38,14 @@ ROWS: Rows = {
     "head/pre_logits": "heads.pre_logits",
     "head": "heads.head",
 }
-# Heads have 64 channels but in vit_h_14.
+# The number of heads in vit_h_14; in others a head has 64 channels.
 HEADS = {1280: 16}
-# As its first versions wrote the layers of an MLP, in which the published files are.
+# Names of MLP layers in torchvision's first versions, which published files have.
 FIRST_VERSION = {"mlp.linear_1.": "mlp.0.", "mlp.linear_2.": "mlp.3."}
 
 
 class TorchvisionViT(Format):
-    """A class token with a position, exact GELU, one projection for queries to values.
+    """torchvision's VisionTransformer: exact GELU, a class token with a position.
 
     Its representation_size is the width of the tanh layer before the head.
     """
@@ -64,7 +64,7 @@ class TorchvisionViT(Format):
     )
 
     def normalised_names(self, weights: Weights) -> Weights:
-        """Returns the weights in the names of today's version."""
+        """Returns the weights in the names of current versions."""
         arrays = {_renamed(name): array for name, array in weights.arrays.items()}
         return dataclasses.replace(weights, arrays=arrays)
 
@@ -138,7 +138,7 @@ def _renamed(name: str) -> str:
 
 
 def _num_heads(weights: Weights, width: int) -> tuple[int, tuple[str, ...]]:
-    """Returns the number of heads, which no shape shows, and what is to be said."""
+    """Returns the number of heads, which no shape shows, and notes for the user."""
     given = weights.config.get("arguments", {}).get("num_heads")
     if given is not None:
         return int(given), ()

@@ -1,4 +1,4 @@
-"""Ops that change colours and sharpness; one that drops keys, one that pads them."""
+"""Ops that change colours or resolution, drop keys, or pad arrays."""
 
 import dataclasses
 
@@ -27,7 +27,7 @@ class ToRgb:
 
 @dataclasses.dataclass(kw_only=True)
 class Invert:
-    """Turns dark on light into light on dark: 255 - image."""
+    """Replaces every value by 255 - value: dark on light becomes light on dark."""
 
     def __call__(self, example: Example, rng: np.random.Generator) -> Example:
         return example | {"image": np.bitwise_not(image_of(example, self))}
@@ -35,7 +35,7 @@ class Invert:
 
 @dataclasses.dataclass(kw_only=True)
 class Keep:
-    """Drops every key but these; raises ValueError if one of them is missing."""
+    """Drops every key but `keys`; raises ValueError if one of them is missing."""
 
     keys: tuple[str, ...] = ("image", "label")
 
@@ -49,9 +49,9 @@ class Keep:
 class Pad:
     """Makes the first axis of an array `length` long, so that it fits into a batch.
 
-    Rows of `value` are added at the end; of an array that is longer the rows past
-    `length` are cut off and lost, in silence. Nothing says which rows are padding:
-    choose a value that no row has, such as -1 for labels; boxes of zeros are none.
+    Adds rows of `value` at the end; cuts off the rows past `length` of a longer array
+    without a warning. Nothing says which rows are padding: choose a value that no row
+    has, such as -1 for labels; a box of zeros means no box.
     """
 
     key: str
@@ -93,10 +93,10 @@ def _is_one_of(value: float, dtype: np.dtype) -> bool:
 
 @dataclasses.dataclass(kw_only=True)
 class RandomLowResolution:
-    """Shrinks the image to a random shorter side in pixels and back, as a poor scan.
+    """Shrinks the image to a random shorter side and enlarges it again, as a poor scan.
 
-    The side is uniform in `side_min_px` .. the image's own, which leaves it as it is.
-    Averaged over areas on the way down, bilinear on the way up.
+    The side in pixels is uniform from `side_min_px` to the image's own, which leaves it
+    as it is. Shrinking averages over areas, enlarging is bilinear.
     """
 
     side_min_px: int

@@ -1,6 +1,6 @@
-"""Encoded bytes or arrays in, uint8 images [H, W, C] out; everything else refused.
+"""Decodes bytes or arrays to uint8 images [H, W, C], and refuses everything else.
 
-Masks [H, W] come out as the integers that their PNG stores.
+Masks [H, W] are the integers that their PNG stores.
 """
 
 import dataclasses
@@ -14,9 +14,9 @@ import simplejpeg
 
 from big_vision_lite.data import MAX_PIXELS
 
-# Many ops run side by side in worker threads: OpenCV's own pool would fight them.
+# Ops run in many worker threads, with which OpenCV's own threads would compete.
 cv2.setNumThreads(0)
-# What OpenCV would print about a damaged file is said by UndecodableImage instead.
+# UndecodableImage reports what OpenCV would print about a damaged file.
 cv2.utils.logging.setLogLevel(cv2.utils.logging.LOG_LEVEL_SILENT)
 
 # The Example of types.py, which ops cannot import: worker processes load no jax.
@@ -26,16 +26,16 @@ Encoded = bytes | bytearray | memoryview
 
 
 class UndecodableImage(ValueError):
-    """These bytes are complete as stored, but no usable image; `reason` says why.
+    """Raised for bytes that were read but are no usable image; `reason` says why.
 
-    The one error that the pipeline answers by skipping the example and counting it.
+    The pipeline skips and counts such an example; any other error ends the run.
     """
 
     def __init__(self, reason: str):
         super().__init__(reason)
         self.reason = reason
 
-    def __reduce__(self):  # Survives the way back from a worker process.
+    def __reduce__(self):  # It is pickled on the way back from a worker process.
         return type(self), (self.reason,)
 
 
@@ -43,12 +43,12 @@ def decode(data: Encoded | np.ndarray, channels: int = 3) -> np.ndarray:
     """Returns uint8 [H, W, channels], 1 (gray) or 3 (RGB), from a file's bytes.
 
     Reads JPEG (accurate DCT, as PIL does), PNG, WebP, BMP and GIF, told apart by their
-    first bytes; uint8 arrays [H, W] and [H, W, 1|3|4] pass through with their channels
-    converted. EXIF rotation is ignored, as in TensorFlow. Transparency is composited
-    on white, what a viewer shows: the colour below it is often plain black. 16-bit
-    samples keep their high byte, as in TensorFlow; CMYK becomes RGB; an animation
-    gives its first frame. Raises UndecodableImage for bytes that are damaged, cut
-    short, no image, or larger than MAX_PIXELS; ValueError for another kind of array.
+    first bytes; of uint8 arrays [H, W] and [H, W, 1|3|4] only the channels change.
+    EXIF rotation is ignored, as in TensorFlow. Transparency is composited on white, as
+    viewers do: the colour below it is often plain black. 16-bit samples keep their high
+    byte, as in TensorFlow; CMYK becomes RGB; an animation gives its first frame. Raises
+    UndecodableImage for bytes that are damaged, cut short, no image, or of more than
+    MAX_PIXELS; ValueError for another kind of array.
     """
     if channels not in (1, 3):
         raise ValueError(f"channels={channels}: use 1 (gray) or 3 (RGB).")
@@ -59,7 +59,7 @@ def decode(data: Encoded | np.ndarray, channels: int = 3) -> np.ndarray:
         raise UndecodableImage("0 bytes: the file is empty")
     if head.startswith(b"\xff\xd8\xff"):
         return _decode_jpeg(data, channels)
-    # Two lengths lie between the words of a WebP.
+    # In a WebP the file's length lies between the two words.
     start = head[:4] + head[8:12] if head.startswith(b"RIFF") else head
     for magic, name in _FORMATS.items():
         if start.startswith(magic):
@@ -72,9 +72,9 @@ def decode(data: Encoded | np.ndarray, channels: int = 3) -> np.ndarray:
 def decode_mask(data: Encoded | np.ndarray) -> np.ndarray:
     """Returns the integers [H, W] of a PNG of one channel, exactly as it stores them.
 
-    8 or 16 bit, and 1, 2 and 4 as well; a palette PNG gives the indices, which are the
-    classes, not the colours. Arrays pass through. Raises UndecodableImage for bytes
-    that are damaged; ValueError for another format or several channels.
+    Reads 1, 2, 4, 8 and 16 bits, as uint8 or uint16; a palette PNG gives the indices,
+    which are the classes, not the colours. Arrays pass through. Raises UndecodableImage
+    for damaged bytes, ValueError for another format or several channels.
     """
     if isinstance(data, np.ndarray):
         return data
@@ -97,12 +97,12 @@ def decode_mask(data: Encoded | np.ndarray) -> np.ndarray:
     if kind == _PNG_PALETTE:
         data = _without_palette(bytes(data))
     mask = _pixels(data, "PNG of the mask")
-    # OpenCV spreads fewer bits over 0..255.
+    # OpenCV scales fewer than 8 bits to 0..255.
     return mask if bits >= 8 else mask // (255 // (2**bits - 1))
 
 
 def decode_keys(example: Example, channels: int) -> Example:
-    """Returns the example with its image, and its mask if it has one, decoded.
+    """Returns the example with its image and, if it has one, its mask decoded.
 
     Raises:
         ValueError: there is no image, or the mask has another size; see `decode`.
@@ -118,7 +118,7 @@ def decode_keys(example: Example, channels: int) -> Example:
 
 
 def check_mask(mask: Any, image: np.ndarray) -> None:
-    """Raises ValueError unless these are integers, one a pixel of the image."""
+    """Raises ValueError unless `mask` has one integer or bool for every pixel."""
     is_array = isinstance(mask, np.ndarray)
     if not is_array or mask.dtype.kind not in "uib" or mask.shape[2:] not in ((), (1,)):
         got = f"{mask.dtype} {list(mask.shape)}" if is_array else type(mask).__name__
@@ -152,7 +152,7 @@ def image_of(example: Example, op: Any) -> np.ndarray:
 
 
 def check_pixels(height: int, width: int, what: str) -> None:
-    """Raises UndecodableImage for a picture that would not fit into memory."""
+    """Raises UndecodableImage for no pixels or more than MAX_PIXELS of `what`."""
     if height < 1 or width < 1:
         raise UndecodableImage(f"{what} has no pixels: {height} x {width}")
     if height * width > MAX_PIXELS:
@@ -172,8 +172,8 @@ def _decode_jpeg(data: Encoded, channels: int) -> np.ndarray:
     try:
         return simplejpeg.decode_jpeg(data, colorspace)
     except ValueError as error:
-        # Padding bytes between picture and end marker, as some cameras write them,
-        # are no damage; whatever else libjpeg warns about is (missing data above all).
+        # Some cameras write padding bytes before the end marker, which are no damage;
+        # everything else that libjpeg warns about is, missing data above all.
         if "extraneous bytes before marker 0xd9" not in str(error):
             raise UndecodableImage(f"JPEG is damaged or cut short: {error}") from error
     try:
@@ -195,7 +195,7 @@ def _decode_other(data: Encoded, name: str) -> np.ndarray:
 
 
 def _pixels(data: Encoded, name: str) -> np.ndarray:
-    """Decodes as stored: 16 bit, gray and alpha stay, EXIF is ignored, colours BGR."""
+    """Returns pixels as stored: 16 bit, gray and alpha stay, colours are BGR."""
     try:
         image = cv2.imdecode(np.frombuffer(data, np.uint8), cv2.IMREAD_UNCHANGED)
     except cv2.error as error:
@@ -207,7 +207,7 @@ def _pixels(data: Encoded, name: str) -> np.ndarray:
         raise UndecodableImage(f"{name} is damaged: {error.err}") from error
     if image is None:
         raise UndecodableImage(f"{name} is damaged or cut short")
-    # Again, for OpenCV has a larger limit where it was imported before this package.
+    # OpenCV has a larger limit if it was imported before this package.
     check_pixels(image.shape[0], image.shape[1], name)
     return image
 
@@ -251,7 +251,7 @@ def _on_white(image: np.ndarray) -> np.ndarray:
     alpha = image[..., 3:].astype(np.uint16)
     if alpha.min() == 255:
         return cv2.cvtColor(image, cv2.COLOR_RGBA2RGB)
-    # At most 255 * 255 + 127, which uint16 just holds: rounds to the nearest.
+    # Rounds to the nearest; at most 255 * 255 + 127, which uint16 just holds.
     mixed = image[..., :3] * alpha + 255 * (255 - alpha) + 127
     return (mixed // 255).astype(np.uint8)
 
@@ -261,7 +261,7 @@ _PNG_GRAY, _PNG_PALETTE = 0, 3
 
 
 def _without_palette(data: bytes) -> bytes:
-    """Returns the same PNG as one of gray values: what were indices of a palette."""
+    """Returns the same PNG with its palette indices as gray values."""
     chunks, start = [data[:8]], 8
     while start + 12 <= len(data):
         end = start + 12 + int.from_bytes(data[start : start + 4], "big")
@@ -276,7 +276,7 @@ def _without_palette(data: bytes) -> bytes:
     return b"".join(chunks)
 
 
-# First bytes of a file.
+# {first bytes of a file: its format}.
 _FORMATS = {
     b"\x89PNG\r\n\x1a\n": "PNG",
     b"RIFFWEBP": "WebP",
@@ -303,7 +303,7 @@ class Decode:
 
 
 def check_channels(op: Any) -> None:
-    """Raises ValueError for another number than 1 or 3."""
+    """Raises ValueError unless `op.channels` is 1 or 3."""
     if op.channels not in (1, 3):
         name = type(op).__name__
         raise ValueError(f"{name}.channels={op.channels}: use 1 (gray) or 3 (RGB).")

@@ -15,11 +15,11 @@ from big_vision_lite.types import Batch
 
 
 class Partner(enum.StrEnum):
-    """Which row each row is mixed with.
+    """The row of the batch that each row is mixed with.
 
-    ROLL      the row before it: one row crosses each device border.
-    REVERSE   the row as far from the other end (BiT): pairs meet twice, and the middle
-              row of an odd batch meets itself. Every device swaps with one other.
+    ROLL      the row before it: each device gets one row from its neighbour.
+    REVERSE   the row at the same place from the end (BiT): pairs meet twice, and the
+              middle row of an odd batch meets itself. Devices swap rows in pairs.
 
     A random permutation would gather all images on all devices.
     """
@@ -33,12 +33,12 @@ class Mixup:
     """Blends every image and its label with a partner's, one share for the batch.
 
     Takes "image" [B, H, W, C] in 0..255 and "label", int [B] or float [B, num_classes];
-    returns both as float32, labels [B, num_classes], and leaves other keys alone, but
-    refuses "mask" and "boxes", which cannot be mixed. Without "label" it mixes images
-    only, and needs no num_classes. The share is drawn from Beta(alpha, alpha),
-    arXiv:1710.09412; folded into [0.5, 1] by default, as big_vision does, so that a row
-    stays mostly itself (BiT-HyperRule: `fold_lambda=False, partner="reverse"`). alpha=0
-    mixes nothing.
+    returns both as float32, labels [B, num_classes], and leaves other keys alone.
+    Without "label" it mixes images only, and needs no num_classes. The share is drawn
+    from Beta(alpha, alpha), arXiv:1710.09412, and folded into [0.5, 1] by default, as
+    in big_vision, so that a row stays mostly itself (BiT-HyperRule: `fold_lambda=False,
+    partner="reverse"`). alpha=0 mixes nothing. Raises ValueError for "mask" and
+    "boxes", which cannot be mixed.
     """
 
     num_classes: int | None = None
@@ -64,12 +64,12 @@ class Mixup:
 
 @dataclasses.dataclass(kw_only=True)
 class CutMix:
-    """Pastes one rectangle of a partner into every image, labels mixed by its area.
+    """Pastes a rectangle of a partner into every image, and mixes labels by its area.
 
-    The rectangle has the image's aspect and the share 1 - lambda of its area, lambda
-    drawn from Beta(alpha, alpha), its centre is uniform, and it is cut off at the
-    borders (arXiv:1905.04899). One rectangle for the batch. Input and output as in
-    Mixup. alpha=0 mixes nothing.
+    One rectangle serves the batch (arXiv:1905.04899). It has the image's aspect and the
+    share 1 - lambda of its area, with lambda from Beta(alpha, alpha) and a uniform
+    centre, and is cut off at the borders. Input and output are those of Mixup. alpha=0
+    mixes nothing.
     """
 
     num_classes: int | None = None
@@ -94,17 +94,17 @@ class CutMix:
 
 
 def symmetric_beta(rng: Key[Array, ""], alpha: float) -> Float[Array, ""]:
-    """Draws from Beta(alpha, alpha), exactly and without a loop on the device.
+    """Draws from Beta(alpha, alpha), alpha > 0, without a loop on the device.
 
     jax.random.beta rejects in while loops, which take seconds to compile and make a GPU
     wait for the host in every step. L. Devroye, Non-Uniform Random Variate Generation
-    (1986), chapter IX.4: the polar form above 1/2, Johnk's rejection up to there.
+    (1986), chapter IX.4: the polar form for alpha > 1/2, Johnk's rejection otherwise.
     """
     if alpha > 0.5:
         u, v = jax.random.uniform(rng, (2,))
         radius = jnp.sqrt(1 - u ** (1 / (alpha - 0.5)))
         return 0.5 + 0.5 * radius * jnp.cos(2 * jnp.pi * v)
-    # A candidate is accepted with probability 0.78 or more: 32 fail in 1e-21.
+    # A candidate is accepted with probability 0.78 or more; 32 fail with 1e-21.
     log_x, log_y = jnp.log1p(-jax.random.uniform(rng, (2, 32))) / alpha
     accepted = jnp.argmax(jnp.logaddexp(log_x, log_y) <= 0)
     return jax.nn.sigmoid(log_x[accepted] - log_y[accepted])
@@ -113,7 +113,7 @@ def symmetric_beta(rng: Key[Array, ""], alpha: float) -> Float[Array, ""]:
 def _rectangle(
     rng: Key[Array, ""], alpha: float, height: int, width: int
 ) -> Bool[Array, "{height} {width}"]:
-    """Returns True inside the rectangle that the partner's pixels fill."""
+    """Returns a mask that is True where the partner's pixels go."""
     key_share, key_row, key_column = jax.random.split(rng, 3)
     side = jnp.sqrt(1 - symmetric_beta(key_share, alpha))
 
@@ -156,7 +156,7 @@ def _as_float(batch: Batch, op: Mixup | CutMix) -> dict[str, Float[Array, "B ...
 
 def _partner(rows: Shaped[Array, "B ..."], partner: Partner) -> Shaped[Array, "B ..."]:
     other = jnp.roll(rows, 1, axis=0) if partner == Partner.ROLL else rows[::-1]
-    # Without it the partitioner may hold all rows on every device.
+    # Without this the partitioner may hold all rows on every device.
     return pin_batch(other)
 
 

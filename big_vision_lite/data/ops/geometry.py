@@ -1,6 +1,7 @@
-"""Ops that crop, resize and move an image; numpy only, on the host.
+"""Ops that crop, resize and move an image on the host.
 
 A "mask" and "boxes" of the example move with it, by the same draw; see `spatial.moved`.
+`width_px` None means `size_px`, except in ResizeSmall.
 """
 
 import dataclasses
@@ -24,9 +25,9 @@ from big_vision_lite.data.ops.spatial import Mirror, Warp, Window, moved
 class InceptionCrop:
     """Crops as TensorFlow's distorted bounding box does, resizes to size_px x width_px.
 
-    The height, not the area, of the crop is uniform (`crops.inception_box`): at equal
-    areas it zooms in more than RandomResizedCrop. This is the crop of big_vision, BiT
-    and vision_transformer.
+    The height, not the area, of the crop is uniform (`resampling.inception_box`): with
+    the same area_min and area_max it zooms in more than RandomResizedCrop. big_vision,
+    BiT and vision_transformer use this crop.
     """
 
     size_px: int
@@ -47,7 +48,7 @@ class InceptionCrop:
 
 @dataclasses.dataclass(kw_only=True)
 class DecodeInceptionCrop(InceptionCrop):
-    """Decode and InceptionCrop in one step, pixel for pixel the same as the two."""
+    """Does Decode and InceptionCrop in one step, with exactly the same pixels."""
 
     channels: int = 3
 
@@ -63,8 +64,8 @@ class DecodeInceptionCrop(InceptionCrop):
 class RandomResizedCrop:
     """Crops as torchvision's op of this name does, resizes to size_px x width_px.
 
-    The area is uniform, the aspect log-uniform (`crops.random_resized_box`). There the
-    default antialiases: Resampling.ANTIALIAS comes near to it.
+    The area is uniform, the aspect log-uniform (`resampling.random_resized_box`).
+    torchvision antialiases by default; Resampling.ANTIALIAS comes near to that.
     """
 
     size_px: int
@@ -102,10 +103,11 @@ class Resize:
 
 @dataclasses.dataclass(kw_only=True)
 class ResizeSmall:
-    """Resizes so that the short side has `size_px` pixels.
+    """Resizes so that the short side has `size_px` pixels, and keeps the aspect.
 
-    With `width_px` to the smallest image that covers size_px x width_px instead. The
-    other side is rounded to the nearest pixel; `rounding` DOWN is torchvision's Resize.
+    With `width_px`, resizes to the smallest image that covers size_px x width_px
+    instead, and ignores `rounding`, which is that of the long side: NEAREST, or DOWN as
+    in torchvision's Resize.
     """
 
     size_px: int
@@ -133,10 +135,10 @@ class ResizeSmall:
 
 @dataclasses.dataclass(kw_only=True)
 class CentralCrop:
-    """Cuts size_px x width_px at offsets (side - size) / 2; refuses smaller images.
+    """Cuts size_px x width_px at offsets (side - size) / 2.
 
-    Half a pixel is rounded DOWN (TensorFlow, Hugging Face) or to the NEAREST, even one
-    (torchvision, timm).
+    Half a pixel is rounded DOWN (TensorFlow, Hugging Face) or to the NEAREST even one
+    (torchvision, timm). Raises ValueError for a smaller image.
     """
 
     size_px: int
@@ -156,7 +158,10 @@ class CentralCrop:
 
 @dataclasses.dataclass(kw_only=True)
 class RandomCrop:
-    """Cuts size_px x width_px anywhere, after `padding` pixels of zeros all around."""
+    """Cuts size_px x width_px at a random place, after zero `padding` on every side.
+
+    Raises ValueError for an image that is smaller, padding included.
+    """
 
     size_px: int
     width_px: int | None = None
@@ -175,7 +180,7 @@ class RandomCrop:
         height, width = target(self)
         check_fits(self, image)
         box = crops.random_box(image.shape, height, width, rng)
-        # In the image as it came; it may begin and end in the padding.
+        # Relative to the image without padding; it may begin and end outside.
         top, left = box.top - self.padding, box.left - self.padding
         window = Window(Box(top, left, height, width), height, width)
         return moved(example, crops.crop(image, box), window)
@@ -183,7 +188,7 @@ class RandomCrop:
 
 @dataclasses.dataclass(kw_only=True)
 class FlipLeftRight:
-    """Mirrors every second image, by chance."""
+    """Mirrors the image left to right with probability 1/2."""
 
     def __call__(self, example: Example, rng: np.random.Generator) -> Example:
         image = image_of(example, self)
@@ -195,11 +200,11 @@ class FlipLeftRight:
 
 @dataclasses.dataclass(kw_only=True)
 class RandomAffine:
-    """Rotates, scales, shears and shifts a small image by a little.
+    """Rotates, scales, shears and shifts the image at random; its size stays.
 
-    Angle and shear are uniform in +-degrees and +-shear_degrees, the scale uniform in
-    [scale_min, scale_max], the shift uniform in +-translate times each side. Bilinear,
-    in steps of 1/32 pixel or finer; what comes from outside the image is `fill`.
+    Angle and shear are uniform in +-degrees and +-shear_degrees, the scale in
+    [scale_min, scale_max], the shift in +-translate times each side. Bilinear, in steps
+    of 1/32 pixel or finer; pixels from outside the image are `fill`.
     """
 
     degrees: float = 10.0
@@ -270,7 +275,7 @@ def check_area(op: Any) -> None:
 
 
 def check_fits(op: Any, image: np.ndarray) -> None:
-    """Raises ValueError for an image that is smaller than what is cut out of it."""
+    """Raises ValueError for an image that is smaller than the op's target."""
     height, width = target(op)
     if image.shape[0] < height or image.shape[1] < width:
         raise ValueError(

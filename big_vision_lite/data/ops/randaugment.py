@@ -9,7 +9,7 @@ import numpy as np
 from big_vision_lite.data.ops import spatial
 from big_vision_lite.data.ops.decode import Example, image_of
 
-# What pixels from outside the image become.
+# The RGB of pixels from outside the image, and of the square of `cutout`.
 FILL = (128, 128, 128)
 
 
@@ -17,11 +17,11 @@ FILL = (128, 128, 128)
 class RandAugment:
     """Applies `num_layers` random ops out of sixteen, all at the same magnitude.
 
-    The TensorFlow fork of arXiv:1909.13719 in big_vision, whose magnitudes are not a
-    severity: at 0 Posterize keeps one bit, Solarize inverts and Color takes 90 % of the
-    colour away; at 10, the usual value, Solarize inverts everything (`solarize`). Every
-    drawn op is applied, with probability one. Needs three channels; refuses examples
-    with "mask" or "boxes", which its ops that rotate, shear, shift and cut do not move.
+    This is big_vision's TensorFlow fork of arXiv:1909.13719, whose magnitude is no
+    severity: at 0 Posterize keeps one bit, Solarize inverts the image and Color removes
+    90 % of the colour; at 10, the usual value, Solarize inverts the image, too. Every
+    drawn op is applied. Raises ValueError for an image without three channels and for
+    "mask" or "boxes", which would not move with the image.
     """
 
     num_layers: int = 2
@@ -83,7 +83,7 @@ def equalize(image: np.ndarray, magnitude: int, rng: np.random.Generator) -> np.
 
 
 def invert(image: np.ndarray, magnitude: int, rng: np.random.Generator) -> np.ndarray:
-    """Takes every value from 255."""
+    """Returns 255 - image."""
     return cv2.bitwise_not(image)
 
 
@@ -99,7 +99,7 @@ def rotate(image: np.ndarray, magnitude: int, rng: np.random.Generator) -> np.nd
 def posterize(
     image: np.ndarray, magnitude: int, rng: np.random.Generator
 ) -> np.ndarray:
-    """Keeps the first int(0.4 * magnitude) bits, one when that is 0 or above 8.
+    """Keeps the int(0.4 * magnitude) highest bits, one when that is 0 or above 8.
 
     TensorFlow holds the number of bits to drop in a uint8 and clamps it to 7
     (measured with TensorFlow 2.21).
@@ -121,15 +121,15 @@ def solarize(image: np.ndarray, magnitude: int, rng: np.random.Generator) -> np.
 
 
 def color(image: np.ndarray, magnitude: int, rng: np.random.Generator) -> np.ndarray:
-    """Blends from gray (0) over the image (1) to more colour than it has."""
-    # TensorFlow's gray of a uint8 image: scaled by 255.5 / 255, then truncated.
+    """Blends gray (factor 0) with the image (1); above 1 colours grow stronger."""
+    # TensorFlow scales the gray of a uint8 image by 255.5 / 255, then truncates it.
     weights = np.array([0.2989, 0.5870, 0.1140]) * (255.5 / 255)
     gray = cv2.transform(image, np.array([[*weights, -0.5]]))
     return _blend(cv2.cvtColor(gray, cv2.COLOR_GRAY2RGB), image, magnitude)
 
 
 def contrast(image: np.ndarray, magnitude: int, rng: np.random.Generator) -> np.ndarray:
-    """Blends from one gray value (0) over the image (1) to more contrast.
+    """Blends one gray value (factor 0) with the image (1); above 1 contrast grows.
 
     The fork takes the number of pixels / 256 for the mean: 196 at 224 x 224, white
     from 256 x 255 on.
@@ -141,14 +141,14 @@ def contrast(image: np.ndarray, magnitude: int, rng: np.random.Generator) -> np.
 def brightness(
     image: np.ndarray, magnitude: int, rng: np.random.Generator
 ) -> np.ndarray:
-    """Blends from black (0) over the image (1) to brighter."""
+    """Blends black (factor 0) with the image (1); above 1 it becomes brighter."""
     return _look_up(image, _blended_values(0, magnitude))
 
 
 def sharpness(
     image: np.ndarray, magnitude: int, rng: np.random.Generator
 ) -> np.ndarray:
-    """Blends from a 3x3 smoothed image (0) over the image (1) to a sharper one."""
+    """Blends a 3x3 smoothed image (factor 0) with the image (1); above 1 sharpens."""
     if min(image.shape[:2]) < 3:
         return image
     kernel = np.array([[1, 1, 1], [1, 5, 1], [1, 1, 1]], np.float32) / 13
@@ -160,13 +160,13 @@ def sharpness(
 
 
 def shear_x(image: np.ndarray, magnitude: int, rng: np.random.Generator) -> np.ndarray:
-    """Moves rows sideways by 0.03 times the magnitude times their number."""
+    """Moves each row sideways by 0.03 * magnitude * its index px, either way."""
     slope = _either_way(0.03 * magnitude, rng)
     return _warp(image, np.array([[1, slope, 0], [0, 1, 0]]))
 
 
 def shear_y(image: np.ndarray, magnitude: int, rng: np.random.Generator) -> np.ndarray:
-    """Moves columns up or down by 0.03 times the magnitude times their number."""
+    """Moves each column up or down by 0.03 * magnitude * its index px."""
     slope = _either_way(0.03 * magnitude, rng)
     return _warp(image, np.array([[1, 0, 0], [slope, 1, 0]]))
 
@@ -174,7 +174,7 @@ def shear_y(image: np.ndarray, magnitude: int, rng: np.random.Generator) -> np.n
 def translate_x(
     image: np.ndarray, magnitude: int, rng: np.random.Generator
 ) -> np.ndarray:
-    """Shifts sideways by 10 pixels times the magnitude."""
+    """Shifts the image sideways by 10 px times the magnitude, either way."""
     shift_px = _either_way(10.0 * magnitude, rng)
     return _warp(image, np.array([[1, 0, shift_px], [0, 1, 0]]))
 
@@ -182,13 +182,13 @@ def translate_x(
 def translate_y(
     image: np.ndarray, magnitude: int, rng: np.random.Generator
 ) -> np.ndarray:
-    """Shifts up or down by 10 pixels times the magnitude."""
+    """Shifts the image up or down by 10 px times the magnitude."""
     shift_px = _either_way(10.0 * magnitude, rng)
     return _warp(image, np.array([[1, 0, 0], [0, 1, shift_px]]))
 
 
 def cutout(image: np.ndarray, magnitude: int, rng: np.random.Generator) -> np.ndarray:
-    """Fills a square of twice int(4 * magnitude) pixels, centred on any pixel."""
+    """Fills a square of side 2 * int(4 * magnitude) px around a random pixel."""
     half = int(magnitude / 10 * 40)
     row, column = (int(rng.integers(side)) for side in image.shape[:2])
     rows = slice(max(0, row - half), row + half)
@@ -201,12 +201,12 @@ def cutout(image: np.ndarray, magnitude: int, rng: np.random.Generator) -> np.nd
 def solarize_add(
     image: np.ndarray, magnitude: int, rng: np.random.Generator
 ) -> np.ndarray:
-    """Adds int(11 * magnitude) to values below 128."""
+    """Adds int(11 * magnitude) to values below 128, up to 255."""
     brighter = np.minimum(_VALUES + int(magnitude / 10 * 110), 255)
     return _look_up(image, np.where(_VALUES < 128, brighter, _VALUES).astype(np.uint8))
 
 
-# The order fixes which op a draw means: append, never reorder.
+# A draw is an index into this tuple: append, never reorder.
 OPS = (
     auto_contrast, equalize, invert, rotate, posterize, solarize, color, contrast,
     brightness, sharpness, shear_x, shear_y, translate_x, translate_y, cutout,
@@ -225,12 +225,12 @@ def _either_way(value: float, rng: np.random.Generator) -> float:
 
 
 def _truncated(values: np.ndarray) -> np.ndarray:
-    # TensorFlow's cast to uint8 cuts the fraction off.
+    # TensorFlow's cast to uint8 truncates.
     return np.clip(values, 0, 255).astype(np.uint8)
 
 
 def _look_up(image: np.ndarray, table: np.ndarray) -> np.ndarray:
-    """Maps values through one table [256], or one a channel [256, 3]."""
+    """Maps values through one table [256], or one for each channel [256, 3]."""
     return cv2.LUT(image, table.reshape(1, 256, -1))
 
 
@@ -240,14 +240,14 @@ def _blended_values(degenerate: int, magnitude: int) -> np.ndarray:
 
 
 def _blend(degenerate: np.ndarray, image: np.ndarray, magnitude: int) -> np.ndarray:
-    """Returns degenerate + factor * (image - degenerate), cut off to integers."""
+    """Returns degenerate + factor * (image - degenerate), truncated to integers."""
     factor = _blend_factor(magnitude)
     # Results are multiples of 0.02: rounding after this shift truncates them.
     return cv2.addWeighted(image, factor, degenerate, 1 - factor, -0.5 + 0.01)
 
 
 def _warp(image: np.ndarray, to_source: np.ndarray) -> np.ndarray:
-    """Reads every pixel at the nearest source pixel of `to_source` (x, y, 1)."""
+    """Returns the image whose pixel (x, y) is that nearest to to_source @ (x, y, 1)."""
     return cv2.warpAffine(
         image,
         to_source,

@@ -1,4 +1,4 @@
-"""Crops, resizes and warps uint8 images [H, W, C]: plain functions."""
+"""Functions that crop, resize and warp uint8 images [H, W, C]."""
 
 import enum
 import math
@@ -13,16 +13,16 @@ from big_vision_lite.data.ops.decode import check_pixels
 class Resampling(enum.StrEnum):
     """The interpolation of a resize; results are rounded to the nearest integer.
 
-    BILINEAR   2x2 taps at half-pixel centres whatever the scale, no antialias: what
-               TensorFlow and big_vision do, but they truncate where we round, so
-               that their pixels lie 0.4 of 255 lower in the mean. OpenCV works in
-               fixed point: within 0.8 of the exact value, 0.1 below it in the mean.
+    BILINEAR   2x2 taps at half-pixel centres at every scale, no antialias, as in
+               TensorFlow and big_vision; they truncate where we round, so that
+               their pixels are 0.4 of 255 lower in the mean. OpenCV works in fixed
+               point: within 0.8 of the exact value, 0.1 below it in the mean.
     ANTIALIAS  averages over a side that shrinks, bilinear on a side that grows; near
                to, not equal to, the triangle filter of PIL and torchvision.
     AREA       averages over the covered area, both ways (TensorFlow's "area").
     BICUBIC    4x4 taps with a = -0.75 (torch without antialias), no antialias.
-    PIL_...    the antialiased filters of PIL, by PIL: what timm, torchvision and
-               Hugging Face evaluate with.
+    PIL_...    the antialiased filters of PIL, by PIL: timm, torchvision and Hugging
+               Face evaluate with them.
     """
 
     BILINEAR = "bilinear"
@@ -35,7 +35,7 @@ class Resampling(enum.StrEnum):
 
 
 class Rounding(enum.StrEnum):
-    """The rounding of half pixels."""
+    """The rounding of sizes and offsets to whole pixels."""
 
     # Halves go to the even neighbour.
     NEAREST = "nearest"
@@ -52,7 +52,7 @@ _SHRINKING = _GROWING | {Resampling.ANTIALIAS: cv2.INTER_AREA}
 
 
 class Box(NamedTuple):
-    """A part of an image, in pixels."""
+    """A rectangle of an image, in pixels."""
 
     top: int
     left: int
@@ -66,14 +66,18 @@ def crop(image: np.ndarray, box: Box) -> np.ndarray:
 
 
 def with_channels(image: np.ndarray) -> np.ndarray:
-    """Gives back the last axis that OpenCV drops from images of one channel."""
+    """Restores the last axis, which OpenCV drops from images of one channel."""
     return image if image.ndim == 3 else image[..., None]
 
 
 def resize(
     image: np.ndarray, height: int, width: int, resampling: Resampling
 ) -> np.ndarray:
-    """Returns `image` at exactly height x width, whatever its aspect was."""
+    """Returns `image` resized to exactly height x width; its aspect is not kept.
+
+    Raises:
+        UndecodableImage: the result would have more than MAX_PIXELS.
+    """
     old_height, old_width = image.shape[:2]
     if (old_height, old_width) == (height, width):
         return image
@@ -94,7 +98,7 @@ def resize(
 def _resize_by_pillow(
     image: np.ndarray, height: int, width: int, resampling: Resampling
 ) -> np.ndarray:
-    # Here, not at the top: only evaluations of some weights need it.
+    # Imported here, because only evaluations of some weights need it.
     import PIL.Image
 
     method = PIL.Image.Resampling[resampling.name.removeprefix("PIL_")]
@@ -111,9 +115,9 @@ def _resize_by_pillow(
 def short_side_size(
     shape: tuple[int, ...], short_side: int, rounding: Rounding = Rounding.NEAREST
 ) -> tuple[int, int]:
-    """Returns the height and width that bring the short side to `short_side`.
+    """Returns the height and width that bring the short side to `short_side` px.
 
-    DOWN is torchvision's Resize(short_side): the long side is cut to whole pixels.
+    DOWN is torchvision's Resize(short_side): the long side is rounded down.
     """
     height, width = shape[:2]
     if rounding == Rounding.DOWN:
@@ -124,7 +128,7 @@ def short_side_size(
 
 
 def covering_size(shape: tuple[int, ...], height: int, width: int) -> tuple[int, int]:
-    """Returns the smallest size of the same aspect that holds height x width."""
+    """Returns the smallest size of the same aspect that covers height x width."""
     ratio = min(shape[0] / height, shape[1] / width)
     return round(shape[0] / ratio), round(shape[1] / ratio)
 
@@ -140,13 +144,14 @@ def affine_matrix(
 ) -> np.ndarray:
     """Returns the map [2, 3] that shears along x, scales, rotates and shifts an image.
 
-    About its centre, counter-clockwise; from old to new places (x, y) of pixel centres.
+    It maps old to new positions (x, y) of pixel centres, about the centre of the image
+    and counter-clockwise.
     """
     height, width = shape[:2]
     cos = scale * math.cos(math.radians(degrees))
     sin = scale * math.sin(math.radians(degrees))
     shear = math.tan(math.radians(shear_degrees))
-    # Rows point down, so this is counter-clockwise for the eye.
+    # y points down, so this looks counter-clockwise.
     a, b = cos, cos * shear + sin
     c, d = -sin, cos - sin * shear
     x, y = (width - 1) / 2, (height - 1) / 2
@@ -155,7 +160,7 @@ def affine_matrix(
 
 
 def warp(image: np.ndarray, matrix: np.ndarray, fill: int) -> np.ndarray:
-    """Returns `image` moved by an affine map, bilinear; `fill` from outside of it."""
+    """Returns `image` moved by an affine map, bilinear; outside of it is `fill`."""
     height, width = image.shape[:2]
     border = [fill] * 4
     moved = cv2.warpAffine(
@@ -172,10 +177,10 @@ def inception_box(
 ) -> Box:
     """Draws a crop as TensorFlow's sample_distorted_bounding_box does.
 
-    Aspect w/h uniform in [0.75, 1.33], then the *height* uniform over the integers
-    whose area is legal, so that small areas are likelier than under a uniform area.
-    The whole image after 100 tries without a fit. One difference: TensorFlow never
-    draws the last offset, we do.
+    The aspect w/h is uniform in [0.75, 1.33], then the *height* uniform over the
+    integers whose area is legal, so that small areas are likelier than under a uniform
+    area. Returns the whole image after 100 tries without a fit. One difference:
+    TensorFlow never draws the last offset, we do.
     """
     height, width = shape[:2]
     smallest, largest = area_min * height * width, area_max * height * width
@@ -208,8 +213,8 @@ def random_resized_box(
 ) -> Box:
     """Draws a crop as torchvision's RandomResizedCrop does.
 
-    The *area* is uniform, the aspect w/h log-uniform in [3/4, 4/3]; after 10 tries
-    without a fit the largest centred crop of legal aspect.
+    The *area* is uniform, the aspect w/h log-uniform in [3/4, 4/3]. Returns the largest
+    centred crop of legal aspect after 10 tries without a fit.
     """
     height, width = shape[:2]
     low, high = math.log(3 / 4), math.log(4 / 3)
@@ -231,9 +236,9 @@ def centre_box(
     box_width: int,
     rounding: Rounding = Rounding.DOWN,
 ) -> Box:
-    """Returns the box in the middle; `rounding` is that of its offset.
+    """Returns the box in the middle of an image; `rounding` is that of its offset.
 
-    DOWN is half a pixel up and left when it must choose; torchvision has NEAREST.
+    DOWN moves it up and left by half a pixel at odd margins; torchvision uses NEAREST.
     """
     margins = shape[0] - box_height, shape[1] - box_width
     if rounding == Rounding.DOWN:
@@ -246,7 +251,7 @@ def centre_box(
 def random_box(
     shape: tuple[int, ...], box_height: int, box_width: int, rng: np.random.Generator
 ) -> Box:
-    """Returns a box of this size at a uniform offset; it must fit into the image."""
+    """Returns a box of this size, which must fit into the image, at a random offset."""
     height, width = shape[:2]
     top = int(rng.integers(0, height - box_height + 1))
     left = int(rng.integers(0, width - box_width + 1))

@@ -1,7 +1,7 @@
 """Moves the mask and boxes of an image with it.
 
-A geometric op draws once, moves the pixels of the image its own way and says how in one
-of three words: `Window`, `Mirror` or `Warp`. `moved` does the same to the other keys.
+A geometric op draws once, moves the pixels of the image, and describes the move by a
+`Window`, a `Mirror` or a `Warp`, which `moved` applies to the other keys.
 """
 
 from typing import NamedTuple
@@ -12,19 +12,19 @@ import numpy as np
 from big_vision_lite.data.ops.decode import Example, check_mask
 from big_vision_lite.data.ops.resampling import Box
 
-# Beside "image"; whatever moves pixels moves these, or refuses them.
+# Keys beside "image" that every op that moves pixels must move, or refuse.
 SPATIAL = ("mask", "boxes")
-# Of the image before. float32 fractions of a wide image are off by less: a box that
-# ended where the crop begins has no pixel in it.
+# A box with a shorter side, in pixels of the image before the move, lies outside, such
+# as one that ends where the crop begins: rounding of float32 fractions is less.
 LEAST_PX = 0.01
 
-# Each move knows `to_old` [2, 3]: the place (x, y) of the new image shows what was at
-# to_old @ (x, y, 1) of the old one. Places are pixels from the outer corner of the top
-# left pixel, whose centre is (1/2, 1/2).
+# Each move has a map `to_old` [2, 3]: the point (x, y) of the new image shows what was
+# at to_old @ (x, y, 1) of the old one. Points are in pixels from the outer corner of
+# the top left pixel, whose centre is (1/2, 1/2).
 
 
 class Window(NamedTuple):
-    """Cuts `box` out, which may reach over the borders, and makes it height x width."""
+    """Cuts out `box`, which may cross the borders, and resizes it to height x width."""
 
     box: Box
     height: int
@@ -36,7 +36,7 @@ class Window(NamedTuple):
 
 
 class Mirror(NamedTuple):
-    """Swaps left and right of an image of this width."""
+    """Swaps left and right of an image `width` pixels wide."""
 
     width: int
 
@@ -59,10 +59,10 @@ class Warp(NamedTuple):
 
 
 def moved(example: Example, image: np.ndarray, move: Window | Mirror | Warp) -> Example:
-    """Returns the example with `image`, which `move` made, and the rest moved alike.
+    """Returns the example with `image`, which `move` made, and mask and boxes moved.
 
     "mask", integers [H, W] or [H, W, 1], takes the value of the nearest pixel, never a
-    blend. What comes from outside the image is 0, which most sets call background or
+    blend. Pixels from outside the image are 0, which most sets call background or
     unlabelled; where 0 is a class like others, count classes from 1 in an op before.
 
     "boxes", float32 [n, 4], hold (top, left, bottom, right) in fractions of the image,
@@ -71,8 +71,8 @@ def moved(example: Example, image: np.ndarray, move: Window | Mirror | Warp) -> 
     the labels of boxes need no change.
 
     Raises:
-        ValueError: the mask has another size than the image, or either key is
-            something else.
+        ValueError: the mask has another size than the image, or mask or boxes have
+            another shape, dtype or range.
     """
     result = example | {"image": image}
     old = example["image"].shape[:2]
@@ -87,7 +87,7 @@ def moved(example: Example, image: np.ndarray, move: Window | Mirror | Warp) -> 
 
 
 def check_boxes(boxes: object) -> None:
-    """Raises ValueError unless these are floats [n, 4] in 0..1."""
+    """Raises ValueError unless `boxes` are floats [n, 4] in 0..1."""
     is_array = isinstance(boxes, np.ndarray)
     if not is_array or boxes.dtype.kind != "f" or boxes.shape[1:] != (4,):
         got = f"{boxes.dtype} {list(boxes.shape)}" if is_array else type(boxes).__name__
@@ -104,7 +104,7 @@ def check_boxes(boxes: object) -> None:
 
 
 def refuse(example: Example, name: str, what: str) -> None:
-    """Raises ValueError if an op that moves the image only would misalign a key."""
+    """Raises ValueError if the example has a mask or boxes, which op `name` ignores."""
     there = [key for key in SPATIAL if key in example]
     if there:
         raise ValueError(
@@ -119,7 +119,7 @@ def _moved_mask(
     height, width = mask.shape[:2]
     x, y = np.arange(size[1]) + 0.5, np.arange(size[0])[:, None] + 0.5
     if not to_old[0, 1] and not to_old[1, 0]:
-        # Rows stay rows: two short lists of indices instead of one a pixel.
+        # Rows stay rows: an index for each row and column, not for each pixel.
         columns = np.floor(to_old[0, 0] * x + to_old[0, 2]).astype(np.int64)
         rows = np.floor(to_old[1, 1] * y[:, 0] + to_old[1, 2]).astype(np.int64)
         result = mask[rows.clip(0, height - 1)][:, columns.clip(0, width - 1)]

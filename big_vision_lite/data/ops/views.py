@@ -1,4 +1,4 @@
-"""Several views of one image: chains of ops whose images get keys of their own."""
+"""Makes several views of one image: chains of ops, each image under its own key."""
 
 import dataclasses
 from typing import Protocol, runtime_checkable
@@ -19,7 +19,7 @@ class Op(Protocol):
 
 @dataclasses.dataclass(kw_only=True)
 class View:
-    """A chain of ops that is run `count` times, into the key `name`."""
+    """A chain of ops that runs `count` times; its images go to the key `name`."""
 
     name: str
     ops: tuple[Op, ...] = ()
@@ -50,11 +50,10 @@ class Views:
             View(name="local", ops=(RandomResizedCrop(size_px=96),), count=6),
         ))
 
-    The image is decoded once, by an op before. Every view starts from it anew and draws
-    on where the one before stopped. Only the image of a view is kept, with its leading
-    axis also for a count of 1. "image" is dropped and with it what belongs to its
-    pixels, "mask" and "boxes"; `keep_image` leaves the three as they came. Other keys
-    stay.
+    An op before decodes the image once. Every view starts from that image; all draw
+    from one random stream. Only the image of a view is kept, with a leading axis even
+    for a count of 1. "image", "mask" and "boxes" are dropped, unless `keep_image` keeps
+    them unchanged; other keys stay.
     """
 
     views: tuple[View, ...]
@@ -78,7 +77,7 @@ class Views:
         dropped = () if self.keep_image else ("image", *SPATIAL)
         result = {key: value for key, value in example.items() if key not in dropped}
         for view in self.views:
-            # One generator for all: a spawned one would depend on what ran before.
+            # One generator for all views: a spawned one depends on earlier spawns.
             images = [_viewed(view, example, rng) for _ in range(view.count)]
             if len({image.shape for image in images}) > 1:
                 sizes = sorted({"x".join(map(str, image.shape)) for image in images})

@@ -1,8 +1,8 @@
 """Images by random access: prepared TFDS sets, image folders, arrays.
 
-A source is cheap until it is first used, then opened once; a pickle holds its fields
-only, so that worker processes open their own. `source[i]` is {"image", "label"}; some
-have no label, some have more: "mask", "boxes", text.
+A source opens its data once, at the first use. A pickle holds its fields only, so that
+worker processes open the data themselves. `source[i]` is {"image", "label"}; some
+sources have no label, some have more keys: "mask", "boxes", text.
 """
 
 from big_vision_lite.data.sources.arrays import Digits as Digits

@@ -1,4 +1,4 @@
-"""Sources whose examples are in memory: arrays, digits, none; and their fingerprint."""
+"""Sources in memory: arrays, the digits, class names alone; and fingerprints."""
 
 import dataclasses
 import functools
@@ -14,19 +14,18 @@ import numpy as np
 
 from big_vision_lite.messages import did_you_mean
 
-# The Example of types.py, which would import jax: worker processes go without.
+# The Example of types.py, which would import jax: worker processes load no jax.
 Example = dict[str, Any]
 
 
 class InMemory:
-    """Images in an array, for tests and own scripts; a recipe cannot hold it.
+    """Images in an array, for tests and scripts; a recipe cannot hold arrays.
 
-    Arrays are no part of a configuration. `images` [N, H, W, C] or [N, H, W]: uint8,
-    or another type with values in 0..255 (rounded). `labels`: int [N], or 0/1 [N, C]
-    for several classes an image; None for none. `keys` holds what else an example has,
-    one item an image: arrays such as "mask" [N, H, W] or a list of "boxes" [n, 4], or
-    strings. Raises ValueError for NaN, infinity, values or labels out of range and
-    wrong shapes.
+    `images` [N, H, W, C] or [N, H, W]: uint8, or another type with values in 0..255
+    (rounded). `labels`: int [N], or 0/1 [N, C] for several classes an image; None for
+    none. `keys` are the other keys of an example, one item an image: arrays such as
+    "mask" [N, H, W], a list of "boxes" [n, 4], or strings. Raises ValueError for NaN,
+    infinity, values or labels out of range and wrong shapes.
     """
 
     def __init__(
@@ -78,7 +77,7 @@ class InMemory:
         return example
 
     def name(self, index: SupportsIndex) -> str:
-        """Returns the row, for messages."""
+        """Returns the row of an example, for messages."""
         return f"image {range(len(self))[index]} of an array"
 
 
@@ -133,16 +132,16 @@ def _checked_labels(labels: np.ndarray, count: int, num_classes: int) -> np.ndar
     return labels.astype(np.int32)
 
 
-# The digits file is ordered by writer.
+# Rows of the file, which is ordered by writer.
 DIGITS_SPLITS = {"train": slice(0, 1438), "test": slice(1438, 1797)}
 
 
 @dataclasses.dataclass(kw_only=True)
 class Digits:
-    """Handwritten digits, uint8 [8, 8, 1], ten classes; part of scikit-learn.
+    """Handwritten digits, uint8 [8, 8, 1], ten classes; a file of scikit-learn.
 
     UCI optdigits, Kaynak 1995. The file is ordered by writer: `split` "train" is its
-    first 1,438 images, "test" the last 359, mostly of other writers.
+    first 1,438 images, "test" the last 359, mostly by other writers.
     """
 
     split: str = "train"
@@ -179,7 +178,7 @@ class Digits:
         return {"image": images[index].copy(), "label": int(labels[index])}
 
     def name(self, index: SupportsIndex) -> str:
-        """Returns digit and split, for messages."""
+        """Returns the split and the row of an example, for messages."""
         return f"digits {self.split}: image {range(len(self))[index]}"
 
     def __getstate__(self) -> dict[str, Any]:
@@ -187,7 +186,7 @@ class Digits:
 
 
 def _digits_table() -> np.ndarray:
-    # From the file: importing sklearn.datasets takes 3 s and 100 MB.
+    # Read from the file, because importing sklearn.datasets takes 3 s and 100 MB.
     found = importlib.util.find_spec("sklearn")
     if found is None or found.origin is None:
         raise ModuleNotFoundError(
@@ -200,7 +199,7 @@ def _digits_table() -> np.ndarray:
 
 
 def fields_of(config: Any) -> dict[str, Any]:
-    """The state of a pickle: no open file, no lock, no list of a million paths."""
+    """Returns the fields of a dataclass: a pickle state without open files or locks."""
     return {f.name: getattr(config, f.name) for f in dataclasses.fields(config)}
 
 
@@ -239,7 +238,7 @@ class NoImages:
 
 
 def content_hash(parts: Iterable[str | bytes | np.ndarray]) -> str:
-    """Returns 16 hex digits that change with any part, its length or its shape."""
+    """Returns 16 hex digits that change with any part, its dtype or its shape."""
     digest = hashlib.blake2b(digest_size=8)
     for part in parts:
         if isinstance(part, np.ndarray):

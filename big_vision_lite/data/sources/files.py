@@ -1,4 +1,4 @@
-"""Images without labels: all below a folder, or one file."""
+"""Images without labels: all those below a folder, or one file."""
 
 import os
 import pathlib
@@ -20,10 +20,10 @@ Example = dict[str, Any]
 
 
 class ImageFiles:
-    """The images of a folder and all below it, or one image, as a source.
+    """A source of all images below a folder, or of one image file.
 
-    `files` are paths relative to `root`, sorted. An example is {"image": the file's
-    bytes, "index": its place among them}; `skipped` counts what else is there, by kind.
+    `files` are sorted paths relative to `root`. An example is {"image": the file's
+    bytes, "index": its place in `files`}; `skipped` counts the other files by kind.
     Raises FileNotFoundError for a wrong path, ValueError for a folder without images.
     """
 
@@ -39,7 +39,7 @@ class ImageFiles:
             check_folder(given)
             found = list_images(given, self.skipped, labelled=False)
             self.root, self._paths = given, found.get("", [])
-            # What is no file that a person would miss among the images.
+            # Nobody would expect these among the images.
             for kind in ("hidden", "links to a folder above"):
                 del self.skipped[kind]
         if not self._paths:
@@ -61,14 +61,14 @@ class ImageFiles:
         return {"image": path.read_bytes(), "index": index.__index__()}
 
     def name(self, index: SupportsIndex) -> str:
-        """Returns the path, for messages."""
+        """Returns the path of an example, for messages."""
         return os.fsencode(self.root / self._paths[index]).decode("utf-8", "replace")
 
 
 class Guarded:
-    """Ops as one that notes what they refuse in `errors`, {index: reason}.
+    """Runs several ops as one, and records in `errors` {index: reason} what they raise.
 
-    A file that does not fit them is then one that cannot be read, not the end.
+    Their ValueError becomes UndecodableImage, for which the pipeline skips the image.
     """
 
     def __init__(self, ops: Sequence[Callable[..., Example]]):

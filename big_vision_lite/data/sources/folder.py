@@ -1,4 +1,4 @@
-"""A folder of images, a folder a class; or just images."""
+"""Images in class folders, or in any folders without labels."""
 
 import dataclasses
 import functools
@@ -16,14 +16,14 @@ from big_vision_lite.messages import did_you_mean, some
 class ImageFolder:
     """Images in `path/CLASS/**`, or in `path/{train,val,test}/CLASS/**`.
 
-    JPEG, PNG, WebP and BMP by suffix; other files are skipped and counted. Without
+    Reads JPEG, PNG, WebP and BMP, told by suffix; counts and skips other files. Without
     split folders a tenth of each class, chosen by `split_seed` and a hash of the path,
     is "val", the rest "train"; "all" is everything. Classes are those of the training
-    split, sorted, unless `classes` pins names and order. `labels` False takes
-    all images at any depth below `path`, or below `path/{train,val,test}`, and gives no
-    labels: a tenth of them is "val" where there are no split folders. Raises
-    FileNotFoundError for a wrong path or an empty split, ValueError for one class and
-    for classes unknown to training.
+    split, sorted, unless `classes` gives names and order. `labels` False takes all
+    images at any depth below `path`, or below `path/{train,val,test}`, and gives no
+    labels: a tenth of them is "val" where there are no split folders. The first use
+    raises FileNotFoundError for a wrong path or an empty split, ValueError for a single
+    class and for classes unknown to training.
     """
 
     path: str
@@ -64,19 +64,19 @@ class ImageFolder:
 
     @property
     def skipped(self) -> str:
-        """Returns the files besides images in the listed folders: counts by kind."""
+        """Returns the counts by kind of the other files in the listed folders."""
         return str(self._listing.skipped)
 
     @functools.cached_property
     def fingerprint(self) -> str:
-        """A hash of class names and of the split's paths, not of the images."""
+        """Returns a hash of class names and the split's paths, not of the images."""
         return content_hash((*self.class_names, "", *self._listing.paths))
 
     def __len__(self) -> int:
         return len(self._listing.paths)
 
     def __getitem__(self, index: SupportsIndex) -> Example:
-        """Returns {"image": the file's bytes, "label": int}, or without the label."""
+        """Returns {"image": the file's bytes, "label": int}, or the image alone."""
         path = os.path.join(self._listing.root, self.relative_path(index))
         data = with_retries(lambda: _read(path), path)
         if self._listing.labels is None:
@@ -88,7 +88,7 @@ class ImageFolder:
         return self._listing.paths[index]
 
     def name(self, index: SupportsIndex) -> str:
-        """Returns the path of example `index` for messages and lists: always UTF-8."""
+        """Returns the path of example `index` in UTF-8, for messages and lists."""
         path = os.path.join(self.path, self.relative_path(index))
         return os.fsencode(path).decode("utf-8", "replace")
 
@@ -99,7 +99,7 @@ class ImageFolder:
 def folder_splits(
     path: str, split_seed: int = 0, labels: bool = True
 ) -> dict[str, ImageFolder]:
-    """Returns a source for each split folder of `path`, else for train and val."""
+    """Returns a source for each split folder of `path`, or for "train" and "val"."""
     named = listing.find_splits(Path(path).expanduser(), labels) or ("train", "val")
     return {
         split: ImageFolder(path=path, split=split, split_seed=split_seed, labels=labels)
@@ -115,12 +115,13 @@ def _read(path: str) -> bytes:
 def open_folder(path: str, split_seed: int = 0) -> dict[str, ImageFolder]:
     """Returns the splits of an image folder by name, all with the classes of "train".
 
-    Beside "train" those are "val" and "test" as far as there are folders of these
-    names, or a held-out tenth as "val", chosen by the seed. The names of the classes
-    are written into the sources, so that config.json says what every label means.
+    The others are "val" and "test", where there are such folders, or "val" alone, a
+    tenth held out by the seed. The class names are written into the sources, so that
+    config.json says what every label means.
 
     Raises:
-        FileNotFoundError, ValueError: there is no such folder, or no two classes.
+        FileNotFoundError: there is no such folder, or it has no training images.
+        ValueError: there are fewer than two classes.
     """
     splits = folder_splits(path, split_seed)
     train = splits.get("train") or ImageFolder(path=path, split="train")

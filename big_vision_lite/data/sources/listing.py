@@ -1,4 +1,4 @@
-"""Lists a folder of images: splits, classes, files, and what is in the way."""
+"""Lists a folder of images: its splits, classes, images and other files."""
 
 import collections
 import dataclasses
@@ -14,18 +14,18 @@ import numpy as np
 
 from big_vision_lite.messages import did_you_mean, some
 
-# Without split folders, this part of each class is held out, chosen by seed and a hash
-# of the path: the same files on every machine, in whatever order they are listed.
+# Without split folders, this part of each class is held out. The seed and a hash of the
+# path choose it: the same files on every machine, in whatever order they are listed.
 HELD_OUT_PART = 0.1
 
-# Relative paths of the images of each class, both sorted.
+# {class: relative paths of its images}, classes and paths sorted.
 Files = dict[str, list[str]]
 
 
 def hold_out(files: Files, seed: int) -> tuple[Files, Files]:
-    """Splits every class into training and held-out images, disjoint, by a hash.
+    """Returns the training and the held-out images of every class, split by a hash.
 
-    A class of one image keeps it for training; of more, gives at least one.
+    A class of one image keeps it for training; a larger class gives at least one.
     """
     train, held = {}, {}
     for name, paths in files.items():
@@ -37,7 +37,7 @@ def hold_out(files: Files, seed: int) -> tuple[Files, Files]:
 
 
 def stable_order(path: str, seed: int) -> bytes:
-    """A key that sorts paths at random, the same way everywhere for one seed."""
+    """Returns a key that sorts paths pseudo-randomly, alike everywhere for one seed."""
     plain = unicodedata.normalize("NFC", path).replace(os.sep, "/")
     data = plain.encode("utf-8", "surrogateescape")
     key = b"big_vision_lite held-out split %d" % seed
@@ -45,11 +45,11 @@ def stable_order(path: str, seed: int) -> bytes:
 
 
 logger = logging.getLogger(__name__)
-# Its own level: the command line silences the libraries through the root logger.
+# A level of its own, because the command line silences libraries by the root logger.
 logger.setLevel(logging.WARNING)
 
 SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp")
-# Folder names that mean a split, and the split they mean.
+# {lower-case folder name: the split it means}.
 SPLIT_FOLDERS = {
     "train": "train",
     "val": "val",
@@ -60,7 +60,7 @@ SPLIT_FOLDERS = {
 
 
 class Skipped(collections.Counter[str]):
-    """The other files of an image folder: counts by kind."""
+    """Counts, by kind, of the files of an image folder that are not used."""
 
     def __str__(self) -> str:
         kinds = [f"{count} {kind}" for kind, count in sorted(self.items())]
@@ -69,7 +69,7 @@ class Skipped(collections.Counter[str]):
 
 @dataclasses.dataclass(kw_only=True)
 class Listing:
-    """One split of an image folder, ready to read: `paths` are relative to `root`."""
+    """One split of an image folder; `paths` are relative to `root`, `labels` int32."""
 
     root: str
     class_names: tuple[str, ...]
@@ -81,11 +81,12 @@ class Listing:
 def open_split(
     root: Path, split: str, classes: Sequence[str], seed: int, labelled: bool = True
 ) -> Listing:
-    """Lists `split`; labels follow `classes`, else the sorted training classes.
+    """Returns the listing of `split`; labels index `classes`, or the training classes.
 
-    Without labels, every image of the split at any depth. Raises FileNotFoundError when
-    there is nothing, ValueError for one class, for classes that training does not have
-    and for a seed that has nothing to choose; warns of classes that have no image.
+    `labelled` False lists every image of the split at any depth. Raises
+    FileNotFoundError for a wrong path or no images, ValueError for a single class,
+    classes unknown to training and a seed beside split folders. Warns of classes
+    without images.
     """
     split = SPLIT_FOLDERS.get(split.lower(), split.lower())
     skipped = Skipped()
@@ -144,7 +145,7 @@ def _from_split_folders(
 def _part_of(
     files: Files, root: Path, split: str, seed: int, labelled: bool, skipped: Skipped
 ) -> Files:
-    """Returns the split of a folder that has none of its own; a hash chooses."""
+    """Returns a split of a folder without split folders; a hash chooses its images."""
     train, held = hold_out(files, seed)
     chosen = {"train": train, "val": held, "all": files}
     if split not in chosen:
@@ -169,7 +170,7 @@ def _part_of(
 def _check_classes(
     root: Path, split: str, held: Collection[str], names: Sequence[str]
 ) -> None:
-    """Raises ValueError for classes that cannot be; warns of those without images."""
+    """Raises ValueError for fewer than two or unknown classes; warns of empty ones."""
     if not names:
         raise ValueError(
             f"{root} has no folder train to take the classes from; name them in their "
@@ -197,17 +198,18 @@ def _check_classes(
 
 
 def find_splits(root: Path, labelled: bool = True) -> dict[str, Path]:
-    """Returns the folder of each split of `root`; empty when its folders are classes.
+    """Returns {split: folder} of `root`, {} when its folders are classes.
 
-    Split folders hold folders of classes, unless the images are not `labelled`. Raises
-    FileNotFoundError for a wrong path, ValueError when both could be meant.
+    Split folders hold class folders, unless `labelled` is False. Raises
+    FileNotFoundError for a wrong path, ValueError for a mixture of both kinds, for
+    `labelled` images directly in split folders and for two folders of one split.
     """
     check_folder(root)
     folders = [folder for folder in _folders(root) if _has_image(folder)]
     named = [folder for folder in folders if _is_split(folder)]
     others = [folder.name for folder in folders if not _is_split(folder)]
     nested = any(_folders(folder.path) for folder in named)
-    # A class may be called "train", too: then it holds images itself, not classes.
+    # A class may be called "train", too: then it holds images, not class folders.
     if not named or (others and not nested):
         return {}
     names = some(folder.name for folder in named)
@@ -228,7 +230,7 @@ def find_splits(root: Path, labelled: bool = True) -> dict[str, Path]:
 
 
 def check_folder(root: Path) -> None:
-    """Raises FileNotFoundError or NotADirectoryError that say what is there instead."""
+    """Raises FileNotFoundError or NotADirectoryError unless `root` is a folder."""
     if root.is_dir():
         return
     if root.exists():
@@ -245,7 +247,7 @@ def check_folder(root: Path) -> None:
 
 
 def class_folders(root: Path) -> list[str]:
-    """Names the class folders of `root` that hold at least one image, sorted."""
+    """Returns the sorted names of the class folders of `root` that hold an image."""
     return sorted({class_name(f.name) for f in _folders(root) if _has_image(f)})
 
 
@@ -254,7 +256,7 @@ def list_images(
 ) -> Files:
     """Returns the images of each class folder, as paths relative to `root` or `folder`.
 
-    Those that are not `labelled` are all of the class "".
+    With `labelled` False all images are of the class "".
     """
     start = len(os.path.join(folder, ""))
     prefix = len(os.path.join(root or folder, ""))
@@ -271,7 +273,11 @@ def list_images(
 
 @functools.lru_cache
 def class_name(folder: str) -> str:
-    """Returns the folder's name; one spelling of accents, as file systems differ."""
+    """Returns a folder's name in NFC, because file systems differ in accents.
+
+    Raises:
+        ValueError: the name is not UTF-8.
+    """
     try:
         folder.encode("utf-8")
     except UnicodeEncodeError as error:
@@ -287,7 +293,7 @@ def walk(
     skipped: Skipped,
     above: tuple[tuple[int, int], ...] = (),
 ) -> Iterator[str]:
-    """Yields the images below `folder`; links are followed, loops of them are not."""
+    """Yields the paths of images below `folder`; follows links, except in loops."""
     info = os.stat(folder)
     if (info.st_dev, info.st_ino) in above:
         skipped["links to a folder above"] += 1
@@ -323,7 +329,7 @@ def _is_image(entry: os.DirEntry[str]) -> bool:
 
 
 def _hidden(entry: os.DirEntry[str]) -> bool:
-    # What macOS and some archives leave beside the files.
+    # macOS and some archives leave these beside the files.
     return entry.name.startswith(".") or entry.name == "__MACOSX"
 
 

@@ -1,10 +1,10 @@
-"""tf.train.Example to and from bytes, by protobuf and without TensorFlow."""
+"""Reads and writes tf.train.Example by protobuf, without TensorFlow."""
 
 import functools
 from collections.abc import Collection, Mapping
 from typing import Any
 
-# tensorflow/core/example/feature.proto and example.proto, as protobuf describes files.
+# tensorflow/core/example/{feature,example}.proto as a FileDescriptorProto.
 _PROTO = """
 name: "example.proto" package: "tf" syntax: "proto3"
 message_type { name: "BytesList"
@@ -30,7 +30,7 @@ message_type { name: "Example"
 
 @functools.cache
 def _message() -> Any:
-    # Here, not at the top: the digits and image folders need none of it.
+    # Imported here, because the digits and image folders do not need it.
     from google.protobuf import (
         descriptor_pb2,
         descriptor_pool,
@@ -46,7 +46,7 @@ def _message() -> Any:
 def parse_example(record: bytes, keys: Collection[str]) -> dict[str, list[Any]]:
     """Returns the features `keys` of a serialised tf.train.Example, each a list.
 
-    An absent feature is left out. Raises ValueError for bytes that are something else.
+    Leaves out absent features. Raises ValueError for bytes that are no Example.
     """
     from google.protobuf.message import DecodeError
 
@@ -56,7 +56,7 @@ def parse_example(record: bytes, keys: Collection[str]) -> dict[str, list[Any]]:
         raise ValueError("a record is not a tf.train.Example") from error
     parsed = {}
     for key in keys:
-        # A map adds what it is asked for and has not.
+        # Reading an absent key would add it to the map.
         if key in features:
             kind = features[key].WhichOneof("kind")
             parsed[key] = list(getattr(features[key], kind).value) if kind else []

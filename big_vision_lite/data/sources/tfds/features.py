@@ -1,4 +1,4 @@
-"""features.json of a prepared TFDS set: is this an image, what are its classes."""
+"""Reads features.json of a prepared TFDS set: images, labels and nested features."""
 
 import dataclasses
 import json
@@ -14,7 +14,7 @@ Node = Mapping[str, Any]
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class LabelFeature:
-    """The place of a label, its class names, and whether an example has several."""
+    """The key of a label, its class names, and whether an example has several."""
 
     key: str
     class_names: tuple[str, ...]
@@ -22,7 +22,7 @@ class LabelFeature:
 
 
 def children(node: Node) -> Mapping[str, Node]:
-    """Returns the features of a FeaturesDict by name; empty for another feature."""
+    """Returns the features of a FeaturesDict by name, {} for another feature."""
     inner = content(node, "featuresDict", "FeaturesDict")
     if inner is None:
         return {}
@@ -31,7 +31,7 @@ def children(node: Node) -> Mapping[str, Node]:
 
 
 def check_image(features: Mapping[str, Node], key: str, where: Path) -> None:
-    """Raises ValueError unless `key` is an image stored as an encoded file."""
+    """Raises ValueError unless feature `key` is an image stored as an encoded file."""
     node = features.get(key)
     image = None if node is None else content(node, "image", "Image")
     if image is None:
@@ -52,9 +52,13 @@ def check_image(features: Mapping[str, Node], key: str, where: Path) -> None:
 
 
 def label_feature(features: Mapping[str, Node], key: str, where: Path) -> LabelFeature:
-    """Returns the classes of `key`, a class or a list of classes; else ValueError."""
+    """Returns the label feature `key`, whose values are a class or a list of classes.
+
+    Raises:
+        ValueError: it is another feature, or its names and its count of classes differ.
+    """
     node, depth = walk(features, key)
-    # A list of lists is stored another way.
+    # TFDS stores a list of lists in another way.
     label = None
     if node is not None and depth < 2:
         label = content(node, "classLabel", "ClassLabel")
@@ -67,7 +71,7 @@ def label_feature(features: Mapping[str, Node], key: str, where: Path) -> LabelF
         )
     count = int(label.get("numClasses") or label.get("num_classes") or 0)
     names = tuple(str(number) for number in range(count))
-    # TFDS writes the names beside, one a line, when the classes have names.
+    # If the classes have names, TFDS writes them to this file, one a line.
     path = where / f"{key.replace('/', '-')}.labels.txt"
     if path.is_file():
         lines = path.read_text(encoding="utf-8").split("\n")
@@ -81,7 +85,10 @@ def label_feature(features: Mapping[str, Node], key: str, where: Path) -> LabelF
 
 
 def walk(features: Mapping[str, Node], key: str) -> tuple[Node | None, int]:
-    """Follows `objects/label`; returns the feature and how many lists it is in."""
+    """Returns the feature at `objects/label` and the number of lists around it.
+
+    Returns (None, 0) if there is no such feature.
+    """
     node, depth, rest = None, 0, key.split("/")
     while rest:
         node = features.get(rest.pop(0))
@@ -94,7 +101,7 @@ def walk(features: Mapping[str, Node], key: str) -> tuple[Node | None, int]:
 
 
 def paths(features: Mapping[str, Node], prefix: str = "") -> list[str]:
-    """Names every feature, nested ones as `objects/label`."""
+    """Returns the names of all features, nested ones as `objects/label`."""
     found = []
     for name, node in features.items():
         sequence = content(node, "sequence", "Sequence")
@@ -109,7 +116,10 @@ def _is_label(features: Mapping[str, Node], key: str) -> bool:
 
 
 def content(node: Node, field: str, class_name: str) -> Mapping[str, Any] | None:
-    """Returns what describes a `class_name`, in today's or the older form."""
+    """Returns the content of a feature of `class_name`, None for another feature.
+
+    `field` is its name in today's form; the older form has `class_name`.
+    """
     if field in node:
         return node[field]
     if str(node.get("type", "")).rpartition(".")[2] != class_name:

@@ -6,15 +6,19 @@ from pathlib import Path
 
 from big_vision_lite.messages import did_you_mean, some
 
-# What TFDS cannot download: the user must have brought it.
+# Files that TFDS cannot download: the user must bring them.
 BROUGHT_FILES = {"imagenet2012": ("ILSVRC2012_img_train.tar", "ILSVRC2012_img_val.tar")}
-# Sets that are rendered from fonts; TFDS does not know them.
+# The prefix of sets rendered from fonts, which TFDS does not know.
 GLYPHS = "glyphs32_"
 _VERSION = re.compile(r"\d+\.\d+\.\d+")
 
 
 def data_root(data_dir: str | None) -> Path:
-    """Returns `data_dir`, else $TFDS_DATA_DIR, else ~/tensorflow_datasets."""
+    """Returns `data_dir`, else $TFDS_DATA_DIR, else ~/tensorflow_datasets.
+
+    Raises:
+        ValueError: it is a URL, not a local path.
+    """
     chosen = data_dir or os.environ.get("TFDS_DATA_DIR") or "~/tensorflow_datasets"
     if "://" in chosen:
         raise ValueError(
@@ -27,7 +31,8 @@ def data_root(data_dir: str | None) -> Path:
 def find(name: str, data_dir: str | None) -> Path:
     """Returns the version folder of `name[/config][:version]`, the newest by default.
 
-    Raises FileNotFoundError that says what is there.
+    Raises:
+        FileNotFoundError: there is none; says what is there.
     """
     root = data_root(data_dir)
     plain, _, version = name.partition(":")
@@ -56,14 +61,14 @@ def find(name: str, data_dir: str | None) -> Path:
 
 
 def _prepared_in(folder: Path) -> list[str]:
-    """Names the sets below `folder`, those with configs as `name/config`."""
+    """Returns the names of the sets below `folder`, with configs as `name/config`."""
     files = [*folder.glob("*/*/dataset_info.json")]
     files += folder.glob("*/*/*/dataset_info.json")
     return sorted({str(file.parent.parent.relative_to(folder)) for file in files})
 
 
 def brought_files(name: str, root: Path) -> list[tuple[Path, bool]]:
-    """Lists the files that the user must bring to prepare `name`: path, is it there."""
+    """Returns (path, exists) for each file that the user must bring for `name`."""
     manual = root / "downloads" / "manual"
     files = [manual / file for file in BROUGHT_FILES.get(name, ())]
     return [(file, file.is_file()) for file in files]

@@ -1,8 +1,8 @@
 """Reads the metadata of a prepared TFDS set and resolves its splits.
 
-Read straight from dataset_info.json and features.json: that takes milliseconds, while
-importing tensorflow_datasets takes a second and 60 MB. The layout and the grammar of
-splits are TFDS's (https://www.tensorflow.org/datasets/splits); a test compares both.
+Reading dataset_info.json and features.json takes milliseconds, while importing
+tensorflow_datasets takes a second and 60 MB. The layout and the grammar of splits are
+TFDS's (https://www.tensorflow.org/datasets/splits); a test compares both.
 """
 
 import dataclasses
@@ -22,7 +22,7 @@ from big_vision_lite.messages import did_you_mean
 
 RECORD_FILES = {"tfrecord": TFRecordFile, "array_record": ArrayRecordFile}
 FILE_TEMPLATE = "{DATASET}-{SPLIT}.{FILEFORMAT}-{SHARD_X_OF_Y}"
-# A set of at most so many files is checked whole when it is opened.
+# Up to this many files are all checked when a set is opened.
 FEW_FILES = 16
 
 _PART = re.compile(r"(?P<split>[\w-]+)(\[(?P<slice>[\d\w%:.-]+)\])?")
@@ -35,7 +35,7 @@ _BAD_SPLIT = (
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Split:
-    """One split: its files, the number of records in each, the bytes in all."""
+    """One split: its files, the number of records in each, and its size in bytes."""
 
     name: str
     shards: tuple[tuple[Path, int], ...]
@@ -48,7 +48,11 @@ class Split:
     def between(
         self, start: float | int | None, stop: float | int | None, unit: str | None
     ) -> "Range":
-        """Turns a slice in percent, shards or examples (None) into examples."""
+        """Returns the examples of a slice in `unit`: "%", "shard" or None for examples.
+
+        Raises:
+            ValueError: the slice goes beyond the split.
+        """
         if unit == "%":
             if max(abs(start or 0), abs(stop or 0)) > 100:
                 raise ValueError(
@@ -90,7 +94,7 @@ class Range:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class PreparedSet:
-    """The metadata of one version folder, from its JSON files."""
+    """The metadata in the JSON files of one version folder."""
 
     folder: Path
     version: str
@@ -99,7 +103,11 @@ class PreparedSet:
     features: Mapping[str, Any]
 
     def ranges(self, spec: str) -> list[Range]:
-        """Resolves `train[:99%]+test` as TFDS does; ValueError if unknown or empty."""
+        """Returns the ranges of a split like `train[:99%]+test`, as TFDS reads it.
+
+        Raises:
+            ValueError: a split is unknown or malformed, or all ranges are empty.
+        """
         parts = re.split(r"\s*\+\s*", "+".join(self.splits) if spec == "all" else spec)
         ranges = [r for r in map(self._range, parts) if r.start < r.stop]
         if not ranges:
@@ -140,7 +148,12 @@ class PreparedSet:
         return split.between(ends[0], ends[1], unit)
 
     def records(self, ranges: list[Range]) -> Records:
-        """Joins the records of `ranges`; raises when files are missing or cut short."""
+        """Returns the records of `ranges` as one sequence.
+
+        Raises:
+            FileNotFoundError: a file is missing.
+            ValueError: a file is damaged; many files may only show it when read.
+        """
         kind = RECORD_FILES[self.file_format]
         files = {
             path: kind(path, length)
@@ -170,15 +183,20 @@ class PreparedSet:
         return Records(parts)
 
     def _too_small(self, split: Split) -> bool:
-        """Returns whether some file must be truncated; cheap for many files."""
-        if self.file_format != "tfrecord":  # the other is compressed
+        """Returns whether a file must be truncated, by the total size alone: cheap."""
+        if self.file_format != "tfrecord":  # ArrayRecord is compressed.
             return False
         sizes = (path.stat().st_size for path, _ in split.shards if path.is_file())
         return sum(sizes) < split.num_bytes
 
 
 def load(folder: Path) -> PreparedSet:
-    """Reads the JSON files of a version folder; ValueError for what we cannot read."""
+    """Reads the JSON files of a version folder.
+
+    Raises:
+        FileNotFoundError: a file is missing.
+        ValueError: the file format is not read here, or a JSON file is damaged.
+    """
     info = _json(folder / "dataset_info.json")
     file_format = info.get("fileFormat") or "tfrecord"
     if file_format not in RECORD_FILES:

@@ -1,7 +1,7 @@
-"""Record files by random access, without TensorFlow: TFRecord and ArrayRecord.
+"""Reads TFRecord and ArrayRecord files by random access, without TensorFlow.
 
-A TFRecord file is a row of (u64 length, u32 crc, bytes, u32 crc). It is read
-with `pread`, not `mmap`: other threads run on while the disk works, and a broken disk
+A TFRecord file is a sequence of (u64 length, u32 crc, bytes, u32 crc). It is read with
+`pread`, not `mmap`: other threads run on while the disk works, and a broken disk
 raises an error instead of a signal.
 """
 
@@ -23,14 +23,14 @@ import numpy as np
 
 T = TypeVar("T")
 
-# Waits between attempts: long enough for a network disk to come back.
+# Pauses between attempts, long enough for a network disk to come back.
 RETRY_SECONDS = (0.1, 0.5, 2.0)
-# TFRecord: what surrounds the bytes of a record.
+# What surrounds the bytes of a record in a TFRecord file.
 HEADER_BYTES, FOOTER_BYTES = 12, 4
 
 
 def with_retries(read: Callable[[], T], what: str) -> T:
-    """Calls `read`, again after an I/O error, then raises OSError that names `what`."""
+    """Returns `read()`, retried after I/O errors; at last an OSError names `what`."""
     for wait in (*RETRY_SECONDS, None):
         try:
             return read()
@@ -55,7 +55,11 @@ class TFRecordFile:
         self._starts = np.zeros(0, np.int64)
 
     def open(self) -> int:
-        """Indexes the file, once; raises ValueError when it does not hold `length`."""
+        """Returns the file descriptor; the first call opens and indexes the file.
+
+        Raises:
+            ValueError: the file does not hold `length` records.
+        """
         with self._lock:
             if self._file is None:
                 file = with_retries(
@@ -76,10 +80,10 @@ class TFRecordFile:
         )
 
     def _index(self, file: int) -> np.ndarray:
-        """Returns where each record starts, and where the last one ends."""
+        """Returns the offset in bytes of every record, and of the end of the last."""
         end = os.fstat(file).st_size
-        # Small records are scanned in large blocks; large ones are hopped over, so
-        # that indexing does not read the whole file.
+        # Small records are scanned in large blocks; large ones are skipped, so that
+        # indexing does not read the whole file.
         block_bytes = 1 << 20 if end < 8192 * max(self.length, 1) else 4096
         block, block_start = b"", 0
         starts, position = array.array("q", [0]), 0
@@ -109,9 +113,9 @@ class ArrayRecordFile:
     """The records of one ArrayRecord file; opened when the first one is asked for.
 
     One record costs 7 us by `seek` and `read`; by `read([index])` it costs 600 us in a
-    file of 60,000 records, in proportion to their number (array_record 0.8.6). But
-    a reader then has a position: each thread takes one of its own and gives it back.
-    Turns at one reader cost eight threads 2 to 4 times the CPU time of a small record.
+    file of 60,000 records, in proportion to their number (array_record 0.8.6). `seek`
+    moves a reader, so each thread takes a reader of its own and gives it back: eight
+    threads that share one take 2 to 4 times the CPU time for a small record.
     """
 
     def __init__(self, path: Path, length: int):
@@ -131,7 +135,7 @@ class ArrayRecordFile:
             reader.seek(index)
             record = reader.read()
         except RuntimeError as error:
-            # For a damaged chunk; the reader keeps the error, so it is dropped.
+            # A chunk is damaged; the reader keeps the error, so it is dropped.
             raise OSError(None, str(error)) from error
         self._idle.append(reader)
         return record
@@ -139,7 +143,7 @@ class ArrayRecordFile:
     def _take(self) -> Any:
         with contextlib.suppress(IndexError):
             return self._idle.pop()
-        # Here, not at the top: the digits and image folders need none of it.
+        # Imported here, because the digits and image folders do not need it.
         module: Any = importlib.import_module("array_record.python.array_record_module")
         os.stat(self.path)  # raises OSError
         reader = module.ArrayRecordReader(
@@ -155,7 +159,7 @@ RecordFile = TFRecordFile | ArrayRecordFile
 
 
 class Records:
-    """Ranges of records of several files, as one sequence of bytes."""
+    """One sequence of records that joins ranges of several files."""
 
     def __init__(self, parts: Sequence[tuple[RecordFile, int, int]]):
         """Joins `parts`: (file, first record, number of records)."""
@@ -172,7 +176,7 @@ class Records:
         return file.read(record)
 
     def locate(self, index: int) -> tuple[RecordFile, int]:
-        """Returns the file that holds `index` and its record number there."""
+        """Returns the file that holds record `index`, and its number in that file."""
         part = bisect.bisect_right(self._ends, index)
         file, first, count = self._parts[part]
         return file, first + index - (self._ends[part] - count)
@@ -193,7 +197,7 @@ def _pread(file: int, size: int, start: int) -> bytes:
 
 
 def _allow_open_files(count: int) -> None:
-    """Raises the soft limit of open files: ImageNet has more shards than the usual."""
+    """Raises the soft limit of open files, which ImageNet's many shards exceed."""
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     if soft != resource.RLIM_INFINITY:
         wanted = soft + count

@@ -17,14 +17,15 @@ from big_vision_lite.data.sources.tfds.example import parse_example
 class Tfds:
     """A prepared TFDS set, ArrayRecord or TFRecord, read without TensorFlow.
 
-    `dataset` is TFDS's name, with `/config` and `:version` if wanted; `split` any of
-    TFDS's (`train[:99%]+test`); the set lies in `data_dir`, else in $TFDS_DATA_DIR,
-    else in ~/tensorflow_datasets. Images stay encoded. A label that is a list of
-    classes becomes a float32 multi-hot [C]; `label_key` None reads none. `keys` names
-    further features, as "objects/bbox=>boxes" or by their own names: images stay
-    encoded, text is str, numbers, classes and boxes are numpy arrays; a set of text has
-    `image_key` None. Raises FileNotFoundError when the set is not prepared, ValueError
-    for an unknown split or feature or a damaged file.
+    `dataset` is TFDS's name, with `/config` and `:version` if wanted; `split` is in
+    TFDS's grammar (`train[:99%]+test`); the set lies in `data_dir`, else in
+    $TFDS_DATA_DIR, else in ~/tensorflow_datasets. Images stay encoded. A label that is
+    a list of classes becomes a float32 multi-hot [C]; `label_key` None reads no label,
+    `image_key` None no image. `keys` names further features, as "objects/bbox=>boxes"
+    or by their own names: images stay encoded, text is str, single numbers are int or
+    float, lists of numbers, classes and boxes are numpy arrays. The first use raises
+    FileNotFoundError if the set is not prepared, ValueError for an unknown split or
+    feature or a damaged file.
     """
 
     dataset: str
@@ -78,7 +79,7 @@ class Tfds:
 
     @functools.cached_property
     def fingerprint(self) -> str:
-        """A hash of name, version, classes, ranges and record counts, not of images."""
+        """Returns a hash of name, version, keys, classes, ranges and record counts."""
         opened = self._set
         ranges = opened.ranges(self.split)
         counts = [
@@ -100,7 +101,11 @@ class Tfds:
         return len(self._records)
 
     def __getitem__(self, index: SupportsIndex) -> Example:
-        """Returns {"image": encoded bytes, "label": int or float32 [C]} and `keys`."""
+        """Returns {"image": encoded bytes, "label": int or float32 [C]} and `keys`.
+
+        Raises:
+            ValueError: a value is missing or out of range; names the example.
+        """
         index = range(len(self))[index]
         others = [feature.key for feature in self._values.values()]
         stored = {self.image_key, self.label_key, *others} - {None}
@@ -123,7 +128,7 @@ class Tfds:
         return example
 
     def name(self, index: SupportsIndex) -> str:
-        """Returns set, file, record and any stored file name of example `index`."""
+        """Returns set, file, record and, if stored, file name of example `index`."""
         index = range(len(self))[index]
         file, record = self._records.locate(index)
         place = f"{self.dataset}: record {record} of {file.path.name}"
@@ -132,7 +137,7 @@ class Tfds:
         try:
             stored = parse_example(file.read(record), ("file_name",))["file_name"][0]
         except (OSError, ValueError, LookupError):
-            # A name is asked for when a record cannot be read: that error comes first.
+            # A name is needed when a record cannot be read: that error matters more.
             return place
         return f"{place} ({stored.decode('utf-8', 'replace')})"
 

@@ -1,4 +1,4 @@
-"""Features beside image and label: how they are stored, and what an example gets."""
+"""Reads the features beside image and label of a prepared TFDS set."""
 
 import dataclasses
 from collections.abc import Mapping, Sequence
@@ -11,13 +11,13 @@ from big_vision_lite.data.sources.tfds import features as tfds_features
 from big_vision_lite.messages import did_you_mean, some
 
 RENAMES = "=>"
-# TFDS writes how corners are ordered since 4.9.7; before there was this order only.
+# The order of corners, which TFDS writes down since 4.9.7; before it was the only one.
 BOX_FORMAT = "REL_YXYX"
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class ValueFeature:
-    """One feature: text and encoded images are `dtype` str and bytes.
+    """One feature; `dtype` is str for text, bytes for images and byte strings.
 
     `shape` is that of the array, -1 for an unknown length, () for a single value.
     """
@@ -27,7 +27,7 @@ class ValueFeature:
     shape: tuple[int, ...]
 
     def read(self, values: Sequence[Any] | np.ndarray) -> Any:
-        """Returns a single value, a list of strings or a numpy array.
+        """Returns a single value, a list of str or bytes, or a numpy array.
 
         Raises:
             ValueError: the record holds another number of values.
@@ -53,7 +53,7 @@ def renamed(keys: Sequence[str], taken: Sequence[str] = ()) -> dict[str, str]:
     """Returns {name in the example: feature} of names and "feature=>name" pairs.
 
     Raises:
-        ValueError: a pair lacks a side, or a name is used twice or `taken`.
+        ValueError: a pair lacks a side, or a name is used twice or is in `taken`.
     """
     names: dict[str, str] = {}
     for pair in keys:
@@ -76,10 +76,10 @@ def renamed(keys: Sequence[str], taken: Sequence[str] = ()) -> dict[str, str]:
 def value_feature(
     features: Mapping[str, tfds_features.Node], key: str, where: Path
 ) -> ValueFeature:
-    """Returns how `key` is stored; nested features are named as `objects/bbox`.
+    """Returns how feature `key` is stored; `objects/bbox` names a nested feature.
 
     Raises:
-        ValueError: there is no such feature, or one that is not read.
+        ValueError: there is no such feature, or it is of a kind that is not read.
     """
     node, depth = tfds_features.walk(features, key)
     if node is None:
@@ -126,5 +126,5 @@ def _dtype(tensor: Mapping[str, Any]) -> Any:
     name = str(tensor.get("dtype", "float32"))
     if name in ("string", "object", "bytes"):
         return bytes
-    # Floats are stored in 32 bit, whatever they were.
+    # Records store every float in 32 bits.
     return np.dtype(np.float32 if "float" in name else name)

@@ -413,7 +413,7 @@ def test_an_unreadable_image_gives_way_to_the_same_one_on_any_host(mesh, tmp_pat
             f"Skipped 1 unreadable image (0.083 %), list in {path}."
         )
     assert path.read_text() == (
-        "11\t/digits/11.png\tnot a JPEG, PNG, WebP, BMP or GIF: "
+        "11\t/digits/11.png\tnot a JPEG, PNG, WebP, BMP, GIF, TIFF or AVIF: "
         "the first bytes are b'no image'\n"
     )
 

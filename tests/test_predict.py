@@ -108,12 +108,14 @@ def test_what_is_left_out_is_counted_by_kind(tmp_path, run, images, capsys):
     folder = tmp_path / "mixed"
     folder.mkdir()
     shutil.copy(images / "val" / "disc" / "000.jpg", folder)
-    for name in ("a.gif", "b.GIF", "c.tiff", "no_suffix", ".hidden.gif"):
-        (folder / name).write_bytes(b"")
+    for name in ("a.heic", "b.HEIC", "c.svg", "no_suffix", ".hidden.gif"):
+        (folder / name).write_bytes(b"<svg" if name == "c.svg" else b"")
     assert len(predicted(tmp_path, run, folder)) == 1
     shown = capsys.readouterr().out
-    assert "left out, as they are no .jpg/.jpeg/" in shown
-    assert ": 2 .gif, 1 .tiff, 1 files without a suffix\n" in shown
+    assert "left out: 2 .heic files, such as a.heic: empty\n" in shown
+    assert "left out: 1 .svg files, such as c.svg: SVG, which is not read; " in shown
+    assert "left out: 1 files without a suffix, such as no_suffix: empty\n" in shown
+    assert "left out: 1 hidden files and folders, such as .hidden.gif\n" in shown
 
 
 def test_help_keeps_its_lines(capsys):

@@ -4,25 +4,27 @@
   python tools/check_dataset.py --tfds fashion_mnist --split train+test
   python tools/check_dataset.py --no_labels FOLDER
 
-Reads and decodes every image once. Reports classes, sizes, unreadable files, and the
-same file in two splits or under two labels. Exit code 1 when something must be
-repaired, 2 when the set cannot be opened.
+Reads and decodes every image once. Reports splits, classes and what is left out, as a
+run does at its start; sizes, unreadable files, and the same file in two splits or under
+two labels. Exit code 1 when something must be repaired, 2 when the set cannot be
+opened.
 """
 
 import argparse
 import concurrent.futures
+import contextlib
 import dataclasses
 import hashlib
 import sys
 import time
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from big_vision_lite.data.ops.decode import UndecodableImage, decode
-from big_vision_lite.data.sources import Tfds, folder_splits, listing
+from big_vision_lite.data.sources import Tfds, folder_splits
+from big_vision_lite.data.sources.folder import describe
 from big_vision_lite.data.sources.tfds import folder as tfds_folder
 from big_vision_lite.data.sources.tfds import prepared_set
 from big_vision_lite.messages import some
@@ -79,6 +81,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     audits: dict[str, Audit] = {}
     problems: list[str] = []
     nothing = []
+    for line in [] if options.tfds else describe(opened(sources)):
+        print(line)
     for split, source in sources.items():
         try:
             audits[split] = audit(source, options.threads)
@@ -97,10 +101,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
     problems += repeated(audits)
     for line in [line for item in audits.items() for line in uneven(*item)]:
         print(f"warning: {line}")
-    for name in (
-        [] if options.tfds or options.no_labels else empty_folders(options.folder)
-    ):
-        print(f"warning: {name} holds no image, so it is no class")
     for line in problems:
         print(f"PROBLEM: {line}")
     print(f"Problems: {len(problems) or 'none'}.")
@@ -130,16 +130,14 @@ def parser() -> argparse.ArgumentParser:
     return arguments
 
 
-def empty_folders(folder: str) -> list[Path]:
-    """Lists the folders that look like classes and hold no image."""
-    root = Path(folder).expanduser()
-    return [
-        path
-        for parent in list(listing.find_splits(root).values()) or [root]
-        for path in sorted(parent.iterdir())
-        if path.is_dir() and not path.name.startswith((".", "__MACOSX"))
-        if path.name not in listing.class_folders(parent)
-    ]
+def opened(sources: dict[str, Any]) -> list[Any]:
+    """Returns the sources that can be listed; the audit says why others cannot."""
+    found = []
+    for source in sources.values():
+        with contextlib.suppress(OSError, ValueError):
+            len(source)
+            found.append(source)
+    return found
 
 
 def open_set(options: argparse.Namespace) -> dict[str, Tfds]:
@@ -195,9 +193,7 @@ def look_at(source: Any, index: int) -> Image:
 def print_split(split: str, found: Audit, all_classes: bool) -> None:
     """Prints counts, classes and sizes of one split."""
     names, counts = found.source.class_names, found.counts()
-    print(f"{split}: {len(found.images)} images, {len(names)} classes", end="")
-    skipped = getattr(found.source, "skipped", "nothing")
-    print("" if skipped == "nothing" else f"; beside them: {skipped}")
+    print(f"{split}: {len(found.images)} images, {len(names)} classes")
     order = np.argsort(-counts, kind="stable")
     if not all_classes and len(names) > 10:
         order = np.concatenate([order[:5], [-1], order[-5:]])

@@ -378,7 +378,7 @@ def test_evaluation_counts_every_example_once_in_order(mesh, size, batch_size):
 
 
 def test_hosts_without_examples_hold_zeros_of_the_right_shape():
-    maker = EvaluationBatches(Pngs(size=3), GRAY, 8)
+    maker = EvaluationBatches(Pngs(size=3), GRAY, 8, attempts=100)
     counted = 0
     for host in range(4):
         batch = HostBatch(0, range(2 * host, 2 * host + 2))

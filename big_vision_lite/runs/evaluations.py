@@ -17,6 +17,7 @@ from big_vision_lite.config import TrainConfig
 from big_vision_lite.data import pipeline
 from big_vision_lite.data.pipeline import EvaluationSet
 from big_vision_lite.messages import some
+from big_vision_lite.runs.scores import named_scores
 from big_vision_lite.runs.session import Run
 from big_vision_lite.runtime import files, layout, processes
 from big_vision_lite.runtime.processes import Stopped
@@ -342,8 +343,7 @@ class Evaluations:
         prefix = f"{name}{self._suffix}"
         if not self._run.writer.recorded(step, prefix):
             self._program.make_room()
-            scores = self._runners[name](state)
-            named = {f"{prefix}/{k}": v for k, v in scores.items()}
+            named = named_scores(self._runners[name], state, prefix)
             self._run.writer.write(step, named)
             self._run.progress.scores(step, named)
 

@@ -69,8 +69,8 @@ class IntersectionOverUnion:
             hits = np.diagonal(counts)
             union = counts.sum(axis=0) + counts.sum(axis=1) - hits
             return {
-                "mean_iou": float((hits / np.maximum(union, 1)).mean()),
-                "pixels": float(counts.sum()),
+                "mean_iou": (hits / np.maximum(union, 1)).mean(),
+                "pixels": counts.sum(),
             }
 
         return run

@@ -202,8 +202,8 @@ class Optimizer(Protocol):
         ...
 
 
-# Maps a train state to its scores by name.
-Runner = Callable[[Any], dict[str, float]]
+# Maps a train state to its scores by name: finite numbers of Python, numpy or JAX.
+Runner = Callable[[Any], dict[str, Any]]
 
 
 @runtime_checkable

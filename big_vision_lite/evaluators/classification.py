@@ -13,7 +13,8 @@ import jax.numpy as jnp
 import numpy as np
 from etils import epath
 
-from big_vision_lite.runs.evaluations import ClassTable, Context, class_table
+from big_vision_lite.runs.evaluations import Context
+from big_vision_lite.runs.labels import ClassTable, class_table
 from big_vision_lite.runtime import files
 from big_vision_lite.types import Array, Batch, Forward, Runner, Source
 

@@ -13,6 +13,8 @@ batch     images a step; 0: 128, or less where there are fewer images
 epochs    from scratch, 0: 100
 steps     from a checkpoint, 0: by the number of images, 500, 10,000 or 20,000
 flip      false where left and right mean something
+orientation  apply: photographs are turned as their EXIF says; ignore: as stored, what
+          big_vision, timm and torchvision train on (with init what the run did)
 split_seed  which tenth is held out, where there are no split folders
 allow_module  a module of your own that the run's model comes from
 
@@ -22,12 +24,15 @@ Published: none, every folder is another. Ours: not yet run.
 Hardware: from scratch at 64 px a CPU will do; hours not yet measured.
 """
 
+import dataclasses
+
 from big_vision_lite.config import TrainConfig
 from big_vision_lite.data.ops import (
     CentralCrop,
     Decode,
     DecodeInceptionCrop,
     FlipLeftRight,
+    Orientation,
     ResizeSmall,
 )
 from big_vision_lite.data.ops.device import Mixup
@@ -59,6 +64,7 @@ def get_config(arg: str = "") -> TrainConfig:
         epochs=0.0,
         steps=0,
         flip=True,
+        orientation=Orientation.IGNORE,
         split_seed=0,
         allow_module="",
     )
@@ -85,11 +91,19 @@ def from_checkpoint(
         flip=chosen.flip,
     )
     num_steps, _ = rule.schedule(len(train))
+    preprocess = pretrained.preprocess
+    if chosen.orientation is Orientation.APPLY:
+        preprocess = tuple(
+            dataclasses.replace(op, orientation=chosen.orientation)
+            if isinstance(op, Decode)
+            else op
+            for op in preprocess
+        )
     return rule.config(
         pretrained.model,
         train,
         scored(others, every_steps=max(1, num_steps // 10)),
-        pretrained.preprocess,
+        preprocess,
         init=start(chosen.init, pretrained.model),
     )
 
@@ -108,18 +122,19 @@ def from_scratch(
     num_steps = max(1, round(epochs * len(train) / batch_size))
     head = Classifier(num_classes=num_classes)
     flip = (FlipLeftRight(),) if chosen.flip else ()
+    decode = {"orientation": chosen.orientation}
     return TrainConfig(
         num_epochs=epochs,
         model=BiT.of("small" if size <= SMALL_NETWORK_PX else "R26x1", head=head),
         objective=SoftmaxClassification(),
         data=Stream(
             source=train,
-            ops=(DecodeInceptionCrop(size_px=size, area_min=0.25), *flip),
+            ops=(DecodeInceptionCrop(**decode, size_px=size, area_min=0.25), *flip),
             device_ops=(Mixup(num_classes=num_classes, alpha=0.2),),
             batch_size=batch_size,
         ),
         preprocess=(
-            Decode(),
+            Decode(**decode),
             ResizeSmall(size_px=round(size * 8 / 7)),
             CentralCrop(size_px=size),
         ),

@@ -84,6 +84,7 @@ def parse(
             for path in emptied:
                 _clear(known, path, recipe)
             argv = _make_elements(_build_missing(argv, known), known)
+            mistakes.check_tuples(argv, known)
             config_flags.DEFINE_config_dataclass(
                 "config", known, flag_values=values, sys_argv=list(argv)
             )

@@ -2,6 +2,7 @@
 
 import importlib.util
 import io
+import re
 import resource
 import shutil
 import signal
@@ -12,6 +13,7 @@ from pathlib import Path
 
 import cv2
 import numpy as np
+import PIL.Image
 import pytest
 from prepared import labels_of
 
@@ -75,6 +77,20 @@ def test_a_good_folder_passes_with_its_numbers(pictures, capsys):
     assert "  cat: 11\n" in text
     assert "smallest sides 8x9" in text and "largest 19x9" in text
     assert "short side 8 to 15 px: 22" in text
+
+
+def test_images_that_their_exif_turns_are_counted(pictures, capsys):
+    assert "EXIF" not in check(capsys, pictures)[1]
+    for number, (suffix, orientation) in enumerate(
+        [("jpg", 6), ("png", 3), ("webp", 8), ("jpg", 1), ("png", 77)]
+    ):
+        image = PIL.Image.new("RGB", (9, 20 + number))
+        exif = image.getexif()
+        exif[0x112] = orientation
+        image.save(pictures / "cat" / f"turned {number}.{suffix}", exif=exif)
+    code, text = check(capsys, "--no_labels", pictures)
+    counts = [int(n) for n in re.findall(r"EXIF turns (\d+) images", text)]
+    assert code == 0 and sum(counts) == 3 and 'orientation="apply"' in text
 
 
 def test_every_kind_of_bad_image_is_named(pictures, capsys):

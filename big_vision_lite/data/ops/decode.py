@@ -189,6 +189,7 @@ def _decode_png(data: bytes) -> np.ndarray:
     # One gray value of a PNG may be clear; OpenCV shows it.
     if header[25] == _PNG_GRAY and any(name == b"tRNS" for name, _ in chunks):
         return pillow.decode(data, "PNG")
+    _check_room(header, sum(len(whole) for name, whole in chunks if name == b"IDAT"))
     # Without what no pixel needs: OpenCV prints what it thinks of colour profiles, and
     # takes the first frame of an animation for the picture that comes before it.
     kept = [whole for name, whole in chunks if name in _PNG_PIXELS]
@@ -196,6 +197,20 @@ def _decode_png(data: bytes) -> np.ndarray:
         # What comes after the picture may be cut; libpng sees where the picture is.
         data = b"".join([data[:8], *kept, _PNG_END])
     return _by_opencv(data, "PNG")
+
+
+def _check_room(header: bytes, held: int) -> None:
+    """Raises UndecodableImage for a PNG of a size that so few bytes cannot hold.
+
+    OpenCV would fill gigabytes before it misses them.
+    """
+    width, height, bits, kind = struct.unpack(">IIBB", header[16:26])
+    row = 1 + width * bits * _PNG_SAMPLES.get(kind, 1) // 8
+    if height * row > _DEFLATE_MOST * held:
+        check_pixels(height, width, "PNG")
+        raise UndecodableImage(
+            f"PNG is damaged or cut short: {held} bytes for {height} x {width} pixels"
+        )
 
 
 def _by_opencv(data: Encoded, name: str) -> np.ndarray:
@@ -276,6 +291,8 @@ def _on_white(image: np.ndarray) -> np.ndarray:
 _PNG_GRAY, _PNG_PALETTE = 0, 3
 
 
+# Samples of a pixel by colour type, and what a byte of deflate holds at most.
+_PNG_SAMPLES, _DEFLATE_MOST = {2: 3, 4: 2, 6: 4}, 1032
 # The chunks that the pixels are made of.
 _PNG_PIXELS = (b"IHDR", b"PLTE", b"tRNS", b"IDAT")
 _PNG_END = bytes(4) + b"IEND" + zlib.crc32(b"IEND").to_bytes(4, "big")

@@ -6,6 +6,7 @@ import enum
 from flax import linen as nn
 
 from big_vision_lite.data.pipeline import Stream
+from big_vision_lite.runtime import files
 from big_vision_lite.runtime.sharding import Mesh, ShardingRule
 from big_vision_lite.runtime.startup import Platform
 from big_vision_lite.schedules import Average
@@ -48,6 +49,7 @@ class Init:
     position_resize: PositionResize = PositionResize.BILINEAR
 
     def __post_init__(self):
+        files.check_name(self.path)
         for pair in self.rename:
             if "=>" not in pair:
                 raise ValueError(

@@ -44,6 +44,8 @@ class Program:
     fresh: Callable[[], TrainState]
     train_step: Any
     flops_per_step: int
+    # What the model gives the objective: "logits" of a head, "pooled" features, ...
+    outputs: tuple[str, ...] = ()
     # Notes on the program for users of an accelerator, one line each.
     notes: tuple[str, ...] = ()
     # The train step on a CPU, which keeps its memory between steps.
@@ -128,6 +130,7 @@ def build(
         fresh=functools.partial(state_lib.create, initialize, abstract, config.seed),
         train_step=steady or train_step,
         flops_per_step=counting.flops,
+        outputs=tuple(counting.outputs),
         notes=()
         if on_cpu
         else tuple(attention.describe(calls, device.platform, device.device_kind)),

@@ -7,6 +7,7 @@ from flax import linen as nn
 
 from big_vision_lite.data.ops import Decode, DecodeInceptionCrop
 from big_vision_lite.data.pipeline import Stream
+from big_vision_lite.runtime import files
 from big_vision_lite.runtime.sharding import Mesh, ShardingRule
 from big_vision_lite.runtime.startup import Platform
 from big_vision_lite.schedules import Average
@@ -49,6 +50,7 @@ class Init:
     position_resize: PositionResize = PositionResize.BILINEAR
 
     def __post_init__(self):
+        files.check_name(self.path)
         for pair in self.rename:
             if "=>" not in pair:
                 raise ValueError(

@@ -11,6 +11,7 @@ folder with config.json, or hub:organisation/name.
 """
 
 import contextlib
+import dataclasses
 import hashlib
 import json
 import pathlib
@@ -26,7 +27,7 @@ from etils import epath
 from big_vision_lite.console.progress import Progress
 from big_vision_lite.messages import did_you_mean
 from big_vision_lite.recipes import command_line, serialize
-from big_vision_lite.runs import load
+from big_vision_lite.runs import image_folders, load
 from big_vision_lite.runs.evaluations import make_context
 from big_vision_lite.runs.saved_run import SavedRun
 from big_vision_lite.runs.scores import named_scores
@@ -179,6 +180,9 @@ def main(argv: Sequence[str]) -> None:
     names: Any = values["evaluators"].value
     wanted = [name for name in names if name]
     evaluators = choose(config.evaluators, wanted, recipe or str(run.folder))
+    if command.config is None:
+        own = dataclasses.replace(config, evaluators=evaluators)
+        image_folders.check_unchanged(own, run.manifest)
     described = json.loads(serialize.to_json(config))["config"]["evaluators"]
     name = name_results(run.folder, recipe, described)
     total = int(run.manifest["num_steps"])

@@ -10,6 +10,7 @@ from etils import epath
 from big_vision_lite import trees
 from big_vision_lite.config import TrainConfig
 from big_vision_lite.data import pipeline
+from big_vision_lite.runs import image_folders
 from big_vision_lite.runtime import files, layout, sharding, targets
 from big_vision_lite.training import estimate, program
 from big_vision_lite.training import state as state_lib
@@ -29,7 +30,9 @@ def dry_run(config: TrainConfig, workdir: epath.Path) -> str:
     Raises:
         OSError: `workdir` cannot be written; raised before anything is computed.
     """
+    image_folders.refuse_workdir_inside(config, workdir)
     files.make_folder(workdir)
+    paragraph = image_folders.paragraph(config)
     mesh = sharding.make_mesh(config.mesh)
     layout.check_batch_size(config.data.batch_size, mesh, config.micro_batches)
     examples = len(config.data.source)
@@ -49,6 +52,7 @@ def dry_run(config: TrainConfig, workdir: epath.Path) -> str:
         *_parameter_lines(built.abstract),
         "",
         *_batch_lines(built.spec),
+        *paragraph,
         f"classes      {len(config.data.source.class_names)}",
         f"examples     {examples:,} in {config.data.source.fingerprint}",
         f"steps        {built.num_steps:,} of {config.data.batch_size} "

@@ -5,6 +5,7 @@ import csv
 import hashlib
 import io
 import os
+import pathlib
 from collections.abc import Iterable, Iterator, Sequence
 
 from etils import epath
@@ -19,9 +20,32 @@ def is_remote(path: epath.Path) -> bool:
 
 
 def absolute(path: str | epath.Path) -> epath.Path:
-    """Returns a local path as absolute, with ~ expanded; a remote one unchanged."""
+    """Returns a local path as absolute, with ~ expanded; a remote one unchanged.
+
+    Raises:
+        ValueError: its name is not UTF-8, or it is a link to itself.
+    """
+    check_name(path)
     given = epath.Path(path)
-    return given if is_remote(given) else given.expanduser().resolve()
+    if is_remote(given):
+        return given
+    try:
+        return given.expanduser().resolve()
+    except RuntimeError as error:  # Python 3.13 has no such case
+        raise ValueError(
+            f"{path} is a link that leads to itself; remove it, or name another path."
+        ) from error
+
+
+def check_name(path: str | os.PathLike[str]) -> None:
+    """Raises ValueError for a name that config.json and checkpoints cannot hold."""
+    try:
+        os.fspath(path).encode()
+    except UnicodeEncodeError as error:
+        raise ValueError(
+            f"{os.fsencode(path)!r} is a name that is not UTF-8, which no run can "
+            "record; rename it, or give a copy another name."
+        ) from error
 
 
 def is_writable(folder: epath.Path) -> bool:
@@ -89,6 +113,23 @@ def check_output(path: epath.Path) -> None:
             f"Cannot write {path}: {error.strerror or error}. Checked at the start, "
             "nothing was computed. Name another file, or free the folder."
         ) from error
+
+
+def check_new_folder(path: pathlib.Path) -> None:
+    """Checks before the work that a new folder can be made at `path`.
+
+    Raises:
+        OSError, ValueError: something is there, or it cannot be written.
+    """
+    check_name(path)
+    if path.is_symlink() and not path.exists():
+        raise ValueError(f"{path} is a link to nothing; name a new folder with --out.")
+    if path.exists() and not path.is_dir():
+        raise ValueError(f"{path} is no folder; name a new folder with --out.")
+    if path.exists() and any(path.iterdir()):
+        raise ValueError(f"{path} is not empty; name a new folder with --out.")
+    # The weights are written beside it first, under a longer name.
+    check_output(epath.Path(path.parent) / f".{path.name}.unfinished")
 
 
 def csv_text(rows: Iterable[Sequence[object]]) -> str:

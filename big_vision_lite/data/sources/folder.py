@@ -13,6 +13,7 @@ from big_vision_lite.data.sources import contents, listing, splits
 from big_vision_lite.data.sources.arrays import Example, content_hash, fields_of
 from big_vision_lite.data.sources.tfds.records import with_retries
 from big_vision_lite.messages import did_you_mean, some
+from big_vision_lite.runtime import files
 
 
 @dataclasses.dataclass(kw_only=True)
@@ -37,6 +38,7 @@ class ImageFolder:
     labels: bool = True
 
     def __post_init__(self):
+        files.check_name(self.path)
         if self.split.lower() not in (*splits.SPLIT_FOLDERS, "all"):
             raise ValueError(
                 f"split={self.split!r} of an image folder is none of train, val, test, "

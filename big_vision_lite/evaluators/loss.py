@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from big_vision_lite.evaluators.classification import translate
+from big_vision_lite.messages import some
 from big_vision_lite.runs.evaluations import Context
 from big_vision_lite.runs.labels import class_table
 from big_vision_lite.training.step import call_objective
@@ -46,9 +47,17 @@ class Loss:
         indices = self._indices(context)
 
         def judge(forward: Forward, batch: Batch, rng: Array) -> dict[str, Array]:
-            if indices is not None and "label" in batch:
-                label = translate(batch["label"], indices, len(context.class_names))
-                batch = {**batch, "label": label}
+            count = len(context.class_names)
+            if "target" in batch and batch["target"].shape[1] < count:
+                raise ValueError(
+                    f"{context.name}: {self.source.name(0)} has targets "
+                    f"{some(self.source.class_names)}, the model predicts "
+                    f"{some(context.class_names)}; name all columns of these."
+                )
+            for key in ("label", "target"):
+                if indices is not None and key in batch:
+                    values = translate(batch[key], indices, count)
+                    batch = {**batch, key: values}
             losses, metrics = call_objective(context.objective, forward, batch, rng)
             found = {"loss": losses, **metrics}
             return {

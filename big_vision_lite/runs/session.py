@@ -45,7 +45,7 @@ class StepsInFlight:
 
     def __init__(self) -> None:
         self._slots = threading.Semaphore(STEPS_IN_FLIGHT)
-        self._program.outputs: queue.SimpleQueue[Any] = queue.SimpleQueue()
+        self._outputs: queue.SimpleQueue[Any] = queue.SimpleQueue()
         self._thread: threading.Thread | None = None
         self._dispatched = 0
         self._finished = 0
@@ -59,7 +59,7 @@ class StepsInFlight:
             )
             self._thread.start()
         self._dispatched += 1
-        self._program.outputs.put(outputs)
+        self._outputs.put(outputs)
         self._slots.acquire()
 
     def idle_since(self, otherwise: float) -> float:
@@ -83,11 +83,11 @@ class StepsInFlight:
         """Ends the thread as soon as the steps in flight are computed."""
         thread, self._thread = self._thread, None
         if thread is not None:
-            self._program.outputs.put(None)
+            self._outputs.put(None)
             thread.join(CLOSE_SECONDS)
 
     def _wait(self) -> None:
-        while (outputs := self._program.outputs.get()) is not None:
+        while (outputs := self._outputs.get()) is not None:
             # An error of the device is raised where the loop reads the value.
             with contextlib.suppress(Exception):
                 jax.block_until_ready(outputs)
@@ -317,7 +317,9 @@ class Run:
     def show_results(self) -> None:
         """Shows all scores and the next commands; call it after the context."""
         workdir = files.absolute(self.workdir)
-        commands = next_commands(workdir, self._command, self.config, self._program.outputs)
+        commands = next_commands(
+            workdir, self._command, self.config, self._program.outputs
+        )
         self.progress.summary(self.writer.latest(), commands)
 
     def _batch_of(self, step: int) -> Any:

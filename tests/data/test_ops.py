@@ -16,7 +16,7 @@ from big_vision_lite.data import MAX_PIXELS, ops
 from big_vision_lite.data.ops import resampling as crops
 from big_vision_lite.data.ops import undecodable
 from big_vision_lite.data.ops.decode import UndecodableImage, decode
-from big_vision_lite.data.ops.resampling import Box, Resampling
+from big_vision_lite.data.ops.resampling import Box, Resampling, Rounding
 
 FOUR = np.arange(0, 160, 10, dtype=np.uint8).reshape(4, 4, 1)
 
@@ -269,6 +269,10 @@ def test_arrays_that_are_no_uint8_image_are_a_mistake_of_the_source(image, messa
         (lambda: ops.InceptionCrop(size_px=0), "size_px=0"),
         (lambda: ops.Resize(size_px=8, width_px=-1), "width_px=-1"),
         (lambda: ops.ResizeSmall(size_px=-3), "size_px=-3"),
+        (
+            lambda: ops.ResizeSmall(size_px=8, width_px=9, rounding=Rounding.DOWN),
+            "rounding=down.*width_px both sides are rounded to the nearest",
+        ),
         (lambda: ops.InceptionCrop(size_px=8, area_min=0.0), "area_min"),
         (
             lambda: ops.RandomResizedCrop(size_px=8, area_min=0.5, area_max=0.2),

@@ -96,8 +96,9 @@ def decode_mask(data: Encoded | np.ndarray) -> np.ndarray:
         )
     if kind == _PNG_PALETTE:
         data = _without_palette(bytes(data))
-    mask = _pixels(data, "PNG of the mask")
-    # OpenCV scales fewer than 8 bits to 0..255.
+    what = "PNG of the mask"
+    mask = _pixels(_plain_png(bytes(data), what), what)
+    # OpenCV spreads fewer bits over 0..255.
     return mask if bits >= 8 else mask // (255 // (2**bits - 1))
 
 
@@ -184,33 +185,38 @@ def image_of(example: Example, op: Any) -> np.ndarray:
 
 
 def _decode_png(data: bytes) -> np.ndarray:
-    header = data[:33].ljust(33, b"\0")
-    chunks = list(_chunks(data))
     # One gray value of a PNG may be clear; OpenCV shows it.
-    if header[25] == _PNG_GRAY and any(name == b"tRNS" for name, _ in chunks):
+    is_gray = data[25:26] == bytes([_PNG_GRAY])
+    if is_gray and any(name == b"tRNS" for name, _ in _chunks(data)):
         return pillow.decode(data, "PNG")
-    _check_room(header, sum(len(whole) for name, whole in chunks if name == b"IDAT"))
-    # Without what no pixel needs: OpenCV prints what it thinks of colour profiles, and
-    # takes the first frame of an animation for the picture that comes before it.
-    kept = [whole for name, whole in chunks if name in _PNG_PIXELS]
-    if len(kept) != len(chunks) - 1 or chunks[-1][1] != _PNG_END:
-        # What comes after the picture may be cut; libpng sees where the picture is.
-        data = b"".join([data[:8], *kept, _PNG_END])
-    return _by_opencv(data, "PNG")
+    return _by_opencv(_plain_png(data), "PNG")
 
 
-def _check_room(header: bytes, held: int) -> None:
-    """Raises UndecodableImage for a PNG of a size that so few bytes cannot hold.
+def _plain_png(data: bytes, what: str = "PNG") -> bytes:
+    """Returns the PNG without what no pixel needs.
 
-    OpenCV would fill gigabytes before it misses them.
+    OpenCV prints what it thinks of colour profiles, and takes the first frame of an
+    animation for the picture that comes before it. What comes after the picture may be
+    cut. Raises UndecodableImage for chunks that are not there and for a size that the
+    bytes cannot hold: OpenCV would fill gigabytes before it misses them.
     """
-    width, height, bits, kind = struct.unpack(">IIBB", header[16:26])
-    row = 1 + width * bits * _PNG_SAMPLES.get(kind, 1) // 8
-    if height * row > _DEFLATE_MOST * held:
-        check_pixels(height, width, "PNG")
-        raise UndecodableImage(
-            f"PNG is damaged or cut short: {held} bytes for {height} x {width} pixels"
-        )
+    chunks = list(_chunks(data))
+    kept = [whole for name, whole in chunks if name in _PNG_PIXELS]
+    if any(len(whole) != 12 + int.from_bytes(whole[:4], "big") for whole in kept):
+        raise UndecodableImage(f"{what} is damaged or cut short")
+    if kept and len(kept[0]) == 25:
+        width, height, bits, kind = struct.unpack(">IIBB", kept[0][8:18])
+        check_pixels(height, width, what)
+        row = 1 + width * bits * _PNG_SAMPLES.get(kind, 1) // 8
+        held = sum(map(len, kept))
+        if height * row > _DEFLATE_MOST * held:
+            raise UndecodableImage(
+                f"{what} is damaged or cut short: {held} bytes of {height} x {width} "
+                "pixels"
+            )
+    if len(kept) == len(chunks) - 1 and chunks[-1][1] == _PNG_END:
+        return data
+    return b"".join([data[:8], *kept, _PNG_END])
 
 
 def _by_opencv(data: Encoded, name: str) -> np.ndarray:

@@ -90,8 +90,9 @@ def main(argv: Sequence[str]) -> None:
     )
     values = command.flags
     if command.config is None:
+        given = values["workdir"].value
         raise ValueError(
-            "Which recipe? For example: python -m big_vision_lite.train "
+            f"{given and f'There is no run in {given}. ' or ''}Which recipe? For example: python -m big_vision_lite.train "
             "--config configs/quickstart.py --workdir runs/first. A run that has begun "
             "needs none: --workdir RUN resumes it."
         )

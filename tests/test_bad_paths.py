@@ -171,9 +171,21 @@ def snapshot(place: pathlib.Path) -> dict[str, object]:
     return found
 
 
-@pytest.mark.parametrize("use", USES)
+# These build their model, or start the devices, before they meet the path.
+SLOW = ("train, run", "train, start")
+FEW = (link, pipe, not_utf8)
+CASES = [
+    *(pytest.param(use, FEW if use in SLOW else KINDS, id=use) for use in USES),
+    *(
+        pytest.param(use, KINDS, id=f"{use}, all", marks=pytest.mark.slow)
+        for use in SLOW
+    ),
+]
+
+
+@pytest.mark.parametrize(("use", "kinds"), CASES)
 def test_every_kind_of_bad_path_is_one_message_and_costs_nothing(
-    use, tmp_path, capfd, monkeypatch
+    use, kinds, tmp_path, capfd, monkeypatch
 ):
     program, words = USES[use]
     images = tmp_path / "images"
@@ -181,7 +193,7 @@ def test_every_kind_of_bad_path_is_one_message_and_costs_nothing(
     cv2.imwrite(str(images / "a.png"), np.zeros((4, 4, 3), np.uint8))
     monkeypatch.setattr(sys, "argv", ["program"])
     faults = []
-    for kind in filter(lambda kind: is_bad(use, kind.__name__), KINDS):
+    for kind in filter(lambda kind: is_bad(use, kind.__name__), kinds):
         place = tmp_path / kind.__name__
         place.mkdir()
         bad = kind(place)
@@ -194,6 +206,8 @@ def test_every_kind_of_bad_path_is_one_message_and_costs_nothing(
             code, said = ended(program, typed, capfd)
         messages = sum(map(said.count, ("error: ", "PROBLEM: ", "Cannot open the set")))
         left = {n: x for n, x in snapshot(place).items() if not n.startswith("run")}
+        named = "caf" if kind is not_utf8 else bad.name[:99]
+        messages *= named in said
         unclear = [w for w in ("Traceback", "codec", "[Errno") if w in said]
         expected = 2 if program is check_dataset else 1
         if (code, messages, unclear, left) != (expected, 1, [], before):

@@ -378,7 +378,7 @@ def test_the_suggested_commands_work_from_any_folder(tmp_path, monkeypatch):
         monkeypatch.syspath_prepend(str(tmp_path))
         for name in ("my_module", "my_package", "my_package.inner"):
             command = suggestions.python([name])
-            assert command.startswith(f"PYTHONPATH={tmp_path} ")
+            assert command.startswith(f"PYTHONPATH={tmp_path}")
     monkeypatch.setenv("PYTHONPATH", str(tmp_path))
     assert suggestions.python(["my_module", "json"]) == shlex.quote(sys.orig_argv[0])
     lines = next_commands(epath.Path("/runs/x"), None, recipe(), ["logits"])

@@ -2,7 +2,6 @@
 
 import os
 from collections.abc import Iterator, Mapping
-from pathlib import Path
 from typing import Any
 
 from etils import epath
@@ -50,9 +49,9 @@ def refuse_workdir_inside(config: TrainConfig, workdir: epath.Path) -> None:
     """
     if files.is_remote(workdir):
         return
-    place = Path(os.fspath(workdir)).expanduser().resolve()
+    place = files.absolute(workdir)
     for where, folder in folders_of(config).items():
-        root = folder.root.resolve()
+        root = files.absolute(folder.path)
         if place == root or root in place.parents:
             raise ValueError(
                 f"--workdir={workdir} lies in the folder of images {root} ({where}): "

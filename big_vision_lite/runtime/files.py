@@ -99,7 +99,8 @@ def check_output(path: epath.Path) -> None:
         return
     if path.is_dir():
         raise ValueError(f"{path} is a folder; name a file in it.")
-    if path.exists() and not path.is_file():
+    # epath calls all a file that is no folder.
+    if path.exists() and not os.path.isfile(path):
         raise ValueError(f"{path} is a pipe or a device; name a file.")
     try:
         if len(os.fsencode(path.name)) > LONGEST_NAME:

@@ -1,13 +1,49 @@
 """Mean average precision, the score of several labels an image."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
+import jax
 import numpy as np
 from jaxtyping import Float, Shaped
 
 from big_vision_lite.messages import some
+from big_vision_lite.objectives.classification import SigmoidClassification
+from big_vision_lite.types import Array, Objective
 
 # N images, C classes
+
+
+def ranking(objective: Objective, logits: Array, label: Array) -> dict[str, Array]:
+    """Returns {"ranking": scores [B, C]} that order images by each class's probability.
+
+    Nothing for one label an image. Logits order them like their sigmoid, and are never
+    all 1.
+    """
+    if label.ndim == 1:
+        return {}
+    independent = isinstance(objective, SigmoidClassification)
+    return {"ranking": logits if independent else jax.nn.log_softmax(logits)}
+
+
+def precision_scores(
+    objective: Objective,
+    rows: Mapping[str, np.ndarray],
+    names: Sequence[str],
+    log: Callable[[str], None],
+) -> dict[str, float]:
+    """Returns {"mean_average_precision"} of rows with a "ranking", else nothing.
+
+    Images without any label count as images of no class for a sigmoid; for a softmax,
+    which cannot say that of an image, they are not labelled and are left out.
+    """
+    if "ranking" not in rows:
+        return {}
+    scores, labels = rows["ranking"], rows["label"]
+    if not isinstance(objective, SigmoidClassification):
+        labelled = (labels > 0).any(axis=1)
+        scores, labels = scores[labelled], labels[labelled]
+    mean = mean_average_precision(scores, labels, names, log)
+    return {} if mean is None else {"mean_average_precision": mean}
 
 
 def mean_average_precision(

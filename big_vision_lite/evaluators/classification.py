@@ -13,6 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 from etils import epath
 
+from big_vision_lite.evaluators import average_precision
 from big_vision_lite.runs.evaluations import Context
 from big_vision_lite.runs.labels import ClassTable, class_table
 from big_vision_lite.runtime import files
@@ -34,9 +35,10 @@ class MatchClasses(enum.StrEnum):
 class Classification:
     """Accuracy and loss of the model's "logits" on every image of `source`.
 
-    Scores: accuracy, accuracy_top5 (with more than 5 classes), loss (of the objective),
-    examples and unreadable (counts). They do not depend on the number of devices.
-    Labels are matched to the model's classes by name, or with
+    Scores: accuracy, accuracy_top5 (with more than 5 classes), with several labels
+    mean_average_precision (over the classes that an image has), loss (of the
+    objective), examples and unreadable (counts). They do not depend on the number of
+    devices. Labels are matched to the model's classes by name, or with
     match_classes="in_order" by position if both have as many. With several labels, an
     image counts as correct if the predicted class is among them; images without any
     label are left out. `per_class` writes WORKDIR/<name>_per_class.csv.
@@ -78,6 +80,7 @@ class Classification:
                 "label": label,
                 "predicted": top[:, 0],
                 **_hits(top, label),
+                **average_precision.ranking(context.objective, logits, label),
             }
 
         step = context.make_eval_step(judge)
@@ -91,6 +94,9 @@ class Classification:
             )
             rows = {n: np.concatenate([r[n] for r in read]) for n in read[0]}
             num_read = len(rows["loss"])
+            precision = average_precision.precision_scores(
+                context.objective, rows, names, context.log
+            )
             if rows["label"].ndim == 2:
                 labelled = (rows["label"] > 0).any(axis=1)
                 rows = {name: value[labelled] for name, value in rows.items()}
@@ -118,6 +124,7 @@ class Classification:
             if len(names) > TOP:
                 scores["accuracy_top5"] = int(rows["top5"].sum()) / examples
             return scores | {
+                **precision,
                 # fsum is exact, so the batch size cannot matter.
                 "loss": math.fsum(rows["loss"].tolist()) / examples,
                 "examples": float(examples),

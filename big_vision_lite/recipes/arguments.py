@@ -61,7 +61,7 @@ def _convert(name: str, text: str, kind: type) -> Any:
     except (ValueError, KeyError):
         allowed = "true or false" if kind is bool else f"of type {kind.__name__}"
         if issubclass(kind, enum.StrEnum):
-            allowed = " or ".join(kind)
+            allowed = f"one of {', '.join(kind)}"
         raise ValueError(
             f'The argument {name}="{text}" of the recipe is not {allowed}.'
         ) from None

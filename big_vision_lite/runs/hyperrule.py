@@ -24,12 +24,13 @@ from big_vision_lite.data.ops.device import Mixup, Partner
 from big_vision_lite.data.pipeline import Stream
 from big_vision_lite.models.blocks.heads import Classifier
 from big_vision_lite.objectives.classification import SoftmaxClassification
+from big_vision_lite.objectives.regression import Regression
 from big_vision_lite.recipes import serialize
 from big_vision_lite.runs import load
 from big_vision_lite.runs.load import Pretrained
 from big_vision_lite.runtime.sharding import Mesh
 from big_vision_lite.training.optimizers import SGD
-from big_vision_lite.types import Evaluator, Example, Model, Op, Source
+from big_vision_lite.types import Evaluator, Example, Model, Objective, Op, Source
 
 # Images of fewer pixels than this are small: resized to 160, cropped to 128.
 SMALL_AREA_PX = 96 * 96
@@ -96,13 +97,15 @@ class HyperRule:
         pretrained_preprocess: tuple[Op, ...],
         *,
         init: tuple[Init, ...],
+        objective: Objective | None = None,
         seed: int = 0,
         fsdp: int = 1,
     ) -> TrainConfig:
         """Returns the config that trains `model` with a new head for `train`'s classes.
 
         Images get the channels that `pretrained_preprocess` gives the first image, and
-        are turned as it turns them.
+        are turned as it turns them. Without an `objective`, each has one class
+        (softmax); numbers are not mixed.
 
         Raises:
             ValueError: no image can be read, or the model has no field for a head.
@@ -111,7 +114,9 @@ class HyperRule:
         ops, preprocess = self._ops(train, pretrained_preprocess)
         num_steps, schedule = self.schedule(examples)
         device_ops = ()
-        if examples >= MIXUP_FROM_EXAMPLES:
+        objective = objective or SoftmaxClassification()
+        mixes = not isinstance(objective, Regression)
+        if mixes and examples >= MIXUP_FROM_EXAMPLES:
             mixup = Mixup(
                 num_classes=num_classes,
                 alpha=MIXUP_ALPHA,
@@ -128,7 +133,7 @@ class HyperRule:
             seed=seed,
             num_steps=num_steps,
             model=with_head(model, num_classes),
-            objective=SoftmaxClassification(),
+            objective=objective,
             data=Stream(
                 source=source,
                 ops=ops,

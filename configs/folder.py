@@ -15,6 +15,7 @@ steps     from a checkpoint, 0: by the number of images, 500, 10,000 or 20,000
 flip      false where left and right mean something
 split_seed  which tenth is held out, where there are no split folders
 allow_module  a module of your own that the run's model comes from
+part      of a file of another library with several models one: teacher
 
 The folder is listed when the run starts; the class names go into config.json. From
 scratch a few hundred images a class are a minimum; a checkpoint needs a few.
@@ -61,6 +62,7 @@ def get_config(arg: str = "") -> TrainConfig:
         flip=True,
         split_seed=0,
         allow_module="",
+        part="",
     )
     splits = open_folder(chosen.dir, chosen.split_seed)
     train = splits.pop("train")
@@ -75,7 +77,7 @@ def from_checkpoint(
     """Fine-tunes by the rule at batch 128, whose learning rate is 0.001."""
     if chosen.epochs:
         raise ValueError("epochs is for training from scratch; with init use steps.")
-    pretrained = read_run(chosen.init, chosen.allow_module)
+    pretrained = read_run(chosen.init, chosen.allow_module, chosen.part)
     batch_size = chosen.batch or 128
     rule = HyperRule(
         size_px=parse_size(str(chosen.size or "keep"), train, pretrained),
@@ -90,7 +92,7 @@ def from_checkpoint(
         train,
         scored(others, every_steps=max(1, num_steps // 10)),
         pretrained.preprocess,
-        init=start(chosen.init, pretrained.model),
+        init=start(chosen.init, pretrained.model, chosen.part),
     )
 
 
@@ -98,8 +100,8 @@ def from_scratch(
     chosen, train: ImageFolder, others: dict[str, ImageFolder]
 ) -> TrainConfig:
     """Trains a small network on crops with mixup, what little data needs."""
-    if chosen.steps or chosen.allow_module:
-        raise ValueError("steps and allow_module go with init; use epochs.")
+    if chosen.steps or chosen.allow_module or chosen.part:
+        raise ValueError("steps, part and allow_module go with init; use epochs.")
     size, num_classes = chosen.size or 64, len(train.class_names)
     # A power of two, for any number of devices.
     fitting = 1 << (len(train).bit_length() - 1)

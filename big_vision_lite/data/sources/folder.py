@@ -19,11 +19,11 @@ class ImageFolder:
     JPEG, PNG, WebP and BMP by suffix; other files are skipped and counted. Without
     split folders a tenth of each class, chosen by `split_seed` and a hash of the path,
     is "val", the rest "train"; "all" is everything. Classes are those of the training
-    split, sorted, unless `classes` pins names and order. `labels` False takes
-    all images at any depth below `path`, or below `path/{train,val,test}`, and gives no
-    labels: a tenth of them is "val" where there are no split folders. Raises
-    FileNotFoundError for a wrong path or an empty split, ValueError for one class and
-    for classes unknown to training.
+    split, sorted (as numbers where all are), unless `classes` pins names and order.
+    `labels` False takes all images at any depth below `path`, or below
+    `path/{train,val,test}`, and gives no labels: a tenth of them is "val" where there
+    are no split folders. Raises FileNotFoundError for a wrong path or an empty split,
+    ValueError for one class and for classes unknown to training.
     """
 
     path: str

@@ -2,10 +2,12 @@
 
 import collections
 import dataclasses
+import decimal
 import functools
 import hashlib
 import logging
 import os
+import re
 import unicodedata
 from collections.abc import Collection, Iterator, Sequence
 from pathlib import Path
@@ -81,7 +83,7 @@ class Listing:
 def open_split(
     root: Path, split: str, classes: Sequence[str], seed: int, labelled: bool = True
 ) -> Listing:
-    """Lists `split`; labels follow `classes`, else the sorted training classes.
+    """Lists `split`; labels follow `classes`, else the training classes `in_order`.
 
     Without labels, every image of the split at any depth. Raises FileNotFoundError when
     there is nothing, ValueError for one class, for classes that training does not have
@@ -96,7 +98,7 @@ def open_split(
     else:
         files = list_images(root, skipped, labelled)
         parts = [_part_of(files, root, split, seed, labelled, skipped)]
-        trained = list(files)
+        trained = in_order(files)
     paths = [path for files in parts for name in sorted(files) for path in files[name]]
     if not labelled:
         names, labels = (), None
@@ -245,8 +247,15 @@ def check_folder(root: Path) -> None:
 
 
 def class_folders(root: Path) -> list[str]:
-    """Names the class folders of `root` that hold at least one image, sorted."""
-    return sorted({class_name(f.name) for f in _folders(root) if _has_image(f)})
+    """Names the class folders of `root` that hold at least one image, in order."""
+    return in_order({class_name(f.name) for f in _folders(root) if _has_image(f)})
+
+
+def in_order(names: Collection[str]) -> list[str]:
+    """Sorts the names of classes as text, or as numbers where all of them are."""
+    if all(re.fullmatch(r"[+-]?\d+(\.\d+)?", name) for name in names):
+        return sorted(names, key=lambda name: (decimal.Decimal(name), name))
+    return sorted(names)
 
 
 def list_images(

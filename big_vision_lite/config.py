@@ -28,18 +28,28 @@ class PositionResize(enum.StrEnum):
     ERROR = "error"
 
 
+class MatchClasses(enum.StrEnum):
+    """The pairing of a data set's classes with those of a model."""
+
+    BY_NAME = "by_name"
+    # For the same classes under other names ("tench", "n01440764"), or under none.
+    IN_ORDER = "in_order"
+
+
 @dataclasses.dataclass(kw_only=True)
 class Init:
     """The checkpoint to start from: a run, a step folder or foreign weights.
 
     The checkpoint's `backbone` is copied into this model's backbone; between models of
     the same class, all parameters are copied. `part` takes another module of the
-    checkpoint ("encoder"), `into` fills another one of this model ("teacher").
+    checkpoint ("encoder"), or of a file of another library one of several models
+    ("teacher"); `into` fills another module of this model.
 
     Parameters matching `drop` keep their fresh values. None drops only the head, and
-    only if its classes differ; "" drops nothing, and a head of another shape is then an
-    error. `rename` holds "old=>new" pairs: regular expressions applied to the
-    checkpoint's names before comparison.
+    only if its classes differ; "" drops nothing, and a head of other classes is then an
+    error. With match_classes="in_order" the head is kept if it has as many classes,
+    whatever their names. `rename` holds "old=>new" pairs: regular expressions applied
+    to the checkpoint's names before comparison.
     """
 
     path: str = ""
@@ -48,6 +58,7 @@ class Init:
     drop: str | None = None
     rename: tuple[str, ...] = ()
     position_resize: PositionResize = PositionResize.BILINEAR
+    match_classes: MatchClasses = MatchClasses.BY_NAME
 
     def __post_init__(self):
         files.check_name(self.path)

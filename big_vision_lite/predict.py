@@ -41,7 +41,8 @@ class Predictions:
     """Outputs for N files, in order; rows of unreadable files (see `errors`) are zeros.
 
     `classes` [N, K] are labels, most probable first, with their `probabilities` [N, K];
-    `features` [N, D] are the pooled features. Outputs not requested are None. `errors`
+    a regression has `numbers` [N, C] in place of both. `features` [N, D] are the pooled
+    features. Outputs not requested are None. `errors`
     maps a file to the reason why it could not be read.
     """
 
@@ -49,11 +50,14 @@ class Predictions:
     errors: dict[str, str]
     classes: Int32[np.ndarray, "N K"] | None = None
     probabilities: Float32[np.ndarray, "N K"] | None = None
+    numbers: Float32[np.ndarray, "N C"] | None = None
     features: Float32[np.ndarray, "N D"] | None = None
 
 
 def table_of(found: Predictions, class_names: Sequence[str]) -> list[list[str]]:
     """Returns one row of text per file, after a row of column names."""
+    if found.numbers is not None:
+        return _table_of_numbers(found, found.numbers, class_names)
     assert found.classes is not None and found.probabilities is not None
     ranks = range(1, found.classes.shape[1] + 1)
     titles = [(f"class_{rank}", f"probability_{rank}") for rank in ranks]
@@ -70,6 +74,18 @@ def table_of(found: Predictions, class_names: Sequence[str]) -> list[list[str]]:
             pairs = [("", "")] * len(pairs)
         texts = [text for pair in pairs for text in pair]
         rows.append([file, *texts, found.errors.get(file, "")])
+    return rows
+
+
+def _table_of_numbers(
+    found: Predictions, numbers: Float32[np.ndarray, "N C"], names: Sequence[str]
+) -> list[list[str]]:
+    titles = names or [f"output_{index}" for index in range(numbers.shape[1])]
+    rows = [["file", *titles, "error"]]
+    for file, values in zip(found.files, numbers, strict=True):
+        error = found.errors.get(file, "")
+        texts = ["" if file in found.errors else str(value) for value in values]
+        rows.append([file, *texts, error])
     return rows
 
 
@@ -97,11 +113,16 @@ def write_features(path: epath.Path, found: Predictions) -> None:
 
 
 def show(console: Console, rows: Sequence[Sequence[str]]) -> None:
-    """Prints the first rows with their most probable class."""
-    table = Table("file", "class", "probability", "error")
+    """Prints the first rows with their most probable class, or their first number."""
+    first = rows[0][1]
+    of_classes = first == "class_1"
+    titles = ("class", "probability") if of_classes else (_printable(first),)
+    table = Table("file", *titles, "error")
     for file, *middle, error in rows[1 : SHOWN_ROWS + 1]:
-        name, likely = (middle[0], f"{float(middle[1]):.3f}") if middle[0] else ("", "")
-        table.add_row(*map(Text, (_printable(file), _printable(name), likely, error)))
+        texts = [_printable(middle[0])] if of_classes else []
+        number = middle[len(texts)]
+        texts += [f"{float(number):.3f}" if number else ""]
+        table.add_row(*map(Text, (_printable(file), *texts, error)))
     console.print(table)
 
 
@@ -161,6 +182,7 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     add("--images", required=True, help="folder of images, at any depth, or one image")
     add("--out", help="CSV file for the classes")
     add("--embed", help="npz file for the pooled features")
+    add("--part", default="", help="of a file with several models one: teacher")
     add("--top", type=int, default=5, help="classes a file (default 5)")
     add("--batch_size", type=int, default=64, help="images at a time (default 64)")
     add("--platform", type=Platform, choices=list(Platform), help="device to run on")
@@ -178,7 +200,7 @@ def main(argv: Sequence[str]) -> None:
     options = parse(argv)
     out, embed = _outputs(options)
     images = ImageFiles(options.images)
-    place = load.locate(options.workdir)
+    place = load.locate(options.workdir, part=options.part)
     startup.set_up_to_use(place.platform(), options.platform)
     run = load.load(
         place,

@@ -3,6 +3,7 @@
 Models and objectives inherit their protocol for its defaults; others need not.
 """
 
+import enum
 from collections.abc import Callable, Mapping, Sequence
 from typing import (
     TYPE_CHECKING,
@@ -26,6 +27,27 @@ Example = dict[str, Any]
 Batch = Mapping[str, Any]
 # Nested dicts of arrays; the name of a leaf joins its keys by "/".
 Params = Mapping[str, Any]
+
+
+class Logits(enum.StrEnum):
+    """What the logits of a model mean; its objective says it, and weights carry it."""
+
+    # One class an image.
+    SOFTMAX = "softmax"
+    # Each class by itself: several an image, or none.
+    SIGMOID = "sigmoid"
+    # Numbers, no classes: a regression, an embedding.
+    NONE = "none"
+
+    def outputs(self, logits: Array) -> Array:
+        """Returns probabilities [B, C] of logits, or the numbers that they are."""
+        match self:
+            case Logits.SOFTMAX:
+                return jax.nn.softmax(logits)
+            case Logits.SIGMOID:
+                return jax.nn.sigmoid(logits)
+            case Logits.NONE:
+                return logits
 
 
 @runtime_checkable
@@ -171,8 +193,8 @@ class Objective(Protocol):
     # Whether an example's loss depends on the rest of the batch (contrastive): then the
     # batch cannot be split into micro-batches.
     needs_whole_batch: ClassVar[bool] = False
-    # probabilities(logits [B, C]) -> [B, C]; None without class logits.
-    probabilities: Callable[[Array], Array] | None = None
+    # What the model's logits mean; None where the objective does not look at any.
+    logits: ClassVar[Logits | None] = None
 
     def __call__(
         self, forward: Forward, batch: Batch, rng: Array

@@ -15,6 +15,7 @@ steps     0: by the number of training images, 500, 10,000 or 20,000
 flip      false where left and right mean something
 split_seed  which tenth of data is held out, where there are no split folders
 allow_module  a module of your own that the run's model comes from
+part      of a file of another library with several models one: teacher
 
 The rule is in big_vision_lite/runs/hyperrule.py; its settings are never chosen on
 the test images, which are scored five times on the way for the curve only.
@@ -50,6 +51,7 @@ def get_config(arg: str = "") -> TrainConfig:
         flip=True,
         split_seed=0,
         allow_module="",
+        part="",
     )
     if bool(chosen.data) == bool(chosen.tfds):
         raise ValueError(
@@ -66,7 +68,7 @@ def get_config(arg: str = "") -> TrainConfig:
             for name, part in (("train", chosen.train), ("test", chosen.test))
         }
     train = splits.pop("train")
-    pretrained = read_run(chosen.init, chosen.allow_module)
+    pretrained = read_run(chosen.init, chosen.allow_module, chosen.part)
     rule = HyperRule(
         size_px=parse_size(chosen.size, train, pretrained),
         num_steps=chosen.steps or None,
@@ -84,5 +86,5 @@ def get_config(arg: str = "") -> TrainConfig:
         train,
         evaluators,
         pretrained.preprocess,
-        init=start(chosen.init, pretrained.model),
+        init=start(chosen.init, pretrained.model, chosen.part),
     )

@@ -17,6 +17,7 @@ orientation  apply: photographs are turned as their EXIF says; ignore: as stored
           big_vision, timm and torchvision train on (with init what the run did)
 split_seed  which tenth is held out, where there are no split folders
 allow_module  a module of your own that the run's model comes from
+part      of a file of another library with several models one: teacher
 
 The folder is listed when the run starts; the class names go into config.json. From
 scratch a few hundred images a class are a minimum; a checkpoint needs a few.

@@ -26,7 +26,7 @@ from big_vision_lite.objectives.classification import (
 )
 from big_vision_lite.recipes import command_line
 from big_vision_lite.runs import load, step_folder
-from big_vision_lite.types import Objective
+from big_vision_lite.types import Logits, Objective
 
 
 @pytest.fixture(scope="module")
@@ -276,8 +276,8 @@ def test_top_limits_the_columns_to_what_is_asked_and_there(tmp_path, run, images
 
 def test_sigmoid_objectives_give_a_probability_a_class():
     logits = jnp.asarray([[0.0, 2.0, -1.0]])
-    softmax = SoftmaxClassification().probabilities(logits)
-    sigmoid = SigmoidClassification().probabilities(logits)
+    softmax = SoftmaxClassification().logits.outputs(logits)
+    sigmoid = SigmoidClassification().logits.outputs(logits)
     np.testing.assert_allclose(softmax.sum(), 1, rtol=1e-6)
     np.testing.assert_allclose(sigmoid, 1 / (1 + np.exp(-logits)), rtol=1e-6)
 
@@ -292,8 +292,7 @@ class Unsaid(Objective):
 class Several(Unsaid):
     """A multi-label one, by another name than ours."""
 
-    def probabilities(self, logits):
-        return jax.nn.sigmoid(logits)
+    logits = Logits.SIGMOID
 
 
 @pytest.mark.parametrize("top", [0, 3])
@@ -317,7 +316,7 @@ def test_an_objective_of_ones_own_says_what_its_logits_mean(run, images, top):
         return
     (line,) = said["Unsaid"]
     assert "Unsaid does not say what its logits mean" in line
-    assert "def probabilities(self, logits)" in line
+    assert "logits: ClassVar = Logits.SIGMOID" in line
     # With the head applied by hand: a sigmoid a class, which need not sum to one.
     params = shapes_run.load_run(run).state.params["head"]
     logits = found["Several"].features @ params["kernel"] + params["bias"]

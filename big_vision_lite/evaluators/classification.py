@@ -2,7 +2,6 @@
 
 import csv
 import dataclasses
-import enum
 import io
 import math
 from collections.abc import Sequence
@@ -13,22 +12,15 @@ import jax.numpy as jnp
 import numpy as np
 from etils import epath
 
+from big_vision_lite.config import MatchClasses
 from big_vision_lite.evaluators import average_precision
+from big_vision_lite.runs.class_pairs import class_table
 from big_vision_lite.runs.evaluations import Context
-from big_vision_lite.runs.labels import ClassTable, class_table
 from big_vision_lite.runtime import files
-from big_vision_lite.types import Array, Batch, Forward, Runner, Source
+from big_vision_lite.types import Array, Batch, Forward, Logits, Runner, Source
 
 TOP = 5
 COLUMNS = ("step", "class", "count", "correct", "accuracy")
-
-
-class MatchClasses(enum.StrEnum):
-    """The matching of a source's labels to the model's classes."""
-
-    BY_NAME = "by_name"
-    # For the same classes under other names ("tench", "n01440764").
-    IN_ORDER = "in_order"
 
 
 @dataclasses.dataclass(kw_only=True)
@@ -39,7 +31,8 @@ class Classification:
     mean_average_precision (over the classes that an image has), loss (of the
     objective), examples and unreadable (counts). They do not depend on the number of
     devices. Labels are matched to the model's classes by name, or with
-    match_classes="in_order" by position if both have as many. With several labels, an
+    match_classes="in_order" by position if both have as many. A model whose logits are
+    numbers is refused. With several labels, an
     image counts as correct if the predicted class is among them; images without any
     label are left out. `per_class` writes WORKDIR/<name>_per_class.csv.
     """
@@ -60,8 +53,21 @@ class Classification:
 
     def prepare(self, context: Context) -> Runner:
         context.check_set(self.source, self.batch_size)
+        if context.objective.logits == Logits.NONE:
+            raise ValueError(
+                f"{context.name}: the outputs of this model are numbers (a regression "
+                "or an embedding), no classes, so there is no accuracy. Take FewShot "
+                "for its features, or predict for the numbers."
+            )
         names = context.class_names or self.source.class_names
-        table = self._table(names, context.name)
+        table = class_table(
+            self.source.class_names,
+            context.class_names,
+            name=context.name,
+            ours_is="train" if context.class_names else "the model",
+            match=self.match_classes,
+            option=f"--config.evaluators.{context.name}.match_classes",
+        )
         if table.message is not None:
             context.log(table.message)
         indices = None if table.is_identity else jnp.asarray(table.indices)
@@ -132,25 +138,6 @@ class Classification:
             }
 
         return run
-
-    def _table(self, names: Sequence[str], name: str) -> ClassTable:
-        option = f"--config.evaluators.{name}.match_classes=in_order"
-        theirs = self.source.class_names
-        if self.match_classes == MatchClasses.BY_NAME:
-            return class_table(
-                theirs,
-                names,
-                name=name,
-                ours_is="train",
-                # In order only works with as many classes as the model has.
-                in_order=option if len(theirs) == len(names) else None,
-            )
-        if len(theirs) != len(names):
-            raise ValueError(
-                f"{name} has {len(theirs)} classes, train {len(names)}: in order they "
-                f"do not match; use {option.replace('in_order', 'by_name')}."
-            )
-        return ClassTable(indices=np.arange(len(names), dtype=np.int32), message=None)
 
 
 def translate(label: Array, indices: Array | None, num_classes: int) -> Array:

@@ -7,10 +7,11 @@ from typing import Any
 import jax.numpy as jnp
 import numpy as np
 
+from big_vision_lite.config import MatchClasses
 from big_vision_lite.evaluators.classification import translate
 from big_vision_lite.messages import some
+from big_vision_lite.runs.class_pairs import class_table
 from big_vision_lite.runs.evaluations import Context
-from big_vision_lite.runs.labels import class_table
 from big_vision_lite.training.step import call_objective
 from big_vision_lite.types import Array, Batch, Forward, Op, Runner, Source
 
@@ -22,7 +23,8 @@ class Loss:
     Works with any objective. `ops` are the deterministic ops from an example to the
     objective's inputs; None uses the recipe's `preprocess`. Device ops do not run.
     The averaged parameters (EMA), if any, serve as the model and as its teacher. Labels
-    are matched to the model's classes by name. Random masks are fixed by the run's seed
+    are matched to the model's classes by name, or in order where `match_classes` says
+    so. Random masks are fixed by the run's seed
     and the ordinal of the batch; per-batch metrics and contrastive objectives depend on
     `batch_size` and on the padding of the last batch. Scores: loss, the metrics,
     examples and unreadable (counts).
@@ -32,6 +34,7 @@ class Loss:
     ops: tuple[Op, ...] | None = None
     every_steps: int = 1000
     batch_size: int = 256
+    match_classes: MatchClasses = MatchClasses.BY_NAME
 
     def __post_init__(self) -> None:
         if self.batch_size < 1 or self.every_steps < 0:
@@ -95,10 +98,16 @@ class Loss:
     def _indices(self, context: Context) -> Array | None:
         """Returns the model's label for each of the source's, None if they agree."""
         theirs = tuple(self.source.class_names)
-        if not theirs or not context.class_names:
+        if context.objective.logits is None and not (theirs and context.class_names):
+            # No class is looked at, in pretraining for example.
             return None
         table = class_table(
-            theirs, context.class_names, name=context.name, ours_is="train"
+            theirs,
+            context.class_names,
+            name=context.name,
+            ours_is="train" if context.class_names else "the model",
+            match=self.match_classes,
+            option=f"--config.evaluators.{context.name}.match_classes",
         )
         if table.message is not None:
             context.log(table.message)

@@ -205,9 +205,10 @@ class Repeated:
         return self.source.name(range(len(self))[index] % len(self.source))
 
 
-def start(path: str, model: Model) -> tuple[Init, ...]:
+def start(path: str, model: Model, part: str = "") -> tuple[Init, ...]:
     """Returns an init from `path` with a new head, even for the same classes."""
-    return (Init(path=path, drop=f"({'|'.join(model.head_modules)})/.*"),)
+    drop = f"({'|'.join(model.head_modules)})/.*"
+    return (Init(path=path, part=part, drop=drop),)
 
 
 def with_head(model: Any, num_classes: int) -> Any:
@@ -263,15 +264,17 @@ def crop_by_area(source: Source) -> int:
     return SMALL_CROP_PX if small else LARGE_CROP_PX
 
 
-def read_run(path: str, allow_module: str = "") -> Pretrained:
+def read_run(path: str, allow_module: str = "", part: str = "") -> Pretrained:
     """Returns backbone and preprocessing of a run, a step folder or foreign weights.
+
+    `part` is one of several models in a file of another library.
 
     Raises:
         FileNotFoundError: `path` holds none of these.
         ValueError: the weights are damaged or in no known format.
     """
     # The training looks the folder up again, and logs it then.
-    place = load.locate(path, log=lambda _: None)
+    place = load.locate(path, log=lambda _: None, part=part)
     return place.pretrained([allow_module] if allow_module else [])
 
 

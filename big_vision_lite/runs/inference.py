@@ -12,6 +12,7 @@ from jaxtyping import Float32
 from rich.console import Console
 from rich.progress import track
 
+from big_vision_lite.conversion.assumption import About, Assumption
 from big_vision_lite.data import pipeline
 from big_vision_lite.data.sources.files import Guarded
 from big_vision_lite.runs import load as load_lib
@@ -21,8 +22,8 @@ from big_vision_lite.types import (
     Array,
     Batch,
     Forward,
+    Logits,
     Model,
-    Objective,
     backbone_of,
 )
 
@@ -58,20 +59,22 @@ class LoadedModel:
         """Returns the probability of every class, in the order of `class_names`.
 
         They add up to 1 per image unless the objective allows several classes per
-        image; then each class has a separate probability.
+        image; then each class has a separate probability. Of a regression the numbers
+        are returned.
 
         Raises:
             ValueError: the model has no head, an image cannot be read, or preprocessing
                 yields different sizes; names the image.
         """
-        return self._rows(self._probabilities, images)["probabilities"]
+        found = self._rows(self._outputs, images)
+        return found["numbers"] if "numbers" in found else found["probabilities"]
 
     @functools.cached_property
     def _features(self) -> list[Step]:
         return make_steps(self.run, classes=0, features=True)
 
     @functools.cached_property
-    def _probabilities(self) -> list[Step]:
+    def _outputs(self) -> list[Step]:
         return make_steps(self.run, classes=None, features=False)
 
     def _rows(self, steps: Sequence[Step], images: Any) -> dict[str, np.ndarray]:
@@ -146,12 +149,16 @@ def load(
     *,
     batch_size: int = 64,
     allowed_modules: Sequence[str] = (),
+    part: str = "",
 ) -> LoadedModel:
     """Implements `big_vision_lite.load`, on the devices of this process."""
     if batch_size < 1:
         raise ValueError(f"batch_size={batch_size} is no number of images; use 64.")
     run = load_lib.load(
-        path, allowed_modules=allowed_modules, devices=jax.local_devices()
+        path,
+        allowed_modules=allowed_modules,
+        devices=jax.local_devices(),
+        part=part,
     )
     return LoadedModel(run, batch_size=batch_size)
 
@@ -167,20 +174,23 @@ def make_steps(
 
     Outputs are "classes" and "probabilities" [B, K] of the `classes` most probable ones
     (0: neither; None: "probabilities" [B, C] of all, in label order) and, if requested,
-    the pooled "features" [B, D].
+    the pooled "features" [B, D]. Where logits are no classes, they are "numbers" [B, C]
+    in place of both.
     """
     model = run.config.model
     part, backbone = backbone_of(model)
     steps = []
     if classes != 0:
-        probabilities = meaning_of_logits(run.config.objective, log)
+        meaning = meaning_of_logits(run, log)
 
         def classify(forward: Forward, batch: Batch, rng: Array) -> dict[str, Array]:
             outputs = forward(**_inputs(model, batch))
             check_head(run, outputs)
-            likely = probabilities(outputs["logits"].astype(jnp.float32))
+            likely = meaning.outputs(outputs["logits"].astype(jnp.float32))
             rows = {"probabilities": likely}
-            if classes is not None:
+            if meaning == Logits.NONE:
+                rows = {"numbers": likely}
+            elif classes is not None:
                 best = jax.lax.top_k(likely, min(classes, likely.shape[-1]))
                 rows = {"probabilities": best[0], "classes": best[1]}
             if features and not part:
@@ -313,13 +323,28 @@ def check_head(run: SavedRun, outputs: Mapping[str, Any]) -> None:
         )
 
 
-def meaning_of_logits(objective: Objective, log: Callable[[str], None]) -> Any:
-    """Returns the objective's `probabilities`, or logs a note and returns softmax."""
-    declared = objective.probabilities
-    if declared is None:
-        log(
-            f"{type(objective).__name__} does not say what its logits mean: taken as "
-            "one class an image (softmax). If several may be right, give it a method: "
-            "def probabilities(self, logits): return jax.nn.sigmoid(logits)"
+def meaning_of_logits(run: SavedRun, log: Callable[[str], None]) -> Logits:
+    """Returns what the run's logits mean; logs it where the objective does not say.
+
+    Raises:
+        ValueError: neither the objective nor class names say it.
+    """
+    objective = run.config.objective
+    if objective.logits is not None:
+        return objective.logits
+    name = type(objective).__name__
+    declare = "give the class logits: ClassVar = Logits.SIGMOID"
+    if not run.class_names:
+        raise ValueError(
+            f"{name} does not say what its logits mean, and {run.folder} names no "
+            f"classes: they may be numbers. Say it, {declare} (several classes an "
+            "image), Logits.SOFTMAX (one) or Logits.NONE (numbers), with Logits from "
+            "big_vision_lite.types."
         )
-    return declared or jax.nn.softmax
+    words = (
+        f"{name} does not say what its logits mean: taken as one class an image "
+        f"(softmax). If several may be right, {declare}, with Logits from "
+        "big_vision_lite.types"
+    )
+    log(str(Assumption(About.LOGITS, words)))
+    return Logits.SOFTMAX

@@ -36,6 +36,7 @@ ARGUMENTS: dict[str, Any] = {
     "orientation": Orientation.IGNORE,
     "split_seed": 0,
     "allow_module": "",
+    "part": "",
 }
 
 # Maps the interval in steps to an evaluator for each held-out split.
@@ -62,7 +63,7 @@ def from_checkpoint(
     """Fine-tunes by the rule at batch 128, whose learning rate is 0.001."""
     if chosen.epochs:
         raise ValueError("epochs is for training from scratch; with init use steps.")
-    pretrained = read_run(chosen.init, chosen.allow_module)
+    pretrained = read_run(chosen.init, chosen.allow_module, chosen.part)
     batch_size = chosen.batch or 128
     rule = HyperRule(
         size_px=parse_size(str(chosen.size or "keep"), train, pretrained),
@@ -86,7 +87,7 @@ def from_checkpoint(
         scored(max(1, num_steps // 10)),
         preprocess,
         objective=objective,
-        init=start(chosen.init, pretrained.model),
+        init=start(chosen.init, pretrained.model, chosen.part),
     )
 
 
@@ -94,8 +95,8 @@ def from_scratch(
     chosen: Any, train: Source, objective: Objective, scored: Scored
 ) -> TrainConfig:
     """Trains a small network on crops with mixup, what little data needs."""
-    if chosen.steps or chosen.allow_module:
-        raise ValueError("steps and allow_module go with init; use epochs.")
+    if chosen.steps or chosen.allow_module or chosen.part:
+        raise ValueError("steps, part and allow_module go with init; use epochs.")
     size, num_classes = chosen.size or 64, len(train.class_names)
     # A power of two, for any number of devices.
     fitting = 1 << (len(train).bit_length() - 1)

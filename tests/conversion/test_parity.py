@@ -57,7 +57,7 @@ def test_theirs_give_the_same_numbers_here(case, size, tmp_path):
     whole = tuple(-(-side // stride) * stride for side in size)
     assert found.architecture.image_size_px in (whole, None)
     if THEIRS[case].goes_by_name:
-        assert not found.architecture.notes
+        assert not found.architecture.assumptions
 
 
 MODULES = [case for case, made in THEIRS.items() if made.config is not None]

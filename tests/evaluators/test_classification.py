@@ -17,15 +17,16 @@ from evaluation_context import (
     score_images,
 )
 
+from big_vision_lite.config import MatchClasses
 from big_vision_lite.data.ops import Decode
 from big_vision_lite.data.sources import Digits, InMemory
 from big_vision_lite.evaluators.average_precision import mean_average_precision
-from big_vision_lite.evaluators.classification import Classification, MatchClasses
+from big_vision_lite.evaluators.classification import Classification
 from big_vision_lite.objectives.classification import (
     SigmoidClassification,
     SoftmaxClassification,
 )
-from big_vision_lite.runs.labels import class_table
+from big_vision_lite.runs.class_pairs import class_table
 from big_vision_lite.training import step as step_lib
 
 NAMES = tuple("abcdefg")

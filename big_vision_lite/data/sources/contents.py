@@ -5,12 +5,13 @@ Training and prediction list files by this code alone.
 
 import collections
 import dataclasses
+import decimal
 import functools
 import os
 import re
 import stat
 import unicodedata
-from collections.abc import Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator
 from pathlib import Path
 
 from big_vision_lite.data.sources import file_kinds
@@ -114,7 +115,14 @@ def check_folder(root: Path) -> None:
 
 def class_folders(root: Path) -> list[str]:
     """Names the class folders of `root` that hold at least one image, sorted."""
-    return sorted({class_name(f.name) for f in folders(root) if has_image(f)})
+    return in_order({class_name(f.name) for f in folders(root) if has_image(f)})
+
+
+def in_order(names: Collection[str]) -> list[str]:
+    """Sorts the names of classes as text, or as numbers where all of them are."""
+    if all(re.fullmatch(r"[+-]?\d+(\.\d+)?", name) for name in names):
+        return sorted(names, key=lambda name: (decimal.Decimal(name), name))
+    return sorted(names)
 
 
 def list_images(

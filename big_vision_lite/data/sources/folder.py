@@ -24,11 +24,11 @@ class ImageFolder:
     `describe` says it. Names such as Training or test_set mean splits, too. Without
     split folders a tenth of each class, chosen by `split_seed` and a hash of the path,
     is "val", the rest "train"; "all" is everything. Classes are those of the training
-    split, sorted, unless `classes` gives names and order. `labels` False takes all
-    images at any depth below `path`, or below `path/{train,val,test}`, and gives no
-    labels: a tenth of them is "val" where there are no split folders. The first use
-    raises FileNotFoundError for a wrong path or an empty split, ValueError for a single
-    class and for classes unknown to training.
+    split, sorted (as numbers where all are), unless `classes` gives names and order.
+    `labels` False takes all images at any depth below `path`, or below
+    `path/{train,val,test}`, and gives no labels: a tenth of them is "val" where there
+    are no split folders. The first use raises FileNotFoundError for a wrong path or an
+    empty split, ValueError for a single class and for classes unknown to training.
     """
 
     path: str

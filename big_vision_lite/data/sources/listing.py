@@ -63,7 +63,7 @@ class Listing:
 def open_split(
     root: Path, split: str, classes: Sequence[str], seed: int, labelled: bool = True
 ) -> Listing:
-    """Returns the listing of `split`; labels index `classes`, or the training classes.
+    """Lists `split`; labels follow `classes`, else the training classes in order.
 
     Without labels, every image of the split at any depth. Raises FileNotFoundError when
     there is nothing, PermissionError for a folder that cannot be opened, ValueError for
@@ -82,7 +82,7 @@ def open_split(
         contents.check_opened(left_out[root])
         _note_empty(root, files, left_out[root], labelled)
         parts = [_part_of(files, root, split, seed, labelled, left_out[root])]
-        trained = list(files)
+        trained = contents.in_order(files)
     paths = [path for files in parts for name in sorted(files) for path in files[name]]
     if not labelled:
         names, labels = (), None

@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 
+from big_vision_lite.data.sources import contents
 from big_vision_lite.data.sources.table_file import Columns
 from big_vision_lite.messages import did_you_mean, some
 
@@ -81,11 +82,7 @@ def read_labels(
 
 def in_order(names: Iterable[str]) -> tuple[str, ...]:
     """Returns class names sorted; as numbers where all are numbers."""
-    found = sorted(set(names))
-    numbers = [number(name) for name in found]
-    if any(x is None for x in numbers):
-        return tuple(found)
-    return tuple(name for _, name in sorted(zip(numbers, found, strict=True)))
+    return tuple(contents.in_order(set(names)))
 
 
 def pinned(names: Iterable[str]) -> tuple[str, ...]:

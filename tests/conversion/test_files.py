@@ -95,14 +95,14 @@ def test_types_without_a_meaning_are_named(kind, tmp_path):
     write_safetensors(tmp_path / "x", {"a.weight": (kind, (2, 4), bytes(4))})
     message = f"x stores a.weight as {kind}, .* not read. Open it with the library"
     with pytest.raises(ValueError, match=message):
-        weights.read(str(tmp_path / "x")).arrays
+        weights.read(str(tmp_path / "x"))
 
 
 def test_weights_beyond_the_range_of_float8_are_named(tmp_path):
     array = np.array([1.0, 900.0]).astype(ml_dtypes.float8_e4m3fn)
     write_safetensors(tmp_path / "x", {"fc": ("F8_E4M3", (2,), array.tobytes())})
     with pytest.raises(ValueError, match="x: fc is stored as float8_e4m3fn, .* 448"):
-        weights.read(str(tmp_path / "x")).arrays
+        weights.read(str(tmp_path / "x"))
 
 
 @pytest.mark.parametrize(
@@ -135,7 +135,7 @@ def test_tensors_that_are_no_plain_arrays_are_named(tmp_path):
     for tensor in (plain.to_sparse(), torch.empty(2, 3, device="meta")):
         torch.save({"a": tensor}, tmp_path / "x.pth")
         with pytest.raises(ValueError, match="x.pth stores a as torch.*not read"):
-            weights.read(str(tmp_path / "x.pth")).arrays
+            weights.read(str(tmp_path / "x.pth"))
 
 
 @pytest.mark.parametrize("prefix", ["params/", "opt/target/", "state_dict.", "model."])
@@ -193,7 +193,7 @@ def test_other_objects_are_named_and_the_command_takes_the_weights_out(tmp_path)
     path = tmp_path / "x.pth"
     torch.save({"model": tensors(VIT), "out": pathlib.PurePosixPath("a")}, path)
     with pytest.raises(ValueError) as caught:
-        weights.read(str(path)).arrays
+        weights.read(str(path))
     message = str(caught.value)
     assert "holds more than tensors: pathlib" in message
     assert "only for files from people you trust" in message
@@ -248,7 +248,7 @@ def test_no_file_runs_code(make, message, tmp_path):
     trap = tmp_path / "trap"
     make(tmp_path / "x", str(trap))
     with pytest.raises(ValueError, match=message):
-        weights.read(str(tmp_path / "x")).arrays
+        weights.read(str(tmp_path / "x"))
     assert not trap.exists()
 
 
@@ -262,7 +262,7 @@ def test_truncated_files_are_refused_by_name(kind, keep, tmp_path):
         safetensors.numpy.save_file(ARRAYS, path)
     path.write_bytes(path.read_bytes()[:keep])
     with pytest.raises(ValueError, match=f"cut.{kind}.*(again|Read are)"):
-        weights.read(str(path)).arrays
+        weights.read(str(path))
 
 
 def test_a_truncated_torch_file_is_refused_by_name(tmp_path):
@@ -273,7 +273,7 @@ def test_a_truncated_torch_file_is_refused_by_name(tmp_path):
         whole = path.read_bytes()
         path.write_bytes(whole[:keep])
         with pytest.raises(ValueError, match="cut.pth"):
-            weights.read(str(path)).arrays
+            weights.read(str(path))
         path.write_bytes(whole)
 
 
@@ -281,14 +281,14 @@ def test_a_state_dict_without_tensors_is_none(tmp_path):
     torch = pytest.importorskip("torch")
     torch.save({"epoch": 3}, tmp_path / "x")
     with pytest.raises(ValueError, match="dict without tensors"):
-        weights.read(str(tmp_path / "x")).arrays
+        weights.read(str(tmp_path / "x"))
 
 
 def test_flax_msgpack_checkpoints_are_named(tmp_path):
     # What flax.serialization.to_bytes({"params": {}, "step": 0}) begins with.
     (tmp_path / "checkpoint_10000").write_bytes(b"\x82\xa6params\x80\xa4step\x00")
     with pytest.raises(ValueError) as caught:
-        weights.read(str(tmp_path / "checkpoint_10000")).arrays
+        weights.read(str(tmp_path / "checkpoint_10000"))
     assert str(caught.value).startswith(
         "checkpoint_10000 is a Flax msgpack training checkpoint: this format is not "
         "read. Read are: Orbax run folders, .safetensors, .npz, torch's .pth"
@@ -299,7 +299,7 @@ def test_flax_msgpack_checkpoints_are_named(tmp_path):
 def test_other_files_are_no_weights(content, tmp_path):
     (tmp_path / "x").write_bytes(content)
     with pytest.raises(ValueError, match="x is no weight file"):
-        weights.read(str(tmp_path / "x")).arrays
+        weights.read(str(tmp_path / "x"))
 
 
 def test_a_zip_that_is_no_archive_of_arrays_is_refused(tmp_path):

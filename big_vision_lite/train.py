@@ -91,8 +91,9 @@ def main(argv: Sequence[str]) -> None:
     values = command.flags
     if command.config is None:
         given = values["workdir"].value
+        there = f"There is no run in {given}. " if given else ""
         raise ValueError(
-            f"{given and f'There is no run in {given}. ' or ''}Which recipe? For example: python -m big_vision_lite.train "
+            f"{there}Which recipe? For example: python -m big_vision_lite.train "
             "--config configs/quickstart.py --workdir runs/first. A run that has begun "
             "needs none: --workdir RUN resumes it."
         )

@@ -5,7 +5,8 @@
   ... --config configs/folder.py:dir=DIR,init=RUN,size=224,batch=64,steps=1000
 
 dir       DIR/CLASS/**, a tenth of each class is held out as val; or
-          DIR/{train,val,test}/CLASS/**; jpg, jpeg, png, webp, bmp
+          DIR/{train,val,test}/CLASS/**, by other names (Training, test_set), too; jpg,
+          jpeg, jfif, jpe, png, webp, bmp, gif, and tif, avif where Pillow reads them
 init      a run, checkpoints or step folder: its weights, fine-tuned by BiT-HyperRule
           with a new head; without it a small BiT ResNet from scratch
 size      pixels; 0: what the run was trained at, from scratch 64
@@ -14,6 +15,7 @@ epochs    from scratch, 0: 100
 steps     from a checkpoint, 0: by the number of images, 500, 10,000 or 20,000
 flip      false where left and right mean something
 split_seed  which tenth is held out, where there are no split folders
+classes   a,b,c: names and order; these folders are classes, whatever their names mean
 allow_module  a module of your own that the run's model comes from
 
 The folder is listed when the run starts; the class names go into config.json. From
@@ -60,9 +62,10 @@ def get_config(arg: str = "") -> TrainConfig:
         steps=0,
         flip=True,
         split_seed=0,
+        classes="",
         allow_module="",
     )
-    splits = open_folder(chosen.dir, chosen.split_seed)
+    splits = open_folder(chosen.dir, chosen.split_seed, chosen.classes)
     train = splits.pop("train")
     if chosen.init:
         return from_checkpoint(chosen, train, splits)

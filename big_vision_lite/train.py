@@ -91,11 +91,11 @@ def main(argv: Sequence[str]) -> None:
     values = command.flags
     if command.config is None:
         given = values["workdir"].value
-        there_is_none = f"There is no run in {given}. " if given else ""
+        there = f"There is no run in {given}. " if given else ""
         raise ValueError(
-            f"{there_is_none}Which recipe? For example: python -m "
-            "big_vision_lite.train --config configs/quickstart.py --workdir "
-            "runs/first. A run that has begun needs none: --workdir RUN resumes it."
+            f"{there}Which recipe? For example: python -m big_vision_lite.train "
+            "--config configs/quickstart.py --workdir runs/first. A run that has begun "
+            "needs none: --workdir RUN resumes it."
         )
     config: TrainConfig = command.config
     if values["print_config"].value:

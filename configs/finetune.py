@@ -14,6 +14,7 @@ batch     images a step; the rule's learning rate is for 512, peak=0.001 goes wi
 steps     0: by the number of training images, 500, 10,000 or 20,000
 flip      false where left and right mean something
 split_seed  which tenth of data is held out, where there are no split folders
+classes   a,b,c of data: names and order, whatever the folders' names mean
 allow_module  a module of your own that the run's model comes from
 part      of a file of another library with several models one: teacher
 
@@ -50,6 +51,7 @@ def get_config(arg: str = "") -> TrainConfig:
         peak=0.003,
         flip=True,
         split_seed=0,
+        classes="",
         allow_module="",
         part="",
     )
@@ -59,7 +61,7 @@ def get_config(arg: str = "") -> TrainConfig:
             "folder of images or a prepared TFDS set."
         )
     if chosen.data:
-        splits = open_folder(chosen.data, chosen.split_seed)
+        splits = open_folder(chosen.data, chosen.split_seed, chosen.classes)
     else:
         splits = {
             name: Tfds(

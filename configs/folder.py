@@ -5,7 +5,8 @@
   ... --config configs/folder.py:dir=DIR,init=RUN,size=224,batch=64,steps=1000
 
 dir       DIR/CLASS/**, a tenth of each class is held out as val; or
-          DIR/{train,val,test}/CLASS/**; jpg, jpeg, png, webp, bmp
+          DIR/{train,val,test}/CLASS/**, by other names (Training, test_set), too; jpg,
+          jpeg, jfif, jpe, png, webp, bmp, gif, and tif, avif where Pillow reads them
 init      a run, checkpoints or step folder: its weights, fine-tuned by BiT-HyperRule
           with a new head; without it a small BiT ResNet from scratch
 size      pixels; 0: what the run was trained at, from scratch 64
@@ -16,6 +17,7 @@ flip      false where left and right mean something
 orientation  apply: photographs are turned as their EXIF says; ignore: as stored, what
           big_vision, timm and torchvision train on (with init what the run did)
 split_seed  which tenth is held out, where there are no split folders
+classes   a,b,c: names and order; these folders are classes, whatever their names mean
 allow_module  a module of your own that the run's model comes from
 part      of a file of another library with several models one: teacher
 
@@ -36,8 +38,8 @@ from big_vision_lite.types import Evaluator
 
 def get_config(arg: str = "") -> TrainConfig:
     """Returns the recipe; lists the folder."""
-    chosen = parse_arg(arg, dir=str, **own_images.ARGUMENTS)
-    splits = open_folder(chosen.dir, chosen.split_seed)
+    chosen = parse_arg(arg, dir=str, classes="", **own_images.ARGUMENTS)
+    splits = open_folder(chosen.dir, chosen.split_seed, chosen.classes)
     train = splits.pop("train")
 
     def scored(every_steps: int) -> dict[str, Evaluator]:

@@ -52,13 +52,13 @@ class Classification:
             )
 
     def prepare(self, context: Context) -> Runner:
-        context.check_set(self.source, self.batch_size)
         if context.objective.logits == Logits.NONE:
             raise ValueError(
                 f"{context.name}: the outputs of this model are numbers (a regression "
                 "or an embedding), no classes, so there is no accuracy. Take FewShot "
                 "for its features, or predict for the numbers."
             )
+        context.check_set(self.source, self.batch_size)
         names = context.class_names or self.source.class_names
         table = class_table(
             self.source.class_names,

@@ -4,6 +4,7 @@ import json
 
 import numpy as np
 import pytest
+from etils import epath
 from foreign_models import write_gray_resnet
 
 import big_vision_lite
@@ -120,11 +121,11 @@ def test_a_regression_is_never_read_as_classes(tmp_path):
         "val",
         run.config,
         mesh=run.mesh,
-        workdir=tmp_path,
+        workdir=epath.Path(tmp_path),
         class_names=run.class_names,
         num_steps=1,
         abstract_state=run.state,
-        untrained_state=None,
+        untrained_state=lambda: None,
         log=print,
     )
     with pytest.raises(ValueError, match="numbers .* no classes"):

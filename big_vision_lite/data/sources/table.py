@@ -144,8 +144,9 @@ class Table:
         labels = table_labels.read_labels(
             columns, self.label, self.kind, self.separator, self.classes
         )
-        table_paths.check_repeated(columns, paths, labels)
-        splits = self._splits(columns, paths, labels)
+        plain = table_paths.plain(paths)
+        table_paths.check_repeated(columns, plain, labels)
+        splits = self._splits(columns, plain, labels)
         rows = self._rows(columns, splits, self.split)
         # A wrong root has none of them.
         for row in rows[[0, len(rows) // 2, -1]].tolist():
@@ -166,12 +167,12 @@ class Table:
         return _Split(class_names=class_names, paths=chosen, labels=encoded)
 
     def _splits(
-        self, columns: Columns, paths: Sequence[str], labels: Labels
+        self, columns: Columns, plain: Sequence[str], labels: Labels
     ) -> list[str]:
         """Returns the split of every row."""
         if self.split_column is None:
             return table_paths.hold_out(
-                paths,
+                plain,
                 labels.classes if self.kind == LabelKind.CLASS else None,
                 self.held_out,
                 self.split_seed,
@@ -183,7 +184,7 @@ class Table:
             table_labels.FILL,
         )
         words = [_split_word(cell) for cell in columns.cells[self.split_column]]
-        table_paths.check_splits(columns, paths, words)
+        table_paths.check_splits(columns, plain, words)
         return words
 
     def _rows(self, columns: Columns, splits: Sequence[str], split: str) -> np.ndarray:

@@ -266,7 +266,7 @@ REFUSED = {
     "two labels": (
         csv_of("class", ["a", "b", "a"], ["00.png", "01.png", "./01.png"]),
         {},
-        './01.png has two labels, lines 3, 4; .*kind="classes"',
+        '01.png has two labels, lines 3, 4; .*kind="classes"',
     ),
     "two splits": (
         "file,class,part\n00.png,a,train\n00.png,a,test\n",

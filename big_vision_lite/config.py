@@ -5,7 +5,9 @@ import enum
 
 from flax import linen as nn
 
+from big_vision_lite.data.ops import Decode, DecodeInceptionCrop
 from big_vision_lite.data.pipeline import Stream
+from big_vision_lite.runtime import files
 from big_vision_lite.runtime.sharding import Mesh, ShardingRule
 from big_vision_lite.runtime.startup import Platform
 from big_vision_lite.schedules import Average
@@ -48,6 +50,7 @@ class Init:
     position_resize: PositionResize = PositionResize.BILINEAR
 
     def __post_init__(self):
+        files.check_name(self.path)
         for pair in self.rename:
             if "=>" not in pair:
                 raise ValueError(
@@ -160,6 +163,18 @@ class TrainConfig:
                 f"data.batch_size={size} does not divide into micro_batches="
                 f"{self.micro_batches} equal parts; use --config.micro_batches="
                 f"{' or '.join(str(n) for n in sorted(nearest))}."
+            )
+        turned = {
+            op.orientation
+            for op in (*self.data.ops, *self.preprocess)
+            if isinstance(op, Decode | DecodeInceptionCrop)
+        }
+        if len(turned) > 1:
+            raise ValueError(
+                "data.ops and preprocess read EXIF's orientation differently: give "
+                "both orientation=ignore or both apply, for example with "
+                "--config.data.ops[0].orientation=apply "
+                "--config.preprocess[0].orientation=apply."
             )
         steps = self.profile_steps
         if len(steps) not in (0, 2) or (steps and not 1 <= steps[0] <= steps[1]):

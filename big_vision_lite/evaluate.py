@@ -11,6 +11,7 @@ folder with config.json, or hub:organisation/name.
 """
 
 import contextlib
+import dataclasses
 import hashlib
 import json
 import pathlib
@@ -26,9 +27,10 @@ from etils import epath
 from big_vision_lite.console.progress import Progress
 from big_vision_lite.messages import did_you_mean
 from big_vision_lite.recipes import command_line, serialize
-from big_vision_lite.runs import load
+from big_vision_lite.runs import image_folders, load
 from big_vision_lite.runs.evaluations import make_context
 from big_vision_lite.runs.saved_run import SavedRun
+from big_vision_lite.runs.scores import named_scores
 from big_vision_lite.runtime import files, startup
 from big_vision_lite.runtime.startup import Platform
 from big_vision_lite.training import recalibration
@@ -41,14 +43,14 @@ def evaluate(
     workdir: epath.Path,
     *,
     progress: Progress,
-) -> dict[str, float]:
+) -> dict[str, float | int]:
     """Runs evaluators on a saved run; returns scores named as in its metrics.jsonl.
 
     On the same devices the scores equal, bit for bit, those the run recorded at that
     step. Evaluators write their files (per-class tables, controls) to `workdir`.
     """
     suffix = "" if run.state.ema is None else "_ema"
-    scores: dict[str, float] = {}
+    scores: dict[str, float | int] = {}
     progress.message(recalibration.describe(run.state) or "")
     with jax.set_mesh(run.mesh):
         for name, evaluator in evaluators.items():
@@ -63,8 +65,8 @@ def evaluate(
                 untrained_state=run.untrained,
                 log=progress.message,
             )
-            found = evaluator.prepare(context)(run.state)
-            named = {f"{name}{suffix}/{score}": x for score, x in found.items()}
+            runner = evaluator.prepare(context)
+            named = named_scores(runner, run.state, f"{name}{suffix}")
             progress.scores(run.step, named)
             scores |= named
     return scores
@@ -114,7 +116,7 @@ def name_results(
 
 def record(
     run: SavedRun,
-    scores: Mapping[str, float],
+    scores: Mapping[str, float | int],
     path: epath.Path,
     recipe: str | None,
     evaluators: Mapping[str, Any],
@@ -178,6 +180,9 @@ def main(argv: Sequence[str]) -> None:
     names: Any = values["evaluators"].value
     wanted = [name for name in names if name]
     evaluators = choose(config.evaluators, wanted, recipe or str(run.folder))
+    if command.config is None:
+        own = dataclasses.replace(config, evaluators=evaluators)
+        image_folders.check_unchanged(own, run.manifest)
     described = json.loads(serialize.to_json(config))["config"]["evaluators"]
     name = name_results(run.folder, recipe, described)
     total = int(run.manifest["num_steps"])

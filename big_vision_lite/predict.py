@@ -4,10 +4,13 @@
 
 RUN is a run folder, a checkpoints folder, one step folder, or weights of another
 library (file, folder with config.json, hub:organisation/name); no recipe is needed.
+
+Every image has a row in preds.csv; one that cannot be read says why under "error". The
+file is UTF-8: bytes of a name that are not, and a % before two hexadecimal digits, are
+written as %XX; urllib.parse.unquote_to_bytes(row["file"]) is the name in bytes.
 """
 
 import argparse
-import csv
 import dataclasses
 import io
 import sys
@@ -24,7 +27,6 @@ from rich.table import Table
 from rich.text import Text
 
 from big_vision_lite.data.sources.files import Guarded, ImageFiles
-from big_vision_lite.data.sources.listing import SUFFIXES
 from big_vision_lite.recipes import command_line
 from big_vision_lite.runs import inference, load
 from big_vision_lite.runs.saved_run import SavedRun
@@ -78,9 +80,7 @@ def _class_name(label: int, class_names: Sequence[str]) -> str:
 
 def write_csv(path: epath.Path, rows: Sequence[Sequence[str]]) -> None:
     """Writes rows as UTF-8 CSV, atomically."""
-    text = io.StringIO()
-    csv.writer(text, lineterminator="\n").writerows(rows)
-    files.replace(path, text.getvalue().encode("utf-8"))
+    files.replace(path, files.csv_text(rows))
 
 
 def write_features(path: epath.Path, found: Predictions) -> None:
@@ -128,26 +128,25 @@ def predict(
         ValueError: no image can be read, preprocessing yields different sizes, or
             classes are requested from a model without a head.
     """
-    ops = Guarded(run.config.preprocess)
+    guarded = Guarded(images, run.config.preprocess)
     steps = inference.make_steps(run, classes=top, features=embed, log=log)
-    found = inference.run_steps(
-        run, steps, images, ops, batch_size, hidden=quiet or None
-    )
-    errors = {images.files[i]: reason for i, reason in sorted(ops.errors.items())}
+    found = inference.run_steps(run, steps, guarded, batch_size, hidden=quiet or None)
+    errors = {images.files[i]: reason for i, reason in sorted(guarded.errors.items())}
     return Predictions(files=images.files, errors=errors, **found)
 
 
-def _output(path: str | None, flag: str) -> epath.Path | None:
-    """Checks before any work that the file can be written."""
-    if path is None:
-        return None
-    given = files.absolute(path)
-    if given.is_dir():
-        raise ValueError(f"{flag} {path} is a folder; name a file in it.")
-    given.parent.mkdir(parents=True, exist_ok=True)
-    if not files.is_writable(given.parent):
-        raise OSError(f"Cannot write {path}: {given.parent} is read-only.")
-    return given
+def _outputs(options: argparse.Namespace) -> list[epath.Path | None]:
+    """Checks before any work that the files can be written; raises OSError if not."""
+    found = [p and files.absolute(p) for p in (options.out, options.embed)]
+    if None not in found and found[0] == found[1]:
+        raise ValueError(
+            f"--out and --embed are both {found[0]}; name a file for each, such as "
+            "preds.csv and features.npz."
+        )
+    for path in found:
+        if path is not None:
+            files.check_output(path)
+    return found
 
 
 def parse(argv: Sequence[str]) -> argparse.Namespace:
@@ -177,7 +176,7 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
 def main(argv: Sequence[str]) -> None:
     """Runs the command line."""
     options = parse(argv)
-    out, embed = _output(options.out, "--out"), _output(options.embed, "--embed")
+    out, embed = _outputs(options)
     images = ImageFiles(options.images)
     place = load.locate(options.workdir)
     startup.set_up_to_use(place.platform(), options.platform)
@@ -209,8 +208,8 @@ def main(argv: Sequence[str]) -> None:
             f"warning: {len(found.errors)} of {len(images)} images cannot be read, "
             f"see {listed}"
         )
-    if images.skipped:
-        print(f"left out, as they are no {'/'.join(SUFFIXES)}: {images.skipped}")
+    for line in images.left_out.lines(str(images.root), faults=False):
+        print(f"left out: {line}")
     where = " and ".join(str(path) for path in (out, embed) if path is not None)
     print(
         f"{len(images) - len(found.errors)} images of {images.root} -> {where}, in "

@@ -86,8 +86,8 @@ class Family(Protocol):
     # Patterns of parameter names from the pixels upwards, for layer-wise decay. Numbers
     # in a pattern's groups order the blocks; unmatched names lie above all blocks.
     layers: ClassVar[tuple[str, ...]] = ()
-    # Fields that may differ between two models of the same weights: they change no
-    # feature, or the weights are adapted to them.
+    # Fields that are not compared when weights are loaded into a model: they change no
+    # feature, the weights are adapted to them, or the shapes of parameters show them.
     free_fields: ClassVar[tuple[str, ...]] = ("head", "dtype", "remat")
     # Parameters [rows, columns, D] that can be resized to another grid of patches.
     position_embeddings: ClassVar[tuple[str, ...]] = ()
@@ -110,9 +110,10 @@ class Family(Protocol):
 class Model(Family, Protocol):
     """A Linen module; called with `model.inputs(batch)` and `train=`, returns a dict.
 
-    "grid" [B, h, w, D] (of text "tokens" [B, N, D]), "pooled" [B, D], "logits" [B, C]
-    when there is a head, "image" the scaled input. A class takes the defaults of
-    `Family` by inheriting: `class MyModel(nn.Module, Model)`.
+    "grid" [B, h, w, D] (of text "tokens" [B, N, D]), "pooled" [B, E], which the head
+    and every evaluator read, "logits" [B, C] when there is a head, "image" the scaled
+    input. A class takes the defaults of `Family` by inheriting: `class MyModel(
+    nn.Module, Model)`.
     """
 
     def inputs(self, batch: Batch) -> dict[str, Any]:
@@ -202,8 +203,8 @@ class Optimizer(Protocol):
         ...
 
 
-# Maps a train state to its scores by name.
-Runner = Callable[[Any], dict[str, float]]
+# Maps a train state to its scores by name: finite numbers of Python, numpy or JAX.
+Runner = Callable[[Any], dict[str, Any]]
 
 
 @runtime_checkable

@@ -13,6 +13,8 @@ batch     images a step; 0: 128, or less where there are fewer images
 epochs    from scratch, 0: 100
 steps     from a checkpoint, 0: by the number of images, 500, 10,000 or 20,000
 flip      false where left and right mean something
+orientation  apply: photographs are turned as their EXIF says; ignore: as stored, what
+          big_vision, timm and torchvision train on (with init what the run did)
 split_seed  which tenth is held out, where there are no split folders
 allow_module  a module of your own that the run's model comes from
 

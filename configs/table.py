@@ -15,7 +15,7 @@ separator  between several names in a cell
 split     the column that holds train, val and test; without it a share is held out
 held_out  that share
 loss      of numbers: squared, absolute or huber
-init, size, batch, epochs, steps, flip, split_seed, allow_module
+init, size, batch, epochs, steps, flip, orientation, split_seed, allow_module
           as in configs/folder.py: init=RUN fine-tunes, without it from scratch
 
 The table is read when the run starts; the class names, or mean and deviation of every

@@ -1,6 +1,7 @@
 """Evaluation of a saved run: the scores of the training itself, and of transfer."""
 
 import csv
+import dataclasses
 import json
 import os
 import shutil
@@ -8,6 +9,8 @@ import sys
 import types
 
 import jax
+import jax.numpy as jnp
+import numpy as np
 import pytest
 import shapes_run
 import show_model
@@ -69,6 +72,26 @@ def scores_of(loaded, evaluators, workdir):
         return evaluate.evaluate(
             loaded, evaluators, epath.Path(workdir), progress=progress
         )
+
+
+@dataclasses.dataclass(kw_only=True)
+class Constant:
+    """Returns what it is told to, as an evaluator of one's own may."""
+
+    scores: dict
+    every_steps: int = 1
+
+    def prepare(self, context):
+        return lambda state: self.scores
+
+
+def test_a_score_is_a_number_whatever_its_library_and_else_refused(run, tmp_path):
+    loaded = shapes_run.load_run(run)
+    numbers = Constant(scores={"count": np.int64(27), "share": jnp.float32(0.5)})
+    found = scores_of(loaded, {"mine": numbers}, tmp_path / "e")
+    assert json.dumps(found) == '{"mine/count": 27, "mine/share": 0.5}'
+    with pytest.raises(ValueError, match='mine: "share" is nan'):
+        scores_of(loaded, {"mine": Constant(scores={"share": np.nan})}, tmp_path / "e")
 
 
 @pytest.mark.parametrize("step", [5, 10])

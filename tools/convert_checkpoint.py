@@ -15,6 +15,7 @@ is not zero when the bound is missed.
 import argparse
 import importlib.util
 import pathlib
+import shlex
 import sys
 from collections.abc import Sequence
 from typing import Any
@@ -32,7 +33,7 @@ from big_vision_lite.conversion import export, foreign
 from big_vision_lite.conversion.formats import Library
 from big_vision_lite.conversion.preprocessing import Preprocessing
 from big_vision_lite.recipes import command_line, serialize
-from big_vision_lite.runs import hyperrule, load
+from big_vision_lite.runs import hyperrule, load, suggestions
 from big_vision_lite.runs.checkpoint import Checkpointer
 from big_vision_lite.runs.saved_run import SavedRun
 from big_vision_lite.runtime import files, startup
@@ -145,8 +146,6 @@ def input_shape(run: SavedRun) -> tuple[int, ...]:
 def to_run(run: SavedRun, out: pathlib.Path) -> None:
     """Writes weights from elsewhere as a run folder: evaluate, predict, start from."""
     workdir = epath.Path(out)
-    if workdir.exists() and any(workdir.iterdir()):
-        raise ValueError(f"{out} is not empty; name a new folder with --out.")
     text = serialize.to_json(
         run.config,
         versions=startup.versions(),
@@ -169,9 +168,9 @@ def to_run(run: SavedRun, out: pathlib.Path) -> None:
     files.replace(workdir / "config.json", text)
     count = sum(x.size for x in trees.flatten(run.state.params).values())
     print(f"{count:,} parameters of {run.folder} -> {out}")
-    print(
-        f"python -m big_vision_lite.predict --workdir {out} --images FOLDER --out ..."
-    )
+    command = f"-m big_vision_lite.predict --workdir {shlex.quote(str(out))}"
+    written = "--out preds.csv" if run.class_names else "--embed features.npz"
+    print(f"{suggestions.python([])} {command} --images FOLDER {written}")
 
 
 def parse(argv: Sequence[str]) -> argparse.Namespace:
@@ -191,7 +190,8 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
 def main(argv: Sequence[str]) -> None:
     """Runs the command line."""
     options = parse(argv)
-    out = pathlib.Path(options.out).expanduser().resolve()
+    out = pathlib.Path(options.out).expanduser().absolute()
+    files.check_new_folder(out)
     run = load.load(
         options.source, allowed_modules=options.allow_module, devices=jax.devices()[:1]
     )

@@ -17,6 +17,7 @@ from big_vision_lite.conversion.formats import Format, Library
 from big_vision_lite.conversion.preprocessing import Preprocessing
 from big_vision_lite.conversion.preprocessing_export import Written
 from big_vision_lite.recipes import serialize
+from big_vision_lite.runtime import files
 
 WEIGHTS = {Library.NPZ: "model.npz"}
 SAFETENSORS = "model.safetensors"
@@ -143,8 +144,7 @@ def write(exported: Exported, folder: pathlib.Path) -> None:
     Raises:
         ValueError: the folder is not empty.
     """
-    if folder.exists() and any(folder.iterdir()):
-        raise ValueError(f"{folder} is not empty; name a new folder with --out.")
+    files.check_new_folder(folder)
     folder.parent.mkdir(parents=True, exist_ok=True)
     unfinished = folder.parent / f".{folder.name}.unfinished"
     shutil.rmtree(unfinished, ignore_errors=True)

@@ -15,11 +15,10 @@ import zipfile
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-import ml_dtypes
 import numpy as np
 import safetensors
-import safetensors.numpy
 
+from big_vision_lite.conversion import dtypes
 from big_vision_lite.conversion.families import FORMATS
 from big_vision_lite.conversion.weights import Weights
 
@@ -108,7 +107,7 @@ def _stored(path: pathlib.Path) -> dict[str, np.ndarray]:
         found = _parts(path)
     else:
         raise ValueError(_unknown(path, head))
-    return {name: _floats(array) for name, array in found.items()}
+    return {n: dtypes.as_floats(a, f"{path}: {n}") for n, a in found.items()}
 
 
 def _file_in(folder: pathlib.Path, path: str) -> pathlib.Path:
@@ -173,8 +172,8 @@ def _parts(index: pathlib.Path) -> dict[str, np.ndarray]:
 
 def _safetensors(path: pathlib.Path) -> dict[str, np.ndarray]:
     try:
-        return safetensors.numpy.load_file(path)
-    except (safetensors.SafetensorError, ValueError, KeyError) as error:
+        return dtypes.read_safetensors(path)
+    except safetensors.SafetensorError as error:
         raise ValueError(
             f"{path} is a damaged safetensors file: {error}. {_AGAIN}"
         ) from error
@@ -215,7 +214,12 @@ def _torch(path: pathlib.Path) -> dict[str, np.ndarray]:
     except Exception as error:  # torch raises a dozen kinds.
         raise ValueError(_why_not_torch(path, error)) from error
     arrays: dict[str, np.ndarray] = {}
-    _collect(found, "", arrays, torch.Tensor)
+    try:
+        _collect(found, "", arrays, torch.Tensor)
+    except _Unreadable as error:
+        raise ValueError(
+            f"{path} stores {error}, which is not read. {dtypes.SAVE_FLOATS}"
+        ) from error
     if not arrays:
         raise ValueError(
             f"{path} holds a {type(found).__name__} without tensors, no state dict."
@@ -246,23 +250,22 @@ def _take_out(path: pathlib.Path, key: str, weights_only: str) -> str:
     )
 
 
+class _Unreadable(Exception):
+    """A tensor that is no plain array: quantised, sparse, packed, without data."""
+
+
 def _collect(node: Any, name: str, arrays: dict[str, np.ndarray], tensor: type) -> None:
     """Adds the tensors of nested dicts to `arrays`; ignores all other values."""
     if isinstance(node, tensor):
         whole: Any = node
-        arrays[name] = whole.detach().float().numpy()
+        try:
+            number = whole.is_floating_point() and not whole.is_quantized
+            arrays[name] = (whole.detach().float() if number else whole).numpy()
+        except Exception as error:  # torch raises a kind for every type and layout
+            raise _Unreadable(f"{name} as {whole.dtype}, {whole.layout}") from error
     elif isinstance(node, Mapping):
         for key, value in node.items():
             _collect(value, f"{name}.{key}" if name else str(key), arrays, tensor)
-
-
-def _floats(array: np.ndarray) -> np.ndarray:
-    # numpy's archives store bfloat16 as two bytes of no type.
-    if array.dtype == np.dtype("V2"):
-        array = array.view(ml_dtypes.bfloat16)
-    if array.dtype.kind in "fV" or array.dtype == ml_dtypes.bfloat16:
-        return np.asarray(array, np.float32)
-    return array
 
 
 def _unknown(path: pathlib.Path, head: bytes) -> str:

@@ -14,7 +14,8 @@ import numpy as np
 from etils import epath
 
 from big_vision_lite.evaluators import average_precision
-from big_vision_lite.runs.evaluations import ClassTable, Context, class_table
+from big_vision_lite.runs.evaluations import Context
+from big_vision_lite.runs.labels import ClassTable, class_table
 from big_vision_lite.runtime import files
 from big_vision_lite.types import Array, Batch, Forward, Runner, Source
 
@@ -201,14 +202,12 @@ def _write_per_class(
         count = np.bincount(labels, minlength=len(names))
         hit = labels == predicted
     correct = np.bincount(predicted[hit], minlength=len(names))
-    text = io.StringIO()
-    writer = csv.writer(text, lineterminator="\n")
-    writer.writerow(COLUMNS)
+    rows: list[Sequence[object]] = [COLUMNS]
     if path.exists():
-        old = list(csv.reader(io.StringIO(path.read_text())))[1:]
-        writer.writerows(row for row in old if int(row[0]) < step)
+        old = list(csv.reader(io.StringIO(path.read_bytes().decode(), newline="")))[1:]
+        rows += [row for row in old if int(row[0]) < step]
     for name, n, c in zip(names, count.tolist(), correct.tolist(), strict=True):
-        writer.writerow((step, name, n, c, c / n if n else ""))
+        rows.append((step, name, n, c, c / n if n else ""))
     with files.writing(path):
         path.parent.mkdir(parents=True, exist_ok=True)
-        files.replace(path, text.getvalue().encode())
+        files.replace(path, files.csv_text(rows))

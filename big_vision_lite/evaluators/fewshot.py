@@ -10,7 +10,8 @@ from big_vision_lite.data.sources import Tfds
 from big_vision_lite.evaluators import features
 from big_vision_lite.evaluators.features import Features
 from big_vision_lite.evaluators.ridge import Ridge, shuffled_classes
-from big_vision_lite.runs.evaluations import Context, class_table
+from big_vision_lite.runs.evaluations import Context
+from big_vision_lite.runs.labels import class_table
 from big_vision_lite.types import Op, Runner, Source
 
 L2_GRID = tuple(2.0**power for power in range(-6, 13))

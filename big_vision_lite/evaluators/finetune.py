@@ -16,8 +16,9 @@ from big_vision_lite.config import TrainConfig
 from big_vision_lite.evaluators.classification import Classification
 from big_vision_lite.recipes import serialize
 from big_vision_lite.runs import integrity, records, step_folder
-from big_vision_lite.runs.evaluations import Context, class_table
+from big_vision_lite.runs.evaluations import Context
 from big_vision_lite.runs.hyperrule import HyperRule, start
+from big_vision_lite.runs.labels import class_table
 from big_vision_lite.runtime import processes
 from big_vision_lite.training import state as state_lib
 from big_vision_lite.training.state import TrainState

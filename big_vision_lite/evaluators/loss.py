@@ -9,7 +9,8 @@ import numpy as np
 
 from big_vision_lite.evaluators.classification import translate
 from big_vision_lite.messages import some
-from big_vision_lite.runs.evaluations import Context, class_table
+from big_vision_lite.runs.evaluations import Context
+from big_vision_lite.runs.labels import class_table
 from big_vision_lite.training.step import call_objective
 from big_vision_lite.types import Array, Batch, Forward, Op, Runner, Source
 

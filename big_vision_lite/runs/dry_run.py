@@ -12,6 +12,7 @@ from big_vision_lite import trees
 from big_vision_lite.config import TrainConfig
 from big_vision_lite.data import pipeline
 from big_vision_lite.messages import some
+from big_vision_lite.runs import image_folders
 from big_vision_lite.runtime import files, layout, sharding, targets
 from big_vision_lite.training import estimate, program
 from big_vision_lite.training import state as state_lib
@@ -31,7 +32,9 @@ def dry_run(config: TrainConfig, workdir: epath.Path) -> str:
     Raises:
         OSError: `workdir` cannot be written; raised before anything is computed.
     """
+    image_folders.refuse_workdir_inside(config, workdir)
     files.make_folder(workdir)
+    paragraph = image_folders.paragraph(config)
     mesh = sharding.make_mesh(config.mesh)
     layout.check_batch_size(config.data.batch_size, mesh, config.micro_batches)
     examples = len(config.data.source)
@@ -51,6 +54,7 @@ def dry_run(config: TrainConfig, workdir: epath.Path) -> str:
         *_parameter_lines(built.abstract),
         "",
         *_batch_lines(built.spec),
+        *paragraph,
         _outputs_line(config.data.source.class_names, "target" in built.spec),
         f"examples     {examples:,} in {config.data.source.fingerprint}",
         f"steps        {built.num_steps:,} of {config.data.batch_size} "

@@ -11,12 +11,13 @@ import jax.numpy as jnp
 import numpy as np
 from etils import epath
 from jax.experimental import multihost_utils
-from jaxtyping import Bool, Int32
+from jaxtyping import Bool
 
 from big_vision_lite.config import TrainConfig
 from big_vision_lite.data import pipeline
 from big_vision_lite.data.pipeline import EvaluationSet
 from big_vision_lite.messages import some
+from big_vision_lite.runs.scores import named_scores
 from big_vision_lite.runs.session import Run
 from big_vision_lite.runtime import files, layout, processes
 from big_vision_lite.runtime.processes import Stopped
@@ -35,7 +36,8 @@ from big_vision_lite.types import (
     backbone_of,
 )
 
-# function(forward, batch, rng) -> {name: array}, like an objective's arguments.
+# function(forward, batch, rng) -> {name: array [B, ...]}: a row an example. Rows of
+# padding, or of an image that is unreadable, are computed too and then left out.
 RowFunction = Callable[[Forward, Batch, Array], dict[str, Array]]
 # step(state, batch, ordinal=0): the same, jitted, with the state's parameters.
 EvalStep = Callable[..., dict[str, Array]]
@@ -134,7 +136,7 @@ class Context:
 
         Raises:
             ValueError: the examples lack one of `keys`, the model lacks an output or
-                takes no image of that size.
+                takes no image of that size, or an output is not [B, ...].
         """
         spec = self.eval_batches(source, ops, batch_size).spec()
         for key in keys:
@@ -144,7 +146,7 @@ class Context:
                     f"{some(sorted(spec.keys() - {'valid'}))}; give a set with {key}s."
                 )
         try:
-            return jax.eval_shape(step, self.abstract_state, spec)
+            outputs = jax.eval_shape(step, self.abstract_state, spec)
         except KeyError as error:
             if error.args[0] in spec or not isinstance(error.args[0], str):
                 raise
@@ -154,6 +156,8 @@ class Context:
                 f"{some(sorted(spec.keys() - {'valid'}))}. Give it by the source and "
                 "the ops of the evaluator."
             ) from error
+        self._check_rows(outputs, batch_size)
+        return outputs
 
     def gather_rows(self, rows: Mapping[str, Array], valid: Bool[Array, " B"]) -> Rows:
         """Gathers the valid rows on every host, in the order of the source."""
@@ -170,15 +174,8 @@ class Context:
         batch_size: int,
     ) -> Iterator[Rows]:
         """Runs `step` over a whole source; yields its valid rows batch by batch."""
-        waiting = None
-        for ordinal, batch in enumerate(self.eval_batches(source, ops, batch_size)):
-            outputs = step(state, batch, ordinal), batch["valid"]
-            # The device works on this batch while the rows of the last one travel.
-            if waiting is not None:
-                yield self.gather_rows(*waiting)
-            waiting = outputs
-        if waiting is not None:
-            yield self.gather_rows(*waiting)
+        for outputs, valid in self._outputs(step, state, source, ops, batch_size):
+            yield self.gather_rows(outputs, valid)
 
     def sums(
         self,
@@ -188,17 +185,51 @@ class Context:
         ops: Sequence[Op],
         batch_size: int,
     ) -> Rows:
-        """Returns the sums over batches of the outputs of `step`, added on the device.
+        """Returns each output's sum over all valid rows, and their number, "examples".
 
-        For outputs whose size does not depend on the set: counts, confusion matrices.
-        `step` itself must leave out rows that are not `batch["valid"]`.
+        For outputs [B, ...] too large to gather, such as the confusion matrices of the
+        pixels of images. Rows of padding and of unreadable images do not count. The
+        device holds all rows of a batch: [B, C, C] of 1,000 classes takes a gigabyte,
+        so let `rows` bring label and prediction of each image to the host, and count
+        there. Batches are added in int64 and float64.
         """
-        totals = None
-        add = jax.jit(lambda a, b: jax.tree.map(jnp.add, a, b))
+        add = jax.jit(_sum_rows, out_shardings=layout.replicated(self.mesh))
+        totals: Rows = {}
+        for outputs, valid in self._outputs(step, state, source, ops, batch_size):
+            for name, x in jax.device_get(add(outputs, valid)).items():
+                wide = x.astype(np.float64 if x.dtype.kind == "f" else np.int64)
+                totals[name] = np.asarray(totals.get(name, 0) + wide)
+        return totals
+
+    def _outputs(
+        self,
+        step: EvalStep,
+        state: Any,
+        source: Source,
+        ops: Sequence[Op],
+        batch_size: int,
+    ) -> Iterator[tuple[dict[str, Array], Array]]:
+        """Yields outputs and "valid" of each batch, while the next is computed."""
+        waiting = None
         for ordinal, batch in enumerate(self.eval_batches(source, ops, batch_size)):
-            found = step(state, batch, ordinal)
-            totals = found if totals is None else add(totals, found)
-        return jax.device_get(totals or {})
+            outputs = step(state, batch, ordinal)
+            self._check_rows(outputs, batch_size)
+            if waiting is not None:
+                yield waiting
+            waiting = outputs, batch["valid"]
+        if waiting is not None:
+            yield waiting
+
+    def _check_rows(self, outputs: Mapping[str, Any], batch_size: int) -> None:
+        wrong = {n: x.shape for n, x in outputs.items() if x.shape[:1] != (batch_size,)}
+        if wrong:
+            shown = ", ".join(f'"{n}" of shape {s}' for n, s in sorted(wrong.items()))
+            raise ValueError(
+                f"{self.name}: the evaluator's function returned {shown} for a batch "
+                f"of {batch_size} examples; return one row an example, "
+                f"[{batch_size}, ...]: rows that are padding must be left out, so "
+                "Context.sums does the summing."
+            )
 
     def once(
         self, protocol: Any, compute: Callable[[], dict[str, float]]
@@ -224,66 +255,19 @@ class Context:
         return scores
 
 
-@dataclasses.dataclass(kw_only=True)
-class ClassTable:
-    """A label mapping: `indices[c]` is the model's label of the source's class c."""
-
-    indices: Int32[np.ndarray, " classes"]
-    message: str | None
-
-    @property
-    def is_identity(self) -> bool:
-        """Returns whether every class has the same label on both sides."""
-        return np.array_equal(self.indices, np.arange(len(self.indices)))
-
-
-def class_table(
-    theirs: Sequence[str],
-    ours: Sequence[str],
-    *,
-    name: str,
-    ours_is: str,
-    in_order: str | None = None,
-) -> ClassTable:
-    """Returns the labels in `ours` of the classes `theirs`, matched by class name.
-
-    Matching by number would give wrong labels without an error if a class is missing
-    or the order differs. In messages `name` and `ours_is` name the two sides, and
-    `in_order` the option that matches by number.
-
-    Raises:
-        ValueError: the source has a class that `ours` lacks, or names are ambiguous.
-    """
-    if tuple(theirs) == tuple(ours):
-        return ClassTable(indices=np.arange(len(ours), dtype=np.int32), message=None)
-    hint = ""
-    if in_order is not None:
-        hint = f" Where only the names differ and not the order: {in_order}"
-    for whose, names in ((name, theirs), (ours_is, ours)):
-        twice = sorted({n for n in names if list(names).count(n) > 1})
-        if twice:
-            raise ValueError(
-                f"{whose} has classes of the same name ({some(twice)}), so that "
-                f"those of {name} cannot be told apart; give every class its own name."
-                + hint
-            )
-    number = {class_name: index for index, class_name in enumerate(ours)}
-    unknown = [n for n in theirs if n not in number]
-    if unknown:
+def _sum_rows(outputs: Mapping[str, Array], valid: Array) -> dict[str, Array]:
+    if "examples" in outputs:
         raise ValueError(
-            f"{name} has {len(unknown)} classes unknown to {ours_is}: "
-            f"{some(unknown)}. It knows {len(ours)}: {some(ours)}. Rename the "
-            f"classes, or take them out of {name}." + hint
+            'Context.sums returns the number of rows as "examples": give the output '
+            "of that name another."
         )
-    missing = [n for n in ours if n not in set(theirs)]
-    message = None
-    if missing:
-        message = (
-            f"{name} has {len(theirs)} of the {len(ours)} {ours_is} classes (missing: "
-            f"{some(missing)}) - indices follow {ours_is}."
-        )
-    indices = np.array([number[n] for n in theirs], np.int32)
-    return ClassTable(indices=indices, message=message)
+
+    def total(x: Array) -> Array:
+        kept = valid.reshape(-1, *[1] * (x.ndim - 1))
+        exact = x.astype(jnp.float32) if jnp.issubdtype(x.dtype, jnp.floating) else x
+        return jnp.where(kept, exact, 0).sum(axis=0)
+
+    return {"examples": valid.sum()} | {name: total(x) for name, x in outputs.items()}
 
 
 class Evaluations:
@@ -359,8 +343,7 @@ class Evaluations:
         prefix = f"{name}{self._suffix}"
         if not self._run.writer.recorded(step, prefix):
             self._program.make_room()
-            scores = self._runners[name](state)
-            named = {f"{prefix}/{k}": v for k, v in scores.items()}
+            named = named_scores(self._runners[name], state, prefix)
             self._run.writer.write(step, named)
             self._run.progress.scores(step, named)
 

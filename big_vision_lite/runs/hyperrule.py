@@ -14,6 +14,7 @@ from big_vision_lite.config import Checkpoints, Init, TrainConfig
 from big_vision_lite.data.ops import (
     Decode,
     FlipLeftRight,
+    Orientation,
     RandomCrop,
     Resize,
     UndecodableImage,
@@ -102,8 +103,9 @@ class HyperRule:
     ) -> TrainConfig:
         """Returns the config that trains `model` with a new head for `train`'s classes.
 
-        Images get the channels that `pretrained_preprocess` gives the first image.
-        Without an `objective`, each has one class (softmax); numbers are not mixed.
+        Images get the channels that `pretrained_preprocess` gives the first image, and
+        are turned as it turns them. Without an `objective`, each has one class
+        (softmax); numbers are not mixed.
 
         Raises:
             ValueError: no image can be read, or the model has no field for a head.
@@ -164,15 +166,17 @@ class HyperRule:
         if self.ops is not None and self.preprocess is not None:
             return self.ops, self.preprocess
         channels = input_shape(train, pretrained)[-1]
+        found = [op.orientation for op in pretrained if isinstance(op, Decode)]
+        decode = Decode(channels=channels, orientation=(*found, Orientation.IGNORE)[0])
         crop = self.size_px or crop_by_area(train)
         flip = (FlipLeftRight(),) if self.flip else ()
         ops = (
-            Decode(channels=channels),
+            decode,
             Resize(size_px=resize_of(crop)),
             RandomCrop(size_px=crop),
             *flip,
         )
-        return ops, (Decode(channels=channels), Resize(size_px=crop))
+        return ops, (decode, Resize(size_px=crop))
 
 
 @dataclasses.dataclass(kw_only=True)

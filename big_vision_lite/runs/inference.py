@@ -23,7 +23,6 @@ from big_vision_lite.types import (
     Forward,
     Model,
     Objective,
-    Source,
     backbone_of,
 )
 
@@ -77,13 +76,13 @@ class LoadedModel:
 
     def _rows(self, steps: Sequence[Step], images: Any) -> dict[str, np.ndarray]:
         source = _Images(images)
-        ops = Guarded(self.run.config.preprocess)
+        guarded = Guarded(source, self.run.config.preprocess)
         # Powers of two, so that only a few batch sizes are compiled.
         power_of_two = 1 << (len(source) - 1).bit_length()
         batch_size = min(self._batch_size, power_of_two)
-        found = run_steps(self.run, steps, source, ops, batch_size, hidden=None)
-        if ops.errors:
-            index, reason = min(ops.errors.items())
+        found = run_steps(self.run, steps, guarded, batch_size, hidden=None)
+        if guarded.errors:
+            index, reason = min(guarded.errors.items())
             raise ValueError(f"{source.name(index)} cannot be read: {reason}")
         return found
 
@@ -201,27 +200,30 @@ def make_steps(
 def run_steps(
     run: SavedRun,
     steps: Sequence[Step],
-    source: Source,
-    ops: Guarded,
+    images: Guarded,
     batch_size: int,
     *,
     hidden: bool | None,
 ) -> dict[str, np.ndarray]:
     """Returns the outputs of `steps`, one row per example, in order.
 
-    Rows of images in `ops.errors` are zeros. `batch_size` is rounded up to a multiple
-    of the devices; progress is shown in a terminal or notebook unless `hidden`.
+    Rows of images in `images.errors` are zeros. `batch_size` is rounded up to a
+    multiple of the devices; progress is shown in a terminal or notebook unless
+    `hidden`.
 
     Raises:
         ValueError: not one image can be read, or preprocessing gives several sizes.
     """
     num_devices = run.mesh.size
-    batch_size = -(-min(batch_size, len(source)) // num_devices) * num_devices
-    batches = pipeline.eval_batches(source, (ops,), batch_size, run.mesh)
+    batch_size = -(-min(batch_size, len(images)) // num_devices) * num_devices
+    # Among any number of unreadable ones a readable image is found.
+    batches = pipeline.eval_batches(
+        images, (images,), batch_size, run.mesh, attempts=len(images)
+    )
     console = Console()
     if hidden is None:
         shown = console.is_terminal or console.is_jupyter
-        hidden = not shown or len(source) <= 4 * batch_size
+        hidden = not shown or len(images) <= 4 * batch_size
     progress = track(
         batches, "predicting", console=console, transient=True, disable=hidden
     )
@@ -230,11 +232,11 @@ def run_steps(
         with jax.set_mesh(run.mesh):
             for batch in progress:
                 rows = jax.device_get([step(run.state, batch) for step in steps])
-                _put(rows, batch, found, len(source))
+                _put(rows, batch, found, len(images))
     except ValueError as error:
-        if len(ops.errors) < len(source):
+        if len(images.errors) < len(images):
             raise
-        raise _nothing_read(source, ops) from error
+        raise _nothing_read(images) from error
     return found
 
 
@@ -254,9 +256,9 @@ def _put(
         found[name][places] = values[valid]
 
 
-def _nothing_read(source: Source, ops: Guarded) -> ValueError:
-    index, reason = min(ops.errors.items())
-    name, count = source.name(index), len(source)
+def _nothing_read(images: Guarded) -> ValueError:
+    index, reason = min(images.errors.items())
+    name, count = images.name(index), len(images)
     if count == 1:
         return ValueError(f"{name} cannot be read: {reason}")
     return ValueError(

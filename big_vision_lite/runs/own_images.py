@@ -1,5 +1,6 @@
 """A recipe for labelled images of one's own: fine-tuned, or from scratch."""
 
+import dataclasses
 from collections.abc import Callable
 from typing import Any
 
@@ -9,6 +10,7 @@ from big_vision_lite.data.ops import (
     Decode,
     DecodeInceptionCrop,
     FlipLeftRight,
+    Orientation,
     ResizeSmall,
 )
 from big_vision_lite.data.ops.device import Mixup
@@ -31,6 +33,7 @@ ARGUMENTS: dict[str, Any] = {
     "epochs": 0.0,
     "steps": 0,
     "flip": True,
+    "orientation": Orientation.IGNORE,
     "split_seed": 0,
     "allow_module": "",
 }
@@ -69,11 +72,19 @@ def from_checkpoint(
         flip=chosen.flip,
     )
     num_steps, _ = rule.schedule(len(train))
+    preprocess = pretrained.preprocess
+    if chosen.orientation is Orientation.APPLY:
+        preprocess = tuple(
+            dataclasses.replace(op, orientation=chosen.orientation)
+            if isinstance(op, Decode)
+            else op
+            for op in preprocess
+        )
     return rule.config(
         pretrained.model,
         train,
         scored(max(1, num_steps // 10)),
-        pretrained.preprocess,
+        preprocess,
         objective=objective,
         init=start(chosen.init, pretrained.model),
     )
@@ -93,6 +104,7 @@ def from_scratch(
     num_steps = max(1, round(epochs * len(train) / batch_size))
     head = Classifier(num_classes=num_classes)
     flip = (FlipLeftRight(),) if chosen.flip else ()
+    decode = {"orientation": chosen.orientation}
     mixes = not isinstance(objective, Regression)
     return TrainConfig(
         num_epochs=epochs,
@@ -100,12 +112,12 @@ def from_scratch(
         objective=objective,
         data=Stream(
             source=train,
-            ops=(DecodeInceptionCrop(size_px=size, area_min=0.25), *flip),
+            ops=(DecodeInceptionCrop(**decode, size_px=size, area_min=0.25), *flip),
             device_ops=(Mixup(num_classes=num_classes, alpha=0.2),) if mixes else (),
             batch_size=batch_size,
         ),
         preprocess=(
-            Decode(),
+            Decode(**decode),
             ResizeSmall(size_px=round(size * 8 / 7)),
             CentralCrop(size_px=size),
         ),

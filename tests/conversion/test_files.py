@@ -14,8 +14,8 @@ import numpy as np
 import pytest
 import safetensors.numpy
 
+from big_vision_lite.conversion import engine, foreign
 from big_vision_lite.conversion import files as weights
-from big_vision_lite.conversion import foreign
 
 pytestmark = pytest.mark.parity
 
@@ -57,6 +57,85 @@ def test_half_precision_safetensors_are_read(tmp_path):
         safetensors.numpy.save_file(stored, tmp_path / "x")
         found = weights.arrays_of(tmp_path / "x")
         np.testing.assert_array_equal(found["x"], stored["x"].astype(np.float32))
+
+
+EIGHT_BITS = {
+    "F8_E4M3": ml_dtypes.float8_e4m3fn,
+    "F8_E5M2": ml_dtypes.float8_e5m2,
+    "F8_E8M0": ml_dtypes.float8_e8m0fnu,
+}
+WHOLE = {"I8": np.int8, "U16": np.uint16, "I64": np.int64, "BOOL": np.bool_}
+
+
+def write_safetensors(path, arrays):
+    """Writes {name: (dtype as the format names it, shape, bytes)}."""
+    header, body = {}, b""
+    for name, (kind, shape, data) in arrays.items():
+        span = [len(body), len(body) + len(data)]
+        header[name] = {"dtype": kind, "shape": list(shape), "data_offsets": span}
+        body += data
+    text = json.dumps(header | {"__metadata__": {"format": "pt"}}).encode()
+    path.write_bytes(len(text).to_bytes(8, "little") + text + body)
+
+
+@pytest.mark.parametrize("kind", [*EIGHT_BITS, *WHOLE])
+def test_every_type_that_has_a_meaning_is_read(kind, tmp_path):
+    values = np.array([[0.5, 1.0], [2.0, 4.0]])
+    array = values.astype((EIGHT_BITS | WHOLE)[kind])
+    arrays = {"a": (kind, (2, 2), array.tobytes()), "none": (kind, (0, 3), b"")}
+    write_safetensors(tmp_path / "x", arrays)
+    found = weights.arrays_of(tmp_path / "x")
+    np.testing.assert_array_equal(found["a"], array.astype(found["a"].dtype))
+    assert found["a"].dtype == (np.float32 if kind in EIGHT_BITS else array.dtype)
+    assert found["none"].shape == (0, 3)
+
+
+@pytest.mark.parametrize("kind", ["F4", "F6_E2M3", "F6_E3M2", "F3", "Q4_K", 7])
+def test_types_without_a_meaning_are_named(kind, tmp_path):
+    write_safetensors(tmp_path / "x", {"a.weight": (kind, (2, 4), bytes(4))})
+    message = f"x stores a.weight as {kind}, .* not read. Open it with the library"
+    with pytest.raises(ValueError, match=message):
+        weights.arrays_of(tmp_path / "x")
+
+
+def test_weights_beyond_the_range_of_float8_are_named(tmp_path):
+    array = np.array([1.0, 900.0]).astype(ml_dtypes.float8_e4m3fn)
+    write_safetensors(tmp_path / "x", {"fc": ("F8_E4M3", (2,), array.tobytes())})
+    with pytest.raises(ValueError, match="x: fc is stored as float8_e4m3fn, .* 448"):
+        weights.arrays_of(tmp_path / "x")
+
+
+@pytest.mark.parametrize(
+    "array, words",
+    [
+        (np.ones((2, 3), np.int8), r"integers \(int8\), .*quantised"),
+        (np.ones((2, 3), np.complex64), r"complex numbers \(complex64\)"),
+        (np.ones((2, 3), bool), r"booleans \(bool\)"),
+        (np.full((2, 3), "one"), "no numbers that numpy knows"),
+        (np.ones((2, 3), ml_dtypes.float8_e5m2).view("V1"), "no numbers"),
+    ],
+)
+def test_other_values_than_floats_are_no_weights(array, words):
+    entries = [engine.dense("a.weight", "a/kernel"), engine.same("b", "b")]
+    theirs = {"a.weight": array, "b": np.zeros(2, np.float32)}
+    with pytest.raises(ValueError, match=f"  - a.weight  holds {words}"):
+        engine.read(entries, theirs, {"a/kernel": (3, 2), "b": (2,)}, what="x")
+
+
+def test_tensors_that_are_no_plain_arrays_are_named(tmp_path):
+    torch = pytest.importorskip("torch")
+    plain = torch.arange(6.0).reshape(2, 3)
+    for kind in (torch.float8_e4m3fn, torch.bfloat16, torch.int8, torch.complex64):
+        torch.save({"a": plain.to(kind)}, tmp_path / "x.pth")
+        found = weights.arrays_of(tmp_path / "x.pth")["a"]
+        np.testing.assert_array_equal(found.real, plain.numpy())
+        assert found.dtype.kind == {torch.int8: "i", torch.complex64: "c"}.get(
+            kind, "f"
+        )
+    for tensor in (plain.to_sparse(), torch.empty(2, 3, device="meta")):
+        torch.save({"a": tensor}, tmp_path / "x.pth")
+        with pytest.raises(ValueError, match="x.pth stores a as torch.*not read"):
+            weights.arrays_of(tmp_path / "x.pth")
 
 
 @pytest.mark.parametrize("prefix", ["params/", "opt/target/", "state_dict.", "model."])

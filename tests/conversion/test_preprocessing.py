@@ -223,6 +223,24 @@ def test_every_resize_has_a_crop_pct(mode):
             assert config["crop_mode"] == mode
 
 
+def test_exif_is_said_where_the_file_has_no_word_for_it():
+    steps = ops.ResizeSmall(size_px=256), ops.CentralCrop(size_px=224)
+    for orientation in ops.Orientation:
+        ours = preprocessing.Preprocessing(
+            ops=(ops.Decode(orientation=orientation), *steps),
+            mean=(127.5,),
+            std=(127.5,),
+            image_size_px=(224, 224),
+        )
+        for write in (
+            preprocessing_export.to_timm,
+            preprocessing_export.to_torchvision,
+            preprocessing_export.to_huggingface,
+        ):
+            said = "exif_transpose" in " ".join(write(ours).inexact)
+            assert said == (orientation == "apply")
+
+
 def test_what_timm_computes_otherwise_is_said():
     ours = preprocessing.from_big_vision((224, 224))
     assert "pil" in str(preprocessing_export.to_timm(ours).inexact).lower()

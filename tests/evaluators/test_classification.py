@@ -25,7 +25,7 @@ from big_vision_lite.objectives.classification import (
     SigmoidClassification,
     SoftmaxClassification,
 )
-from big_vision_lite.runs.evaluations import class_table
+from big_vision_lite.runs.labels import class_table
 from big_vision_lite.training import step as step_lib
 
 NAMES = tuple("abcdefg")

@@ -107,23 +107,6 @@ def test_numbers_of_a_batch_are_weighted_by_its_examples(tmp_path):
     assert found["progress"] == 0.75  # 3 of the 4 steps of the context
 
 
-@pytest.mark.parametrize("devices", [1, 8])
-def test_sums_are_added_up_over_batches_and_devices(tmp_path, devices):
-    mesh, model = make_mesh(devices), Network()
-    with jax.set_mesh(mesh):
-        context = make_context(tmp_path, mesh, model, NAMES)
-
-        def count(forward, batch, rng):
-            rows = jax.nn.one_hot(batch["label"], 10, dtype=jnp.int32)
-            return {"counts": (rows * batch["valid"][:, None]).sum(axis=0)}
-
-        step = context.make_eval_step(count)
-        found = context.sums(
-            step, make_state(model, mesh, (8, 8, 1)), labelled(), (), 8
-        )
-    np.testing.assert_array_equal(found["counts"], np.bincount(LABELS, minlength=10))
-
-
 def test_what_cannot_be_evaluated_is_refused_before_the_first_step(tmp_path):
     with pytest.raises(ValueError, match="batch_size starts at 1"):
         Loss(source=labelled(), batch_size=0)

@@ -54,11 +54,11 @@ class IntersectionOverUnion:
         def confusion(forward, batch, rng):
             logits = forward(image=batch["image"])["mask_logits"]
             mask = batch["mask"].reshape(logits.shape[:3])
-            valid = jnp.broadcast_to(batch["valid"][:, None, None], mask.shape)
             both = mask * self.num_classes + logits.argmax(axis=-1)
-            counts = jnp.zeros(self.num_classes**2, jnp.int32)
-            counts = counts.at[both.reshape(-1)].add(valid.reshape(-1))
-            return {"counts": counts.reshape(self.num_classes, self.num_classes)}
+            counts = jnp.zeros((len(mask), self.num_classes**2), jnp.int32)
+            rows = jnp.arange(len(mask))[:, None]
+            counts = counts.at[rows, both.reshape(len(mask), -1)].add(1)
+            return {"counts": counts.reshape(-1, self.num_classes, self.num_classes)}
 
         step = context.make_eval_step(confusion)
         where = (self.source, context.preprocess, self.batch_size)
@@ -69,8 +69,8 @@ class IntersectionOverUnion:
             hits = np.diagonal(counts)
             union = counts.sum(axis=0) + counts.sum(axis=1) - hits
             return {
-                "mean_iou": float((hits / np.maximum(union, 1)).mean()),
-                "pixels": float(counts.sum()),
+                "mean_iou": (hits / np.maximum(union, 1)).mean(),
+                "pixels": counts.sum(),
             }
 
         return run

@@ -17,6 +17,7 @@ from big_vision_lite.data.ops.decode import (
     decode_keys,
     image_of,
 )
+from big_vision_lite.data.ops.orientation import Orientation
 from big_vision_lite.data.ops.resampling import Box, Resampling, Rounding
 from big_vision_lite.data.ops.spatial import Mirror, Warp, Window, moved
 
@@ -51,13 +52,15 @@ class DecodeInceptionCrop(InceptionCrop):
     """Does Decode and InceptionCrop in one step, with exactly the same pixels."""
 
     channels: int = 3
+    orientation: Orientation = Orientation.IGNORE
 
     def __post_init__(self):
         super().__post_init__()
         check_channels(self)
 
     def __call__(self, example: Example, rng: np.random.Generator) -> Example:
-        return super().__call__(decode_keys(example, self.channels), rng)
+        decoded = decode_keys(example, self.channels, self.orientation)
+        return super().__call__(decoded, rng)
 
 
 @dataclasses.dataclass(kw_only=True)

@@ -1,0 +1,102 @@
+"""What an evaluator gets from its context: rows and sums of what is valid, only."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from evaluation_context import Damaged, Network, make_context, make_mesh, make_state
+
+from big_vision_lite.data.ops import Decode
+from big_vision_lite.data.sources.arrays import InMemory
+
+NAMES = tuple("0123456789")
+RNG = np.random.default_rng(0)
+IMAGES = RNG.integers(0, 256, (21, 8, 8, 1), np.uint8)
+LABELS = RNG.integers(0, 10, 21)
+SOURCE = InMemory(IMAGES, LABELS, NAMES)
+
+
+def sums(tmp_path, function, *, source=SOURCE, devices=1, batch_size=8, check=True):
+    mesh, model = make_mesh(devices), Network()
+    ops = (Decode(channels=1),) if isinstance(source, Damaged) else ()
+    with jax.set_mesh(mesh):
+        context = make_context(tmp_path, mesh, model, NAMES, ops=ops)
+        step = context.make_eval_step(function)
+        where = (source, ops, batch_size)
+        if check:
+            context.check_step(step, *where)
+        return context.sums(step, make_state(model, mesh, (8, 8, 1)), *where)
+
+
+def rows(forward, batch, rng):
+    """Of padding, which is zeros, the logarithm is not finite and the label a class."""
+    label = jax.nn.one_hot(batch["label"], 10, dtype=jnp.int8)
+    pixels = batch["image"].astype(jnp.float32).sum(axis=(1, 2, 3))
+    logits = forward(image=batch["image"])["logits"]
+    return {
+        "counts": label,
+        "pairs": label[:, :, None] * label[:, None, :],
+        "labelled": batch["label"] >= 0,
+        "log": jnp.log(pixels),
+        "half": pixels.astype(jnp.bfloat16),
+        "logits": logits,
+    }
+
+
+@pytest.mark.parametrize("devices, batch_size", [(1, 8), (1, 21), (8, 8), (8, 32)])
+def test_sums_take_every_example_once_whatever_the_padding(
+    tmp_path, devices, batch_size
+):
+    found = sums(tmp_path, rows, devices=devices, batch_size=batch_size)
+    counts = np.bincount(LABELS, minlength=10)
+    pixels = IMAGES.sum(axis=(1, 2, 3), dtype=np.float64)
+    np.testing.assert_array_equal(found["counts"], counts)
+    np.testing.assert_array_equal(found["pairs"], np.diag(counts))
+    assert found["labelled"] == found["examples"] == 21
+    np.testing.assert_allclose(found["log"], np.log(pixels).sum(), rtol=1e-6)
+    # Rounded to bfloat16 (8 bits) is the row, not the sum.
+    np.testing.assert_allclose(found["half"], pixels.sum(), rtol=2**-9)
+    one = sums(tmp_path, rows, batch_size=21)
+    np.testing.assert_allclose(found["logits"], one["logits"], rtol=1e-5)
+
+
+def test_sums_leave_unreadable_images_out(tmp_path):
+    bad = (0, 3, 20)
+    found = sums(tmp_path, rows, source=Damaged(SOURCE, bad))
+    kept = np.delete(LABELS, bad)
+    assert found["examples"] == 18
+    np.testing.assert_array_equal(found["counts"], np.bincount(kept, minlength=10))
+
+
+def test_counts_of_many_batches_do_not_overflow(tmp_path):
+    def large(forward, batch, rng):
+        return {"pixels": jnp.full(len(batch["label"]), 2**28, jnp.int32)}
+
+    found = sums(tmp_path, large, batch_size=4)
+    assert found["pixels"] == 21 * 2**28 > np.iinfo(np.int32).max
+
+
+@pytest.mark.parametrize(
+    "output, shape",
+    [
+        (lambda label: jnp.bincount(label, length=10), r"\(10,\)"),
+        (lambda label: (label > 0).sum(), r"\(\)"),
+        (lambda label: jax.nn.one_hot(label, 10).T, r"\(10, 8\)"),
+    ],
+)
+@pytest.mark.parametrize("check", [True, False])
+def test_a_function_that_sums_itself_is_refused(tmp_path, output, shape, check):
+    def function(forward, batch, rng):
+        return {"counts": output(batch["label"]), "good": batch["label"]}
+
+    message = f'val: .* returned "counts" of shape {shape} for a batch of 8 .* \\[8, '
+    with pytest.raises(ValueError, match=message):
+        sums(tmp_path, function, check=check)
+
+
+def test_the_number_of_examples_has_its_name_for_itself(tmp_path):
+    def function(forward, batch, rng):
+        return {"examples": batch["label"]}
+
+    with pytest.raises(ValueError, match='number of rows as "examples"'):
+        sums(tmp_path, function)

@@ -20,7 +20,8 @@ from big_vision_lite.objectives.classification import (
     SoftmaxClassification,
 )
 from big_vision_lite.objectives.regression import Regression, RegressionLoss
-from big_vision_lite.recipes import command_line
+from big_vision_lite.recipes import command_line, serialize
+from big_vision_lite.runs import image_folders
 from big_vision_lite.runs.records import read_history
 
 ROOT = pathlib.Path(__file__).parents[1]
@@ -131,6 +132,26 @@ def test_a_resumed_run_ends_with_the_same_numbers(path, regression, tmp_path):
     again = trained(path, tmp_path / "run", "label=grey,tilt,kind=numbers")
     for name in ("val/r2/grey", "val/mae/tilt", "train/loss"):
         assert again[4][name] == records[4][name]
+
+
+def test_a_run_knows_the_place_and_the_content_of_its_table(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    own = write_table(tmp_path)
+    config = parse("labels.csv", "label=class,split=part,root=.")
+    manifest = {"folders": image_folders.fingerprints(config)}
+    image_folders.check_unchanged(config, manifest)
+    document = json.loads(serialize.to_json(config))["config"]
+    typed = image_folders.make_absolute(document)
+    found = document["evaluators"]["val"]["source"]
+    assert (found["path"], found["root"]) == (str(own), str(tmp_path))
+    assert typed["data.source.path"] == "labels.csv"
+    assert image_folders.paragraph(config)[0] == f"table        {own}"
+    own.write_text(own.read_text().replace("light", "bright"))
+    again = parse("labels.csv", "label=class,split=part,root=.")
+    with pytest.raises(
+        ValueError, match="other images than the table that the run"
+    ):
+        image_folders.check_unchanged(again, manifest)
 
 
 def test_tags_are_trained_with_the_sigmoid_and_scored_by_average_precision(

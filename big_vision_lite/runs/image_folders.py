@@ -1,4 +1,4 @@
-"""The folders of images of a run: said at its start, recorded, recognised later."""
+"""Folders and tables of images of a run: said at its start, recorded, recognised."""
 
 import os
 from collections.abc import Iterator, Mapping
@@ -7,24 +7,28 @@ from typing import Any
 from etils import epath
 
 from big_vision_lite.config import TrainConfig
-from big_vision_lite.data.sources import ImageFolder
-from big_vision_lite.data.sources.folder import describe
+from big_vision_lite.data.sources import ImageFolder, Table, folder, table
 from big_vision_lite.recipes import serialize
 from big_vision_lite.runtime import files
 
 # Fields of sources that name a place on the disk.
-PLACES = ("path", "data_dir")
+PLACES = ("path", "data_dir", "root")
 
 
 def folders_of(config: TrainConfig) -> dict[str, ImageFolder]:
     """Returns the image folders of training and of what evaluates, by their place."""
+    return {n: s for n, s in sets_of(config).items() if isinstance(s, ImageFolder)}
+
+
+def sets_of(config: TrainConfig) -> dict[str, ImageFolder | Table]:
+    """Returns the folders and tables of training and of what evaluates, by place."""
     evaluators = {n: e for n, e in config.evaluators.items() if e.every_steps}
     found = {"data.source": config.data.source, "evaluators": evaluators}
     return dict(_inside(found, ""))
 
 
-def _inside(component: Any, where: str) -> Iterator[tuple[str, ImageFolder]]:
-    if isinstance(component, ImageFolder):
+def _inside(component: Any, where: str) -> Iterator[tuple[str, ImageFolder | Table]]:
+    if isinstance(component, ImageFolder | Table):
         yield where, component
     elif isinstance(component, Mapping):
         for name, value in component.items():
@@ -38,8 +42,11 @@ def _inside(component: Any, where: str) -> Iterator[tuple[str, ImageFolder]]:
 
 
 def paragraph(config: TrainConfig) -> list[str]:
-    """Returns what lies in the run's folders; raises as their sources do."""
-    return describe(list(folders_of(config).values()))
+    """Returns what lies in the run's folders and tables; raises as their sources do."""
+    found = list(sets_of(config).values())
+    folders = [each for each in found if isinstance(each, ImageFolder)]
+    tables = [each for each in found if isinstance(each, Table)]
+    return [*folder.describe(folders), *table.describe(tables)]
 
 
 def refuse_workdir_inside(config: TrainConfig, workdir: epath.Path) -> None:
@@ -50,8 +57,8 @@ def refuse_workdir_inside(config: TrainConfig, workdir: epath.Path) -> None:
     if files.is_remote(workdir):
         return
     place = files.absolute(workdir)
-    for where, folder in folders_of(config).items():
-        root = files.absolute(folder.path)
+    for where, each in folders_of(config).items():
+        root = files.absolute(each.path)
         if place == root or root in place.parents:
             raise ValueError(
                 f"--workdir={workdir} lies in the folder of images {root} ({where}): "
@@ -61,23 +68,26 @@ def refuse_workdir_inside(config: TrainConfig, workdir: epath.Path) -> None:
 
 
 def fingerprints(config: TrainConfig) -> dict[str, str]:
-    """Returns the fingerprint of every folder; manifests record them."""
-    return {where: each.fingerprint for where, each in folders_of(config).items()}
+    """Returns the fingerprint of every folder and table; manifests record them."""
+    return {where: each.fingerprint for where, each in sets_of(config).items()}
 
 
 def check_unchanged(config: TrainConfig, manifest: Mapping[str, Any]) -> None:
-    """Raises ValueError where a folder to evaluate on is not the one of the run."""
+    """Raises ValueError where a set to evaluate on is not the one of the run."""
     known = manifest.get("folders", {})
-    for where, folder in folders_of(config).items():
+    for where, each in sets_of(config).items():
         if where == "data.source" or where not in known:
             continue
-        if folder.fingerprint != known[where]:
+        if each.fingerprint != known[where]:
+            place, kind = files.absolute(each.path), "folder"
+            recipe = f"configs/folder.py:dir={place}"
+            if isinstance(each, Table):
+                recipe, kind = f"configs/table.py:table={place},...", "table"
             raise ValueError(
-                f"{where}: {folder.root.absolute()} holds other images than the folder "
-                f"that the run was evaluated on: {len(folder):,} with the fingerprint "
-                f"{folder.fingerprint}, then {known[where]}. Give the run its folder "
-                "back; or score these images on purpose, under a name of their own: "
-                f"--config configs/folder.py:dir={folder.root.absolute()}"
+                f"{where}: {place} holds other images than the {kind} that the run was "
+                f"evaluated on: {len(each):,} with the fingerprint {each.fingerprint}, "
+                f"then {known[where]}. Give the run its {kind} back; or score these "
+                f"images on purpose, under a name of their own: --config {recipe}"
             )
 
 

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from big_vision_lite.data.sources import LabelKind, Table
-from big_vision_lite.data.sources.table import table_splits
+from big_vision_lite.data.sources.table import describe, table_splits
 
 FILES = [f"{index:02d}.png" for index in range(20)]
 
@@ -188,6 +188,24 @@ def test_a_column_names_the_splits(folder):
         len(folds)
 
 
+def test_the_paragraph_says_splits_counts_and_ranges(folder):
+    path = write(
+        folder,
+        "file,class,n\n"
+        + "".join(f"{f},{'abb'[i % 3]},{i / 2}\n" for i, f in enumerate(FILES)),
+    )
+    lines = describe([*table_splits(table(path)).values(), table(path)])
+    assert lines == [
+        f"table        {path}",
+        "  train      18 images of 2 classes: smallest a (6), largest b (12)"
+        " (by a hash, split_seed=0)",
+        "  val        2 images of 2 classes: smallest a (1), largest a (1)"
+        " (by a hash, split_seed=0)",
+    ]
+    numbers = table(path, label="n", kind="numbers", split="all")
+    assert describe([numbers])[1] == "  all        20 images: n 0 to 9.5"
+
+
 def test_the_same_row_twice_stays_in_one_split(folder):
     files = [*FILES, *(f"./{file}" for file in FILES)]
     path = write(folder, csv_of("class", ["a", "b"] * 20, files))
@@ -266,7 +284,7 @@ REFUSED = {
     "two labels": (
         csv_of("class", ["a", "b", "a"], ["00.png", "01.png", "./01.png"]),
         {},
-        './01.png has two labels, lines 3, 4; .*kind="classes"',
+        '01.png has two labels, lines 3, 4; .*kind="classes"',
     ),
     "two splits": (
         "file,class,part\n00.png,a,train\n00.png,a,test\n",

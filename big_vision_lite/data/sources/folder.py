@@ -192,12 +192,20 @@ def _describe(root: Path, sources: Sequence[ImageFolder]) -> list[str]:
 
 
 def _counts(source: ImageFolder) -> str:
-    count = f"{len(source):,} image{'s' * (len(source) != 1)}"
     if not source.labels:
-        return count
-    names, counts = source.class_names, source.class_counts()
+        return counted(len(source), "image")
+    return summary(len(source), source.class_names, source.class_counts())
+
+
+def summary(size: int, names: Sequence[str], counts: np.ndarray) -> str:
+    """Returns a line on a labelled set: images, classes, the smallest, the largest."""
     least, most = int(counts.argmin()), int(counts.argmax())
     return (
-        f"{count} of {len(names)} classes: smallest {names[least]} "
+        f"{counted(size, 'image')} of {len(names)} classes: smallest {names[least]} "
         f"({counts[least]:,}), largest {names[most]} ({counts[most]:,})"
     )
+
+
+def counted(count: int, noun: str) -> str:
+    """Returns "1 image", "2,000 images"."""
+    return f"{count:,} {noun}{'s' * (count != 1)}"

@@ -11,10 +11,12 @@ import numpy as np
 
 from big_vision_lite.data.sources import table_file, table_labels, table_paths
 from big_vision_lite.data.sources.arrays import Example, content_hash, fields_of
+from big_vision_lite.data.sources.folder import counted, summary
 from big_vision_lite.data.sources.table_file import Columns
 from big_vision_lite.data.sources.table_labels import LabelKind, Labels
 from big_vision_lite.data.sources.tfds.records import with_retries
 from big_vision_lite.messages import did_you_mean, some
+from big_vision_lite.runtime import files
 
 SPLITS = ("train", "val", "test")
 # Other words for them in a column of splits.
@@ -68,6 +70,8 @@ class Table:
     classes: tuple[str, ...] = ()
 
     def __post_init__(self):
+        files.check_name(self.path)
+        files.check_name(self.root or "")
         if isinstance(self.label, str):
             self.label = (self.label,)
         self._check_columns()
@@ -144,8 +148,9 @@ class Table:
         labels = table_labels.read_labels(
             columns, self.label, self.kind, self.separator, self.classes
         )
-        table_paths.check_repeated(columns, paths, labels)
-        splits = self._splits(columns, paths, labels)
+        plain = table_paths.plain(paths)
+        table_paths.check_repeated(columns, plain, labels)
+        splits = self._splits(columns, plain, labels)
         rows = self._rows(columns, splits, self.split)
         # A wrong root has none of them.
         for row in rows[[0, len(rows) // 2, -1]].tolist():
@@ -166,12 +171,12 @@ class Table:
         return _Split(class_names=class_names, paths=chosen, labels=encoded)
 
     def _splits(
-        self, columns: Columns, paths: Sequence[str], labels: Labels
+        self, columns: Columns, plain: Sequence[str], labels: Labels
     ) -> list[str]:
         """Returns the split of every row."""
         if self.split_column is None:
             return table_paths.hold_out(
-                paths,
+                plain,
                 labels.classes if self.kind == LabelKind.CLASS else None,
                 self.held_out,
                 self.split_seed,
@@ -183,7 +188,7 @@ class Table:
             table_labels.FILL,
         )
         words = [_split_word(cell) for cell in columns.cells[self.split_column]]
-        table_paths.check_splits(columns, paths, words)
+        table_paths.check_splits(columns, plain, words)
         return words
 
     def _rows(self, columns: Columns, splits: Sequence[str], split: str) -> np.ndarray:
@@ -322,6 +327,36 @@ def table_splits(table: Table) -> dict[str, Table]:
         for split in SPLITS
         if split in there or split == "train"
     }
+
+
+def describe(tables: Sequence[Table]) -> list[str]:
+    """Returns the paragraph on tables: their splits, with the counts of classes.
+
+    Of numbers it gives the smallest and the largest. Raises as the sources do.
+    """
+    lines, places = [], []
+    for table in tables:
+        place = f"table        {os.path.abspath(os.path.expanduser(table.path))}"
+        if place not in places:
+            places.append(place)
+            lines.append(place)
+        line = f"  {table.split:<10} {_counts(table)}"
+        if table.split_column is None and table.split != "all":
+            line += f" (by a hash, split_seed={table.split_seed})"
+        if line not in lines:
+            lines.append(line)
+    return lines
+
+
+def _counts(table: Table) -> str:
+    names, size = table.class_names, len(table)
+    if table.kind != LabelKind.NUMBERS:
+        return summary(size, names, table.class_counts())
+    low, high = table.targets.min(axis=0), table.targets.max(axis=0)
+    ranges = some(
+        f"{name} {x:g} to {y:g}" for name, x, y in zip(names, low, high, strict=True)
+    )
+    return f"{counted(size, 'image')}: {ranges}"
 
 
 def _split_word(cell: Any) -> str:

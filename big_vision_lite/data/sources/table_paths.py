@@ -39,16 +39,16 @@ def _is_path(cell: Any) -> bool:
         return False
 
 
-def _plain(path: str) -> str:
-    """Returns a path without "./" and "a/../", by which two rows may name one file."""
-    return posixpath.normpath(path.replace(os.sep, "/"))
+def plain(paths: Sequence[str]) -> list[str]:
+    """Returns paths without "./" and "a/../", by which two rows may name one file."""
+    return [posixpath.normpath(path.replace(os.sep, "/")) for path in paths]
 
 
 def check_repeated(columns: Columns, paths: Sequence[str], labels: Labels) -> None:
-    """Raises ValueError for an image that has two rows of unequal labels."""
+    """Raises ValueError for a `plain` path with two rows of unequal labels."""
     first: dict[str, int] = {}
     for row, path in enumerate(paths):
-        other = first.setdefault(_plain(path), row)
+        other = first.setdefault(path, row)
         if other != row and labels.key(other) != labels.key(row):
             remedy = "keep the one that is right"
             if labels.classes is not None:
@@ -60,10 +60,10 @@ def check_repeated(columns: Columns, paths: Sequence[str], labels: Labels) -> No
 
 
 def check_splits(columns: Columns, paths: Sequence[str], splits: Sequence[str]) -> None:
-    """Raises ValueError for an image that is in two splits."""
+    """Raises ValueError for a `plain` path that is in two splits."""
     first: dict[str, int] = {}
     for row, path in enumerate(paths):
-        other = first.setdefault(_plain(path), row)
+        other = first.setdefault(path, row)
         if splits[other] != splits[row]:
             raise ValueError(
                 f"{columns.path}: {path} is in two splits, {splits[other]} and "
@@ -104,16 +104,16 @@ def hold_out(
     share: float,
     seed: int,
 ) -> list[str]:
-    """Returns "val" for a share of the images (of each class), "train" for the others.
+    """Returns "val" for a share of the `plain` paths (of each class), else "train".
 
     A class of one image keeps it for training; a larger one gives at least one.
     """
     groups: dict[Any, set[str]] = {}
     for row, path in enumerate(paths):
         group = None if classes is None else classes[row]
-        groups.setdefault(group, set()).add(_plain(path))
+        groups.setdefault(group, set()).add(path)
     held: set[str] = set()
     for members in groups.values():
         count = min(max(1, round(share * len(members))), len(members) - 1)
         held.update(sorted(members, key=lambda p: stable_order(p, seed))[:count])
-    return ["val" if _plain(path) in held else "train" for path in paths]
+    return ["val" if path in held else "train" for path in paths]

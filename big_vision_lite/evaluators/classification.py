@@ -165,11 +165,6 @@ def _hits(top: Array, label: Array) -> dict[str, Array]:
 
 
 def _logits(outputs: dict[str, Any], num_classes: int, name: str) -> Array:
-    if "logits" not in outputs:
-        raise ValueError(
-            f"{name}: the model gives {', '.join(sorted(outputs))} but no logits; give "
-            "it a head, or evaluate it with FewShot."
-        )
     logits = outputs["logits"].astype(jnp.float32)
     if logits.shape[-1] != num_classes:
         raise ValueError(

@@ -34,12 +34,8 @@ def pooled(model: Model) -> RowFunction:
 
     def function(forward: Forward, batch: Batch, rng: Array) -> dict[str, Array]:
         outputs = forward(**model.inputs(batch))
-        vectors = outputs.get("pre_logits", outputs.get("pooled"))
-        if vectors is None:
-            raise ValueError(
-                f"The model gives {', '.join(sorted(outputs))}; features need "
-                '"pooled" [B, D].'
-            )
+        name = "pre_logits" if "pre_logits" in outputs else "pooled"
+        vectors = outputs[name]
         return {"vectors": vectors.astype(jnp.float32), "label": batch["label"]}
 
     return function

@@ -16,12 +16,13 @@ from jaxtyping import Bool
 from big_vision_lite.config import TrainConfig
 from big_vision_lite.data import pipeline
 from big_vision_lite.data.pipeline import EvaluationSet
-from big_vision_lite.messages import some
+from big_vision_lite.messages import did_you_mean, some
 from big_vision_lite.runs.scores import named_scores
 from big_vision_lite.runs.session import Run
 from big_vision_lite.runtime import files, layout, processes
 from big_vision_lite.runtime.processes import Stopped
 from big_vision_lite.training import step as step_lib
+from big_vision_lite.training.forward import MissingOutput
 from big_vision_lite.training.program import Program
 from big_vision_lite.training.state import TrainState
 from big_vision_lite.types import (
@@ -147,14 +148,16 @@ class Context:
                 )
         try:
             outputs = jax.eval_shape(step, self.abstract_state, spec)
+        except MissingOutput as error:
+            raise ValueError(f"{self.name}: {error}") from error
         except KeyError as error:
             if error.args[0] in spec or not isinstance(error.args[0], str):
                 raise
             raise ValueError(
-                f"{self.name}: the model or the objective asks for {error}, but what "
-                f"the ops make of {source.name(0)} has only "
-                f"{some(sorted(spec.keys() - {'valid'}))}. Give it by the source and "
-                "the ops of the evaluator."
+                f"{self.name}: the batch is asked for {error}, but what the ops make "
+                f"of {source.name(0)} has only {some(sorted(spec.keys() - {'valid'}))}."
+                f"{did_you_mean(error.args[0], spec)} Give it by the source and the "
+                "ops of the evaluator."
             ) from error
         self._check_rows(outputs, batch_size)
         return outputs

@@ -256,7 +256,9 @@ def test_a_head_of_another_size_or_none_is_named(tmp_path, source):
     ):
         pass
     with (
-        pytest.raises(ValueError, match="gives pooled but no logits"),
+        pytest.raises(
+            ValueError, match="val: the model gives pooled, no .logits.. It has no head"
+        ),
         prepared(tmp_path, source, model=Pixels(has_head=False)),
     ):
         pass

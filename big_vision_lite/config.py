@@ -26,6 +26,14 @@ class PositionResize(enum.StrEnum):
     ERROR = "error"
 
 
+class MatchClasses(enum.StrEnum):
+    """The pairing of a data set's classes with those of a model."""
+
+    BY_NAME = "by_name"
+    # For the same classes under other names ("tench", "n01440764").
+    IN_ORDER = "in_order"
+
+
 @dataclasses.dataclass(kw_only=True)
 class Init:
     """The checkpoint to start from: a run, a step folder or foreign weights.

@@ -2,10 +2,8 @@
 
 import csv
 import dataclasses
-import enum
 import io
 import math
-from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -13,21 +11,14 @@ import jax.numpy as jnp
 import numpy as np
 from etils import epath
 
+from big_vision_lite.config import MatchClasses
 from big_vision_lite.runs.evaluations import Context
-from big_vision_lite.runs.labels import ClassTable, class_table
+from big_vision_lite.runs.scores import check_fields
 from big_vision_lite.runtime import files
 from big_vision_lite.types import Array, Batch, Forward, Runner, Source
 
 TOP = 5
 COLUMNS = ("step", "class", "count", "correct", "accuracy")
-
-
-class MatchClasses(enum.StrEnum):
-    """The matching of a source's labels to the model's classes."""
-
-    BY_NAME = "by_name"
-    # For the same classes under other names ("tench", "n01440764").
-    IN_ORDER = "in_order"
 
 
 @dataclasses.dataclass(kw_only=True)
@@ -49,26 +40,16 @@ class Classification:
     match_classes: MatchClasses = MatchClasses.BY_NAME
 
     def __post_init__(self) -> None:
-        if self.batch_size < 1 or self.every_steps < 0:
-            raise ValueError(
-                f"Classification(every_steps={self.every_steps}, batch_size="
-                f"{self.batch_size}): batch_size starts at 1, every_steps at 1, and 0 "
-                "switches the evaluator off."
-            )
+        check_fields(self)
 
     def prepare(self, context: Context) -> Runner:
-        context.check_set(self.source, self.batch_size)
-        names = context.class_names or self.source.class_names
-        table = self._table(names, context.name)
-        if table.message is not None:
-            context.log(table.message)
-        indices = None if table.is_identity else jnp.asarray(table.indices)
+        classes = context.classes(self.source, self.match_classes)
+        names = classes.names
 
         def judge(forward: Forward, batch: Batch, rng: Array) -> dict[str, Array]:
-            label = translate(batch["label"], indices, len(names))
-            batch = {**batch, "label": label}
-            outputs = forward(**context.model.inputs(batch))
-            logits = _logits(outputs, len(names), context.name)
+            batch = classes.translate(batch)
+            label = batch["label"]
+            logits = classes.logits(forward(**context.model.inputs(batch)))
             top = jax.lax.top_k(logits, min(TOP, len(names)))[1]
             # The objective may call the model differently; if it makes the same call,
             # the compiler computes both once.
@@ -81,24 +62,20 @@ class Classification:
             }
 
         step = context.make_eval_step(judge)
-        context.check_step(step, self.source, context.preprocess, self.batch_size)
+        where = (self.source, context.preprocess, self.batch_size)
+        context.check_step(step, *where)
 
-        def run(state: Any) -> dict[str, float]:
-            read = list(
-                context.rows(
-                    step, state, self.source, context.preprocess, self.batch_size
-                )
-            )
-            rows = {n: np.concatenate([r[n] for r in read]) for n in read[0]}
-            num_read = len(rows["loss"])
+        def run(state: Any) -> dict[str, Any]:
+            rows = context.rows(step, state, *where)
+            counts = context.counts(self.source, len(rows["loss"]))
             if rows["label"].ndim == 2:
                 labelled = (rows["label"] > 0).any(axis=1)
                 rows = {name: value[labelled] for name, value in rows.items()}
             examples = len(rows["loss"])
             if not examples:
                 raise ValueError(
-                    f"{context.name}: not one of {len(self.source)} images could be "
-                    "read and has a label; look at them with tools/check_dataset.py."
+                    f"{context.name}: not one of {len(self.source)} examples has a "
+                    "label; look at them with tools/check_dataset.py."
                 )
             if self.per_class and jax.process_index() == 0:
                 _write_per_class(
@@ -108,52 +85,14 @@ class Classification:
                     rows["label"],
                     rows["predicted"],
                 )
-            unreadable = len(self.source) - num_read
-            if unreadable:
-                context.log(
-                    f"{context.name}: {unreadable} of {len(self.source)} images are "
-                    "unreadable and not counted; tools/check_dataset.py lists them."
-                )
             scores = {"accuracy": int(rows["top1"].sum()) / examples}
             if len(names) > TOP:
                 scores["accuracy_top5"] = int(rows["top5"].sum()) / examples
-            return scores | {
-                # fsum is exact, so the batch size cannot matter.
-                "loss": math.fsum(rows["loss"].tolist()) / examples,
-                "examples": float(examples),
-                "unreadable": float(unreadable),
-            }
+            # fsum is exact, so the batch size cannot matter.
+            scores["loss"] = math.fsum(rows["loss"].tolist()) / examples
+            return {**scores, **counts, "examples": examples}
 
         return run
-
-    def _table(self, names: Sequence[str], name: str) -> ClassTable:
-        option = f"--config.evaluators.{name}.match_classes=in_order"
-        theirs = self.source.class_names
-        if self.match_classes == MatchClasses.BY_NAME:
-            return class_table(
-                theirs,
-                names,
-                name=name,
-                ours_is="train",
-                # In order only works with as many classes as the model has.
-                in_order=option if len(theirs) == len(names) else None,
-            )
-        if len(theirs) != len(names):
-            raise ValueError(
-                f"{name} has {len(theirs)} classes, train {len(names)}: in order they "
-                f"do not match; use {option.replace('in_order', 'by_name')}."
-            )
-        return ClassTable(indices=np.arange(len(names), dtype=np.int32), message=None)
-
-
-def translate(label: Array, indices: Array | None, num_classes: int) -> Array:
-    """Returns a source's labels [B] or [B, C] in the model's class order."""
-    if label.ndim == 1:
-        return label if indices is None else indices[label]
-    if indices is None:
-        return label
-    empty = jnp.zeros((label.shape[0], num_classes), label.dtype)
-    return empty.at[:, indices].set(label)
 
 
 def _hits(top: Array, label: Array) -> dict[str, Array]:
@@ -162,17 +101,6 @@ def _hits(top: Array, label: Array) -> dict[str, Array]:
     else:
         hit = jnp.take_along_axis(label, top, axis=1) > 0
     return {"top1": hit[:, 0], "top5": hit.any(axis=1)}
-
-
-def _logits(outputs: dict[str, Any], num_classes: int, name: str) -> Array:
-    logits = outputs["logits"].astype(jnp.float32)
-    if logits.shape[-1] != num_classes:
-        raise ValueError(
-            f"{name}: the model has {logits.shape[-1]} logits, but there are "
-            f"{num_classes} classes; give its head as many outputs as there are "
-            "classes."
-        )
-    return logits
 
 
 def _write_per_class(

@@ -5,11 +5,10 @@ import math
 from typing import Any
 
 import jax.numpy as jnp
-import numpy as np
 
-from big_vision_lite.evaluators.classification import translate
+from big_vision_lite.config import MatchClasses
 from big_vision_lite.runs.evaluations import Context
-from big_vision_lite.runs.labels import class_table
+from big_vision_lite.runs.scores import check_fields
 from big_vision_lite.training.step import call_objective
 from big_vision_lite.types import Array, Batch, Forward, Op, Runner, Source
 
@@ -21,10 +20,10 @@ class Loss:
     Works with any objective. `ops` are the deterministic ops from an example to the
     objective's inputs; None uses the recipe's `preprocess`. Device ops do not run.
     The averaged parameters (EMA), if any, serve as the model and as its teacher. Labels
-    are matched to the model's classes by name. Random masks are fixed by the run's seed
-    and the ordinal of the batch; per-batch metrics and contrastive objectives depend on
-    `batch_size` and on the padding of the last batch. Scores: loss, the metrics,
-    examples and unreadable (counts).
+    are matched to the model's classes as in Classification. Random masks are fixed by
+    the run's seed and the ordinal of the batch; per-batch metrics and contrastive
+    objectives depend on `batch_size` and on the padding of the last batch. Scores:
+    loss, the metrics, examples and unreadable (counts).
     """
 
     source: Source
@@ -32,23 +31,17 @@ class Loss:
     every_steps: int = 1000
     batch_size: int = 256
 
+    match_classes: MatchClasses = MatchClasses.BY_NAME
+
     def __post_init__(self) -> None:
-        if self.batch_size < 1 or self.every_steps < 0:
-            raise ValueError(
-                f"Loss(every_steps={self.every_steps}, batch_size={self.batch_size}): "
-                "batch_size starts at 1, every_steps at 1, and 0 switches the "
-                "evaluator off."
-            )
+        check_fields(self)
 
     def prepare(self, context: Context) -> Runner:
-        context.check_set(self.source, self.batch_size)
         ops = context.preprocess if self.ops is None else self.ops
-        indices = self._indices(context)
+        classes = context.classes(self.source, self.match_classes)
 
         def judge(forward: Forward, batch: Batch, rng: Array) -> dict[str, Array]:
-            if indices is not None and "label" in batch:
-                label = translate(batch["label"], indices, len(context.class_names))
-                batch = {**batch, "label": label}
+            batch = classes.translate(batch)
             losses, metrics = call_objective(context.objective, forward, batch, rng)
             found = {"loss": losses, **metrics}
             return {
@@ -57,40 +50,14 @@ class Loss:
             }
 
         step = context.make_eval_step(judge)
-        context.check_step(step, self.source, ops, self.batch_size, keys=())
+        where = (self.source, ops, self.batch_size)
+        context.check_step(step, *where, keys=())
 
-        def run(state: Any) -> dict[str, float]:
-            read = list(context.rows(step, state, self.source, ops, self.batch_size))
-            rows = {n: np.concatenate([r[n] for r in read]) for n in read[0]}
-            examples = len(rows["loss"])
-            if not examples:
-                raise ValueError(
-                    f"{context.name}: not one of {len(self.source)} examples could be "
-                    "read; look at them with tools/check_dataset.py."
-                )
-            unreadable = len(self.source) - examples
-            if unreadable:
-                context.log(
-                    f"{context.name}: {unreadable} of {len(self.source)} examples are "
-                    "unreadable and not counted; tools/check_dataset.py lists them."
-                )
+        def run(state: Any) -> dict[str, Any]:
+            rows = context.rows(step, state, *where)
+            counts = context.counts(self.source, len(rows["loss"]))
             # fsum is exact, so the number of devices cannot matter.
-            return {
-                **{n: math.fsum(x.tolist()) / examples for n, x in rows.items()},
-                "examples": float(examples),
-                "unreadable": float(unreadable),
-            }
+            sums = {name: math.fsum(x.tolist()) for name, x in rows.items()}
+            return {n: x / counts["examples"] for n, x in sums.items()} | counts
 
         return run
-
-    def _indices(self, context: Context) -> Array | None:
-        """Returns the model's label for each of the source's, None if they agree."""
-        theirs = tuple(self.source.class_names)
-        if not theirs or not context.class_names:
-            return None
-        table = class_table(
-            theirs, context.class_names, name=context.name, ours_is="train"
-        )
-        if table.message is not None:
-            context.log(table.message)
-        return None if table.is_identity else jnp.asarray(table.indices)

@@ -44,8 +44,8 @@ class Asks(Objective):
 
 MEANT = [
     ("logit", r'gives logits, pooled, no "logit"\. Did you mean "logits"\?'),
-    ("Pooled", r'no "Pooled"\. Did you mean "pooled"\?'),
-    ("grid", r'gives logits, pooled, no "grid"\.$'),
+    ("Pooled", r'gives logits, pooled, no "Pooled"\. Did you mean "pooled"\?'),
+    ("grid", r'gives logits, pooled, no "grid"\.'),
 ]
 
 

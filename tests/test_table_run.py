@@ -148,9 +148,7 @@ def test_a_run_knows_the_place_and_the_content_of_its_table(tmp_path, monkeypatc
     assert image_folders.paragraph(config)[0] == f"table        {own}"
     own.write_text(own.read_text().replace("light", "bright"))
     again = parse("labels.csv", "label=class,split=part,root=.")
-    with pytest.raises(
-        ValueError, match="other images than the table that the run"
-    ):
+    with pytest.raises(ValueError, match="other images than the table that the run"):
         image_folders.check_unchanged(again, manifest)
 
 

@@ -14,8 +14,8 @@ from etils import epath
 
 from big_vision_lite.config import MatchClasses
 from big_vision_lite.evaluators import average_precision
-from big_vision_lite.runs.class_pairs import class_table
 from big_vision_lite.runs.evaluations import Context
+from big_vision_lite.runs.scores import check_fields
 from big_vision_lite.runtime import files
 from big_vision_lite.types import Array, Batch, Forward, Logits, Runner, Source
 
@@ -44,12 +44,7 @@ class Classification:
     match_classes: MatchClasses = MatchClasses.BY_NAME
 
     def __post_init__(self) -> None:
-        if self.batch_size < 1 or self.every_steps < 0:
-            raise ValueError(
-                f"Classification(every_steps={self.every_steps}, batch_size="
-                f"{self.batch_size}): batch_size starts at 1, every_steps at 1, and 0 "
-                "switches the evaluator off."
-            )
+        check_fields(self)
 
     def prepare(self, context: Context) -> Runner:
         if context.objective.logits == Logits.NONE:
@@ -58,25 +53,13 @@ class Classification:
                 "or an embedding), no classes, so there is no accuracy. Take FewShot "
                 "for its features, or predict for the numbers."
             )
-        context.check_set(self.source, self.batch_size)
-        names = context.class_names or self.source.class_names
-        table = class_table(
-            self.source.class_names,
-            context.class_names,
-            name=context.name,
-            ours_is="train" if context.class_names else "the model",
-            match=self.match_classes,
-            option=f"--config.evaluators.{context.name}.match_classes",
-        )
-        if table.message is not None:
-            context.log(table.message)
-        indices = None if table.is_identity else jnp.asarray(table.indices)
+        classes = context.classes(self.source, self.match_classes)
+        names = classes.names
 
         def judge(forward: Forward, batch: Batch, rng: Array) -> dict[str, Array]:
-            label = translate(batch["label"], indices, len(names))
-            batch = {**batch, "label": label}
-            outputs = forward(**context.model.inputs(batch))
-            logits = _logits(outputs, len(names), context.name)
+            batch = classes.translate(batch)
+            label = batch["label"]
+            logits = classes.logits(forward(**context.model.inputs(batch)))
             top = jax.lax.top_k(logits, min(TOP, len(names)))[1]
             # The objective may call the model differently; if it makes the same call,
             # the compiler computes both once.
@@ -90,16 +73,12 @@ class Classification:
             }
 
         step = context.make_eval_step(judge)
-        context.check_step(step, self.source, context.preprocess, self.batch_size)
+        where = (self.source, context.preprocess, self.batch_size)
+        context.check_step(step, *where)
 
-        def run(state: Any) -> dict[str, float]:
-            read = list(
-                context.rows(
-                    step, state, self.source, context.preprocess, self.batch_size
-                )
-            )
-            rows = {n: np.concatenate([r[n] for r in read]) for n in read[0]}
-            num_read = len(rows["loss"])
+        def run(state: Any) -> dict[str, Any]:
+            rows = context.rows(step, state, *where)
+            counts = context.counts(self.source, len(rows["loss"]))
             precision = average_precision.precision_scores(
                 context.objective, rows, names, context.log
             )
@@ -109,8 +88,8 @@ class Classification:
             examples = len(rows["loss"])
             if not examples:
                 raise ValueError(
-                    f"{context.name}: not one of {len(self.source)} images could be "
-                    "read and has a label; look at them with tools/check_dataset.py."
+                    f"{context.name}: not one of {len(self.source)} examples has a "
+                    "label; look at them with tools/check_dataset.py."
                 )
             if self.per_class and jax.process_index() == 0:
                 _write_per_class(
@@ -120,34 +99,14 @@ class Classification:
                     rows["label"],
                     rows["predicted"],
                 )
-            unreadable = len(self.source) - num_read
-            if unreadable:
-                context.log(
-                    f"{context.name}: {unreadable} of {len(self.source)} images are "
-                    "unreadable and not counted; tools/check_dataset.py lists them."
-                )
             scores = {"accuracy": int(rows["top1"].sum()) / examples}
             if len(names) > TOP:
                 scores["accuracy_top5"] = int(rows["top5"].sum()) / examples
-            return scores | {
-                **precision,
-                # fsum is exact, so the batch size cannot matter.
-                "loss": math.fsum(rows["loss"].tolist()) / examples,
-                "examples": float(examples),
-                "unreadable": float(unreadable),
-            }
+            # fsum is exact, so the batch size cannot matter.
+            scores["loss"] = math.fsum(rows["loss"].tolist()) / examples
+            return {**scores, **precision, **counts, "examples": examples}
 
         return run
-
-
-def translate(label: Array, indices: Array | None, num_classes: int) -> Array:
-    """Returns a source's labels [B] or [B, C] in the model's class order."""
-    if label.ndim == 1:
-        return label if indices is None else indices[label]
-    if indices is None:
-        return label
-    empty = jnp.zeros((label.shape[0], num_classes), label.dtype)
-    return empty.at[:, indices].set(label)
 
 
 def _hits(top: Array, label: Array) -> dict[str, Array]:
@@ -156,22 +115,6 @@ def _hits(top: Array, label: Array) -> dict[str, Array]:
     else:
         hit = jnp.take_along_axis(label, top, axis=1) > 0
     return {"top1": hit[:, 0], "top5": hit.any(axis=1)}
-
-
-def _logits(outputs: dict[str, Any], num_classes: int, name: str) -> Array:
-    if "logits" not in outputs:
-        raise ValueError(
-            f"{name}: the model gives {', '.join(sorted(outputs))} but no logits; give "
-            "it a head, or evaluate it with FewShot."
-        )
-    logits = outputs["logits"].astype(jnp.float32)
-    if logits.shape[-1] != num_classes:
-        raise ValueError(
-            f"{name}: the model has {logits.shape[-1]} logits, but there are "
-            f"{num_classes} classes; give its head as many outputs as there are "
-            "classes."
-        )
-    return logits
 
 
 def _write_per_class(

@@ -34,12 +34,8 @@ def pooled(model: Model) -> RowFunction:
 
     def function(forward: Forward, batch: Batch, rng: Array) -> dict[str, Array]:
         outputs = forward(**model.inputs(batch))
-        vectors = outputs.get("pre_logits", outputs.get("pooled"))
-        if vectors is None:
-            raise ValueError(
-                f"The model gives {', '.join(sorted(outputs))}; features need "
-                '"pooled" [B, D].'
-            )
+        name = "pre_logits" if "pre_logits" in outputs else "pooled"
+        vectors = outputs[name]
         return {"vectors": vectors.astype(jnp.float32), "label": batch["label"]}
 
     return function
@@ -105,13 +101,7 @@ def extract(
     Raises:
         ValueError: no image could be read.
     """
-    rows = list(context.rows(step, state, source, ops, batch_size))
-    vectors = np.concatenate([row["vectors"] for row in rows])
-    labels = np.concatenate([row["label"] for row in rows])
-    if not len(vectors):
-        raise ValueError(
-            f"{context.name}: not one of {len(source)} images could be read, the first "
-            f"is {source.name(0)}; look at them with tools/check_dataset.py."
-        )
+    rows = context.rows(step, state, source, ops, batch_size)
+    vectors, labels = rows["vectors"], rows["label"]
     unreadable = len(source) - len(vectors)
     return Features(vectors=vectors, labels=labels, unreadable=unreadable)

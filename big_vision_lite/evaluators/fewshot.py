@@ -10,8 +10,10 @@ from big_vision_lite.data.sources import Tfds
 from big_vision_lite.evaluators import features
 from big_vision_lite.evaluators.features import Features
 from big_vision_lite.evaluators.ridge import Ridge, shuffled_classes
+from big_vision_lite.runs import controls
 from big_vision_lite.runs.class_pairs import class_table
 from big_vision_lite.runs.evaluations import Context
+from big_vision_lite.runs.scores import check_fields
 from big_vision_lite.types import Op, Runner, Source
 
 L2_GRID = tuple(2.0**power for power in range(-6, 13))
@@ -70,13 +72,9 @@ class FewShot:
             problem = f"seeds={self.seeds} must differ, for example (0, 1, 2)"
         elif self.l2 <= 0:
             problem = f"l2={self.l2} must be above 0, for example 1024"
-        elif self.batch_size < 1 or self.every_steps < 0:
-            problem = (
-                f"batch_size={self.batch_size} must be at least 1 and every_steps="
-                f"{self.every_steps} at least 0, which switches the evaluator off"
-            )
         if problem is not None:
             raise ValueError(f"FewShot: {problem}.")
+        check_fields(self)
 
     def prepare(self, context: Context) -> Runner:
         for few in self.sets:
@@ -121,7 +119,9 @@ class FewShot:
             scores = score(of_model, state, "accuracy")
             if self.controls:
                 protocol = self._protocol(context)
-                scores |= context.once(protocol, lambda: control_scores(state))
+                scores |= controls.once(
+                    context, protocol, lambda: control_scores(state)
+                )
             return scores
 
         return run

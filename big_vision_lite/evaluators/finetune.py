@@ -15,10 +15,11 @@ from big_vision_lite import train, trees
 from big_vision_lite.config import TrainConfig
 from big_vision_lite.evaluators.classification import Classification
 from big_vision_lite.recipes import serialize
-from big_vision_lite.runs import integrity, records, step_folder
+from big_vision_lite.runs import controls, integrity, records, step_folder
 from big_vision_lite.runs.class_pairs import class_table
 from big_vision_lite.runs.evaluations import Context
 from big_vision_lite.runs.hyperrule import HyperRule, start
+from big_vision_lite.runs.scores import check_fields
 from big_vision_lite.runtime import processes
 from big_vision_lite.training import state as state_lib
 from big_vision_lite.training.state import TrainState
@@ -54,12 +55,7 @@ class FineTune:
                 f"FineTune: seeds={self.seeds} must be there and differ, for example "
                 "(0, 1, 2)."
             )
-        if self.eval_batch_size < 1 or self.every_steps < 0:
-            raise ValueError(
-                f"FineTune: eval_batch_size={self.eval_batch_size} must be at least 1 "
-                f"and every_steps={self.every_steps} at least 0, which switches the "
-                "evaluator off."
-            )
+        check_fields(self)
 
     def prepare(self, context: Context) -> Runner:
         context.check_set(
@@ -95,7 +91,9 @@ class FineTune:
             scores = summarise("accuracy", found)
             if self.controls:
                 protocol = [_protocol(config) for config in untrained]
-                scores |= context.once(protocol, lambda: control(root / "untrained"))
+                scores |= controls.once(
+                    context, protocol, lambda: control(root / "untrained")
+                )
             return scores
 
         def control(folder: epath.Path) -> dict[str, float]:

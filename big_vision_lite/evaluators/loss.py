@@ -5,13 +5,11 @@ import math
 from typing import Any
 
 import jax.numpy as jnp
-import numpy as np
 
 from big_vision_lite.config import MatchClasses
-from big_vision_lite.evaluators.classification import translate
 from big_vision_lite.messages import some
-from big_vision_lite.runs.class_pairs import class_table
 from big_vision_lite.runs.evaluations import Context
+from big_vision_lite.runs.scores import check_fields
 from big_vision_lite.training.step import call_objective
 from big_vision_lite.types import Array, Batch, Forward, Op, Runner, Source
 
@@ -23,11 +21,10 @@ class Loss:
     Works with any objective. `ops` are the deterministic ops from an example to the
     objective's inputs; None uses the recipe's `preprocess`. Device ops do not run.
     The averaged parameters (EMA), if any, serve as the model and as its teacher. Labels
-    are matched to the model's classes by name, or in order where `match_classes` says
-    so. Random masks are fixed by the run's seed
-    and the ordinal of the batch; per-batch metrics and contrastive objectives depend on
-    `batch_size` and on the padding of the last batch. Scores: loss, the metrics,
-    examples and unreadable (counts).
+    are matched to the model's classes as in Classification. Random masks are fixed by
+    the run's seed and the ordinal of the batch; per-batch metrics and contrastive
+    objectives depend on `batch_size` and on the padding of the last batch. Scores:
+    loss, the metrics, examples and unreadable (counts).
     """
 
     source: Source
@@ -37,17 +34,11 @@ class Loss:
     match_classes: MatchClasses = MatchClasses.BY_NAME
 
     def __post_init__(self) -> None:
-        if self.batch_size < 1 or self.every_steps < 0:
-            raise ValueError(
-                f"Loss(every_steps={self.every_steps}, batch_size={self.batch_size}): "
-                "batch_size starts at 1, every_steps at 1, and 0 switches the "
-                "evaluator off."
-            )
+        check_fields(self)
 
     def prepare(self, context: Context) -> Runner:
-        context.check_set(self.source, self.batch_size)
         ops = context.preprocess if self.ops is None else self.ops
-        indices = self._indices(context)
+        classes = context.classes(self.source, self.match_classes)
 
         def judge(forward: Forward, batch: Batch, rng: Array) -> dict[str, Array]:
             count = len(context.class_names)
@@ -57,10 +48,7 @@ class Loss:
                     f"{some(self.source.class_names)}, the model predicts "
                     f"{some(context.class_names)}; name all columns of these."
                 )
-            for key in ("label", "target"):
-                if indices is not None and key in batch:
-                    values = translate(batch[key], indices, count)
-                    batch = {**batch, key: values}
+            batch = classes.translate(batch)
             losses, metrics = call_objective(context.objective, forward, batch, rng)
             found = {"loss": losses, **metrics}
             return {
@@ -69,46 +57,14 @@ class Loss:
             }
 
         step = context.make_eval_step(judge)
-        context.check_step(step, self.source, ops, self.batch_size, keys=())
+        where = (self.source, ops, self.batch_size)
+        context.check_step(step, *where, keys=())
 
-        def run(state: Any) -> dict[str, float]:
-            read = list(context.rows(step, state, self.source, ops, self.batch_size))
-            rows = {n: np.concatenate([r[n] for r in read]) for n in read[0]}
-            examples = len(rows["loss"])
-            if not examples:
-                raise ValueError(
-                    f"{context.name}: not one of {len(self.source)} examples could be "
-                    "read; look at them with tools/check_dataset.py."
-                )
-            unreadable = len(self.source) - examples
-            if unreadable:
-                context.log(
-                    f"{context.name}: {unreadable} of {len(self.source)} examples are "
-                    "unreadable and not counted; tools/check_dataset.py lists them."
-                )
+        def run(state: Any) -> dict[str, Any]:
+            rows = context.rows(step, state, *where)
+            counts = context.counts(self.source, len(rows["loss"]))
             # fsum is exact, so the number of devices cannot matter.
-            return {
-                **{n: math.fsum(x.tolist()) / examples for n, x in rows.items()},
-                "examples": float(examples),
-                "unreadable": float(unreadable),
-            }
+            sums = {name: math.fsum(x.tolist()) for name, x in rows.items()}
+            return {n: x / counts["examples"] for n, x in sums.items()} | counts
 
         return run
-
-    def _indices(self, context: Context) -> Array | None:
-        """Returns the model's label for each of the source's, None if they agree."""
-        theirs = tuple(self.source.class_names)
-        if context.objective.logits is None and not (theirs and context.class_names):
-            # No class is looked at, in pretraining for example.
-            return None
-        table = class_table(
-            theirs,
-            context.class_names,
-            name=context.name,
-            ours_is="train" if context.class_names else "the model",
-            match=self.match_classes,
-            option=f"--config.evaluators.{context.name}.match_classes",
-        )
-        if table.message is not None:
-            context.log(table.message)
-        return None if table.is_identity else jnp.asarray(table.indices)

@@ -10,6 +10,7 @@ from jaxtyping import Float
 from big_vision_lite.messages import some
 from big_vision_lite.objectives import regression as objectives
 from big_vision_lite.runs.evaluations import Context
+from big_vision_lite.runs.scores import check_fields
 from big_vision_lite.types import Array, Batch, Forward, Runner, Source
 
 # N images, T targets
@@ -33,15 +34,9 @@ class Regression:
     batch_size: int = 256
 
     def __post_init__(self) -> None:
-        if self.batch_size < 1 or self.every_steps < 0:
-            raise ValueError(
-                f"Regression(every_steps={self.every_steps}, batch_size="
-                f"{self.batch_size}): batch_size starts at 1, every_steps at 1, and 0 "
-                "switches the evaluator off."
-            )
+        check_fields(self)
 
     def prepare(self, context: Context) -> Runner:
-        context.check_set(self.source, self.batch_size)
         objective = context.objective
         if not isinstance(objective, objectives.Regression):
             raise ValueError(
@@ -62,31 +57,16 @@ class Regression:
         where = (self.source, context.preprocess, self.batch_size)
         context.check_step(step, *where, keys=("target",))
 
-        def run(state: Any) -> dict[str, float]:
-            read = list(context.rows(step, state, *where))
-            rows = {n: np.concatenate([r[n] for r in read]) for n in read[0]}
-            examples = len(rows["target"])
-            if not examples:
-                raise ValueError(
-                    f"{context.name}: not one of {len(self.source)} images could be "
-                    "read; look at them with tools/check_dataset.py."
-                )
-            unreadable = len(self.source) - examples
-            if unreadable:
-                context.log(
-                    f"{context.name}: {unreadable} of {len(self.source)} images are "
-                    "unreadable and not counted; tools/check_dataset.py lists them."
-                )
+        def run(state: Any) -> dict[str, Any]:
+            rows = context.rows(step, state, *where)
+            counts = context.counts(self.source, len(rows["target"]))
             scores, undefined = score(rows["predicted"], rows["target"], objective)
             if undefined:
                 context.log(
                     f"{context.name}: {some(undefined)} left out: not defined where "
                     "all targets or all predictions are the same."
                 )
-            return scores | {
-                "examples": float(examples),
-                "unreadable": float(unreadable),
-            }
+            return {**scores, **counts}
 
         return run
 

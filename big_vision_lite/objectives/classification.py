@@ -87,10 +87,4 @@ def is_correct(
 
 
 def _logits(forward: Forward, batch: Batch) -> Float[Array, "B C"]:
-    outputs = forward(image=batch["image"])
-    if "logits" not in outputs:
-        raise ValueError(
-            "The model returned no logits: it has no head. Give it one: "
-            "head=Classifier(num_classes=...)."
-        )
-    return outputs["logits"].astype(jnp.float32)
+    return forward(image=batch["image"])["logits"].astype(jnp.float32)

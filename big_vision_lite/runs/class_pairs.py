@@ -3,12 +3,14 @@
 import dataclasses
 from collections.abc import Sequence
 
+import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Int32
 
 from big_vision_lite.config import MatchClasses
 from big_vision_lite.conversion.assumption import About, Assumption
 from big_vision_lite.messages import some
+from big_vision_lite.types import Array, Batch
 
 
 @dataclasses.dataclass(kw_only=True)
@@ -22,6 +24,48 @@ class ClassTable:
     def is_identity(self) -> bool:
         """Returns whether every class has the same label on both sides."""
         return np.array_equal(self.indices, np.arange(len(self.indices)))
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Classes:
+    """The `names` of the model's classes, and a source's labels among them."""
+
+    evaluator: str  # for messages
+    names: tuple[str, ...]
+    # The model's label for each of the source's; None: they are the same.
+    indices: Int32[np.ndarray, " classes"] | None = None
+
+    def translate(self, batch: Batch) -> Batch:
+        """Returns the batch with its labels in the model's order.
+
+        Those are "label", [B] or [B, C], and the numbers of "target" [B, T].
+        """
+        if self.indices is None:
+            return batch
+        indices = jnp.asarray(self.indices)
+        found = {n: x for n, x in batch.items() if n in ("label", "target")}
+        for name, values in found.items():
+            if values.ndim == 1:
+                found[name] = indices[values]
+            else:
+                empty = jnp.zeros((len(values), len(self.names)), values.dtype)
+                found[name] = empty.at[:, indices].set(values)
+        return {**batch, **found}
+
+    def logits(self, outputs: dict[str, Array]) -> Array:
+        """Returns the model's "logits" [B, C], float32, one for each class.
+
+        Raises:
+            ValueError: the model has no logits, or not as many as there are classes.
+        """
+        logits = outputs["logits"].astype(jnp.float32)
+        if logits.shape[-1] != len(self.names):
+            raise ValueError(
+                f"{self.evaluator}: the model has {logits.shape[-1]} logits, "
+                f"but there are {len(self.names)} classes; give its head as many "
+                "outputs as there are classes."
+            )
+        return logits
 
 
 def class_table(

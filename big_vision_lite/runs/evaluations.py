@@ -1,8 +1,6 @@
 """Prepares the evaluators of a run and runs them when due."""
 
 import dataclasses
-import hashlib
-import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
@@ -11,17 +9,18 @@ import jax.numpy as jnp
 import numpy as np
 from etils import epath
 from jax.experimental import multihost_utils
-from jaxtyping import Bool
 
-from big_vision_lite.config import TrainConfig
+from big_vision_lite.config import MatchClasses, TrainConfig
 from big_vision_lite.data import pipeline
 from big_vision_lite.data.pipeline import EvaluationSet
-from big_vision_lite.messages import some
+from big_vision_lite.messages import did_you_mean, some
+from big_vision_lite.runs.class_pairs import Classes, class_table
 from big_vision_lite.runs.scores import named_scores
 from big_vision_lite.runs.session import Run
-from big_vision_lite.runtime import files, layout, processes
+from big_vision_lite.runtime import layout
 from big_vision_lite.runtime.processes import Stopped
 from big_vision_lite.training import step as step_lib
+from big_vision_lite.training.forward import MissingOutput
 from big_vision_lite.training.program import Program
 from big_vision_lite.training.state import TrainState
 from big_vision_lite.types import (
@@ -98,6 +97,34 @@ class Context:
             source, tuple(ops), batch_size, self.mesh, threads=self.threads
         )
 
+    def classes(
+        self, source: Source, match: MatchClasses = MatchClasses.BY_NAME
+    ) -> Classes:
+        """Returns the model's classes and the labels of `source` among them.
+
+        Logs which classes the source lacks, and what is assumed.
+
+        Raises:
+            ValueError: the source has a class that the model lacks, only one side has
+                names, or names are ambiguous.
+        """
+        theirs, ours = tuple(source.class_names), self.class_names
+        if self.objective.logits is None and not (theirs and ours):
+            # No class is looked at, in pretraining for example.
+            return Classes(evaluator=self.name, names=ours or theirs)
+        table = class_table(
+            theirs,
+            ours,
+            name=self.name,
+            ours_is="train" if ours else "the model",
+            match=match,
+            option=f"--config.evaluators.{self.name}.match_classes",
+        )
+        if table.message is not None:
+            self.log(table.message)
+        indices = None if table.is_identity else table.indices
+        return Classes(evaluator=self.name, names=ours or theirs, indices=indices)
+
     def check_set(
         self,
         source: Source,
@@ -130,14 +157,16 @@ class Context:
         *,
         keys: Sequence[str] = ("label",),
     ) -> Mapping[str, Any]:
-        """Returns the output shapes of `step`, traced on those of the first example.
+        """Checks the set, and returns the output shapes of `step` on its examples.
 
         A mismatch would otherwise end the run at its first evaluation, after hours.
 
         Raises:
-            ValueError: the examples lack one of `keys`, the model lacks an output or
-                takes no image of that size, or an output is not [B, ...].
+            ValueError: `check_set` raises, the examples lack one of `keys`, the model
+                lacks an output or takes no image of that size, or an output is not
+                [B, ...].
         """
+        self.check_set(source, batch_size)
         spec = self.eval_batches(source, ops, batch_size).spec()
         for key in keys:
             if key not in spec:
@@ -147,23 +176,19 @@ class Context:
                 )
         try:
             outputs = jax.eval_shape(step, self.abstract_state, spec)
+        except MissingOutput as error:
+            raise ValueError(f"{self.name}: {error}") from error
         except KeyError as error:
             if error.args[0] in spec or not isinstance(error.args[0], str):
                 raise
             raise ValueError(
-                f"{self.name}: the model or the objective asks for {error}, but what "
-                f"the ops make of {source.name(0)} has only "
-                f"{some(sorted(spec.keys() - {'valid'}))}. Give it by the source and "
-                "the ops of the evaluator."
+                f"{self.name}: the batch is asked for {error}, but what the ops make "
+                f"of {source.name(0)} has only {some(sorted(spec.keys() - {'valid'}))}."
+                f"{did_you_mean(error.args[0], spec)} Give it by the source and the "
+                "ops of the evaluator."
             ) from error
         self._check_rows(outputs, batch_size)
         return outputs
-
-    def gather_rows(self, rows: Mapping[str, Array], valid: Bool[Array, " B"]) -> Rows:
-        """Gathers the valid rows on every host, in the order of the source."""
-        tree = {"rows": dict(rows), "valid": valid}
-        host = multihost_utils.process_allgather(tree, tiled=True)
-        return {name: value[host["valid"]] for name, value in host["rows"].items()}
 
     def rows(
         self,
@@ -172,10 +197,23 @@ class Context:
         source: Source,
         ops: Sequence[Op],
         batch_size: int,
-    ) -> Iterator[Rows]:
-        """Runs `step` over a whole source; yields its valid rows batch by batch."""
+    ) -> Rows:
+        """Returns the outputs of `step` for all valid rows, in the source's order.
+
+        Every process gets all rows.
+
+        Raises:
+            ValueError: no example could be read.
+        """
+        found = []
         for outputs, valid in self._outputs(step, state, source, ops, batch_size):
-            yield self.gather_rows(outputs, valid)
+            tree = {"rows": dict(outputs), "valid": valid}
+            host = multihost_utils.process_allgather(tree, tiled=True)
+            kept = host["valid"]
+            found.append({name: x[kept] for name, x in host["rows"].items()})
+        rows = {n: np.concatenate([part[n] for part in found]) for n in found[0]}
+        self._check_read(source, len(next(iter(rows.values()))))
+        return rows
 
     def sums(
         self,
@@ -192,6 +230,9 @@ class Context:
         device holds all rows of a batch: [B, C, C] of 1,000 classes takes a gigabyte,
         so let `rows` bring label and prediction of each image to the host, and count
         there. Batches are added in int64 and float64.
+
+        Raises:
+            ValueError: no example could be read.
         """
         add = jax.jit(_sum_rows, out_shardings=layout.replicated(self.mesh))
         totals: Rows = {}
@@ -199,7 +240,25 @@ class Context:
             for name, x in jax.device_get(add(outputs, valid)).items():
                 wide = x.astype(np.float64 if x.dtype.kind == "f" else np.int64)
                 totals[name] = np.asarray(totals.get(name, 0) + wide)
+        self._check_read(source, int(totals["examples"]))
         return totals
+
+    def _check_read(self, source: Source, read: int) -> None:
+        if not read:
+            raise ValueError(
+                f"{self.name}: not one of {len(source)} examples could be read, the "
+                f"first is {source.name(0)}; look at them with tools/check_dataset.py."
+            )
+
+    def counts(self, source: Source, read: int) -> dict[str, int]:
+        """Returns the scores "examples" and "unreadable"; logs if any is unreadable."""
+        unreadable = len(source) - int(read)
+        if unreadable:
+            self.log(
+                f"{self.name}: {unreadable} of {len(source)} examples are unreadable "
+                "and not counted; tools/check_dataset.py lists them."
+            )
+        return {"examples": int(read), "unreadable": unreadable}
 
     def _outputs(
         self,
@@ -230,29 +289,6 @@ class Context:
                 f"[{batch_size}, ...]: rows that are padding must be left out, so "
                 "Context.sums does the summing."
             )
-
-    def once(
-        self, protocol: Any, compute: Callable[[], dict[str, float]]
-    ) -> dict[str, float]:
-        """Returns scores that are computed once per run, such as controls.
-
-        They are kept in WORKDIR/<name>_controls.json and recomputed if `protocol`, a
-        JSON value of all that they depend on, changes.
-        """
-        path = self.workdir / f"{self.name}_controls.json"
-        text = json.dumps(protocol, sort_keys=True)
-        key = hashlib.sha256(text.encode()).hexdigest()
-        kept = json.loads(path.read_text()) if path.exists() else {}
-        # Only process 0 records scores, and only its disk is sure to hold the file.
-        if processes.on_first(lambda: kept.get("key") == key):
-            return kept.get("scores", {})
-        scores = compute()
-        if jax.process_index() == 0:
-            content = {"key": key, "protocol": protocol, "scores": scores}
-            with files.writing(path):
-                self.workdir.mkdir(parents=True, exist_ok=True)
-                files.replace(path, json.dumps(content, indent=1).encode())
-        return scores
 
 
 def _sum_rows(outputs: Mapping[str, Array], valid: Array) -> dict[str, Array]:

@@ -1,5 +1,6 @@
-"""Checks what an evaluator returns: finite numbers, each under a name."""
+"""Checks an evaluator's numbers: its interval, its batch size and its scores."""
 
+import dataclasses
 import math
 from collections.abc import Mapping
 from typing import Any
@@ -7,6 +8,27 @@ from typing import Any
 import numpy as np
 
 from big_vision_lite.types import Runner
+
+
+def check_fields(evaluator: Any) -> None:
+    """Checks `every_steps` and each batch size of an evaluator, a dataclass.
+
+    Raises:
+        ValueError: `every_steps` is below 0, or a batch size below 1.
+    """
+    sizes = [
+        field.name
+        for field in dataclasses.fields(evaluator)
+        if field.name.endswith("batch_size")
+    ]
+    values = {name: getattr(evaluator, name) for name in ("every_steps", *sizes)}
+    if values["every_steps"] < 0 or any(values[name] < 1 for name in sizes):
+        given = ", ".join(f"{name}={value}" for name, value in values.items())
+        starts = "".join(f"{name} starts at 1, " for name in sizes)
+        raise ValueError(
+            f"{type(evaluator).__name__}({given}): {starts}every_steps at 1, and 0 "
+            "switches the evaluator off."
+        )
 
 
 def named_scores(runner: Runner, state: Any, name: str) -> dict[str, float | int]:

@@ -1,7 +1,7 @@
 """Binds a model to parameters, random keys and mode, for objectives to call."""
 
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
@@ -9,7 +9,35 @@ import jax.numpy as jnp
 from flax import linen as nn
 from jax.extend import core
 
+from big_vision_lite.messages import did_you_mean, some
 from big_vision_lite.types import Array, Model
+
+
+class MissingOutput(ValueError):
+    """Raised when an objective or evaluator asks for what the model does not give."""
+
+
+class Outputs(dict[str, Any]):
+    """The outputs of a model by name; one that is missing is said by name."""
+
+    def __missing__(self, name: str) -> Any:
+        hint = did_you_mean(name, self)
+        if name == "logits" and not hint:
+            hint = (
+                " It has no head: give it one, such as head=Classifier(num_classes=10);"
+                " FewShot evaluates a model without."
+            )
+        raise MissingOutput(f'the model gives {some(sorted(self))}, no "{name}".{hint}')
+
+
+def _flatten(outputs: Outputs) -> tuple[list[tuple[Any, Any]], tuple[str, ...]]:
+    names = tuple(sorted(outputs))
+    return [(jax.tree_util.DictKey(n), outputs[n]) for n in names], names
+
+
+jax.tree_util.register_pytree_with_keys(
+    Outputs, _flatten, lambda names, leaves: Outputs(zip(names, leaves, strict=True))
+)
 
 
 class BoundModel:
@@ -107,7 +135,7 @@ class BoundModel:
             captured = _captured(changed.pop("intermediates", {}), capture)
             outputs = {**outputs, "captured": captured}
         self.collections = {**self.collections, **changed}
-        return outputs
+        return Outputs(outputs) if isinstance(outputs, Mapping) else outputs
 
     def _choose(self, params: str) -> Any:
         if params == "online":

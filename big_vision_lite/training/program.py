@@ -11,13 +11,13 @@ import jax.numpy as jnp
 import numpy as np
 
 from big_vision_lite.config import TrainConfig
-from big_vision_lite.messages import some
+from big_vision_lite.messages import did_you_mean, some
 from big_vision_lite.models.blocks import attention
 from big_vision_lite.recipes import mistakes
 from big_vision_lite.runtime import cpu, flops
 from big_vision_lite.training import recalibration
 from big_vision_lite.training import state as state_lib
-from big_vision_lite.training.forward import BoundModel
+from big_vision_lite.training.forward import BoundModel, MissingOutput
 from big_vision_lite.training.state import TrainState
 from big_vision_lite.training.step import call_objective, make_train_step
 from big_vision_lite.types import (
@@ -234,13 +234,15 @@ def trace_objective(
             batch = op(batch, rng)
         try:
             return call_objective(objective, forward, batch, rng)
+        except MissingOutput as error:
+            raise ValueError(f"{type(objective).__name__}: {error}") from error
         except KeyError as error:
             if error.args[0] in batch or not isinstance(error.args[0], str):
                 raise
             raise ValueError(
-                f"{type(objective).__name__} asks for {error}, which neither the batch "
-                f"({some(sorted(batch))}) nor the model has. Give it by the source and "
-                "the ops of data, or use another objective."
+                f"{type(objective).__name__} asks for {error}, which the batch "
+                f"({some(sorted(batch))}) has not.{did_you_mean(error.args[0], batch)} "
+                "Give it by the source and the ops of data, or use another objective."
             ) from error
 
     shapes = {n: jax.ShapeDtypeStruct(x.shape, x.dtype) for n, x in spec.items()}

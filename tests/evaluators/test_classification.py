@@ -242,7 +242,7 @@ def test_unreadable_images_are_counted_and_not_scored(tmp_path):
     rest = InMemory(images[kept], np.array([clean[i]["label"] for i in kept]), NAMES)
     expected = evaluate(tmp_path, rest)
     assert found == expected | {"unreadable": 3.0}
-    assert "3 of 20 images are unreadable" in messages[0]
+    assert "3 of 20 examples are unreadable" in messages[0]
 
 
 def test_a_set_without_a_readable_image_has_no_score(tmp_path):
@@ -261,7 +261,7 @@ def test_a_head_of_another_size_or_none_is_named(tmp_path, source):
     ):
         pass
     with (
-        pytest.raises(ValueError, match="gives pooled but no logits"),
+        pytest.raises(ValueError, match="val: the model gives pooled, no .logits.. It"),
         prepared(tmp_path, source, model=Pixels(has_head=False)),
     ):
         pass

@@ -328,7 +328,7 @@ def test_several_labels_an_image_and_an_empty_set_are_refused(tmp_path):
         ({"shots": (0, 5)}, "shots=.* must be at least 1"),
         ({"seeds": (1, 1)}, "seeds=.* must differ"),
         ({"l2": 0.0}, "l2=0.0 must be above 0"),
-        ({"batch_size": 0}, "batch_size=0 must be at least 1"),
+        ({"batch_size": 0}, "batch_size=0.: batch_size starts at 1"),
     ],
 )
 def test_impossible_protocols_are_refused(fields, message):

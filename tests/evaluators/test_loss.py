@@ -122,7 +122,7 @@ class AsksForMask(Objective):
 
 
 def test_a_key_that_no_op_makes_is_named_before_the_first_step(tmp_path):
-    with pytest.raises(ValueError, match="val: .* asks for .mask., but what the ops"):
+    with pytest.raises(ValueError, match="val: .* asked for .mask., but what the ops"):
         score(
             Loss(source=labelled(), batch_size=8),
             tmp_path,

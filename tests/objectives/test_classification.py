@@ -118,6 +118,3 @@ def test_wrong_use_is_refused_with_what_to_do():
         SoftmaxClassification(label_smoothing=1.0)
     with pytest.raises(ValueError, match="head.num_classes=3"):
         run(SoftmaxClassification(), SOFT[:, :3])
-    batch = {"image": jnp.zeros((1, 1, 1, 1)), "label": jnp.zeros(1, jnp.int32)}
-    with pytest.raises(ValueError, match=r"head=Classifier\(num_classes"):
-        SigmoidClassification()(lambda image: {}, batch, jax.random.key(0))

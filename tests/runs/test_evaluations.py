@@ -100,3 +100,46 @@ def test_the_number_of_examples_has_its_name_for_itself(tmp_path):
 
     with pytest.raises(ValueError, match='number of rows as "examples"'):
         sums(tmp_path, function)
+
+
+def context_of(tmp_path, names, messages=None):
+    return make_context(tmp_path, make_mesh(1), Network(), names, messages=messages)
+
+
+@pytest.mark.parametrize("several", [False, True])
+def test_labels_of_a_source_become_those_of_the_model(tmp_path, several):
+    """By name; where one side has no names, they are taken as they are."""
+    labels = np.array([0, 1, 1])
+    batch = {"label": np.eye(2)[labels] if several else labels}
+    two = InMemory(IMAGES[:2], LABELS[:2] % 2, ("c", "a"))
+    messages = []
+    classes = context_of(tmp_path, "abc", messages).classes(two)
+    found = np.asarray(classes.translate(batch)["label"])
+    expected = np.array([2, 0, 0])
+    np.testing.assert_array_equal(found, np.eye(3)[expected] if several else expected)
+    assert classes.names == ("a", "b", "c") and "missing: b" in messages[0]
+    for source, names in ((two, ()), (InMemory(IMAGES[:2]), "abc")):
+        classes = context_of(tmp_path, names).classes(source)
+        assert classes.translate(batch) is batch
+    assert classes.translate({"image": IMAGES}) == {"image": IMAGES}
+
+
+def test_unreadable_examples_are_counted_and_said(tmp_path):
+    messages = []
+    context = context_of(tmp_path, NAMES, messages)
+    assert context.counts(SOURCE, 21) == {"examples": 21, "unreadable": 0}
+    assert not messages
+    assert context.counts(SOURCE, 19) == {"examples": 19, "unreadable": 2}
+    assert "val: 2 of 21 examples are unreadable and not counted" in messages[0]
+
+
+@pytest.mark.parametrize("kind", ["rows", "sums"])
+def test_a_set_of_which_nothing_is_read_has_no_scores(tmp_path, monkeypatch, kind):
+    context = context_of(tmp_path, NAMES)
+    step = context.make_eval_step(rows)
+    state = make_state(context.model, context.mesh, (8, 8, 1))
+    batches = context.eval_batches(SOURCE, (), 8)
+    none = [b | {"valid": jnp.zeros(8, bool)} for b in batches]
+    monkeypatch.setattr(type(context), "eval_batches", lambda *_: none)
+    with pytest.raises(ValueError, match="val: not one of 21 examples could be read"):
+        getattr(context, kind)(step, state, SOURCE, (), 8)

@@ -25,7 +25,7 @@ MOMENTS = re.compile(r"opt_state|optim(izer)?s?(_states?)?|mu|nu|exp_avg(_sq)?|t
 # predictors and projections (BYOL, SimSiam, SwAV, JEPA), heads of several layers.
 PRETRAINING = re.compile(
     r"(decoder\w*|predictor|projector|projection_head|prototypes|queue\w*)([./].*)?"
-    r"|(head|fc)\.\d+\..*|head\.(mlp|last_layer)\..*"
+    r"|(head|fc)\.\d+\..*|head\.(mlp\.\d+|last_layer)\..*"
 )
 # A contrastive encoder ends in a projection, which has the name of a classifier.
 PROJECTION = re.compile(r"(fc|head)[./].*")

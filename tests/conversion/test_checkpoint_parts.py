@@ -142,6 +142,9 @@ def test_a_classifier_is_no_projection():
     head = {**VIT, "head.weight": BESIDE}
     assert_same(take(head)[0], head)
     assert_same(take(under("student.", head))[0], head)
+    # SigLIP's attention pooling; DINO numbers the layers of its head.
+    pooling = {**VIT, "head.mlp.fc1.weight": BESIDE}
+    assert_same(take(pooling)[0], pooling)
 
 
 def test_a_file_of_no_model_is_refused_by_what_it_holds(tmp_path):

@@ -24,6 +24,8 @@ from big_vision_lite.runtime import files, startup
 from big_vision_lite.runtime.processes import Stopped
 
 # Errors the user can fix: shown as one message, with the trace in a file.
+# In the run's folder: the traces of errors, removed when a run ends well.
+TRACE_FILE = "error.txt"
 USER_ERRORS = (ValueError, OSError, FloatingPointError, ImportError, flags.Error)
 
 
@@ -360,13 +362,13 @@ def _help(about: str, values: flags.FlagValues) -> str:
 
 
 def _write_trace(argv: Sequence[str], flag: str | None) -> str:
-    """Appends the trace to error.txt of the flag's folder, or to a temporary file."""
+    """Appends the trace, dated, to error.txt of the flag's folder or to a file."""
     text = f"{datetime.datetime.now().isoformat()} {' '.join(argv)}\n"
     text += traceback.format_exc() + "\n"
     given = _flag_values(argv, flag) if flag else []
     with contextlib.suppress(OSError):
         if given and (folder := files.absolute(given[-1])).is_dir():
-            with open(os.fspath(folder / "error.txt"), "a") as file:
+            with open(os.fspath(folder / TRACE_FILE), "a") as file:
                 file.write(text)
             return file.name
     with contextlib.suppress(OSError):

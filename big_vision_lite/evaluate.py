@@ -78,6 +78,8 @@ def choose(
 ) -> dict[str, Evaluator]:
     """Returns the evaluators named in `wanted`, or all enabled ones if it is empty.
 
+    In the order of the recipe.
+
     Raises:
         ValueError: a name is unknown, or no evaluator is enabled.
     """
@@ -96,7 +98,7 @@ def choose(
                 f"{did_you_mean(name, evaluators)} It has: "
                 f"{', '.join(evaluators) or 'none'}."
             )
-    return {name: evaluators[name] for name in wanted}
+    return {name: e for name, e in evaluators.items() if name in wanted}
 
 
 def name_results(

@@ -18,11 +18,10 @@ from typing import Any
 from absl import flags
 from etils import epath
 from rich.console import Console
-from rich.table import Table
 from rich.text import Text
 
 from big_vision_lite.config import TrainConfig
-from big_vision_lite.console import bar_chart
+from big_vision_lite.console import bar_chart, tables
 from big_vision_lite.data import unopened
 from big_vision_lite.recipes import command_line
 from big_vision_lite.runtime import cpu, files, plugins, startup, targets
@@ -240,15 +239,15 @@ def as_document(plan: Plan) -> dict[str, Any]:
 def show(plan: Plan, console: Console) -> None:
     """Prints a column per target, then assumptions and the changes that fit."""
     first = plan.estimates[0]
-    table = Table(title=f"{plan.recipe}: estimated from compiled programs, not run")
-    table.add_column("per device and step, unless said")
-    for found in plan.estimates:
-        table.add_column(found.target, justify="right")
+    title = f"{plan.recipe}: estimated from compiled programs, not run"
+    rows = {}
     for name, cell in ROWS.items():
-        cells = [cell(plan, found) for found in plan.estimates]
-        if any(cells):
-            table.add_row(name, *cells)
-    console.print(table)
+        cells = {found.target: cell(plan, found) for found in plan.estimates}
+        if any(cells.values()):
+            rows[name] = cells
+    columns = console.width if console.is_terminal else None
+    say(console, tables.format_table(title, rows, columns))
+    say(console, "All figures are per device and step, unless said.")
     for name, leaf in first.batch.items():
         say(console, f"batch        {name} {leaf}")
     steps = "not known" if plan.num_steps is None else f"{plan.num_steps:,}"

@@ -225,13 +225,18 @@ class Optimizer(Protocol):
         ...
 
 
-# Maps a train state to its scores by name: finite numbers of Python, numpy or JAX.
+# Maps a train state to its scores by name: finite numbers of Python, numpy or JAX. A
+# share in 0..1 is shown in percent if its name ends with "accuracy", "recall" or
+# "precision"; "<score>_sd" is the spread of <score>, "control_..." a control beside it.
 Runner = Callable[[Any], dict[str, Any]]
 
 
 @runtime_checkable
 class Evaluator(Protocol):
-    """An evaluator: prepared once with a context, then called on many states."""
+    """An evaluator: prepared once with a context, then called on many states.
+
+    `context` is `Context` of runs/evaluations.py: the model, its classes, the batches.
+    """
 
     every_steps: int
 

@@ -28,6 +28,7 @@ from big_vision_lite.models.blocks.pooling import Pooling
 from big_vision_lite.recipes import command_line
 from big_vision_lite.runs import saved_run
 from big_vision_lite.runs.records import read_history
+from big_vision_lite.runs.session import Run
 from big_vision_lite.runtime import startup
 
 RECIPE = """
@@ -72,6 +73,18 @@ def scores_of(loaded, evaluators, workdir):
         return evaluate.evaluate(
             loaded, evaluators, epath.Path(workdir), progress=progress
         )
+
+
+def test_training_and_evaluation_list_scores_in_the_order_of_the_recipe(run):
+    """Records are in the order of steps: what runs often would come first."""
+    loaded = shapes_run.load_run(run)
+    loaded.config.evaluators = {name: Constant(scores={}) for name in "zba"}
+    training = types.SimpleNamespace(config=loaded.config)
+    records = {"train": 0, "a_ema/x": 1, "b/x": 2, "b/w": 3, "gone/x": 4, "z/x": 5}
+    found = Run._in_recipes_order(training, records)
+    assert [*found] == ["z/x", "b/x", "b/w", "a_ema/x", "train", "gone/x"]
+    chosen = evaluate.choose(loaded.config.evaluators, ["a", "z"], "it")
+    assert [*chosen] == ["z", "a"]
 
 
 @dataclasses.dataclass(kw_only=True)

@@ -216,8 +216,9 @@ class Progress:
         """Prints the table of all scores and the next commands."""
         if self._quiet or self._outer is not None:
             return
-        for table in tables.score_tables(scores):
-            self._console.print(table)
+        columns = self._console.width if self._console.is_terminal else None
+        for table in tables.score_tables(scores, columns):
+            self._print(f"\n{table}\n")
         if next_commands:
             self._print("Next:\n" + "\n".join(f"  {line}" for line in next_commands))
 

@@ -1,15 +1,17 @@
 """Formats console output: log lines, scores, tables, advice."""
 
 import datetime
-from collections.abc import Mapping
+import re
+from collections.abc import Mapping, Sequence
 
-from rich import box
-from rich.table import Table
-from rich.text import Text
+from rich.cells import cell_len
 
 # The fraction of time waiting for data above which advice is printed.
 INPUT_BOUND_ABOVE = 0.2
 
+# A score whose name ends with one of these words is a share in 0..1, shown in percent.
+SHARES = ("accuracy", "recall", "precision")
+CHOSEN = "_l2_chosen"
 
 # Fields dropped in a narrow terminal, in this order.
 DISPENSABLE = (
@@ -54,14 +56,20 @@ def format_line(
 
 
 def format_scores(scores: Mapping[str, float | int]) -> dict[str, str]:
-    """Returns {name: "90.1 ± 0.6 %"}: accuracies in percent, spreads beside them."""
+    """Returns {name: "90.1 ± 0.6 %"}: shares in percent, spreads beside them.
+
+    A score is a share if the last word of its name says so ("accuracy",
+    "mean_per_class_recall"); "_top5" and "_l2_chosen" may follow. A control has the
+    unit of the scores in its group.
+    """
     texts = {}
+    shares = {name.rpartition("/")[0] for name in scores if _is_share(name)}
     for name, value in scores.items():
-        leaf = name.rpartition("/")[2]
+        group, _, leaf = name.rpartition("/")
         spread = scores.get(f"{name}_sd")
         if leaf.endswith("_sd") or (leaf == "unreadable" and not value):
             continue
-        if leaf.startswith(("accuracy", "control_")):
+        if _is_share(name) or (leaf.startswith("control_") and group in shares):
             middle = "" if spread is None else f" ± {100 * spread:.1f}"
             texts[name] = f"{100 * value:.1f}{middle} %"
         elif float(value).is_integer() and abs(value) >= 1:
@@ -72,10 +80,19 @@ def format_scores(scores: Mapping[str, float | int]) -> dict[str, str]:
     return texts
 
 
-def score_tables(scores: Mapping[str, float | int]) -> list[Table]:
-    """Builds tables of the last scores: a row per group, transfer beside controls.
+def _is_share(name: str) -> bool:
+    leaf = re.sub(rf"({CHOSEN}|_top\d+)$", "", name.rpartition("/")[2])
+    return leaf.rpartition("_")[2] in SHARES
 
-    Counts and chosen penalties are in metrics.jsonl only.
+
+def score_tables(
+    scores: Mapping[str, float | int], columns: int | None = None
+) -> list[str]:
+    """Returns tables of the last scores: a row per group, transfer beside controls.
+
+    Scores at a chosen penalty have a row of their own, beside controls at the penalties
+    chosen for these. Counts and penalties are in metrics.jsonl only. A table wider than
+    `columns` is stacked.
     """
     plain: dict[str, dict[str, str]] = {}
     controlled: dict[str, dict[str, str]] = {}
@@ -85,30 +102,58 @@ def score_tables(scores: Mapping[str, float | int]) -> list[Table]:
         group, _, leaf = name.rpartition("/")
         if leaf.startswith("l2_chosen") or leaf in ("examples", "unreadable"):
             continue
-        if leaf.startswith("control_") and leaf.endswith("_l2_chosen"):
-            continue
         rows = controlled if group in groups else plain
+        if leaf.endswith(CHOSEN):
+            group, leaf = f"{group}, l2 chosen", leaf.removesuffix(CHOSEN)
         rows.setdefault(group, {})[_column(leaf)] = text
-    for row in controlled.values():  # the unit is in the title: it must fit 80 columns
-        row.update({column: text.removesuffix(" %") for column, text in row.items()})
-    named = {"Scores": plain, "Scores beside their controls, in %": controlled}
-    return [_table(title, rows) for title, rows in named.items() if rows]
+    cells = [text for row in controlled.values() for text in row.values()]
+    title = "Scores beside their controls"
+    if all(text.endswith(" %") for text in cells):
+        title += ", in %"
+        for row in controlled.values():
+            row.update(
+                {column: text.removesuffix(" %") for column, text in row.items()}
+            )
+    named = {"Scores": plain, title: controlled}
+    return [format_table(t, rows, columns) for t, rows in named.items() if rows]
 
 
-def _table(title: str, rows: Mapping[str, Mapping[str, str]]) -> Table:
-    columns = list(dict.fromkeys(leaf for row in rows.values() for leaf in row))
-    table = Table(title=title, title_justify="left", box=box.SIMPLE, pad_edge=False)
-    for column in ("", *columns):
-        table.add_column(column, no_wrap=True)
-    for group, row in rows.items():
-        table.add_row(Text(group), *(row.get(column, "") for column in columns))
-    return table
+def format_table(
+    title: str, rows: Mapping[str, Mapping[str, str]], columns: int | None = None
+) -> str:
+    """Returns the rows {name: {column: text}} as lines of aligned columns.
+
+    No text is shortened or broken: if a line is longer than `columns`, each text gets a
+    line below the name of its row.
+    """
+    heads = list(dict.fromkeys(head for row in rows.values() for head in row))
+    lines = [["", *heads]]
+    lines += [
+        [name, *(row.get(head, "") for head in heads)] for name, row in rows.items()
+    ]
+    widths = [max(map(cell_len, cells)) for cells in zip(*lines, strict=True)]
+    if columns is None or sum(widths) + 2 * len(heads) <= columns:
+        return "\n".join([title, *(_aligned(line, widths) for line in lines)])
+    stacked = [title]
+    widths = [2, max(map(cell_len, heads)), 0]
+    for name, row in rows.items():
+        stacked.append(name)
+        stacked += [_aligned(["", head, text], widths) for head, text in row.items()]
+    return "\n".join(stacked)
+
+
+def _aligned(cells: Sequence[str], widths: Sequence[int]) -> str:
+    padded = [
+        cell + " " * (width - cell_len(cell))
+        for cell, width in zip(cells, widths, strict=True)
+    ]
+    return "  ".join(padded).rstrip()
 
 
 def _column(leaf: str) -> str:
     """Returns "raw pixels" for "control_raw_pixels", "top 5" for "accuracy_top5"."""
-    named = {"accuracy_top5": "top 5", "accuracy_l2_chosen": "l2 chosen"}
-    return named.get(leaf, leaf.removeprefix("control_").replace("_", " "))
+    top = re.fullmatch(r"accuracy_top(\d+)", leaf)
+    return f"top {top[1]}" if top else leaf.removeprefix("control_").replace("_", " ")
 
 
 def input_bound_message(

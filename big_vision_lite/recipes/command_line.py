@@ -26,6 +26,8 @@ from big_vision_lite.runtime import files, startup
 from big_vision_lite.runtime.processes import Stopped
 
 # Errors the user can fix: shown as one message, with the trace in a file.
+# In the run's folder: the traces of errors, removed when a run ends well.
+TRACE_FILE = "error.txt"
 USER_ERRORS = (ValueError, OSError, FloatingPointError, ImportError, flags.Error)
 
 
@@ -380,13 +382,13 @@ def _help(about: str, values: flags.FlagValues) -> str:
 
 
 def _write_trace(argv: Sequence[str], flag: str | None) -> str:
-    """Appends the trace to error.txt of the flag's folder, or to a temporary file."""
+    """Appends the trace, dated, to error.txt of the flag's folder or to a file."""
     text = f"{datetime.datetime.now().isoformat()} {' '.join(argv)}\n"
     text += traceback.format_exc() + "\n"
     given = _flag_values(argv, flag) if flag else []
     with contextlib.suppress(OSError, ValueError):  # ValueError: a name not UTF-8
         if given and (folder := files.absolute(given[-1])).is_dir():
-            name = os.fspath(folder / "error.txt")
+            name = os.fspath(folder / TRACE_FILE)
             with open(name, "a", errors="backslashreplace") as file:
                 file.write(text)
             return file.name

@@ -250,7 +250,7 @@ class Context:
                 f"first is {source.name(0)}; look at them with tools/check_dataset.py."
             )
 
-    def counts(self, source: Source, read: int) -> dict[str, int]:
+    def counts(self, source: Source, read: Any) -> dict[str, int]:
         """Returns the scores "examples" and "unreadable"; logs if any is unreadable."""
         unreadable = len(source) - int(read)
         if unreadable:

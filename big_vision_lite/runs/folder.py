@@ -9,10 +9,11 @@ import platform
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+import jax
 from etils import epath
 
 from big_vision_lite.config import TrainConfig
-from big_vision_lite.recipes import serialize
+from big_vision_lite.recipes import command_line, serialize
 from big_vision_lite.runs import integrity, step_folder
 from big_vision_lite.runs.image_folders import PLACES, make_absolute
 from big_vision_lite.runtime import files, processes, startup
@@ -74,6 +75,9 @@ class RunFolder:
     def __exit__(self, error: type[BaseException] | None, *unused: Any) -> None:
         if error is not None and self._is_new:
             (self.path / step_folder.CONFIG).unlink(missing_ok=True)
+        if error is None and jax.process_index() == 0:
+            # The traces of tries that failed before this run came to its end.
+            (self.path / command_line.TRACE_FILE).unlink(missing_ok=True)
         if self._lock is not None:
             self._lock.close()
 

@@ -320,7 +320,20 @@ class Run:
         commands = next_commands(
             workdir, self._command, self.config, self._program.outputs
         )
-        self.progress.summary(self.writer.latest(), commands)
+        self.progress.summary(self._in_recipes_order(self.writer.latest()), commands)
+
+    def _in_recipes_order(self, scores: Mapping[str, Any]) -> dict[str, Any]:
+        """Sorts scores by evaluator; records are in the order of their steps."""
+        order = list(self.config.evaluators)
+
+        def place(name: str) -> int:
+            evaluator = name.partition("/")[0]
+            for known in (evaluator, evaluator.removesuffix("_ema")):
+                if known in order:
+                    return order.index(known)
+            return len(order)  # of an evaluator that the recipe no longer has
+
+        return {name: scores[name] for name in sorted(scores, key=place)}
 
     def _batch_of(self, step: int) -> Any:
         return next(self._batches.starting_at(step))

@@ -15,6 +15,7 @@ from big_vision_lite.console.tables import (
     format_line,
     format_scores,
     input_bound_message,
+    score_tables,
 )
 from big_vision_lite.runs.session import StepsInFlight
 from big_vision_lite.runtime.targets import peak_flops
@@ -297,6 +298,8 @@ FEW_SHOT = {
     "fewshot/digits/10_shot/l2_chosen": 64.0,
     "fewshot/digits/10_shot/control_raw_pixels": 0.829,
     "fewshot/digits/10_shot/control_raw_pixels_sd": 0.017,
+    "fewshot/digits/10_shot/control_raw_pixels_l2_chosen": 0.84,
+    "fewshot/digits/10_shot/l2_chosen_control_raw_pixels": 1024.0,
     "fewshot/digits/10_shot/control_untrained": 0.551,
     "fewshot/digits/10_shot/control_untrained_sd": 0.02,
     "fewshot/digits/10_shot/control_untrained_l2_chosen": 0.61,
@@ -317,15 +320,66 @@ def test_the_summary_puts_the_controls_beside_the_scores_and_says_what_to_type_n
     progress.summary(FEW_SHOT | {"test/accuracy": 0.985}, ["python -m x [y]"])
     shown = text(progress)
     lines = shown.splitlines()
-    row = next(x for x in lines if "fewshot/digits/10_shot" in x)
-    for cell in ("90.1 ± 0.6", "91.0 ± 0.4", "82.9 ± 1.7", "55.1 ± 2.0"):
-        assert cell in row
+    fixed, chosen = (x for x in lines if "fewshot/digits/10_shot" in x)
+    assert "l2 chosen" in chosen
+    for row, cells in (
+        (fixed, ("90.1 ± 0.6", "82.9 ± 1.7", "55.1 ± 2.0")),
+        (chosen, ("91.0 ± 0.4", "84.0", "61.0")),
+    ):
+        assert sorted(cells, key=row.index) == list(cells)
     header = next(x for x in lines if "raw pixels" in x)
-    order = ("accuracy", "l2 chosen", "raw pixels", "untrained")
+    order = ("accuracy", "raw pixels", "untrained")
     assert sorted(order, key=header.index) == list(order)
     assert "98.5 %" in next(x for x in lines if "test" in x and "10_shot" not in x)
     assert max(map(len, lines)) <= 80, "fits a terminal"
     assert "Next:\n  python -m x [y]" in shown
+
+
+@pytest.mark.parametrize(
+    "leaf, shown",
+    [
+        ("accuracy", "87.2 %"),
+        ("mean_per_class_accuracy", "87.2 %"),
+        ("macro_recall", "87.2 %"),
+        ("precision", "87.2 %"),
+        ("accuracy_top5", "87.2 %"),
+        ("accuracy_l2_chosen", "87.2 %"),
+        ("accuracy_gap", "0.8715"),
+        ("recalled_words", "0.8715"),
+        ("mean_iou", "0.8715"),
+    ],
+)
+def test_the_last_word_of_a_score_is_its_unit(leaf, shown):
+    assert format_scores({f"mine/{leaf}": 0.8715}) == {f"mine/{leaf}": shown}
+
+
+def test_a_control_has_the_unit_of_what_it_stands_beside():
+    scores = {"mine/error": 0.5, "mine/control_constant": 0.75}
+    assert format_scores(scores)["mine/control_constant"] == "0.75"
+    assert "in %" not in score_tables(scores)[0]
+
+
+@pytest.mark.parametrize("columns", [10, 40, 60, 80, 200, None])
+def test_a_table_of_any_width_holds_every_figure_whole(columns):
+    """On a terminal it stacks; in a pipe it is as wide as it needs."""
+    scores = FEW_SHOT | {f"a_long_name_of_a_set/{n}_accuracy": 0.839 for n in "abcdef"}
+    figures = ("90.1 ± 0.6", "82.9 ± 1.7", "55.1 ± 2.0", "91.0 ± 0.4", "61.0")
+    console = Console(
+        file=io.StringIO(),
+        width=columns or 20,
+        force_terminal=columns is not None,
+        color_system=None,
+    )
+    progress = Progress(100, 8, console=console)
+    progress.summary(scores, [])
+    shown = text(progress)
+    assert all(shown.count(figure) == 1 for figure in figures)
+    assert shown.count("83.9 %") == 6 and "…" not in shown
+    lines = shown.splitlines()
+    if columns in (40, 60, 80, 200):
+        assert max(map(len, lines)) <= columns
+    together = any("90.1 ± 0.6" in x and "82.9 ± 1.7" in x for x in lines)
+    assert together == (columns in (80, 200, None))
 
 
 def test_an_evaluation_is_shown_in_one_line_without_its_controls():

@@ -409,7 +409,11 @@ def test_the_count_of_unreadable_images_is_a_line_only_where_there_are_some():
     scores["digits/unreadable"] = 6.0
     assert tables.format_scores(scores)["digits/unreadable"] == "6"
     (table,) = tables.score_tables(scores)
-    assert table.row_count == 1
+    assert table.splitlines() == [
+        "Scores",
+        "               accuracy",
+        "digits/5_shot  50.0 %",
+    ]
 
 
 def test_the_natural_sets_are_those_of_big_vision(monkeypatch):

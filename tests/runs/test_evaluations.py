@@ -1,13 +1,20 @@
 """What an evaluator gets from its context: rows and sums of what is valid, only."""
 
+import dataclasses
+import pathlib
+import re
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from evaluation_context import Damaged, Network, make_context, make_mesh, make_state
 
+import big_vision_lite
 from big_vision_lite.data.ops import Decode
 from big_vision_lite.data.sources.arrays import InMemory
+from big_vision_lite.runs.scores import check_fields
+from big_vision_lite.types import Source
 
 NAMES = tuple("0123456789")
 RNG = np.random.default_rng(0)
@@ -102,6 +109,22 @@ def test_the_number_of_examples_has_its_name_for_itself(tmp_path):
         sums(tmp_path, function)
 
 
+def test_the_shortest_evaluator_of_the_map_scores(tmp_path):
+    text = (pathlib.Path(big_vision_lite.__file__).parent / "README.md").read_text()
+    (code,) = re.findall(r"```python\n(@dataclasses.*?)```", text, re.DOTALL)
+    names = {"Source": Source, "check_fields": check_fields, "jnp": jnp}
+    exec(code, names | {"dataclasses": dataclasses}, found := {})
+    evaluator = found["MeanLogit"](source=SOURCE, batch_size=8)
+    mesh, model = make_mesh(8), Network()
+    with jax.set_mesh(mesh):
+        state = make_state(model, mesh, (8, 8, 1))
+        scores = evaluator.prepare(make_context(tmp_path, mesh, model, NAMES))(state)
+    logits = model.apply({"params": jax.device_get(state.params)}, IMAGES)["logits"]
+    expected = np.asarray(logits)[np.arange(21), LABELS].mean()
+    np.testing.assert_allclose(scores["mean_logit"], expected, rtol=1e-5)
+    assert (scores["examples"], scores["unreadable"]) == (21, 0)
+
+
 def context_of(tmp_path, names, messages=None):
     return make_context(tmp_path, make_mesh(1), Network(), names, messages=messages)
 
@@ -110,7 +133,7 @@ def context_of(tmp_path, names, messages=None):
 def test_labels_of_a_source_become_those_of_the_model(tmp_path, several):
     """By name; where one side has no names, they are taken as they are."""
     labels = np.array([0, 1, 1])
-    batch = {"label": np.eye(2)[labels] if several else labels}
+    batch = {"label": np.eye(2, dtype=np.float32)[labels] if several else labels}
     two = InMemory(IMAGES[:2], LABELS[:2] % 2, ("c", "a"))
     messages = []
     classes = context_of(tmp_path, "abc", messages).classes(two)

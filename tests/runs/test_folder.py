@@ -1,3 +1,4 @@
+import contextlib
 import dataclasses
 import json
 import os
@@ -61,6 +62,15 @@ def begin(path, config=None, step=50):
     folder = path / "checkpoints" / str(step)
     folder.mkdir(parents=True)
     (folder / "manifest.json").write_text("{}")
+
+
+@pytest.mark.parametrize("fails", [True, False])
+def test_the_trace_of_a_failed_try_stays_until_a_run_ends_well(tmp_path, fails):
+    (tmp_path / "error.txt").write_text("of the first try")
+    with contextlib.suppress(KeyError), open_folder(tmp_path):
+        if fails:
+            raise KeyError
+    assert (tmp_path / "error.txt").exists() == fails
 
 
 def test_the_folder_tells_what_ran_on_what_and_with_what(tmp_path):

@@ -25,14 +25,16 @@ def load(
     *,
     batch_size: int = 64,
     allowed_modules: Sequence[str] = (),
+    part: str = "",
 ) -> "LoadedModel":
     """Loads a model that maps uint8 images to pooled features and class probabilities.
 
     `path` is a run folder, a checkpoints folder, one step folder, or weights of another
     library: a file, a folder with config.json, or "hub:organisation/name", which is
-    downloaded. Assumptions about foreign weights are printed. The model runs on batches
-    of at most `batch_size` images, on all devices of this process. Your own classes are
-    imported from `allowed_modules` only.
+    downloaded. Of a file with several models `part` is one, by the beginning of its
+    names ("teacher"). What is assumed of foreign weights is printed. The model runs on
+    batches of at most `batch_size` images, on all devices of this process. Your own
+    classes are imported from `allowed_modules` only.
 
     Raises:
         FileNotFoundError: neither is at `path`; lists the places searched.
@@ -41,4 +43,6 @@ def load(
     """
     from big_vision_lite.runs import inference
 
-    return inference.load(path, batch_size=batch_size, allowed_modules=allowed_modules)
+    return inference.load(
+        path, batch_size=batch_size, allowed_modules=allowed_modules, part=part
+    )

@@ -5,7 +5,9 @@ import enum
 
 from flax import linen as nn
 
+from big_vision_lite.data.ops import Decode, DecodeInceptionCrop
 from big_vision_lite.data.pipeline import Stream
+from big_vision_lite.runtime import files
 from big_vision_lite.runtime.sharding import Mesh, ShardingRule
 from big_vision_lite.runtime.startup import Platform
 from big_vision_lite.schedules import Average
@@ -30,7 +32,7 @@ class MatchClasses(enum.StrEnum):
     """The pairing of a data set's classes with those of a model."""
 
     BY_NAME = "by_name"
-    # For the same classes under other names ("tench", "n01440764").
+    # For the same classes under other names ("tench", "n01440764"), or under none.
     IN_ORDER = "in_order"
 
 
@@ -40,12 +42,14 @@ class Init:
 
     The checkpoint's `backbone` is copied into this model's backbone; between models of
     the same class, all parameters are copied. `part` takes another module of the
-    checkpoint ("encoder"), `into` fills another one of this model ("teacher").
+    checkpoint ("encoder"), or of a file of another library one of several models
+    ("teacher"); `into` fills another module of this model.
 
     Parameters matching `drop` keep their fresh values. None drops only the head, and
-    only if its classes differ; "" drops nothing, and a head of another shape is then an
-    error. `rename` holds "old=>new" pairs: regular expressions applied to the
-    checkpoint's names before comparison.
+    only if its classes differ; "" drops nothing, and a head of other classes is then an
+    error. With match_classes="in_order" the head is kept if it has as many classes,
+    whatever their names. `rename` holds "old=>new" pairs: regular expressions applied
+    to the checkpoint's names before comparison.
     """
 
     path: str = ""
@@ -54,8 +58,10 @@ class Init:
     drop: str | None = None
     rename: tuple[str, ...] = ()
     position_resize: PositionResize = PositionResize.BILINEAR
+    match_classes: MatchClasses = MatchClasses.BY_NAME
 
     def __post_init__(self):
+        files.check_name(self.path)
         for pair in self.rename:
             if "=>" not in pair:
                 raise ValueError(
@@ -168,6 +174,18 @@ class TrainConfig:
                 f"data.batch_size={size} does not divide into micro_batches="
                 f"{self.micro_batches} equal parts; use --config.micro_batches="
                 f"{' or '.join(str(n) for n in sorted(nearest))}."
+            )
+        turned = {
+            op.orientation
+            for op in (*self.data.ops, *self.preprocess)
+            if isinstance(op, Decode | DecodeInceptionCrop)
+        }
+        if len(turned) > 1:
+            raise ValueError(
+                "data.ops and preprocess read EXIF's orientation differently: give "
+                "both orientation=ignore or both apply, for example with "
+                "--config.data.ops[0].orientation=apply "
+                "--config.preprocess[0].orientation=apply."
             )
         steps = self.profile_steps
         if len(steps) not in (0, 2) or (steps and not 1 <= steps[0] <= steps[1]):

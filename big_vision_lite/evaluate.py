@@ -11,6 +11,7 @@ folder with config.json, or hub:organisation/name.
 """
 
 import contextlib
+import dataclasses
 import hashlib
 import json
 import pathlib
@@ -24,9 +25,10 @@ from absl import flags
 from etils import epath
 
 from big_vision_lite.console.progress import Progress
+from big_vision_lite.conversion import assumption
 from big_vision_lite.messages import did_you_mean
 from big_vision_lite.recipes import command_line, serialize
-from big_vision_lite.runs import load
+from big_vision_lite.runs import image_folders, load
 from big_vision_lite.runs.evaluations import make_context
 from big_vision_lite.runs.saved_run import SavedRun
 from big_vision_lite.runs.scores import named_scores
@@ -100,14 +102,18 @@ def choose(
 
 
 def name_results(
-    folder: epath.Path, recipe: str | None, evaluators: Mapping[str, Any]
+    folder: epath.Path,
+    recipe: str | None,
+    evaluators: Mapping[str, Any],
+    part: str = "",
 ) -> str:
     """Returns the base name of score files and folders for the step in `folder`.
 
+    `part` is the model in a file of several.
     A digest of the evaluators' fields distinguishes recipes, arguments and overrides:
     scores on data=A must not be mixed with those on data=B.
     """
-    name = f"evaluation_{folder.name}"
+    name = f"evaluation_{folder.name}" + (f"_{part.replace('/', '.')}" if part else "")
     if recipe is None:
         return name
     text = json.dumps(evaluators, sort_keys=True)
@@ -132,6 +138,9 @@ def record(
         "checkpoint": str(run.folder),
         "recipe": recipe or "the run's own",
         "evaluators": evaluators,
+        "assumptions": assumption.to_record(
+            assumption.from_origin(run.manifest.get("origin"))
+        ),
         "scores": known | dict(scores),
         "parameters": recalibration.describe(run.state),
         "versions": startup.versions(),
@@ -169,7 +178,8 @@ def main(argv: Sequence[str]) -> None:
             "step folder."
         )
     chosen_platform = values["platform"].value
-    place = load.locate(values["workdir"].value)
+    part = str(values["part"].value)
+    place = load.locate(values["workdir"].value, part=part)
     startup.set_up_to_use(
         place.platform(),
         chosen_platform and Platform(chosen_platform),
@@ -181,8 +191,11 @@ def main(argv: Sequence[str]) -> None:
     names: Any = values["evaluators"].value
     wanted = [name for name in names if name]
     evaluators = choose(config.evaluators, wanted, recipe or str(run.folder))
+    if command.config is None:
+        own = dataclasses.replace(config, evaluators=evaluators)
+        image_folders.check_unchanged(own, run.manifest)
     described = json.loads(serialize.to_json(config))["config"]["evaluators"]
-    name = name_results(run.folder, recipe, described)
+    name = name_results(run.folder, recipe, described, part)
     total = int(run.manifest["num_steps"])
     with (
         _folder_for(run, name) as folder,
@@ -203,6 +216,9 @@ def define_flags(values: flags.FlagValues) -> None:
     """Defines the flags of evaluate."""
     flags.DEFINE_string(
         "workdir", None, "Run, checkpoints or step folder.", flag_values=values
+    )
+    flags.DEFINE_string(
+        "part", "", "Of a file with several models one: teacher.", flag_values=values
     )
     flags.DEFINE_list(
         "evaluators", [], "Names, separated by commas; default all.", flag_values=values

@@ -4,10 +4,13 @@
 
 RUN is a run folder, a checkpoints folder, one step folder, or weights of another
 library (file, folder with config.json, hub:organisation/name); no recipe is needed.
+
+Every image has a row in preds.csv; one that cannot be read says why under "error". The
+file is UTF-8: bytes of a name that are not, and a % before two hexadecimal digits, are
+written as %XX; urllib.parse.unquote_to_bytes(row["file"]) is the name in bytes.
 """
 
 import argparse
-import csv
 import dataclasses
 import io
 import sys
@@ -24,7 +27,6 @@ from rich.table import Table
 from rich.text import Text
 
 from big_vision_lite.data.sources.files import Guarded, ImageFiles
-from big_vision_lite.data.sources.listing import SUFFIXES
 from big_vision_lite.recipes import command_line
 from big_vision_lite.runs import inference, load
 from big_vision_lite.runs.saved_run import SavedRun
@@ -39,7 +41,8 @@ class Predictions:
     """Outputs for N files, in order; rows of unreadable files (see `errors`) are zeros.
 
     `classes` [N, K] are labels, most probable first, with their `probabilities` [N, K];
-    `features` [N, D] are the pooled features. Outputs not requested are None. `errors`
+    a regression has `numbers` [N, C] in place of both. `features` [N, D] are the pooled
+    features. Outputs not requested are None. `errors`
     maps a file to the reason why it could not be read.
     """
 
@@ -47,11 +50,14 @@ class Predictions:
     errors: dict[str, str]
     classes: Int32[np.ndarray, "N K"] | None = None
     probabilities: Float32[np.ndarray, "N K"] | None = None
+    numbers: Float32[np.ndarray, "N C"] | None = None
     features: Float32[np.ndarray, "N D"] | None = None
 
 
 def table_of(found: Predictions, class_names: Sequence[str]) -> list[list[str]]:
     """Returns one row of text per file, after a row of column names."""
+    if found.numbers is not None:
+        return _table_of_numbers(found, found.numbers, class_names)
     assert found.classes is not None and found.probabilities is not None
     ranks = range(1, found.classes.shape[1] + 1)
     titles = [(f"class_{rank}", f"probability_{rank}") for rank in ranks]
@@ -71,6 +77,18 @@ def table_of(found: Predictions, class_names: Sequence[str]) -> list[list[str]]:
     return rows
 
 
+def _table_of_numbers(
+    found: Predictions, numbers: Float32[np.ndarray, "N C"], names: Sequence[str]
+) -> list[list[str]]:
+    titles = names or [f"output_{index}" for index in range(numbers.shape[1])]
+    rows = [["file", *titles, "error"]]
+    for file, values in zip(found.files, numbers, strict=True):
+        error = found.errors.get(file, "")
+        texts = ["" if file in found.errors else str(value) for value in values]
+        rows.append([file, *texts, error])
+    return rows
+
+
 def _class_name(label: int, class_names: Sequence[str]) -> str:
     # Foreign weights may lack class names.
     return class_names[label] if class_names else f"class_{label}"
@@ -78,9 +96,7 @@ def _class_name(label: int, class_names: Sequence[str]) -> str:
 
 def write_csv(path: epath.Path, rows: Sequence[Sequence[str]]) -> None:
     """Writes rows as UTF-8 CSV, atomically."""
-    text = io.StringIO()
-    csv.writer(text, lineterminator="\n").writerows(rows)
-    files.replace(path, text.getvalue().encode("utf-8"))
+    files.replace(path, files.csv_text(rows))
 
 
 def write_features(path: epath.Path, found: Predictions) -> None:
@@ -97,11 +113,16 @@ def write_features(path: epath.Path, found: Predictions) -> None:
 
 
 def show(console: Console, rows: Sequence[Sequence[str]]) -> None:
-    """Prints the first rows with their most probable class."""
-    table = Table("file", "class", "probability", "error")
+    """Prints the first rows with their most probable class, or their first number."""
+    first = rows[0][1]
+    of_classes = first == "class_1"
+    titles = ("class", "probability") if of_classes else (_printable(first),)
+    table = Table("file", *titles, "error")
     for file, *middle, error in rows[1 : SHOWN_ROWS + 1]:
-        name, likely = (middle[0], f"{float(middle[1]):.3f}") if middle[0] else ("", "")
-        table.add_row(*map(Text, (_printable(file), _printable(name), likely, error)))
+        texts = [_printable(middle[0])] if of_classes else []
+        number = middle[len(texts)]
+        texts += [f"{float(number):.3f}" if number else ""]
+        table.add_row(*map(Text, (_printable(file), *texts, error)))
     console.print(table)
 
 
@@ -128,26 +149,25 @@ def predict(
         ValueError: no image can be read, preprocessing yields different sizes, or
             classes are requested from a model without a head.
     """
-    ops = Guarded(run.config.preprocess)
+    guarded = Guarded(images, run.config.preprocess)
     steps = inference.make_steps(run, classes=top, features=embed, log=log)
-    found = inference.run_steps(
-        run, steps, images, ops, batch_size, hidden=quiet or None
-    )
-    errors = {images.files[i]: reason for i, reason in sorted(ops.errors.items())}
+    found = inference.run_steps(run, steps, guarded, batch_size, hidden=quiet or None)
+    errors = {images.files[i]: reason for i, reason in sorted(guarded.errors.items())}
     return Predictions(files=images.files, errors=errors, **found)
 
 
-def _output(path: str | None, flag: str) -> epath.Path | None:
-    """Checks before any work that the file can be written."""
-    if path is None:
-        return None
-    given = files.absolute(path)
-    if given.is_dir():
-        raise ValueError(f"{flag} {path} is a folder; name a file in it.")
-    given.parent.mkdir(parents=True, exist_ok=True)
-    if not files.is_writable(given.parent):
-        raise OSError(f"Cannot write {path}: {given.parent} is read-only.")
-    return given
+def _outputs(options: argparse.Namespace) -> list[epath.Path | None]:
+    """Checks before any work that the files can be written; raises OSError if not."""
+    found = [p and files.absolute(p) for p in (options.out, options.embed)]
+    if None not in found and found[0] == found[1]:
+        raise ValueError(
+            f"--out and --embed are both {found[0]}; name a file for each, such as "
+            "preds.csv and features.npz."
+        )
+    for path in found:
+        if path is not None:
+            files.check_output(path)
+    return found
 
 
 def parse(argv: Sequence[str]) -> argparse.Namespace:
@@ -162,6 +182,7 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     add("--images", required=True, help="folder of images, at any depth, or one image")
     add("--out", help="CSV file for the classes")
     add("--embed", help="npz file for the pooled features")
+    add("--part", default="", help="of a file with several models one: teacher")
     add("--top", type=int, default=5, help="classes a file (default 5)")
     add("--batch_size", type=int, default=64, help="images at a time (default 64)")
     add("--platform", type=Platform, choices=list(Platform), help="device to run on")
@@ -177,9 +198,9 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
 def main(argv: Sequence[str]) -> None:
     """Runs the command line."""
     options = parse(argv)
-    out, embed = _output(options.out, "--out"), _output(options.embed, "--embed")
+    out, embed = _outputs(options)
     images = ImageFiles(options.images)
-    place = load.locate(options.workdir)
+    place = load.locate(options.workdir, part=options.part)
     startup.set_up_to_use(place.platform(), options.platform)
     run = load.load(
         place,
@@ -209,8 +230,8 @@ def main(argv: Sequence[str]) -> None:
             f"warning: {len(found.errors)} of {len(images)} images cannot be read, "
             f"see {listed}"
         )
-    if images.skipped:
-        print(f"left out, as they are no {'/'.join(SUFFIXES)}: {images.skipped}")
+    for line in images.left_out.lines(str(images.root), faults=False):
+        print(f"left out: {line}")
     where = " and ".join(str(path) for path in (out, embed) if path is not None)
     print(
         f"{len(images) - len(found.errors)} images of {images.root} -> {where}, in "

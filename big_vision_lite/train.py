@@ -16,7 +16,7 @@ from etils import epath
 
 from big_vision_lite.config import TrainConfig
 from big_vision_lite.recipes import command_line, serialize
-from big_vision_lite.runs import dry_run, integrity, step_folder
+from big_vision_lite.runs import dry_run, integrity, step_folder, suggestions
 from big_vision_lite.runs.evaluations import Evaluations
 from big_vision_lite.runs.folder import read_config
 from big_vision_lite.runs.init import initial_state
@@ -90,8 +90,10 @@ def main(argv: Sequence[str]) -> None:
     )
     values = command.flags
     if command.config is None:
+        given = values["workdir"].value
+        there = f"There is no run in {given}. " if given else ""
         raise ValueError(
-            "Which recipe? For example: python -m big_vision_lite.train "
+            f"{there}Which recipe? For example: python -m big_vision_lite.train "
             "--config configs/quickstart.py --workdir runs/first. A run that has begun "
             "needs none: --workdir RUN resumes it."
         )
@@ -125,8 +127,8 @@ def resume_command(workdir: epath.Path, values: flags.FlagValues) -> str:
     ]
     modules: Any = values["allow_module"].value
     kept += [f"--allow_module={module}" for module in modules]
-    words = [sys.orig_argv[0], "-m", "big_vision_lite.train", "--workdir", str(workdir)]
-    return shlex.join([*words, *kept])
+    words = ["-m", "big_vision_lite.train", "--workdir", str(workdir), *kept]
+    return f"{suggestions.python(modules)} {shlex.join(words)}"
 
 
 def recorded_config(workdir: str, allowed_modules: Sequence[str]) -> TrainConfig | None:

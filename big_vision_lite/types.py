@@ -3,6 +3,7 @@
 Models and objectives inherit their protocol for its defaults; others need not.
 """
 
+import enum
 from collections.abc import Callable, Mapping, Sequence
 from typing import (
     TYPE_CHECKING,
@@ -26,6 +27,27 @@ Example = dict[str, Any]
 Batch = Mapping[str, Any]
 # Nested dicts of arrays; the name of a leaf joins its keys by "/".
 Params = Mapping[str, Any]
+
+
+class Logits(enum.StrEnum):
+    """What the logits of a model mean; its objective says it, and weights carry it."""
+
+    # One class an image.
+    SOFTMAX = "softmax"
+    # Each class by itself: several an image, or none.
+    SIGMOID = "sigmoid"
+    # Numbers, no classes: a regression, an embedding.
+    NONE = "none"
+
+    def outputs(self, logits: Array) -> Array:
+        """Returns probabilities [B, C] of logits, or the numbers that they are."""
+        match self:
+            case Logits.SOFTMAX:
+                return jax.nn.softmax(logits)
+            case Logits.SIGMOID:
+                return jax.nn.sigmoid(logits)
+            case Logits.NONE:
+                return logits
 
 
 @runtime_checkable
@@ -86,8 +108,8 @@ class Family(Protocol):
     # Patterns of parameter names from the pixels upwards, for layer-wise decay. Numbers
     # in a pattern's groups order the blocks; unmatched names lie above all blocks.
     layers: ClassVar[tuple[str, ...]] = ()
-    # Fields that may differ between two models of the same weights: they change no
-    # feature, or the weights are adapted to them.
+    # Fields that are not compared when weights are loaded into a model: they change no
+    # feature, the weights are adapted to them, or the shapes of parameters show them.
     free_fields: ClassVar[tuple[str, ...]] = ("head", "dtype", "remat")
     # Parameters [rows, columns, D] that can be resized to another grid of patches.
     position_embeddings: ClassVar[tuple[str, ...]] = ()
@@ -110,9 +132,10 @@ class Family(Protocol):
 class Model(Family, Protocol):
     """A Linen module; called with `model.inputs(batch)` and `train=`, returns a dict.
 
-    "grid" [B, h, w, D] (of text "tokens" [B, N, D]), "pooled" [B, D], "logits" [B, C]
-    when there is a head, "image" the scaled input. A class takes the defaults of
-    `Family` by inheriting: `class MyModel(nn.Module, Model)`.
+    "grid" [B, h, w, D] (of text "tokens" [B, N, D]), "pooled" [B, E], which the head
+    and every evaluator read, "logits" [B, C] when there is a head, "image" the scaled
+    input. A class takes the defaults of `Family` by inheriting: `class MyModel(
+    nn.Module, Model)`.
     """
 
     def inputs(self, batch: Batch) -> dict[str, Any]:
@@ -170,8 +193,8 @@ class Objective(Protocol):
     # Whether an example's loss depends on the rest of the batch (contrastive): then the
     # batch cannot be split into micro-batches.
     needs_whole_batch: ClassVar[bool] = False
-    # probabilities(logits [B, C]) -> [B, C]; None without class logits.
-    probabilities: Callable[[Array], Array] | None = None
+    # What the model's logits mean; None where the objective does not look at any.
+    logits: ClassVar[Logits | None] = None
 
     def __call__(
         self, forward: Forward, batch: Batch, rng: Array

@@ -14,7 +14,9 @@ batch     images a step; the rule's learning rate is for 512, peak=0.001 goes wi
 steps     0: by the number of training images, 500, 10,000 or 20,000
 flip      false where left and right mean something
 split_seed  which tenth of data is held out, where there are no split folders
+classes   a,b,c of data: names and order, whatever the folders' names mean
 allow_module  a module of your own that the run's model comes from
+part      of a file of another library with several models one: teacher
 
 The rule is in big_vision_lite/runs/hyperrule.py; its settings are never chosen on
 the test images, which are scored five times on the way for the curve only.
@@ -49,7 +51,9 @@ def get_config(arg: str = "") -> TrainConfig:
         peak=0.003,
         flip=True,
         split_seed=0,
+        classes="",
         allow_module="",
+        part="",
     )
     if bool(chosen.data) == bool(chosen.tfds):
         raise ValueError(
@@ -57,7 +61,7 @@ def get_config(arg: str = "") -> TrainConfig:
             "folder of images or a prepared TFDS set."
         )
     if chosen.data:
-        splits = open_folder(chosen.data, chosen.split_seed)
+        splits = open_folder(chosen.data, chosen.split_seed, chosen.classes)
     else:
         splits = {
             name: Tfds(
@@ -66,7 +70,7 @@ def get_config(arg: str = "") -> TrainConfig:
             for name, part in (("train", chosen.train), ("test", chosen.test))
         }
     train = splits.pop("train")
-    pretrained = read_run(chosen.init, chosen.allow_module)
+    pretrained = read_run(chosen.init, chosen.allow_module, chosen.part)
     rule = HyperRule(
         size_px=parse_size(chosen.size, train, pretrained),
         num_steps=chosen.steps or None,
@@ -84,5 +88,5 @@ def get_config(arg: str = "") -> TrainConfig:
         train,
         evaluators,
         pretrained.preprocess,
-        init=start(chosen.init, pretrained.model),
+        init=start(chosen.init, pretrained.model, chosen.part),
     )

@@ -850,7 +850,16 @@ def put(ours: Ours, variables: Any, folder: pathlib.Path) -> tuple[Any, Any]:
     else:
         steps = preprocessing.from_big_vision(ours.size)
     exported = export.export(
-        *(ours.model, variables, steps, ours.channels, (), ours.library, str(folder))
+        *(
+            ours.model,
+            variables,
+            steps,
+            ours.channels,
+            (),
+            None,
+            ours.library,
+            str(folder),
+        )
     )
     export.write(exported, folder)
     if ours.library != Library.HUGGINGFACE:

@@ -12,6 +12,7 @@ import jax
 import numpy as np
 import pytest
 import shapes_run
+from tables import write_table
 
 from big_vision_lite import plan
 from big_vision_lite.console import bar_chart
@@ -317,6 +318,7 @@ MACHINES = "v5e:2x4,v5p:2x2x1,h100:8,a100:8"
 # Recipes whose argument is a folder or a run.
 OWN_DATA = {
     "configs/folder.py": "dir={images}",
+    "configs/table.py": "table={table},image=file,label=grey,kind=numbers",
     "configs/finetune.py": "init={run},data={images},allow_module=shapes_run,size=keep",
 }
 
@@ -338,9 +340,10 @@ def test_every_recipe_is_planned_for_tpus_and_gpus_that_are_not_there(recipe, ca
 @pytest.mark.slow
 @pytest.mark.usefixtures("optimised")
 @pytest.mark.parametrize("recipe", OWN_DATA)
-def test_recipes_on_a_folder_and_a_run_are_planned_too(recipe, capsys):
+def test_recipes_on_own_data_are_planned_too(recipe, capsys, tmp_path):
     images, run = shapes_run.shared()
-    argument = OWN_DATA[recipe].format(images=images, run=run)
+    table = write_table(tmp_path)
+    argument = OWN_DATA[recipe].format(images=images, run=run, table=table)
     words = [f"--config={ROOT}/{recipe}:{argument}", "--allow_module=shapes_run"]
     check_on_machines([*words, "--batch=64"], capsys)
 

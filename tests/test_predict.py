@@ -8,6 +8,7 @@ import pathlib
 import shutil
 import subprocess
 import sys
+import urllib.parse
 
 import cv2
 import jax
@@ -18,13 +19,14 @@ import shapes_run
 
 from big_vision_lite import predict, trees
 from big_vision_lite.data.sources.files import ImageFiles
+from big_vision_lite.data.sources.tfds import records
 from big_vision_lite.objectives.classification import (
     SigmoidClassification,
     SoftmaxClassification,
 )
 from big_vision_lite.recipes import command_line
 from big_vision_lite.runs import load, step_folder
-from big_vision_lite.types import Objective
+from big_vision_lite.types import Logits, Objective
 
 
 @pytest.fixture(scope="module")
@@ -108,12 +110,14 @@ def test_what_is_left_out_is_counted_by_kind(tmp_path, run, images, capsys):
     folder = tmp_path / "mixed"
     folder.mkdir()
     shutil.copy(images / "val" / "disc" / "000.jpg", folder)
-    for name in ("a.gif", "b.GIF", "c.tiff", "no_suffix", ".hidden.gif"):
-        (folder / name).write_bytes(b"")
+    for name in ("a.heic", "b.HEIC", "c.svg", "no_suffix", ".hidden.gif"):
+        (folder / name).write_bytes(b"<svg" if name == "c.svg" else b"")
     assert len(predicted(tmp_path, run, folder)) == 1
     shown = capsys.readouterr().out
-    assert "left out, as they are no .jpg/.jpeg/" in shown
-    assert ": 2 .gif, 1 .tiff, 1 files without a suffix\n" in shown
+    assert "left out: 2 .heic files, such as a.heic: empty\n" in shown
+    assert "left out: 1 .svg files, such as c.svg: SVG, which is not read; " in shown
+    assert "left out: 1 files without a suffix, such as no_suffix: empty\n" in shown
+    assert "left out: 1 hidden files and folders, such as .hidden.gif\n" in shown
 
 
 def test_help_keeps_its_lines(capsys):
@@ -137,6 +141,85 @@ def test_unreadable_files_have_a_row_that_says_why(tmp_path, run, images, capsys
     assert "3 of 4 images cannot be read" in capsys.readouterr().out
     features = np.load(tmp_path / "f.npz", allow_pickle=False)
     assert features["files"].tolist() == ["1_good.jpg"]
+
+
+ODD_NAMES = (
+    b"caf\xe9.png",
+    b"caf%E9.png",
+    b"100%.png",
+    b"a%20b.png",
+    b'quote",comma.png',
+    b"two\nlines.png",
+    b"return\rhere.png",
+    b" blank .png",
+    b"=SUM(A1).png",
+    "ä".encode() * 125 + b"x.png",
+)
+
+
+def test_every_path_has_a_row_whatever_it_is_or_happens(
+    tmp_path, run, images, monkeypatch, capsys
+):
+    folder = tmp_path / "all kinds"
+    (folder / "closed").mkdir(parents=True)
+    good = (images / "val" / "disc" / "001.png").read_bytes()
+    for name in ODD_NAMES:
+        (folder / os.fsdecode(name)).write_bytes(good)
+    (folder / "link.png").symlink_to("nowhere.png")
+    (folder / "loop.png").symlink_to("loop.png")
+    (folder / "null.jpg").symlink_to("/dev/null")
+    # A file that not even root reads.
+    (folder / "memory.png").symlink_to("/proc/self/mem")
+    os.mkfifo(folder / "pipe.png")
+    (folder / "vanishes.png").write_bytes(good)
+    scan, listed = os.scandir, ImageFiles.__init__
+
+    def refuse(path):  # as for anyone but root
+        if os.fspath(path) == str(folder / "closed"):
+            raise PermissionError(13, "Permission denied", os.fspath(path))
+        return scan(path)
+
+    def list_then_lose(self, path):
+        listed(self, path)
+        (folder / "vanishes.png").unlink()
+
+    monkeypatch.setattr(os, "scandir", refuse)
+    monkeypatch.setattr(ImageFiles, "__init__", list_then_lose)
+    monkeypatch.setattr(records, "RETRY_SECONDS", (0.0,))
+    rows = predicted(tmp_path, run, folder, "--batch_size", "8")
+    found = {urllib.parse.unquote_to_bytes(row["file"]): row for row in rows}
+    assert len(found) == len(rows) == len(ODD_NAMES) + 7
+    expected = {
+        b"link.png": "a link to nowhere.png, which is not there",
+        b"loop.png": "a link that leads to itself",
+        b"null.jpg": "a device",
+        b"memory.png": "Input/output error",
+        b"pipe.png": "a named pipe",
+        b"vanishes.png": "cannot be opened: No such file",
+        b"closed": "the folder cannot be opened: Permission denied",
+    }
+    assert set(found) == {*ODD_NAMES, *expected}
+    for name, reason in expected.items():
+        assert reason in found[name]["error"] and not found[name]["class_1"]
+    scores = {found[name]["probability_1"] for name in ODD_NAMES}
+    assert len(scores) == 1 and "" not in scores
+    # Names are as they are where nothing is in the way.
+    assert {"100%.png", " blank .png", "caf%E9.png", "caf%25E9.png"} <= {
+        row["file"] for row in rows
+    }
+    said = capsys.readouterr().out
+    assert "7 of 17 images cannot be read" in said and "left out" not in said
+
+
+def test_one_good_image_after_many_bad_ones_has_its_row(tmp_path, run, images):
+    folder = tmp_path / "mostly bad"
+    folder.mkdir()
+    for index in range(150):
+        (folder / f"{index:03d}.png").write_bytes(b"no image")
+    shutil.copy(images / "val" / "disc" / "001.png", folder / "z.png")
+    rows = predicted(tmp_path, run, folder)
+    assert [row["file"] for row in rows if row["class_1"]] == ["z.png"]
+    assert len(rows) == 151
 
 
 def test_features_are_the_pooled_output_of_every_file(tmp_path, run, images):
@@ -193,8 +276,8 @@ def test_top_limits_the_columns_to_what_is_asked_and_there(tmp_path, run, images
 
 def test_sigmoid_objectives_give_a_probability_a_class():
     logits = jnp.asarray([[0.0, 2.0, -1.0]])
-    softmax = SoftmaxClassification().probabilities(logits)
-    sigmoid = SigmoidClassification().probabilities(logits)
+    softmax = SoftmaxClassification().logits.outputs(logits)
+    sigmoid = SigmoidClassification().logits.outputs(logits)
     np.testing.assert_allclose(softmax.sum(), 1, rtol=1e-6)
     np.testing.assert_allclose(sigmoid, 1 / (1 + np.exp(-logits)), rtol=1e-6)
 
@@ -209,8 +292,7 @@ class Unsaid(Objective):
 class Several(Unsaid):
     """A multi-label one, by another name than ours."""
 
-    def probabilities(self, logits):
-        return jax.nn.sigmoid(logits)
+    logits = Logits.SIGMOID
 
 
 @pytest.mark.parametrize("top", [0, 3])
@@ -234,7 +316,7 @@ def test_an_objective_of_ones_own_says_what_its_logits_mean(run, images, top):
         return
     (line,) = said["Unsaid"]
     assert "Unsaid does not say what its logits mean" in line
-    assert "def probabilities(self, logits)" in line
+    assert "logits: ClassVar = Logits.SIGMOID" in line
     # With the head applied by hand: a sigmoid a class, which need not sum to one.
     params = shapes_run.load_run(run).state.params["head"]
     logits = found["Several"].features @ params["kernel"] + params["bias"]
@@ -269,6 +351,8 @@ def test_mistakes_are_one_message_and_leave_no_file(tmp_path, run, images, capsy
         assert not out.exists()
     assert command(run, images, "--out", empty) == 1
     assert "is a folder" in capsys.readouterr().err
+    assert command(run, images, "--out", out, "--embed", out) == 1
+    assert "--out and --embed are both" in capsys.readouterr().err
     argv = ["predict", "--workdir", str(run), "--images", str(images)]
     # Without --allow_module a stranger's checkpoint imports nothing.
     assert command_line.run(predict.main, [*argv, "--out", str(out)]) == 1

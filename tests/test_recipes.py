@@ -312,4 +312,4 @@ def test_a_recipe_takes_two_steps_at_reduced_size(name, tmp_path, monkeypatch):
 
 def test_every_recipe_is_listed_here_or_tested_with_its_own_data():
     there = {path.stem for path in (ROOT / "configs").glob("*.py")}
-    assert there - set(ARGUMENTS) <= {"finetune", "folder"}
+    assert there - set(ARGUMENTS) <= {"finetune", "folder", "table"}

@@ -5,6 +5,7 @@ import os
 import re
 import shlex
 import signal
+import sys
 from typing import ClassVar
 
 import jax
@@ -21,8 +22,9 @@ from big_vision_lite.evaluators.classification import Classification
 from big_vision_lite.evaluators.fewshot import FewShot, FewShotSet
 from big_vision_lite.objectives.classification import SoftmaxClassification
 from big_vision_lite.recipes import command_line
-from big_vision_lite.runs import dry_run, session, step_folder
+from big_vision_lite.runs import dry_run, session, step_folder, suggestions
 from big_vision_lite.runs.records import read_history
+from big_vision_lite.runs.suggestions import next_commands
 from big_vision_lite.runtime.cpu import SteadyStep
 from big_vision_lite.runtime.processes import Stopped, StopSignal
 from big_vision_lite.schedules import Average, Constant
@@ -306,7 +308,8 @@ import test_train
 def get_config(arg=""):
     return test_train.recipe()
 """
-NEXT = ("predict", "evaluate")
+# No evaluate: its only evaluator is off.
+NEXT = ("predict", "train")
 
 
 def test_the_next_commands_can_be_pasted_and_resume_needs_no_recipe(tmp_path, capsys):
@@ -334,9 +337,51 @@ def test_the_next_commands_can_be_pasted_and_resume_needs_no_recipe(tmp_path, ca
     assert "resuming from step 3 of 3" in capsys.readouterr().out
     for line in words:
         assert str(folder) in " ".join(line) or line is resumes
+        # Its model is of a module of its own.
+        assert "--allow_module=tiny_runs" in line or line[0] == "tensorboard"
     assert [w[2] for w in words[:2]] == [f"big_vision_lite.{n}" for n in NEXT]
 
 
 def test_a_run_from_a_program_names_no_command_to_resume_it(tmp_path):
-    lines = session.next_commands(epath.Path("/runs/x"), None)
+    lines = next_commands(epath.Path("/runs/x"), None, recipe(), ["logits"])
     assert not any("resumes" in line for line in lines) and len(lines) == 4
+
+
+@pytest.mark.parametrize(
+    ("outputs", "evaluators", "offered"),
+    [
+        (["pooled", "logits"], True, "predict --out, evaluate, train"),
+        (["pooled"], True, "predict --embed, evaluate, train"),
+        (["pooled"], False, "predict --embed, train"),
+        (["pixels"], False, ""),
+    ],
+)
+def test_only_what_the_run_can_do_is_suggested(outputs, evaluators, offered):
+    config = recipe() if evaluators else recipe(evaluators={})
+    found = []
+    for line in next_commands(epath.Path("/runs/x"), None, config, outputs)[:-1]:
+        words = shlex.split(line)
+        flags = [w for w in words if w in ("--out", "--embed")]
+        found.append(" ".join([words[2].rpartition(".")[2], *flags]))
+    assert ", ".join(found) == offered
+
+
+def test_the_suggested_commands_work_from_any_folder(tmp_path, monkeypatch):
+    """Recipe and modules are found where they lie, not where the command was typed."""
+    (tmp_path / "my_module.py").write_text("")
+    (tmp_path / "my_package").mkdir()
+    (tmp_path / "my_package" / "__init__.py").write_text("")
+    monkeypatch.chdir(tmp_path)
+    for found_by in (None, "."):
+        if found_by:
+            monkeypatch.setenv("PYTHONPATH", found_by)
+        monkeypatch.syspath_prepend(str(tmp_path))
+        for name in ("my_module", "my_package", "my_package.inner"):
+            command = suggestions.python([name])
+            assert command.startswith(f"PYTHONPATH={tmp_path}")
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    assert suggestions.python(["my_module", "json"]) == shlex.quote(sys.orig_argv[0])
+    lines = next_commands(epath.Path("/runs/x"), None, recipe(), ["logits"])
+    (tune,) = (line for line in lines if "finetune.py" in line)
+    recipe_file = tune.split("--config ")[1].split(":")[0].strip("'")
+    assert os.path.isabs(recipe_file) and os.path.exists(recipe_file)

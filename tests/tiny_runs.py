@@ -35,7 +35,7 @@ from big_vision_lite.runtime.sharding import (
 from big_vision_lite.schedules import Average
 from big_vision_lite.training import state as state_lib
 from big_vision_lite.training.step import make_train_step
-from big_vision_lite.types import Model, Objective
+from big_vision_lite.types import Logits, Model, Objective
 
 FSDP = (ShardingRule(pattern=".*"),)
 RULES = {
@@ -105,7 +105,9 @@ def written_weights(
         std=model.std,
         image_size_px=(32, 32),
     )
-    exported = export.export(model, variables, road, 3, classes, library, str(folder))
+    exported = export.export(
+        *(model, variables, road, 3, classes, Logits.SOFTMAX, library, str(folder))
+    )
     export.write(exported, folder)
     return variables
 

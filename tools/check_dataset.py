@@ -4,25 +4,29 @@
   python tools/check_dataset.py --tfds fashion_mnist --split train+test
   python tools/check_dataset.py --no_labels FOLDER
 
-Reads and decodes every image once. Reports classes, sizes, unreadable files, and the
+Reads and decodes every image once. Reports splits, classes and what is left out, as a
+run does at its start; sizes, images that their EXIF turns, unreadable files, and the
 same file in two splits or under two labels. Exit code 1 when something must be
 repaired, 2 when the set cannot be opened.
 """
 
 import argparse
 import concurrent.futures
+import contextlib
 import dataclasses
 import hashlib
 import sys
 import time
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from big_vision_lite.data.ops.decode import UndecodableImage, decode
-from big_vision_lite.data.sources import Tfds, folder_splits, listing
+from big_vision_lite.data.ops.image_formats import format_of
+from big_vision_lite.data.ops.pillow import orientation_of
+from big_vision_lite.data.sources import Tfds, folder_splits
+from big_vision_lite.data.sources.folder import describe
 from big_vision_lite.data.sources.tfds import folder as tfds_folder
 from big_vision_lite.data.sources.tfds import prepared_set
 from big_vision_lite.messages import some
@@ -45,6 +49,7 @@ class Image:
     width: int = 0
     digest: bytes = b""
     label: Any = None
+    orientation: int = 1
     problem: str = ""
 
 
@@ -79,6 +84,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     audits: dict[str, Audit] = {}
     problems: list[str] = []
     nothing = []
+    for line in [] if options.tfds else describe(opened(sources)):
+        print(line)
     for split, source in sources.items():
         try:
             audits[split] = audit(source, options.threads)
@@ -97,10 +104,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
     problems += repeated(audits)
     for line in [line for item in audits.items() for line in uneven(*item)]:
         print(f"warning: {line}")
-    for name in (
-        [] if options.tfds or options.no_labels else empty_folders(options.folder)
-    ):
-        print(f"warning: {name} holds no image, so it is no class")
     for line in problems:
         print(f"PROBLEM: {line}")
     print(f"Problems: {len(problems) or 'none'}.")
@@ -130,16 +133,14 @@ def parser() -> argparse.ArgumentParser:
     return arguments
 
 
-def empty_folders(folder: str) -> list[Path]:
-    """Lists the folders that look like classes and hold no image."""
-    root = Path(folder).expanduser()
-    return [
-        path
-        for parent in list(listing.find_splits(root).values()) or [root]
-        for path in sorted(parent.iterdir())
-        if path.is_dir() and not path.name.startswith((".", "__MACOSX"))
-        if path.name not in listing.class_folders(parent)
-    ]
+def opened(sources: dict[str, Any]) -> list[Any]:
+    """Returns the sources that can be listed; the audit says why others cannot."""
+    found = []
+    for source in sources.values():
+        with contextlib.suppress(OSError, ValueError):
+            len(source)
+            found.append(source)
+    return found
 
 
 def open_set(options: argparse.Namespace) -> dict[str, Tfds]:
@@ -189,15 +190,16 @@ def look_at(source: Any, index: int) -> Image:
         height, width, _ = decode(data).shape
     except UndecodableImage as error:
         return Image(digest=digest, label=label, problem=error.reason)
-    return Image(height=height, width=width, digest=digest, label=label)
+    turn = orientation_of(data, format_of(data))
+    return Image(
+        height=height, width=width, digest=digest, label=label, orientation=turn
+    )
 
 
 def print_split(split: str, found: Audit, all_classes: bool) -> None:
     """Prints counts, classes and sizes of one split."""
     names, counts = found.source.class_names, found.counts()
-    print(f"{split}: {len(found.images)} images, {len(names)} classes", end="")
-    skipped = getattr(found.source, "skipped", "nothing")
-    print("" if skipped == "nothing" else f"; beside them: {skipped}")
+    print(f"{split}: {len(found.images)} images, {len(names)} classes")
     order = np.argsort(-counts, kind="stable")
     if not all_classes and len(names) > 10:
         order = np.concatenate([order[:5], [-1], order[-5:]])
@@ -207,6 +209,12 @@ def print_split(split: str, found: Audit, all_classes: bool) -> None:
     usable = [image for image in found.images if not image.problem]
     if not usable:
         return
+    turned = sum(image.orientation != 1 for image in usable)
+    if turned:
+        print(
+            f"  EXIF turns {turned} images ({turned / len(usable):.1%}): they are read "
+            'as stored, unless Decode and DecodeInceptionCrop say orientation="apply"'
+        )
     sides = np.asarray([(image.height, image.width) for image in usable])
     low, middle, high = sides.min(0), np.median(sides, 0).astype(int), sides.max(0)
     print(

@@ -8,16 +8,17 @@ RUN is a run folder, a checkpoints folder or one step folder; FILE a safetensors
 .pth file, a folder with config.json, or hub:organisation/name. Either can be the source
 of every conversion. FOLDER gets the weights, a config.json that the other side loads
 unchanged, use.py with the lines that use it, and parity.txt: both sides on random
-pixels and on eight photographs, layer by layer, when torch is installed. The exit code
-is not zero when the bound is missed.
+pixels and on eight photographs, layer by layer, when torch is installed, and what was
+assumed of the weights. The exit code is not zero when the bound is missed.
 """
 
 import argparse
 import importlib.util
 import pathlib
+import shlex
 import sys
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
@@ -28,11 +29,11 @@ sys.path.insert(0, str(pathlib.Path(__file__).parent))
 
 from big_vision_lite import trees
 from big_vision_lite.config import Checkpoints
-from big_vision_lite.conversion import export, foreign
+from big_vision_lite.conversion import assumption, export, foreign
 from big_vision_lite.conversion.formats import Library
 from big_vision_lite.conversion.preprocessing import Preprocessing
 from big_vision_lite.recipes import command_line, serialize
-from big_vision_lite.runs import hyperrule, load
+from big_vision_lite.runs import hyperrule, inference, load, suggestions
 from big_vision_lite.runs.checkpoint import Checkpointer
 from big_vision_lite.runs.saved_run import SavedRun
 from big_vision_lite.runtime import files, startup
@@ -61,57 +62,72 @@ def to_library(run: SavedRun, library: Library, out: pathlib.Path) -> bool:
         del variables["mask_token"]
         model = model.clone(mask_token=False)
     preprocessing, channels = preprocessing_of(run)
+    assumed = list(map(str, assumption.from_origin(run.manifest.get("origin"))))
+    logits = None
+    if "head/kernel" in variables:
+        logits = inference.meaning_of_logits(run, assumed.append)
     exported = export.export(
-        model, variables, preprocessing, channels, run.class_names, library, str(out)
+        model,
+        variables,
+        preprocessing,
+        channels,
+        run.class_names,
+        logits,
+        library,
+        str(out),
     )
     export.write(exported, out)
     print(f"{len(exported.arrays)} arrays of {run.folder} -> {out} ({library})")
     for note in exported.notes:
         print(f"note: {note}")
     print("\n".join(["To use it:", *(f"  {line}" for line in exported.code)]))
-    if library in (Library.NPZ, Library.SAFETENSORS):
-        return _read_back(variables, out)
-    needed = ("torch", LIBRARIES[library])
-    missing = [name for name in needed if importlib.util.find_spec(name) is None]
-    if missing:
-        print(
-            f"Parity was not compared: {' and '.join(missing)} not installed "
-            "(pip install '.[torch]')"
-        )
-        return True
-    return _prove(model, variables, preprocessing, channels, exported, out)
+    proof = _proof(model, variables, preprocessing, channels, exported, out)
+    text = proof.text + "".join(f"assumed: {line}\n" for line in assumed)
+    (out / "parity.txt").write_text(text)
+    print(text, end="")
+    return proof.holds
 
 
-def _read_back(variables: dict[str, np.ndarray], out: pathlib.Path) -> bool:
-    """Says whether what was written gives the same bits when it is read again."""
-    found = foreign.load(str(out)).variables
-    wrong = [n for n, x in variables.items() if not np.array_equal(found.get(n), x)]
-    print(f"Read back: {len(variables) - len(wrong)} of {len(variables)} arrays equal")
-    return not wrong
+class Proof(NamedTuple):
+    """What parity.txt says, and whether both sides agree as far as was compared."""
+
+    text: str
+    holds: bool
 
 
-def _prove(
+def _proof(
     model: Any,
     variables: dict[str, np.ndarray],
     preprocessing: Preprocessing,
     channels: int,
     exported: export.Exported,
     out: pathlib.Path,
-) -> bool:
+) -> Proof:
+    library = exported.library
+    if library in (Library.NPZ, Library.SAFETENSORS):
+        return _read_back(variables, out)
+    needed = ("torch", LIBRARIES[library])
+    missing = [name for name in needed if importlib.util.find_spec(name) is None]
+    if missing:
+        line = (
+            f"Parity was not compared: {' and '.join(missing)} not installed "
+            "(pip install '.[torch]')\n"
+        )
+        return Proof(line, True)
     import parity
 
     params, collections = state_lib.split_variables(variables)
-    report = parity.compare(
-        model,
-        {"params": params, **collections},
-        preprocessing,
-        channels,
-        exported,
-        out,
-    )
-    (out / "parity.txt").write_text(report.text())
-    print(report.text(), end="")
-    return report.passed
+    nested = {"params": params, **collections}
+    report = parity.compare(model, nested, preprocessing, channels, exported, out)
+    return Proof(report.text(), report.passed)
+
+
+def _read_back(variables: dict[str, np.ndarray], out: pathlib.Path) -> Proof:
+    """Says whether what was written gives the same bits when it is read again."""
+    found = foreign.load(str(out)).variables
+    wrong = [n for n, x in variables.items() if not np.array_equal(found.get(n), x)]
+    equal = f"{len(variables) - len(wrong)} of {len(variables)} arrays equal"
+    return Proof(f"Read back: {equal}\n", not wrong)
 
 
 def preprocessing_of(run: SavedRun) -> tuple[Preprocessing, int]:
@@ -145,8 +161,6 @@ def input_shape(run: SavedRun) -> tuple[int, ...]:
 def to_run(run: SavedRun, out: pathlib.Path) -> None:
     """Writes weights from elsewhere as a run folder: evaluate, predict, start from."""
     workdir = epath.Path(out)
-    if workdir.exists() and any(workdir.iterdir()):
-        raise ValueError(f"{out} is not empty; name a new folder with --out.")
     text = serialize.to_json(
         run.config,
         versions=startup.versions(),
@@ -169,9 +183,9 @@ def to_run(run: SavedRun, out: pathlib.Path) -> None:
     files.replace(workdir / "config.json", text)
     count = sum(x.size for x in trees.flatten(run.state.params).values())
     print(f"{count:,} parameters of {run.folder} -> {out}")
-    print(
-        f"python -m big_vision_lite.predict --workdir {out} --images FOLDER --out ..."
-    )
+    command = f"-m big_vision_lite.predict --workdir {shlex.quote(str(out))}"
+    written = "--out preds.csv" if run.class_names else "--embed features.npz"
+    print(f"{suggestions.python([])} {command} --images FOLDER {written}")
 
 
 def parse(argv: Sequence[str]) -> argparse.Namespace:
@@ -184,6 +198,7 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     choices = [ORBAX, *(library.value for library in Library)]
     add("--to", required=True, choices=choices, help="what to write")
     add("--out", required=True, help="a new folder")
+    add("--part", default="", help="of a file with several models one: teacher")
     add("--allow_module", action="append", default=[], help="a module of your own")
     return parser.parse_args(list(argv)[1:])
 
@@ -191,9 +206,13 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
 def main(argv: Sequence[str]) -> None:
     """Runs the command line."""
     options = parse(argv)
-    out = pathlib.Path(options.out).expanduser().resolve()
+    out = pathlib.Path(options.out).expanduser().absolute()
+    files.check_new_folder(out)
     run = load.load(
-        options.source, allowed_modules=options.allow_module, devices=jax.devices()[:1]
+        options.source,
+        allowed_modules=options.allow_module,
+        devices=jax.devices()[:1],
+        part=options.part,
     )
     if options.to == ORBAX:
         to_run(run, out)

@@ -20,6 +20,7 @@ import numpy as np
 import simplejpeg
 import torch_libraries
 
+from big_vision_lite import trees
 from big_vision_lite.conversion.engine import Entry
 from big_vision_lite.conversion.export import SAFETENSORS, Exported
 from big_vision_lite.conversion.formats import Library
@@ -272,7 +273,8 @@ def run_theirs(
         def hook(module: Any, inputs: Any, output: Any) -> None:
             output = output[0] if isinstance(output, tuple) else output
             if isinstance(output, torch.Tensor):
-                seen[name] = output.numpy()
+                # A copy: the activation that follows may work in place.
+                seen[name] = output.numpy().copy()
 
         return hook
 
@@ -356,7 +358,8 @@ def paired_modules(entries: Sequence[Entry]) -> list[tuple[str, str]]:
     theirs: dict[str, set[int]] = {}
     for index, entry in enumerate(entries):
         for name in entry.ours:
-            for module in _above(name, "/"):
+            # Statistics lie in the modules of their parameters, as theirs do.
+            for module in _above(name.removeprefix(trees.STATISTICS), "/"):
                 ours.setdefault(module, set()).add(index)
         for name in entry.theirs:
             for module in _above(name, "."):

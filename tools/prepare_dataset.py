@@ -34,6 +34,7 @@ import numpy as np
 from big_vision_lite.data.ops.decode import UndecodableImage, decode
 from big_vision_lite.data.sources import ImageFolder, folder_splits
 from big_vision_lite.data.sources.arrays import content_hash
+from big_vision_lite.data.sources.folder import describe
 from big_vision_lite.data.sources.listing import stable_order
 from big_vision_lite.data.sources.tfds import folder as tfds_folder
 from big_vision_lite.data.sources.tfds.example import encode_example
@@ -136,8 +137,7 @@ def pack_folder(options: argparse.Namespace) -> int:
     """Packs a folder of images."""
     final = place_for(options)
     sources = folder_splits(options.folder)
-    for split, source in sources.items():
-        print(f"{split}: {len(source)} images; beside them: {source.skipped}")
+    print("\n".join(describe(list(sources.values()))))
     names = next(iter(sources.values())).class_names
     refuse_names(names)
     stats = {split: file_stats(source) for split, source in sources.items()}

@@ -176,11 +176,12 @@ def _shape(output: Any) -> str:
 
 
 def of_path(
-    path: str, allowed_modules: Sequence[str]
+    path: str, allowed_modules: Sequence[str], part: str = ""
 ) -> tuple[Any, tuple[int, int, int]]:
     """Returns the model of a run folder or weight file and its image [H, W, C].
 
-    H and W are 0 where the run's preprocessing keeps images at their size.
+    H and W are 0 where the run's preprocessing keeps images at their size. `part` is
+    one of several models in a file.
 
     Raises:
         FileNotFoundError: there is neither.
@@ -193,7 +194,7 @@ def of_path(
     from big_vision_lite.runs.folder import read_config
 
     if weights.is_foreign(path):
-        found = foreign.load(path)
+        found = foreign.load(path, part)
         return found.model, (*found.image_size_px, found.channels)
     config = read_config(epath.Path(path), allowed_modules)
     shapes = set()
@@ -259,6 +260,7 @@ def main(argv: Sequence[str]) -> None:
     add("--channels", type=int, help="of the image (default 3, or the run's)")
     add("--classes", type=int, default=CLASSES, help="of the head; 0 for none")
     add("--depth", type=int, default=2, help="levels of modules with a row")
+    add("--part", default="", help="of a file with several models one: teacher")
     add("--allow_module", action="append", default=[], help="that a run may import")
     add("--table", action="store_true", help="all published sizes in Markdown")
     options = parser.parse_args(argv)
@@ -270,7 +272,7 @@ def main(argv: Sequence[str]) -> None:
     from big_vision_lite.conversion import files as weights
 
     if weights.is_foreign(options.model) or pathlib.Path(options.model).exists():
-        model, image = of_path(options.model, options.allow_module)
+        model, image = of_path(options.model, options.allow_module, options.part)
     else:
         model = model_spec.build(options.model, num_classes=options.classes or None)
         image = (224, 224, 3)

@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 import numpy as np
 
 from big_vision_lite import trees
+from big_vision_lite.conversion import dtypes
 
 Arrays = list[np.ndarray]
 Shape = tuple[int, ...]
@@ -146,7 +147,11 @@ def read(
     for entry in entries:
         if not all(name in theirs for name in entry.theirs):
             continue
-        arrays = [np.asarray(theirs[name], np.float32) for name in entry.theirs]
+        reasons = {name: dtypes.why_no_weights(theirs[name]) for name in entry.theirs}
+        if any(reasons.values()):
+            lines += [f"  - {name}  {why}" for name, why in reasons.items() if why]
+            continue
+        arrays = [theirs[name] for name in entry.theirs]
         lines += [
             f"  - {name}  holds NaN or infinity"
             for name, array in zip(entry.theirs, arrays, strict=True)

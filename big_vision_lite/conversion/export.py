@@ -10,13 +10,20 @@ from typing import Any
 import numpy as np
 import safetensors.numpy
 
-from big_vision_lite.conversion import foreign, formats, preprocessing_export
+from big_vision_lite.conversion import (
+    foreign,
+    formats,
+    preprocessing_export,
+    problem_type,
+)
 from big_vision_lite.conversion.engine import Entry
 from big_vision_lite.conversion.families import FORMATS
 from big_vision_lite.conversion.formats import Format, Library
 from big_vision_lite.conversion.preprocessing import Preprocessing
 from big_vision_lite.conversion.preprocessing_export import Written
 from big_vision_lite.recipes import serialize
+from big_vision_lite.runtime import files
+from big_vision_lite.types import Logits
 
 WEIGHTS = {Library.NPZ: "model.npz"}
 SAFETENSORS = "model.safetensors"
@@ -48,12 +55,14 @@ def export(
     preprocessing: Preprocessing,
     channels: int,
     class_names: Sequence[str],
+    logits: Logits | None,
     library: Library,
     folder: str,
 ) -> Exported:
     """Returns `model` with `variables` ("batch_stats/..." included) for `library`.
 
-    `folder` is where the export will lie, for the lines of code.
+    `logits` is what they mean, None without a head. `folder` is where the export will
+    lie, for the lines of code.
 
     Raises:
         ValueError: the library has no counterpart of the model or its preprocessing, or
@@ -70,6 +79,10 @@ def export(
     described = form.describe(model, size, channels)
     leaves = {name: array.shape for name, array in variables.items()}
     images = _images(library, preprocessing, channels)
+    meaning = problem_type.write(logits, library)
+    code = _code(library, described, images.config, folder)
+    if logits is not None:
+        code += [f"# Of the logits take{problem_type.IN_TORCH[logits]}."]
     return Exported(
         library=library,
         form=form,
@@ -77,9 +90,14 @@ def export(
         entries=form.entries(model, size, leaves),
         described=described,
         files=_files(
-            library, described, images.config, preprocessing, channels, class_names
+            library,
+            {**described, **meaning},
+            images.config,
+            preprocessing,
+            channels,
+            class_names,
         ),
-        code=_code(library, described, images.config, folder),
+        code=code,
         notes=images.inexact,
     )
 
@@ -143,8 +161,7 @@ def write(exported: Exported, folder: pathlib.Path) -> None:
     Raises:
         ValueError: the folder is not empty.
     """
-    if folder.exists() and any(folder.iterdir()):
-        raise ValueError(f"{folder} is not empty; name a new folder with --out.")
+    files.check_new_folder(folder)
     folder.parent.mkdir(parents=True, exist_ok=True)
     unfinished = folder.parent / f".{folder.name}.unfinished"
     shutil.rmtree(unfinished, ignore_errors=True)

@@ -7,20 +7,16 @@ itself opens its archives, restricted to tensors and the arguments of training s
 
 import argparse
 import json
-import logging
-import os
 import pathlib
 import re
 import zipfile
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
-import ml_dtypes
 import numpy as np
 import safetensors
-import safetensors.numpy
 
-from big_vision_lite.conversion.families import FORMATS
+from big_vision_lite.conversion import checkpoint_parts, dtypes
 from big_vision_lite.conversion.weights import Weights
 
 HUB = "hub:"
@@ -35,15 +31,18 @@ PARTS = ("model-*.safetensors", "pytorch_model-*.bin")
 READ = "Read are: Orbax run folders, .safetensors, .npz, torch's .pth and .bin"
 
 
-def read(path: str) -> Weights:
+def read(path: str, part: str = "") -> Weights:
     """Reads a weight file, a folder that holds one, or `hub:organisation/name`.
 
     config.json and preprocessor_config.json are read where they lie beside it.
 
+    Of a checkpoint the model is taken, of several the `part` that names begin with.
+
     Raises:
         FileNotFoundError: there is nothing of that name, or no weights in the folder.
-        ValueError: it is no weight file, is damaged, holds other things than arrays, or
-            could not be downloaded.
+        ValueError: it is no weight file, is damaged, holds other things than arrays,
+            could not be downloaded, or holds several models of which `part` chooses
+            none.
     """
     given = _download(path) if path.startswith(HUB) else pathlib.Path(path).expanduser()
     if given.is_dir():
@@ -51,8 +50,15 @@ def read(path: str) -> Weights:
     if not given.exists():
         raise FileNotFoundError(f"{path} does not exist. {READ}.")
     config, preprocessor = (_json(given.parent / name) for name in _SIDE_FILES)
-    arrays = arrays_of(given)
-    return Weights(arrays=arrays, path=path, config=config, preprocessor=preprocessor)
+    taken = checkpoint_parts.take(arrays_of(given), path, config, part)
+    return Weights(
+        arrays=taken.arrays,
+        path=path,
+        config=config,
+        preprocessor=preprocessor,
+        part=taken.part,
+        assumptions=taken.assumptions,
+    )
 
 
 def is_foreign(path: str) -> bool:
@@ -65,31 +71,16 @@ def is_foreign(path: str) -> bool:
     return given.is_file()
 
 
-def arrays_of(path: pathlib.Path) -> dict[str, np.ndarray]:
-    """Returns {name: array} of one file, floats as float32, names without `WRAPPERS`.
-
-    Logs a warning of what lies beside the arrays of the model.
-
-    Raises:
-        ValueError: see `read`.
-    """
-    stored = _stored(path)
-    prefix, arrays = unwrapped(stored, str(path))
-    if left := beside(stored, prefix):
-        average = ", the average" if prefix.startswith(AVERAGES) else ""
-        line = f"{path}: took {prefix[:-1]}{average}; left: {', '.join(left)}."
-        raw = [name for name in WRAPPERS if average and name in left]
-        if raw and zipfile.is_zipfile(path) and path.suffix != ".npz":
-            line += f" For {raw[0]}: {_take_out(path, raw[0], 'True')}"
-        logging.getLogger(__name__).warning(line)
-    return arrays
-
-
 _SIDE_FILES = ("config.json", "preprocessor_config.json")
 _AGAIN = "Fetch or copy it again."
 
 
-def _stored(path: pathlib.Path) -> dict[str, np.ndarray]:
+def arrays_of(path: pathlib.Path) -> dict[str, np.ndarray]:
+    """Returns {name: array} of one file as it lies there, floats as float32.
+
+    Raises:
+        ValueError: see `read`.
+    """
     with path.open("rb") as file:
         head = file.read(64)
     if not head:
@@ -108,7 +99,7 @@ def _stored(path: pathlib.Path) -> dict[str, np.ndarray]:
         found = _parts(path)
     else:
         raise ValueError(_unknown(path, head))
-    return {name: _floats(array) for name, array in found.items()}
+    return {n: dtypes.as_floats(a, f"{path}: {n}") for n, a in found.items()}
 
 
 def _file_in(folder: pathlib.Path, path: str) -> pathlib.Path:
@@ -163,7 +154,7 @@ def _parts(index: pathlib.Path) -> dict[str, np.ndarray]:
         part = index.parent / name
         if part.name != name or not part.is_file():
             raise ValueError(f"{index} names {name}, which is not beside it. {_AGAIN}")
-        found |= _stored(part)
+        found |= arrays_of(part)
     if missing := sorted(names.keys() - found.keys()):
         raise ValueError(
             f"{index} names {', '.join(missing[:3])}, which no file holds. {_AGAIN}"
@@ -173,8 +164,8 @@ def _parts(index: pathlib.Path) -> dict[str, np.ndarray]:
 
 def _safetensors(path: pathlib.Path) -> dict[str, np.ndarray]:
     try:
-        return safetensors.numpy.load_file(path)
-    except (safetensors.SafetensorError, ValueError, KeyError) as error:
+        return dtypes.read_safetensors(path)
+    except safetensors.SafetensorError as error:
         raise ValueError(
             f"{path} is a damaged safetensors file: {error}. {_AGAIN}"
         ) from error
@@ -215,7 +206,12 @@ def _torch(path: pathlib.Path) -> dict[str, np.ndarray]:
     except Exception as error:  # torch raises a dozen kinds.
         raise ValueError(_why_not_torch(path, error)) from error
     arrays: dict[str, np.ndarray] = {}
-    _collect(found, "", arrays, torch.Tensor)
+    try:
+        _collect(found, "", arrays, torch.Tensor)
+    except _Unreadable as error:
+        raise ValueError(
+            f"{path} stores {error}, which is not read. {dtypes.SAVE_FLOATS}"
+        ) from error
     if not arrays:
         raise ValueError(
             f"{path} holds a {type(found).__name__} without tensors, no state dict."
@@ -230,39 +226,37 @@ def _why_not_torch(path: pathlib.Path, error: Exception) -> str:
             f"{path} holds more than tensors: {others[1]}. Only tensors are read, as "
             "loading other objects can run code. To take the weights out, which runs "
             "code from the file, so only for files from people you trust: "
-            f"{_take_out(path, 'model', 'False')} (elsewhere ['state_dict'], or "
-            ".state_dict() of a whole model)."
+            f"{_TAKE_OUT.format(path)} (elsewhere ['state_dict'], or .state_dict() of "
+            "a whole model)."
         )
     reasons = re.findall(r"WeightsUnpickler error:\s*(.+)", text) or text.splitlines()
     reason = reasons[0].strip().rstrip(".")
     return f"{path} is no torch file of tensors alone: {reason}. {_AGAIN}"
 
 
-def _take_out(path: pathlib.Path, key: str, weights_only: str) -> str:
-    return (
-        'python -c "import argparse, torch; torch.serialization.add_safe_globals('
-        f"[argparse.Namespace]); torch.save(torch.load('{path}', weights_only="
-        f"{weights_only})['{key}'], 'only_{key}.pth')\""
-    )
+_TAKE_OUT = (
+    'python -c "import argparse, torch; torch.serialization.add_safe_globals('
+    "[argparse.Namespace]); torch.save(torch.load('{}', weights_only=False)['model'], "
+    "'only_model.pth')\""
+)
+
+
+class _Unreadable(Exception):
+    """A tensor that is no plain array: quantised, sparse, packed, without data."""
 
 
 def _collect(node: Any, name: str, arrays: dict[str, np.ndarray], tensor: type) -> None:
     """Adds the tensors of nested dicts to `arrays`; ignores all other values."""
     if isinstance(node, tensor):
         whole: Any = node
-        arrays[name] = whole.detach().float().numpy()
+        try:
+            number = whole.is_floating_point() and not whole.is_quantized
+            arrays[name] = (whole.detach().float() if number else whole).numpy()
+        except Exception as error:  # torch raises a kind for every type and layout
+            raise _Unreadable(f"{name} as {whole.dtype}, {whole.layout}") from error
     elif isinstance(node, Mapping):
         for key, value in node.items():
             _collect(value, f"{name}.{key}" if name else str(key), arrays, tensor)
-
-
-def _floats(array: np.ndarray) -> np.ndarray:
-    # numpy's archives store bfloat16 as two bytes of no type.
-    if array.dtype == np.dtype("V2"):
-        array = array.view(ml_dtypes.bfloat16)
-    if array.dtype.kind in "fV" or array.dtype == ml_dtypes.bfloat16:
-        return np.asarray(array, np.float32)
-    return array
 
 
 def _unknown(path: pathlib.Path, head: bytes) -> str:
@@ -273,42 +267,3 @@ def _unknown(path: pathlib.Path, head: bytes) -> str:
             f"read. {READ}."
         )
     return f"{path} is no weight file: it begins with {head[:8]!r}. {READ}."
-
-
-# Keys under which training scripts save parameters; averages first, as in timm.
-AVERAGES = ("state_dict_ema", "model_ema")
-WRAPPERS = (
-    *(*AVERAGES, "state_dict", "model", "module", "_orig_mod"),
-    *("params", "opt/target", "opt.target"),
-)
-# The prefix that was removed from the names, and the arrays without it.
-Inside = tuple[str, dict[str, np.ndarray]]
-
-
-def unwrapped(arrays: dict[str, np.ndarray], path: str, taken: str = "") -> Inside:
-    """Returns the prefix removed from the names, and the arrays of the model alone.
-
-    `path` names the file in messages; `taken` is the prefix that is removed already.
-    """
-    if _of_a_model(arrays, path):
-        return taken, arrays
-    found: list[Inside] = []
-    for prefix in (wrapper + end for wrapper in WRAPPERS for end in "/."):
-        names = [name for name in arrays if name.startswith(prefix)]
-        inside = {name.removeprefix(prefix): arrays[name] for name in names}
-        found += [unwrapped(inside, path, taken + prefix)] if inside else []
-    known = [inner for inner in found if _of_a_model(inner[1], path)]
-    return [*known, *found, (taken, arrays)][0]
-
-
-def beside(names: Iterable[str], prefix: str) -> list[str]:
-    """Returns the names that lie beside `prefix`, one for each branch."""
-    shared = {name: len(os.path.commonprefix([name, prefix])) for name in names}
-    others = {name: count for name, count in shared.items() if count < len(prefix)}
-    tops = [name[:n] + re.split("[./]", name[n:])[0] for name, n in others.items()]
-    return list(dict.fromkeys(tops))
-
-
-def _of_a_model(arrays: dict[str, np.ndarray], path: str) -> bool:
-    found = Weights(arrays=arrays, path=path)
-    return any(form.recognises(found) for form in FORMATS)

@@ -7,13 +7,21 @@ from typing import Any
 import numpy as np
 
 from big_vision_lite import __version__
-from big_vision_lite.conversion import files, formats, preprocessing
+from big_vision_lite.conversion import (
+    assumption,
+    files,
+    formats,
+    preprocessing,
+    problem_type,
+)
+from big_vision_lite.conversion.assumption import About, Assumption
 from big_vision_lite.conversion.families import FORMATS
-from big_vision_lite.conversion.formats import Format
+from big_vision_lite.conversion.formats import Architecture, Format
 from big_vision_lite.conversion.preprocessing import Preprocessing
+from big_vision_lite.conversion.problem_type import Meaning
 from big_vision_lite.conversion.weights import Weights
 from big_vision_lite.recipes import serialize
-from big_vision_lite.types import Op
+from big_vision_lite.types import Logits, Op
 
 # The key of the preprocessing in config.json of our exports.
 PREPROCESSING = "preprocessing"
@@ -26,8 +34,10 @@ class Foreign:
     `variables` are our {name: float32 array}, batch statistics as "batch_stats/...".
     `model` has the scaling of pixels (mean, std) that the weights were trained with;
     `preprocess` makes its input, of `image_size_px` (height, width), from a file.
-    `class_names` are empty when the file does not name them. `format` is the name of
-    the recognised format; `notes` are assumptions to tell the user.
+    `class_names` are empty when the file does not name them; `logits` is what they
+    mean, None without a head. `format` is the name of the recognised format, `part` the
+    part of the file that was asked for, "" where it has none of that name;
+    `assumptions` are to be told to the user.
     """
 
     path: str
@@ -39,23 +49,33 @@ class Foreign:
     preprocess: tuple[Op, ...]
     class_names: tuple[str, ...]
     licence: str | None
-    notes: tuple[str, ...]
+    logits: Logits | None
+    part: str
+    assumptions: tuple[Assumption, ...]
 
     @property
     def origin(self) -> dict[str, Any]:
         """Returns the origin of the weights, for manifests."""
-        return {"path": self.path, "format": self.format, "licence": self.licence}
+        return {
+            "path": self.path,
+            "format": self.format,
+            "licence": self.licence,
+            **({"part": self.part} if self.part else {}),
+            "assumptions": assumption.to_record(self.assumptions),
+        }
 
 
-def load(path: str) -> Foreign:
+def load(path: str, part: str = "") -> Foreign:
     """Reads and converts a weight file, a folder that holds one, or `hub:org/name`.
+
+    Of a file with several models `part` is the beginning of the names of one.
 
     Raises:
         FileNotFoundError: there is nothing of that name, or no weights in the folder.
         ValueError: it is no weight file, is damaged, is in no known format, or does not
             fit its format; lists names with "+" and "-".
     """
-    found = files.read(path)
+    found = files.read(path, part)
     form = recognise(found)
     architecture = form.architecture(found)
     channels = architecture.channels
@@ -66,6 +86,8 @@ def load(path: str) -> Foreign:
         )
     height, width = steps.image_size_px
     variables = formats.load(found, form, architecture, (height, width))
+    logits = _meaning(found, architecture, variables)
+    class_names = _class_names(found, variables)
     model = architecture.model.clone(mean=tuple(steps.mean), std=tuple(steps.std))
     return Foreign(
         path=path,
@@ -75,10 +97,27 @@ def load(path: str) -> Foreign:
         image_size_px=(height, width),
         channels=channels,
         preprocess=steps.ops,
-        class_names=_class_names(found, variables),
+        class_names=class_names,
         licence=found.config.get("license"),
-        notes=(*architecture.notes, *steps.notes),
+        logits=None if logits is None else logits.logits,
+        part=found.part,
+        assumptions=(
+            *found.assumptions,
+            *architecture.assumptions,
+            *steps.assumptions,
+            *(() if logits is None else logits.assumptions),
+            *(() if logits is None or class_names else _NAMELESS),
+        ),
     )
+
+
+# What is to be said of a head without names.
+_NAMELESS = (
+    Assumption(
+        About.CLASSES,
+        "no names come with the weights: they are class_0, class_1, ... in their order",
+    ),
+)
 
 
 def recognise(found: Weights) -> Format:
@@ -107,6 +146,17 @@ def _own_preprocessing(found: Weights) -> Preprocessing | None:
     return serialize.from_json(text)
 
 
+def _meaning(
+    found: Weights, architecture: Architecture, variables: dict[str, np.ndarray]
+) -> Meaning | None:
+    if "head/kernel" not in variables:
+        return None
+    if architecture.logits is not None:
+        return Meaning(architecture.logits)
+    count = variables["head/kernel"].shape[-1]
+    return problem_type.read(found.config, count, found.path)
+
+
 def _class_names(found: Weights, variables: dict[str, np.ndarray]) -> tuple[str, ...]:
     if "head/kernel" not in variables:
         return ()
@@ -114,7 +164,9 @@ def _class_names(found: Weights, variables: dict[str, np.ndarray]) -> tuple[str,
     config = found.config
     labels = config.get("id2label")
     if isinstance(labels, dict) and len(labels) == count:
-        return tuple(str(labels[key]) for key in sorted(labels, key=int))
+        given = tuple(str(labels[key]) for key in sorted(labels, key=int))
+        # Hugging Face writes these where it knows none.
+        return () if given == tuple(f"LABEL_{i}" for i in range(count)) else given
     names = config.get("label_names")
     if isinstance(names, list) and len(names) == count:
         described = config.get("label_descriptions", {})

@@ -13,11 +13,12 @@ import numpy as np
 
 from big_vision_lite import trees
 from big_vision_lite.conversion import engine, preprocessing, tables
+from big_vision_lite.conversion.assumption import Assumption
 from big_vision_lite.conversion.engine import Entry, Shape
 from big_vision_lite.conversion.preprocessing import Assumed
 from big_vision_lite.conversion.tables import Dialect, Rows
 from big_vision_lite.conversion.weights import Weights
-from big_vision_lite.types import Model
+from big_vision_lite.types import Logits, Model
 
 Leaves = Mapping[str, Shape]
 # (height, width) in px.
@@ -41,14 +42,15 @@ class Architecture:
     """The model that some weights belong to.
 
     `image_size_px` is (height, width) where the weights fix it, else None; `channels`
-    is that of the image. `notes` tell the user what was assumed because shapes and
-    names do not show it.
+    is that of the image. `logits` is set where the format says what they mean.
+    `assumptions` are what shapes and names do not show.
     """
 
     model: Any
     image_size_px: Size | None = None
     channels: int = 3
-    notes: tuple[str, ...] = ()
+    logits: Logits | None = None
+    assumptions: tuple[Assumption, ...] = ()
 
 
 class Format(abc.ABC):

@@ -6,6 +6,7 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
+from big_vision_lite.conversion.assumption import About, Assumption
 from big_vision_lite.conversion.weights import Weights
 from big_vision_lite.data.ops import CentralCrop, Decode, Resize, ResizeSmall
 from big_vision_lite.data.ops.resampling import Resampling, Rounding
@@ -58,18 +59,20 @@ class Preprocessing:
     mean: tuple[float, ...]
     std: tuple[float, ...]
     image_size_px: Size
-    notes: tuple[str, ...] = ()
+    assumptions: tuple[Assumption, ...] = ()
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Assumed:
     """The preprocessing assumed for weights without one; `words` tell the user.
 
-    `make(image_size_px, channels)` gets None for a size that the weights leave open.
-    `words_of_colour` are added for images of 3 channels.
+    `value_range` says how pixels are scaled. `make(image_size_px, channels)` gets None
+    for a size that the weights leave open. `words_of_colour` are added to the range for
+    images of 3 channels.
     """
 
     words: str
+    value_range: str
     make: Callable[[Size | None, int], Preprocessing]
     words_of_colour: Callable[[Size], str] = lambda size: ""
 
@@ -77,7 +80,7 @@ class Assumed:
 def read(
     weights: Weights, assumed: Assumed, image_size_px: Size | None, channels: int = 3
 ) -> Preprocessing:
-    """Returns the preprocessing that comes with weights; notes say what was assumed.
+    """Returns the preprocessing that comes with weights, or what is assumed.
 
     `image_size_px` is (height, width) where the weights fix it: it then overrides the
     written size, and the resize before a crop is scaled with it.
@@ -91,11 +94,15 @@ def read(
     if "pretrained_cfg" in config or {"input_size", "mean"} <= config.keys():
         return from_timm(config, image_size_px, channels)
     made = assumed.make(image_size_px, channels)
-    words = assumed.words
+    scaled = f"pixels are scaled to {assumed.value_range}, as there"
     if channels == 3:
-        words += assumed.words_of_colour(made.image_size_px)
-    note = f"no preprocessing comes with {weights.path}; assumed is {words}"
-    return dataclasses.replace(made, notes=(note,))
+        scaled += assumed.words_of_colour(made.image_size_px)
+    none = f"no preprocessing comes with {weights.path}; assumed is {assumed.words}"
+    assumptions = (
+        Assumption(About.PREPROCESSING, none),
+        Assumption(About.VALUE_RANGE, scaled),
+    )
+    return dataclasses.replace(made, assumptions=assumptions)
 
 
 def from_timm(
@@ -137,7 +144,7 @@ def from_timm(
         mean=_pixels(config.get("mean") or IMAGENET_MEAN),
         std=_pixels(config.get("std") or IMAGENET_STD),
         image_size_px=size,
-        notes=_wins(image_size_px, written),
+        assumptions=_wins(image_size_px, written),
     )
 
 
@@ -220,7 +227,7 @@ def from_huggingface(
         mean=_pixels([m + offset for m in mean], factor),
         std=_pixels(std, factor),
         image_size_px=size,
-        notes=_wins(image_size_px, written),
+        assumptions=_wins(image_size_px, written),
     )
 
 
@@ -291,14 +298,15 @@ def _pixels(values: Sequence[float], factor: float = 1 / 255) -> tuple[float, ..
     return scaled[:1] if len(set(scaled)) == 1 else scaled
 
 
-def _wins(image_size_px: Size | None, written: Size | None) -> tuple[str, ...]:
+def _wins(image_size_px: Size | None, written: Size | None) -> tuple[Assumption, ...]:
     if image_size_px is None or written is None or image_size_px == written:
         return ()
     said, held = (f"{height}x{width} px" for height, width in (written, image_size_px))
-    return (
+    words = (
         f"the preprocessing is for {said}, the weights for {held}: images are resized "
-        f"and cropped to {held} in proportion",
+        f"and cropped to {held} in proportion"
     )
+    return (Assumption(About.PREPROCESSING, words),)
 
 
 def _of_transformers_with_colour(size: Size) -> str:
@@ -313,21 +321,25 @@ def _of_transformers_with_colour(size: Size) -> str:
 _HALF = {"mean": HALF, "std": HALF}
 # AugReg's transformers and mixers, timm's most common cfg.
 OF_TRANSFORMERS = Assumed(
-    words="timm's for transformers: 0.9 central crop, bicubic, [-1, 1]",
+    words="timm's for transformers: 0.9 central crop, bicubic",
+    value_range="[-1, 1]",
     make=lambda size, channels: from_timm({"crop_pct": 0.9, **_HALF}, size, channels),
     words_of_colour=_of_transformers_with_colour,
 )
 OF_TIMMS_BIT = Assumed(
-    words="timm's for BiT: 0.875 central crop, bilinear, [-1, 1]",
+    words="timm's for BiT: 0.875 central crop, bilinear",
+    value_range="[-1, 1]",
     make=lambda size, channels: from_timm(
         {"crop_pct": 0.875, "interpolation": "bilinear", **_HALF}, size, channels
     ),
 )
 OF_TORCHVISION = Assumed(
-    words="torchvision's: 256, central 224, bilinear, ImageNet mean and std",
+    words="torchvision's: 256, central 224, bilinear",
+    value_range="ImageNet's mean and std",
     make=lambda size, channels: from_torchvision(size or (224, 224), channels=channels),
 )
 OF_BIG_VISION = Assumed(
-    words="big_vision's: resized to the input, no antialias, [-1, 1]",
+    words="big_vision's: resized to the input, no antialias",
+    value_range="[-1, 1]",
     make=lambda size, channels: from_big_vision(size or (224, 224), channels),
 )

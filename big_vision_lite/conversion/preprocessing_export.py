@@ -69,7 +69,8 @@ def to_timm(preprocessing: Preprocessing, channels: int = 3) -> Written:
             crop,
             long_side=Rounding.DOWN if square else Rounding.NEAREST,
             offset=Rounding.NEAREST,
-        ),
+        )
+        + _turned(preprocessing.ops),
     )
 
 
@@ -95,14 +96,16 @@ def to_torchvision(preprocessing: Preprocessing) -> Written:
             "mean": _unit(preprocessing.mean, 3),
             "std": _unit(preprocessing.std, 3),
         },
-        inexact=_inexact(
-            resize, crop, long_side=Rounding.DOWN, offset=Rounding.NEAREST
-        ),
+        inexact=_inexact(resize, crop, long_side=Rounding.DOWN, offset=Rounding.NEAREST)
+        + _turned(preprocessing.ops),
     )
 
 
 def to_huggingface(preprocessing: Preprocessing, channels: int = 3) -> Written:
     """Returns the content of preprocessor_config.json.
+
+    It begins with an image. transformers' pipelines turn what they read of a file as
+    its EXIF says, its processors do not.
 
     Raises:
         ValueError: there are ops beside a resize and a central crop, or the resize
@@ -139,7 +142,8 @@ def to_huggingface(preprocessing: Preprocessing, channels: int = 3) -> Written:
             "image_mean": list(_unit(preprocessing.mean, channels)),
             "image_std": list(_unit(preprocessing.std, channels)),
         },
-        inexact=_inexact(resize, crop, long_side=Rounding.DOWN, offset=Rounding.DOWN),
+        inexact=_inexact(resize, crop, long_side=Rounding.DOWN, offset=Rounding.DOWN)
+        + _turned(preprocessing.ops),
     )
 
 
@@ -219,3 +223,13 @@ def _inexact(
             "half a pixel at odd margins"
         )
     return tuple(said)
+
+
+def _turned(ops: Sequence[Op]) -> tuple[str, ...]:
+    """Returns the note on EXIF, of which no other library's file has a word."""
+    if any(isinstance(op, Decode) and op.orientation != "ignore" for op in ops):
+        return (
+            "images are turned as their EXIF says here; there turn them before: image "
+            "= PIL.ImageOps.exif_transpose(image)",
+        )
+    return ()

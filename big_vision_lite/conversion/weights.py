@@ -9,6 +9,7 @@ import numpy as np
 
 from big_vision_lite import trees
 from big_vision_lite.conversion import engine
+from big_vision_lite.conversion.assumption import Assumption
 from big_vision_lite.models.blocks.heads import Classifier
 
 
@@ -18,13 +19,17 @@ class Weights:
 
     `arrays` have float32 for all floats, and names without the prefixes of training
     scripts. `config` and `preprocessor` are the config.json and
-    preprocessor_config.json beside them, {} if absent. `path` is for messages.
+    preprocessor_config.json beside them, {} if absent. `path` is for messages. `part`
+    is the part of the file that was asked for, "" where it has none of that name;
+    `assumptions` say what was taken and what was left.
     """
 
     arrays: Mapping[str, np.ndarray]
     path: str
     config: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     preprocessor: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    part: str = ""
+    assumptions: tuple[Assumption, ...] = ()
 
     def shape(self, name: str, axes: int) -> tuple[int, ...]:
         """Returns the shape of the array `name`, which must have `axes` axes.

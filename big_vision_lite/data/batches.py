@@ -140,11 +140,19 @@ class EvaluationBatches:
     "valid" says which rows hold an example that decoded.
     """
 
-    def __init__(self, source: Source, ops: tuple[Op, ...], batch_size: int):
+    def __init__(
+        self,
+        source: Source,
+        ops: tuple[Op, ...],
+        batch_size: int,
+        attempts: int,
+    ):
         self._source = source
         self._ops = ops
         self._size = len(source)
         self._batch_size = batch_size
+        self._attempts = attempts
+        self._example: HostBatch | None = None
 
     def fill(self, batch: HostBatch, rows: Sequence[int]) -> None:
         examples = _Examples(self._source, self._ops, EVALUATION, batch)
@@ -165,12 +173,15 @@ class EvaluationBatches:
         """Returns a batch of one example, the first that decodes, for its shapes.
 
         Raises:
-            ValueError: none of the first 100 decodes.
+            ValueError: none of the first `attempts` decodes.
         """
+        if self._example is not None:
+            return self._example
         batch = HostBatch(step=0, rows=range(1))
         examples = _Examples(self._source, self._ops, EVALUATION, batch)
-        for index in range(min(self._size, 100)):
+        for index in range(min(self._size, self._attempts)):
             if examples.make(0, index, index):
+                self._example = batch
                 return batch
         _refuse(examples.unreadable)
 

@@ -257,8 +257,11 @@ def eval_batches(
     batch_size: int,
     mesh: jax.sharding.Mesh,
     threads: int | None = None,
+    attempts: int = 100,
 ) -> EvaluationSet:
     """Returns the batches of an evaluation; "valid" [B] is False for padded rows.
+
+    One of the first `attempts` images must decode, so that their shape is known.
 
     Raises:
         ValueError: the source is empty, or the batch does not divide over the mesh.
@@ -267,7 +270,7 @@ def eval_batches(
     if not total:
         raise ValueError("the evaluation set is empty; give a split with images.")
     return EvaluationSet(
-        EvaluationBatches(source, ops, batch_size),
+        EvaluationBatches(source, ops, batch_size, attempts),
         _Placement(mesh, batch_size, "batch_size"),
         num_batches=math.ceil(total / batch_size),
         threads=resolve_threads(threads),

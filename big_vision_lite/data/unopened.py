@@ -59,12 +59,16 @@ def count(source: Any) -> int | None:
 def example(source: Any, image: Any) -> dict[str, Any]:
     """Returns a made-up example with `image` and the keys of `source`, unopened.
 
-    The fields of a Tfds or an ImageFolder name the keys; for any other source they are
-    an image and a label. The label is 0, "boxes" one box of the whole image, "mask"
-    zeros, every other key a word.
+    The fields of a Tfds, an ImageFolder or a Table name the keys; for any other source
+    they are an image and a label. The label is 0, "boxes" one box of the whole image,
+    "mask" zeros, every other key a word.
     """
+    # One that repeats another gives its examples.
+    source = getattr(source, "source", source)
     if isinstance(source, sources.ImageFolder) and not source.labels:
         return {"image": image}
+    if isinstance(source, sources.Table):
+        return {"image": image, **_of_table(source)}
     if not isinstance(source, sources.Tfds):
         return {"image": image, "label": 0}
     found: dict[str, Any] = {}
@@ -83,6 +87,17 @@ def example(source: Any, image: Any) -> dict[str, Any]:
             if not isinstance(image, bytes):
                 found[name] = mask
     return found
+
+
+def _of_table(table: sources.Table) -> dict[str, Any]:
+    kinds = sources.LabelKind
+    if table.kind == kinds.CLASS:
+        return {"label": 0}
+    if table.kind == kinds.CLASSES:
+        # Only the table knows how many, where they are not pinned.
+        return {"label": np.zeros(len(table.classes or table.class_names), np.float32)}
+    key = "target" if table.kind == kinds.NUMBERS else "label"
+    return {key: np.zeros(len(table.label), np.float32)}
 
 
 def rows(

@@ -4,6 +4,7 @@ import csv
 import dataclasses
 import io
 import math
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -12,10 +13,11 @@ import numpy as np
 from etils import epath
 
 from big_vision_lite.config import MatchClasses
+from big_vision_lite.evaluators import average_precision
 from big_vision_lite.runs.evaluations import Context
 from big_vision_lite.runs.scores import check_fields
 from big_vision_lite.runtime import files
-from big_vision_lite.types import Array, Batch, Forward, Runner, Source
+from big_vision_lite.types import Array, Batch, Forward, Logits, Runner, Source
 
 TOP = 5
 COLUMNS = ("step", "class", "count", "correct", "accuracy")
@@ -25,10 +27,12 @@ COLUMNS = ("step", "class", "count", "correct", "accuracy")
 class Classification:
     """Accuracy and loss of the model's "logits" on every image of `source`.
 
-    Scores: accuracy, accuracy_top5 (with more than 5 classes), loss (of the objective),
-    examples and unreadable (counts). They do not depend on the number of devices.
-    Labels are matched to the model's classes by name, or with
-    match_classes="in_order" by position if both have as many. With several labels, an
+    Scores: accuracy, accuracy_top5 (with more than 5 classes), with several labels
+    mean_average_precision (over the classes that an image has), loss (of the
+    objective), examples and unreadable (counts). They do not depend on the number of
+    devices. Labels are matched to the model's classes by name, or with
+    match_classes="in_order" by position if both have as many. A model whose logits are
+    numbers is refused. With several labels, an
     image counts as correct if the predicted class is among them; images without any
     label are left out. `per_class` writes WORKDIR/<name>_per_class.csv.
     """
@@ -43,6 +47,12 @@ class Classification:
         check_fields(self)
 
     def prepare(self, context: Context) -> Runner:
+        if context.objective.logits == Logits.NONE:
+            raise ValueError(
+                f"{context.name}: the outputs of this model are numbers (a regression "
+                "or an embedding), no classes, so there is no accuracy. Take FewShot "
+                "for its features, or predict for the numbers."
+            )
         classes = context.classes(self.source, self.match_classes)
         names = classes.names
 
@@ -59,6 +69,7 @@ class Classification:
                 "label": label,
                 "predicted": top[:, 0],
                 **_hits(top, label),
+                **average_precision.ranking(context.objective, logits, label),
             }
 
         step = context.make_eval_step(judge)
@@ -68,6 +79,9 @@ class Classification:
         def run(state: Any) -> dict[str, Any]:
             rows = context.rows(step, state, *where)
             counts = context.counts(self.source, len(rows["loss"]))
+            precision = average_precision.precision_scores(
+                context.objective, rows, names, context.log
+            )
             if rows["label"].ndim == 2:
                 labelled = (rows["label"] > 0).any(axis=1)
                 rows = {name: value[labelled] for name, value in rows.items()}
@@ -90,7 +104,7 @@ class Classification:
                 scores["accuracy_top5"] = int(rows["top5"].sum()) / examples
             # fsum is exact, so the batch size cannot matter.
             scores["loss"] = math.fsum(rows["loss"].tolist()) / examples
-            return {**scores, **counts, "examples": examples}
+            return {**scores, **precision, **counts, "examples": examples}
 
         return run
 
@@ -118,14 +132,12 @@ def _write_per_class(
         count = np.bincount(labels, minlength=len(names))
         hit = labels == predicted
     correct = np.bincount(predicted[hit], minlength=len(names))
-    text = io.StringIO()
-    writer = csv.writer(text, lineterminator="\n")
-    writer.writerow(COLUMNS)
+    rows: list[Sequence[object]] = [COLUMNS]
     if path.exists():
-        old = list(csv.reader(io.StringIO(path.read_text())))[1:]
-        writer.writerows(row for row in old if int(row[0]) < step)
+        old = list(csv.reader(io.StringIO(path.read_bytes().decode(), newline="")))[1:]
+        rows += [row for row in old if int(row[0]) < step]
     for name, n, c in zip(names, count.tolist(), correct.tolist(), strict=True):
-        writer.writerow((step, name, n, c, c / n if n else ""))
+        rows.append((step, name, n, c, c / n if n else ""))
     with files.writing(path):
         path.parent.mkdir(parents=True, exist_ok=True)
-        files.replace(path, text.getvalue().encode())
+        files.replace(path, files.csv_text(rows))

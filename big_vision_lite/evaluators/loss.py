@@ -7,6 +7,7 @@ from typing import Any
 import jax.numpy as jnp
 
 from big_vision_lite.config import MatchClasses
+from big_vision_lite.messages import some
 from big_vision_lite.runs.evaluations import Context
 from big_vision_lite.runs.scores import check_fields
 from big_vision_lite.training.step import call_objective
@@ -30,7 +31,6 @@ class Loss:
     ops: tuple[Op, ...] | None = None
     every_steps: int = 1000
     batch_size: int = 256
-
     match_classes: MatchClasses = MatchClasses.BY_NAME
 
     def __post_init__(self) -> None:
@@ -41,6 +41,13 @@ class Loss:
         classes = context.classes(self.source, self.match_classes)
 
         def judge(forward: Forward, batch: Batch, rng: Array) -> dict[str, Array]:
+            count = len(context.class_names)
+            if "target" in batch and batch["target"].shape[1] < count:
+                raise ValueError(
+                    f"{context.name}: {self.source.name(0)} has targets "
+                    f"{some(self.source.class_names)}, the model predicts "
+                    f"{some(context.class_names)}; name all columns of these."
+                )
             batch = classes.translate(batch)
             losses, metrics = call_objective(context.objective, forward, batch, rng)
             found = {"loss": losses, **metrics}

@@ -1,12 +1,13 @@
 """Softmax and sigmoid cross-entropy, for one or several labels per image."""
 
 import dataclasses
+from typing import ClassVar
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from big_vision_lite.types import Batch, Forward, Objective
+from big_vision_lite.types import Batch, Forward, Logits, Objective
 
 
 @dataclasses.dataclass(kw_only=True)
@@ -17,6 +18,7 @@ class SoftmaxClassification(Objective):
     that fraction of every label evenly over all classes.
     """
 
+    logits: ClassVar[Logits | None] = Logits.SOFTMAX
     label_smoothing: float = 0.0
 
     def __post_init__(self) -> None:
@@ -36,10 +38,6 @@ class SoftmaxClassification(Objective):
         losses = -jnp.sum(smoothed * jax.nn.log_softmax(logits), axis=-1)
         return losses, {"accuracy": is_correct(logits, labels)}
 
-    def probabilities(self, logits: Float[Array, "B C"]) -> Float[Array, "B C"]:
-        """Returns the softmax of the logits: a distribution over classes per image."""
-        return jax.nn.softmax(logits)
-
 
 @dataclasses.dataclass(kw_only=True)
 class SigmoidClassification(Objective):
@@ -49,6 +47,8 @@ class SigmoidClassification(Objective):
     correct when the most probable class is one of the image's.
     """
 
+    logits: ClassVar[Logits | None] = Logits.SIGMOID
+
     def __call__(
         self, forward: Forward, batch: Batch, rng: Array
     ) -> tuple[Float[Array, " B"], dict[str, Array]]:
@@ -57,10 +57,6 @@ class SigmoidClassification(Objective):
         present, absent = jax.nn.log_sigmoid(logits), jax.nn.log_sigmoid(-logits)
         losses = -jnp.sum(labels * present + (1 - labels) * absent, axis=-1)
         return losses, {"accuracy": is_correct(logits, labels)}
-
-    def probabilities(self, logits: Float[Array, "B C"]) -> Float[Array, "B C"]:
-        """Returns the sigmoid of the logits: an independent probability per class."""
-        return jax.nn.sigmoid(logits)
 
 
 def as_distribution(

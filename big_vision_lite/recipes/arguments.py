@@ -1,5 +1,6 @@
 """Parses a recipe's argument: `--config configs/NAME.py:size=32,init=runs/first`."""
 
+import enum
 import re
 import types
 from typing import Any
@@ -59,6 +60,8 @@ def _convert(name: str, text: str, kind: type) -> Any:
         return kind(text)
     except (ValueError, KeyError):
         allowed = "true or false" if kind is bool else f"of type {kind.__name__}"
+        if issubclass(kind, enum.StrEnum):
+            allowed = f"one of {', '.join(kind)}"
         raise ValueError(
             f'The argument {name}="{text}" of the recipe is not {allowed}.'
         ) from None

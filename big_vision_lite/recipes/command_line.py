@@ -4,7 +4,9 @@ import contextlib
 import dataclasses
 import datetime
 import enum
+import errno
 import importlib
+import io
 import os
 import pathlib
 import re
@@ -86,6 +88,7 @@ def parse(
             for path in emptied:
                 _clear(known, path, recipe)
             argv = _make_elements(_build_missing(argv, known), known)
+            mistakes.check_tuples(argv, known)
             config_flags.DEFINE_config_dataclass(
                 "config", known, flag_values=values, sys_argv=list(argv)
             )
@@ -127,6 +130,9 @@ def run(
     else into a temporary file.
     """
     startup.quiet()
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        # A name of a file that is not UTF-8 ends no program that prints it.
+        sys.stdout.reconfigure(errors="backslashreplace")
     try:
         main(argv)
         return 0
@@ -138,8 +144,22 @@ def run(
         return 130
     except USER_ERRORS as error:
         where = _write_trace(argv, trace_flag)
-        print(f"\nerror: {error}\n(the trace is in {where})", file=sys.stderr)
+        print(f"\nerror: {_said(error)}\n(the trace is in {where})", file=sys.stderr)
         return 1
+
+
+def _said(error: BaseException) -> str:
+    """Returns the message; of the system's own about a path, with what to do."""
+    if not isinstance(error, OSError) or error.errno is None or not error.filename:
+        return str(error)
+    path = os.fsencode(error.filename).decode("utf-8", "backslashreplace")
+    remedies = {
+        errno.EACCES: f"Give yourself the right to it, chmod u+rwX {path}, or name",
+        errno.ENAMETOOLONG: "A name has at most 255 bytes; name",
+        errno.ENOSPC: "Free the disk, or name",
+    }
+    remedy = remedies.get(error.errno, "Check the path, or name")
+    return f"{path}: {error.strerror}. {remedy} another."
 
 
 def _take_none(argv: Sequence[str]) -> tuple[list[str], list[str], list[str]]:
@@ -366,14 +386,15 @@ def _write_trace(argv: Sequence[str], flag: str | None) -> str:
     text = f"{datetime.datetime.now().isoformat()} {' '.join(argv)}\n"
     text += traceback.format_exc() + "\n"
     given = _flag_values(argv, flag) if flag else []
-    with contextlib.suppress(OSError):
+    with contextlib.suppress(OSError, ValueError):  # ValueError: a name not UTF-8
         if given and (folder := files.absolute(given[-1])).is_dir():
-            with open(os.fspath(folder / TRACE_FILE), "a") as file:
+            name = os.fspath(folder / TRACE_FILE)
+            with open(name, "a", errors="backslashreplace") as file:
                 file.write(text)
             return file.name
     with contextlib.suppress(OSError):
         descriptor, path = tempfile.mkstemp("_error.txt", "big_vision_lite_")
-        with open(descriptor, "w") as file:
+        with open(descriptor, "w", errors="backslashreplace") as file:
             file.write(text)
         return path
     return "nowhere: no folder could be written"

@@ -1,10 +1,12 @@
 """Explains mistakes in recipes and overrides: where they are and what was meant."""
 
+import ast
 import dataclasses
 import difflib
 import enum
 import pathlib
 import re
+import shlex
 import traceback
 import types
 import typing
@@ -16,6 +18,9 @@ from ml_collections.config_flags import config_flags, config_path
 
 from big_vision_lite.messages import did_you_mean
 from big_vision_lite.recipes import serialize
+
+# What a path raises that leads nowhere, or is none.
+WRONG_PATH = (KeyError, IndexError, AttributeError, TypeError)
 
 
 def explain(
@@ -34,7 +39,8 @@ def explain(
         return mistake
     if isinstance(error, flags.UnrecognizedFlagError):
         return _unknown_flag(error.flagname, values)
-    if isinstance(error, KeyError | IndexError | AttributeError | TypeError):
+    no_path = str(error).startswith("Could not parse '")  # such as a.0.b
+    if no_path or isinstance(error, WRONG_PATH):
         return unknown_key(recipe, argv, error, recorded)
     return _wrong_value(recipe, argv, recorded) or str(error)
 
@@ -67,6 +73,57 @@ def _wrong_value(recipe: str | None, argv: Sequence[str], recorded: Any) -> str 
                 f"{_shown(leaves[inside[0]][0])}"
             )
     return None
+
+
+def check_tuples(argv: Sequence[str], config: Any) -> None:
+    """Raises ValueError for an override of a tuple that could be one value or several.
+
+    ml_collections takes what is no Python literal for a single string, commas and all.
+    """
+    leaves = {path: declared for path, _, declared in list_leaves(config)}
+    for word, after in zip(argv, [*argv[1:], ""], strict=True):
+        name, given, text = word.partition("=")
+        found = re.fullmatch(r"--?config\.(.+)", name)
+        kind = serialize.without_none(leaves.get(found.group(1)))[0] if found else None
+        if typing.get_origin(kind) is not tuple:
+            continue
+        text = text if given else after
+        item, parts = typing.get_args(kind)[0], _split(text)
+        try:
+            clear = not isinstance(ast.literal_eval(text), dict | set)
+        except (ValueError, SyntaxError, TypeError):
+            # A pattern or a name is one string.
+            clear = len(parts) < 2 and "," not in text and _balanced(text)
+        if clear:
+            continue
+        if item is str:
+            readings = dict.fromkeys([_typed(name, parts), _typed(name, [text])])
+            what, type_this = "one string or several", " or, for one, ".join(readings)
+        else:
+            numbers = [part for part in parts if re.fullmatch(r"-?[\d.]+", part)]
+            what = f"{item.__name__}s with commas between"
+            type_this = f"{name}={','.join(numbers) or '1,2'}"
+        raise ValueError(f"{name}={text} is not clearly {what}: type {type_this}")
+
+
+def _split(text: str) -> list[str]:
+    """Splits at commas and spaces; brackets and quotes around the parts come off."""
+    inner = text.strip() if _balanced(text) else text.strip(" ()[]{}")
+    if inner[:1] + inner[-1:] in ("()", "[]"):
+        inner = inner[1:-1]
+    return [part.strip("'\"") for part in re.split(r"[,\s]+", inner) if part]
+
+
+def _balanced(text: str) -> bool:
+    pairs = all(text.count(a) == text.count(b) for a, b in ("()", "[]", "{}"))
+    return pairs and text.count("'") % 2 == text.count('"') % 2 == 0
+
+
+def _typed(name: str, parts: Sequence[str]) -> str:
+    """Returns the flag with a tuple as a shell takes it."""
+    literal = repr(tuple(parts))
+    plain = not set(literal) & set('"$`\\!')
+    return f"{name}=" + (f'"{literal}"' if plain else shlex.quote(literal))
 
 
 def _part_of(declared: Any) -> str | None:
@@ -117,7 +174,8 @@ def _mistake_in_recipe(error: BaseException | None, recipe: str | None) -> str |
         return None
     file = recipe.split(":", 1)[0]
     while error is not None:
-        if isinstance(error, SyntaxError):  # of the recipe, or of what it imports
+        # Of the recipe, or of what it imports; "<unknown>" is the text of a flag.
+        if isinstance(error, SyntaxError) and error.filename != "<unknown>":
             return f"{error.filename}:{error.lineno}: {error.msg}"
         if isinstance(error, AttributeError) and "'get_config'" in str(error):
             return (
@@ -185,13 +243,20 @@ def unknown_key(
             known += [f"{leaf}.{name}" for name in serialize.field_types(kind)]
         known.append(leaf)
     for word in argv:
-        found = re.match(r"--?(?:no)?config\.([^=]+)", word)
-        if found is None or found.group(1) in known:
+        found = re.match(r"--?(?:no)?config\.([^=]*)", word)
+        if found is None:
             continue
         path = found.group(1)
         try:
             config_path.get_value(path, config)
-        except (KeyError, IndexError, AttributeError, TypeError):
+        except (*WRONG_PATH, ValueError):
+            if path in known and isinstance(error, IndexError):
+                return (
+                    f"--config.{path}: {path.rpartition('[')[0]} is empty; put an "
+                    "element into the recipe."
+                )
+            if path in known:
+                continue
             if isinstance(error, IndexError) and (counted := _too_far(path, known)):
                 return counted
             meant = _closest(path, known)

@@ -31,6 +31,11 @@ def to_json(component: Any, **more: Any) -> str:
     `more` holds further top-level keys, which `from_json` ignores.
     """
     document = {"version": __version__, "config": _encode(component, "config"), **more}
+    return document_text(document)
+
+
+def document_text(document: dict[str, Any]) -> str:
+    """Returns the JSON text of such a document."""
     return json.dumps(document, indent=1, ensure_ascii=False) + "\n"
 
 
@@ -69,6 +74,22 @@ def newer_version(version: str) -> str:
 def rebuild(component: Any, allowed_modules: Iterable[str] = ()) -> Any:
     """Returns `from_json(to_json(component))`: a validated, independent copy."""
     return from_json(to_json(component), allowed_modules)
+
+
+def modules(component: Any) -> list[str]:
+    """Returns the modules outside this package that `from_json` would import."""
+    found: set[str] = set()
+
+    def collect(encoded: Any) -> None:
+        if isinstance(encoded, dict) and isinstance(encoded.get(CLASS), str):
+            found.add(encoded[CLASS].rpartition(".")[0])
+        if isinstance(encoded, dict | list):
+            inside = encoded.values() if isinstance(encoded, dict) else encoded
+            for value in inside:
+                collect(value)
+
+    collect(_encode(component, "config"))
+    return sorted(name for name in found if name.partition(".")[0] != PACKAGE)
 
 
 def fields(component: Any) -> list[dataclasses.Field]:

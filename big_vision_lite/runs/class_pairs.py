@@ -8,6 +8,7 @@ import numpy as np
 from jaxtyping import Int32
 
 from big_vision_lite.config import MatchClasses
+from big_vision_lite.conversion.assumption import About, Assumption
 from big_vision_lite.messages import some
 from big_vision_lite.types import Array, Batch
 
@@ -35,14 +36,21 @@ class Classes:
     indices: Int32[np.ndarray, " classes"] | None = None
 
     def translate(self, batch: Batch) -> Batch:
-        """Returns the batch with its "label", [B] or [B, C], in the model's order."""
-        if self.indices is None or "label" not in batch:
+        """Returns the batch with its labels in the model's order.
+
+        Those are "label", [B] or [B, C], and the numbers of "target" [B, T].
+        """
+        if self.indices is None:
             return batch
-        label, indices = batch["label"], jnp.asarray(self.indices)
-        if label.ndim == 1:
-            return {**batch, "label": indices[label]}
-        empty = jnp.zeros((label.shape[0], len(self.names)), label.dtype)
-        return {**batch, "label": empty.at[:, indices].set(label)}
+        indices = jnp.asarray(self.indices)
+        found = {n: x for n, x in batch.items() if n in ("label", "target")}
+        for name, values in found.items():
+            if values.ndim == 1:
+                found[name] = indices[values]
+            else:
+                empty = jnp.zeros((len(values), len(self.names)), values.dtype)
+                found[name] = empty.at[:, indices].set(values)
+        return {**batch, **found}
 
     def logits(self, outputs: dict[str, Array]) -> Array:
         """Returns the model's "logits" [B, C], float32, one for each class.
@@ -72,25 +80,30 @@ def class_table(
     """Returns the labels in `ours` of the classes `theirs`, matched by class name.
 
     Matching by number would give wrong labels without an error if a class is missing
-    or the order differs: that is done only when it is asked for. In messages `name` and
-    `ours_is` name the two sides, and `option` the flag of `match`.
+    or the order differs: that is done when it is asked for, and where one side has no
+    names and the others are those numbers. In messages `name` and `ours_is` name the
+    two sides, and `option` the flag of `match`.
 
     Raises:
-        ValueError: the source has a class that `ours` lacks, or names are ambiguous.
+        ValueError: the source has a class that `ours` lacks, one side has no names, or
+            names are ambiguous.
     """
     if tuple(theirs) == tuple(ours):
         return ClassTable(indices=np.arange(len(ours), dtype=np.int32), message=None)
-    if match == MatchClasses.IN_ORDER:
-        if len(theirs) != len(ours):
-            raise ValueError(
-                f"{name} has {len(theirs)} classes, {ours_is} {len(ours)}: in order "
-                f"they do not match; use {option or 'match_classes'}=by_name."
-            )
-        return ClassTable(indices=np.arange(len(ours), dtype=np.int32), message=None)
+    known = theirs or ours
+    numbered = all(n.isdecimal() and int(n) == label for label, n in enumerate(known))
+    if match == MatchClasses.IN_ORDER or (numbered and not (theirs and ours)):
+        return _in_order(theirs, ours, name, ours_is, option)
     hint = ""
     # In order only works with as many classes as the model has.
-    if option is not None and len(theirs) == len(ours):
+    if option is not None and (not theirs or not ours or len(theirs) == len(ours)):
         hint = f" Where only the names differ and not the order: {option}=in_order"
+    if not theirs or not ours:
+        named, nameless = (name, ours_is) if theirs else (ours_is, name)
+        raise ValueError(
+            f"{named} has {len(known)} classes ({some(known)}), {nameless} no class "
+            f"names: which is which cannot be known.{hint}"
+        )
     for whose, names in ((name, theirs), (ours_is, ours)):
         twice = sorted({n for n in names if list(names).count(n) > 1})
         if twice:
@@ -116,3 +129,33 @@ def class_table(
         )
     indices = np.array([number[n] for n in theirs], np.int32)
     return ClassTable(indices=indices, message=message)
+
+
+def _in_order(
+    theirs: Sequence[str],
+    ours: Sequence[str],
+    name: str,
+    ours_is: str,
+    option: str | None,
+) -> ClassTable:
+    """Returns the identity, and that it is assumed."""
+    if theirs and ours and len(theirs) != len(ours):
+        raise ValueError(
+            f"{name} has {len(theirs)} classes, {ours_is} {len(ours)}: in order they "
+            f"do not match; use {option or 'match_classes'}=by_name."
+        )
+    known = theirs or ours
+    if theirs and ours:
+        pairs = [f"{a} = {b}" for a, b in zip(theirs, ours, strict=True)]
+        words = f"{name} and {ours_is} are paired in order: {some(pairs)}"
+    else:
+        named, nameless = (name, ours_is) if theirs else (ours_is, name)
+        pairs = [f"{index} = {one}" for index, one in enumerate(known)]
+        words = (
+            f"{nameless} has no class names, paired in order with {named}: "
+            f"{some(pairs)}"
+        )
+    return ClassTable(
+        indices=np.arange(len(known), dtype=np.int32),
+        message=str(Assumption(About.CLASSES, words)),
+    )

@@ -1,5 +1,6 @@
 """Reports shapes, sizes and memory of a run without training: `train --dry_run`."""
 
+from collections.abc import Sequence
 from typing import Any
 
 import cv2
@@ -10,6 +11,8 @@ from etils import epath
 from big_vision_lite import trees
 from big_vision_lite.config import TrainConfig
 from big_vision_lite.data import pipeline
+from big_vision_lite.messages import some
+from big_vision_lite.runs import image_folders
 from big_vision_lite.runtime import files, layout, sharding, targets
 from big_vision_lite.training import estimate, program
 from big_vision_lite.training import state as state_lib
@@ -29,7 +32,9 @@ def dry_run(config: TrainConfig, workdir: epath.Path) -> str:
     Raises:
         OSError: `workdir` cannot be written; raised before anything is computed.
     """
+    image_folders.refuse_workdir_inside(config, workdir)
     files.make_folder(workdir)
+    paragraph = image_folders.paragraph(config)
     mesh = sharding.make_mesh(config.mesh)
     layout.check_batch_size(config.data.batch_size, mesh, config.micro_batches)
     examples = len(config.data.source)
@@ -49,7 +54,8 @@ def dry_run(config: TrainConfig, workdir: epath.Path) -> str:
         *_parameter_lines(built.abstract),
         "",
         *_batch_lines(built.spec),
-        f"classes      {len(config.data.source.class_names)}",
+        *paragraph,
+        _outputs_line(config.data.source.class_names, "target" in built.spec),
         f"examples     {examples:,} in {config.data.source.fingerprint}",
         f"steps        {built.num_steps:,} of {config.data.batch_size} "
         f"({per_epoch:.1f} an epoch, {built.num_steps / per_epoch:.2f} epochs)",
@@ -101,6 +107,12 @@ def _batch_lines(spec: Any) -> list[str]:
     return [
         f"batch        {name} {trees.describe(leaf)}" for name, leaf in spec.items()
     ]
+
+
+def _outputs_line(names: Sequence[str], are_numbers: bool) -> str:
+    return (
+        f"targets      {some(names)}" if are_numbers else f"classes      {len(names)}"
+    )
 
 
 def _memory(found: Estimate) -> str:

@@ -102,27 +102,28 @@ class Context:
     ) -> Classes:
         """Returns the model's classes and the labels of `source` among them.
 
-        Without class names on one side, the labels are taken as they are. Logs which
-        classes the source lacks.
+        Logs which classes the source lacks, and what is assumed.
 
         Raises:
-            ValueError: the source has a class that the model lacks, or names are
-                ambiguous.
+            ValueError: the source has a class that the model lacks, only one side has
+                names, or names are ambiguous.
         """
-        theirs = tuple(source.class_names)
-        names = self.class_names or theirs
+        theirs, ours = tuple(source.class_names), self.class_names
+        if self.objective.logits is None and not (theirs and ours):
+            # No class is looked at, in pretraining for example.
+            return Classes(evaluator=self.name, names=ours or theirs)
         table = class_table(
-            theirs or names,
-            names,
+            theirs,
+            ours,
             name=self.name,
-            ours_is="train",
+            ours_is="train" if ours else "the model",
             match=match,
             option=f"--config.evaluators.{self.name}.match_classes",
         )
         if table.message is not None:
             self.log(table.message)
         indices = None if table.is_identity else table.indices
-        return Classes(evaluator=self.name, names=names, indices=indices)
+        return Classes(evaluator=self.name, names=ours or theirs, indices=indices)
 
     def check_set(
         self,

@@ -15,6 +15,7 @@ from etils import epath
 from big_vision_lite.config import TrainConfig
 from big_vision_lite.recipes import command_line, serialize
 from big_vision_lite.runs import integrity, step_folder
+from big_vision_lite.runs.image_folders import PLACES, make_absolute
 from big_vision_lite.runtime import files, processes, startup
 
 # Fields that may differ when a run resumes: they change neither the examples nor the
@@ -29,8 +30,8 @@ FREE = (
     "profile_steps",
     "data.threads",
     "data.processes",
-    "data.source.data_dir",
-    "data.source.path",
+    # Of a source in a source, too: images repeated, say.
+    *(f"data.source{inner}.{name}" for inner in ("", ".source") for name in PLACES),
 )
 LENGTH = ("num_steps", "num_epochs")
 
@@ -60,6 +61,7 @@ class RunFolder:
         self._log = log
         self._lock: Any = None
         self._is_new = False
+        self._typed: dict[str, str] = {}
 
     def __enter__(self) -> "RunFolder":
         try:
@@ -84,10 +86,16 @@ class RunFolder:
         self._is_new = False
 
     def config_text(self) -> str:
-        """Returns the text of config.json: the configuration, versions and machine."""
-        return serialize.to_json(
-            self._config, versions=startup.versions(), machine=startup.machine()
-        )
+        """Returns the text of config.json: the configuration, versions and machine.
+
+        Paths of data are absolute; "typed_paths" says what was typed.
+        """
+        document = json.loads(serialize.to_json(self._config))
+        typed = self._typed | make_absolute(document["config"])
+        document |= {"versions": startup.versions(), "machine": startup.machine()}
+        if typed:
+            document["typed_paths"] = typed
+        return serialize.document_text(document)
 
     def _check_shared(self) -> None:
         seen = processes.gather((self.path / step_folder.CONFIG).exists())
@@ -100,7 +108,6 @@ class RunFolder:
             )
 
     def _open(self) -> None:
-        text = self.config_text()
         try:
             self.path.mkdir(parents=True, exist_ok=True)
             self._acquire()
@@ -108,7 +115,7 @@ class RunFolder:
             self._is_new = not known.exists()
             if not self._is_new:
                 self._compare()
-            files.replace(known, text)
+            files.replace(known, self.config_text())
         except OSError as error:
             raise OSError(
                 f"Cannot write {self.path}: {error.strerror or error}. Checked at the "
@@ -137,6 +144,8 @@ class RunFolder:
 
     def _compare(self) -> None:
         old = read_config_document(self.path)
+        # A run that is resumed by its folder alone has absolute paths only.
+        self._typed = old.get("typed_paths", {})
         new = json.loads(self.config_text())
         changed = differences(old["config"], new["config"])
         steps = step_folder.complete_steps(self.path / step_folder.FOLDER)

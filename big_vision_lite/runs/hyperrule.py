@@ -14,6 +14,7 @@ from big_vision_lite.config import Checkpoints, Init, TrainConfig
 from big_vision_lite.data.ops import (
     Decode,
     FlipLeftRight,
+    Orientation,
     RandomCrop,
     Resize,
     UndecodableImage,
@@ -23,12 +24,13 @@ from big_vision_lite.data.ops.device import Mixup, Partner
 from big_vision_lite.data.pipeline import Stream
 from big_vision_lite.models.blocks.heads import Classifier
 from big_vision_lite.objectives.classification import SoftmaxClassification
+from big_vision_lite.objectives.regression import Regression
 from big_vision_lite.recipes import serialize
 from big_vision_lite.runs import load
 from big_vision_lite.runs.load import Pretrained
 from big_vision_lite.runtime.sharding import Mesh
 from big_vision_lite.training.optimizers import SGD
-from big_vision_lite.types import Evaluator, Example, Model, Op, Source
+from big_vision_lite.types import Evaluator, Example, Model, Objective, Op, Source
 
 # Images of fewer pixels than this are small: resized to 160, cropped to 128.
 SMALL_AREA_PX = 96 * 96
@@ -95,12 +97,15 @@ class HyperRule:
         pretrained_preprocess: tuple[Op, ...],
         *,
         init: tuple[Init, ...],
+        objective: Objective | None = None,
         seed: int = 0,
         fsdp: int = 1,
     ) -> TrainConfig:
         """Returns the config that trains `model` with a new head for `train`'s classes.
 
-        Images get the channels that `pretrained_preprocess` gives the first image.
+        Images get the channels that `pretrained_preprocess` gives the first image, and
+        are turned as it turns them. Without an `objective`, each has one class
+        (softmax); numbers are not mixed.
 
         Raises:
             ValueError: no image can be read, or the model has no field for a head.
@@ -109,7 +114,9 @@ class HyperRule:
         ops, preprocess = self._ops(train, pretrained_preprocess)
         num_steps, schedule = self.schedule(examples)
         device_ops = ()
-        if examples >= MIXUP_FROM_EXAMPLES:
+        objective = objective or SoftmaxClassification()
+        mixes = not isinstance(objective, Regression)
+        if mixes and examples >= MIXUP_FROM_EXAMPLES:
             mixup = Mixup(
                 num_classes=num_classes,
                 alpha=MIXUP_ALPHA,
@@ -126,7 +133,7 @@ class HyperRule:
             seed=seed,
             num_steps=num_steps,
             model=with_head(model, num_classes),
-            objective=SoftmaxClassification(),
+            objective=objective,
             data=Stream(
                 source=source,
                 ops=ops,
@@ -159,15 +166,17 @@ class HyperRule:
         if self.ops is not None and self.preprocess is not None:
             return self.ops, self.preprocess
         channels = input_shape(train, pretrained)[-1]
+        found = [op.orientation for op in pretrained if isinstance(op, Decode)]
+        decode = Decode(channels=channels, orientation=(*found, Orientation.IGNORE)[0])
         crop = self.size_px or crop_by_area(train)
         flip = (FlipLeftRight(),) if self.flip else ()
         ops = (
-            Decode(channels=channels),
+            decode,
             Resize(size_px=resize_of(crop)),
             RandomCrop(size_px=crop),
             *flip,
         )
-        return ops, (Decode(channels=channels), Resize(size_px=crop))
+        return ops, (decode, Resize(size_px=crop))
 
 
 @dataclasses.dataclass(kw_only=True)
@@ -196,9 +205,10 @@ class Repeated:
         return self.source.name(range(len(self))[index] % len(self.source))
 
 
-def start(path: str, model: Model) -> tuple[Init, ...]:
+def start(path: str, model: Model, part: str = "") -> tuple[Init, ...]:
     """Returns an init from `path` with a new head, even for the same classes."""
-    return (Init(path=path, drop=f"({'|'.join(model.head_modules)})/.*"),)
+    drop = f"({'|'.join(model.head_modules)})/.*"
+    return (Init(path=path, part=part, drop=drop),)
 
 
 def with_head(model: Any, num_classes: int) -> Any:
@@ -254,15 +264,17 @@ def crop_by_area(source: Source) -> int:
     return SMALL_CROP_PX if small else LARGE_CROP_PX
 
 
-def read_run(path: str, allow_module: str = "") -> Pretrained:
+def read_run(path: str, allow_module: str = "", part: str = "") -> Pretrained:
     """Returns backbone and preprocessing of a run, a step folder or foreign weights.
+
+    `part` is one of several models in a file of another library.
 
     Raises:
         FileNotFoundError: `path` holds none of these.
         ValueError: the weights are damaged or in no known format.
     """
     # The training looks the folder up again, and logs it then.
-    place = load.locate(path, log=lambda _: None)
+    place = load.locate(path, log=lambda _: None, part=part)
     return place.pretrained([allow_module] if allow_module else [])
 
 

@@ -12,6 +12,7 @@ from jaxtyping import Float32
 from rich.console import Console
 from rich.progress import track
 
+from big_vision_lite.conversion.assumption import About, Assumption
 from big_vision_lite.data import pipeline
 from big_vision_lite.data.sources.files import Guarded
 from big_vision_lite.runs import load as load_lib
@@ -21,9 +22,8 @@ from big_vision_lite.types import (
     Array,
     Batch,
     Forward,
+    Logits,
     Model,
-    Objective,
-    Source,
     backbone_of,
 )
 
@@ -59,31 +59,33 @@ class LoadedModel:
         """Returns the probability of every class, in the order of `class_names`.
 
         They add up to 1 per image unless the objective allows several classes per
-        image; then each class has a separate probability.
+        image; then each class has a separate probability. Of a regression the numbers
+        are returned.
 
         Raises:
             ValueError: the model has no head, an image cannot be read, or preprocessing
                 yields different sizes; names the image.
         """
-        return self._rows(self._probabilities, images)["probabilities"]
+        found = self._rows(self._outputs, images)
+        return found["numbers"] if "numbers" in found else found["probabilities"]
 
     @functools.cached_property
     def _features(self) -> list[Step]:
         return make_steps(self.run, classes=0, features=True)
 
     @functools.cached_property
-    def _probabilities(self) -> list[Step]:
+    def _outputs(self) -> list[Step]:
         return make_steps(self.run, classes=None, features=False)
 
     def _rows(self, steps: Sequence[Step], images: Any) -> dict[str, np.ndarray]:
         source = _Images(images)
-        ops = Guarded(self.run.config.preprocess)
+        guarded = Guarded(source, self.run.config.preprocess)
         # Powers of two, so that only a few batch sizes are compiled.
         power_of_two = 1 << (len(source) - 1).bit_length()
         batch_size = min(self._batch_size, power_of_two)
-        found = run_steps(self.run, steps, source, ops, batch_size, hidden=None)
-        if ops.errors:
-            index, reason = min(ops.errors.items())
+        found = run_steps(self.run, steps, guarded, batch_size, hidden=None)
+        if guarded.errors:
+            index, reason = min(guarded.errors.items())
             raise ValueError(f"{source.name(index)} cannot be read: {reason}")
         return found
 
@@ -147,12 +149,16 @@ def load(
     *,
     batch_size: int = 64,
     allowed_modules: Sequence[str] = (),
+    part: str = "",
 ) -> LoadedModel:
     """Implements `big_vision_lite.load`, on the devices of this process."""
     if batch_size < 1:
         raise ValueError(f"batch_size={batch_size} is no number of images; use 64.")
     run = load_lib.load(
-        path, allowed_modules=allowed_modules, devices=jax.local_devices()
+        path,
+        allowed_modules=allowed_modules,
+        devices=jax.local_devices(),
+        part=part,
     )
     return LoadedModel(run, batch_size=batch_size)
 
@@ -168,20 +174,23 @@ def make_steps(
 
     Outputs are "classes" and "probabilities" [B, K] of the `classes` most probable ones
     (0: neither; None: "probabilities" [B, C] of all, in label order) and, if requested,
-    the pooled "features" [B, D].
+    the pooled "features" [B, D]. Where logits are no classes, they are "numbers" [B, C]
+    in place of both.
     """
     model = run.config.model
     part, backbone = backbone_of(model)
     steps = []
     if classes != 0:
-        probabilities = meaning_of_logits(run.config.objective, log)
+        meaning = meaning_of_logits(run, log)
 
         def classify(forward: Forward, batch: Batch, rng: Array) -> dict[str, Array]:
             outputs = forward(**_inputs(model, batch))
             check_head(run, outputs)
-            likely = probabilities(outputs["logits"].astype(jnp.float32))
+            likely = meaning.outputs(outputs["logits"].astype(jnp.float32))
             rows = {"probabilities": likely}
-            if classes is not None:
+            if meaning == Logits.NONE:
+                rows = {"numbers": likely}
+            elif classes is not None:
                 best = jax.lax.top_k(likely, min(classes, likely.shape[-1]))
                 rows = {"probabilities": best[0], "classes": best[1]}
             if features and not part:
@@ -201,27 +210,30 @@ def make_steps(
 def run_steps(
     run: SavedRun,
     steps: Sequence[Step],
-    source: Source,
-    ops: Guarded,
+    images: Guarded,
     batch_size: int,
     *,
     hidden: bool | None,
 ) -> dict[str, np.ndarray]:
     """Returns the outputs of `steps`, one row per example, in order.
 
-    Rows of images in `ops.errors` are zeros. `batch_size` is rounded up to a multiple
-    of the devices; progress is shown in a terminal or notebook unless `hidden`.
+    Rows of images in `images.errors` are zeros. `batch_size` is rounded up to a
+    multiple of the devices; progress is shown in a terminal or notebook unless
+    `hidden`.
 
     Raises:
         ValueError: not one image can be read, or preprocessing gives several sizes.
     """
     num_devices = run.mesh.size
-    batch_size = -(-min(batch_size, len(source)) // num_devices) * num_devices
-    batches = pipeline.eval_batches(source, (ops,), batch_size, run.mesh)
+    batch_size = -(-min(batch_size, len(images)) // num_devices) * num_devices
+    # Among any number of unreadable ones a readable image is found.
+    batches = pipeline.eval_batches(
+        images, (images,), batch_size, run.mesh, attempts=len(images)
+    )
     console = Console()
     if hidden is None:
         shown = console.is_terminal or console.is_jupyter
-        hidden = not shown or len(source) <= 4 * batch_size
+        hidden = not shown or len(images) <= 4 * batch_size
     progress = track(
         batches, "predicting", console=console, transient=True, disable=hidden
     )
@@ -230,11 +242,11 @@ def run_steps(
         with jax.set_mesh(run.mesh):
             for batch in progress:
                 rows = jax.device_get([step(run.state, batch) for step in steps])
-                _put(rows, batch, found, len(source))
+                _put(rows, batch, found, len(images))
     except ValueError as error:
-        if len(ops.errors) < len(source):
+        if len(images.errors) < len(images):
             raise
-        raise _nothing_read(source, ops) from error
+        raise _nothing_read(images) from error
     return found
 
 
@@ -254,9 +266,9 @@ def _put(
         found[name][places] = values[valid]
 
 
-def _nothing_read(source: Source, ops: Guarded) -> ValueError:
-    index, reason = min(ops.errors.items())
-    name, count = source.name(index), len(source)
+def _nothing_read(images: Guarded) -> ValueError:
+    index, reason = min(images.errors.items())
+    name, count = images.name(index), len(images)
     if count == 1:
         return ValueError(f"{name} cannot be read: {reason}")
     return ValueError(
@@ -311,13 +323,28 @@ def check_head(run: SavedRun, outputs: Mapping[str, Any]) -> None:
         )
 
 
-def meaning_of_logits(objective: Objective, log: Callable[[str], None]) -> Any:
-    """Returns the objective's `probabilities`, or logs a note and returns softmax."""
-    declared = objective.probabilities
-    if declared is None:
-        log(
-            f"{type(objective).__name__} does not say what its logits mean: taken as "
-            "one class an image (softmax). If several may be right, give it a method: "
-            "def probabilities(self, logits): return jax.nn.sigmoid(logits)"
+def meaning_of_logits(run: SavedRun, log: Callable[[str], None]) -> Logits:
+    """Returns what the run's logits mean; logs it where the objective does not say.
+
+    Raises:
+        ValueError: neither the objective nor class names say it.
+    """
+    objective = run.config.objective
+    if objective.logits is not None:
+        return objective.logits
+    name = type(objective).__name__
+    declare = "give the class logits: ClassVar = Logits.SIGMOID"
+    if not run.class_names:
+        raise ValueError(
+            f"{name} does not say what its logits mean, and {run.folder} names no "
+            f"classes: they may be numbers. Say it, {declare} (several classes an "
+            "image), Logits.SOFTMAX (one) or Logits.NONE (numbers), with Logits from "
+            "big_vision_lite.types."
         )
-    return declared or jax.nn.softmax
+    words = (
+        f"{name} does not say what its logits mean: taken as one class an image "
+        f"(softmax). If several may be right, {declare}, with Logits from "
+        "big_vision_lite.types"
+    )
+    log(str(Assumption(About.LOGITS, words)))
+    return Logits.SOFTMAX

@@ -17,7 +17,7 @@ from big_vision_lite.conversion.input_range import (
     fold_input_range,
 )
 from big_vision_lite.recipes import serialize
-from big_vision_lite.runs import resample
+from big_vision_lite.runs import heads, resample
 from big_vision_lite.runs.load import Loaded, open_weights
 from big_vision_lite.training import state as state_lib
 from big_vision_lite.training.program import Program
@@ -54,7 +54,8 @@ def initial_state(
             loaded = Loaded(variables=first_params, class_names=None)
         else:
             # A checkpoint may need the module of the recipe's own model class.
-            loaded = open_weights(init.path, log, [type(config.model).__module__])
+            modules = [type(config.model).__module__]
+            loaded = open_weights(init.path, log, modules, init.part)
         origins.append(loaded.origin)
         classes = tuple(config.data.source.class_names)
         named = start_from(loaded, init, config.model, classes, named, log)
@@ -110,8 +111,8 @@ def start_from(
     where = "/".join(name for name in (into, path) if name)
     for line in (*lines, *model_differences(backbone, loaded.model, where)):
         log(f"init: {line}")
-    names = loaded.class_names
-    same_classes = names is None or names == class_names
+    kept = heads.kept(renamed(loaded.variables, init.rename), ours, init, family)
+    same_classes = heads.same_classes(loaded.class_names, class_names, init, kept, log)
     adapted = adapt(
         loaded.variables, ours, init, model=family, same_classes=same_classes, log=log
     )
@@ -121,9 +122,10 @@ def start_from(
 def _places(loaded: Loaded, ours: Model, init: Init) -> tuple[str, str]:
     """Returns the paths of the modules that `init` takes and fills, "" for all."""
     whole = type(loaded.model) is type(ours) or loaded.class_names is None
-    if whole and not (init.part or init.into):
+    part = "" if loaded.opened_part else init.part
+    if whole and not (part or init.into):
         return "", ""
-    return init.part or loaded.part, init.into or backbone_of(ours)[0]
+    return part or loaded.part, init.into or backbone_of(ours)[0]
 
 
 class Part(Family):
@@ -284,9 +286,9 @@ def adapt(
         ValueError: names or shapes differ after drop, rename and resampling; lists
             every one of them with "+" and "-".
     """
-    renamed = _renamed(loaded, init.rename)
-    dropped = _dropped(renamed, fresh, init, model, same_classes, log)
-    kept = {name: leaf for name, leaf in renamed.items() if name not in dropped}
+    given = renamed(loaded, init.rename)
+    dropped = heads.dropped(given, fresh, init, model, same_classes, log)
+    kept = {name: leaf for name, leaf in given.items() if name not in dropped}
     wanted = {name: leaf for name, leaf in fresh.items() if name not in dropped}
     for name in sorted(wanted.keys() & kept.keys()):
         if kept[name].shape != wanted[name].shape:
@@ -315,7 +317,7 @@ def adapt(
     }
 
 
-def _renamed(leaves: Mapping[str, Any], pairs: Sequence[str]) -> dict[str, Any]:
+def renamed(leaves: Mapping[str, Any], pairs: Sequence[str]) -> dict[str, Any]:
     before: dict[str, str] = {}
     for old_name in leaves:
         name = old_name
@@ -329,46 +331,6 @@ def _renamed(leaves: Mapping[str, Any], pairs: Sequence[str]) -> dict[str, Any]:
             )
         before[name] = old_name
     return {name: leaves[old] for name, old in before.items()}
-
-
-def _dropped(
-    loaded: Mapping[str, Any],
-    fresh: Mapping[str, Any],
-    init: Init,
-    model: Family,
-    same_classes: bool,
-    log: Callable[[str], None],
-) -> set[str]:
-    names = sorted(loaded.keys() | fresh.keys())
-    if init.drop is not None:
-        rules = [(init.drop, True)] if init.drop else []
-        matched = trees.match(rules, names, default=False, what="init.drop")
-        dropped = {name for name, value in matched.items() if value}
-        for name in sorted(dropped):
-            log(f"init: {name} starts from scratch (init.drop)")
-        return dropped
-    modules = tuple(f"{module}/" for module in model.head_modules)
-    head = {name for name in names if name.startswith(modules)}
-    fits = all(
-        name in loaded and name in fresh and loaded[name].shape == fresh[name].shape
-        for name in head
-    )
-    if not head or (fits and same_classes):
-        return set()
-    kernel = f"{model.head_modules[0]}/kernel"
-    count = {
-        what: leaves[kernel].shape[-1] if kernel in leaves else "no"
-        for what, leaves in (("loaded", loaded), ("fresh", fresh))
-    }
-    if count["fresh"] == "no":
-        log(f"Head has {count['loaded']} classes, the model no head: left out.")
-        return head
-    other = " with other names" if count["loaded"] == count["fresh"] else ""
-    log(
-        f"Head has {count['loaded']} classes, data {count['fresh']}{other}: new head "
-        '(zero init). To refuse instead: --config.init.drop=""'
-    )
-    return head
 
 
 def _say_resized(

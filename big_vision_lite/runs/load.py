@@ -18,7 +18,11 @@ from big_vision_lite.conversion import foreign
 from big_vision_lite.conversion.foreign import Foreign
 from big_vision_lite.data.pipeline import Stream
 from big_vision_lite.data.sources.arrays import NoImages
-from big_vision_lite.objectives.classification import SoftmaxClassification
+from big_vision_lite.objectives.classification import (
+    SigmoidClassification,
+    SoftmaxClassification,
+)
+from big_vision_lite.objectives.numbers import Numbers
 from big_vision_lite.recipes import serialize
 from big_vision_lite.runs import integrity, step_folder
 from big_vision_lite.runs.folder import read_config
@@ -27,9 +31,15 @@ from big_vision_lite.runtime import layout, sharding
 from big_vision_lite.schedules import WarmupCosine
 from big_vision_lite.training import state as state_lib
 from big_vision_lite.training.optimizers import AdamW
-from big_vision_lite.types import Op
+from big_vision_lite.types import Logits, Op
 
 OPTIMIZER = "opt_state/"
+# What stands for the objective of weights that came without one.
+OBJECTIVES = {
+    Logits.SOFTMAX: SoftmaxClassification(),
+    Logits.SIGMOID: SigmoidClassification(),
+    Logits.NONE: Numbers(),
+}
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -38,7 +48,8 @@ class Loaded:
 
     `class_names` is () if unknown, None if irrelevant. `model` is the Linen module of
     the weights, `part` the path of its backbone and `backbone` that module; a module is
-    None if its class may not be imported. `origin` goes into manifests.
+    None if its class may not be imported. `origin` goes into manifests. `opened_part`
+    is the part of a file of another library that was asked for and taken.
     """
 
     variables: Mapping[str, Any]
@@ -47,20 +58,29 @@ class Loaded:
     part: str = ""
     backbone: Any = None
     origin: Mapping[str, Any] | None = None
+    opened_part: str = ""
 
 
 def locate(
-    path: str | os.PathLike[str], log: Callable[[str], None] = print
+    path: str | os.PathLike[str], log: Callable[[str], None] = print, part: str = ""
 ) -> "SavedStep | ForeignWeights":
     """Returns the `SavedStep` or `ForeignWeights` at `path`.
 
-    A run folder or its checkpoints folder gives the newest step.
+    A run folder or its checkpoints folder gives the newest step. `part` is that of a
+    file of another library that holds several models ("teacher").
 
     Raises:
         FileNotFoundError: there is no complete checkpoint; says what is there.
+        ValueError: a part is given of a run, which is one model.
     """
     if weights.is_foreign(os.fspath(path)):
-        return ForeignWeights(path=os.fspath(path))
+        return ForeignWeights(path=os.fspath(path), part=part)
+    if part:
+        raise ValueError(
+            f"part={part} chooses a model in a file of another library, but {path} is "
+            "a run of ours, which is one model. Leave it out; to start another run "
+            f"from a module of it: --config.init.part={part}"
+        )
     return SavedStep(
         folder=step_folder.find(os.fspath(path), log), path=os.fspath(path)
     )
@@ -170,9 +190,13 @@ class SavedStep:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class ForeignWeights:
-    """Weights of another library: a file, a folder or `hub:organisation/name`."""
+    """Weights of another library: a file, a folder or `hub:organisation/name`.
+
+    `part` is the beginning of the names of one model among several, "" for all.
+    """
 
     path: str
+    part: str = ""
 
     def platform(self) -> None:
         """Returns None: foreign weights record no platform."""
@@ -181,12 +205,12 @@ class ForeignWeights:
     def config(self, allowed_modules: Sequence[str] = ()) -> TrainConfig:
         """Returns the model and its preprocessing as a recipe without images."""
         del allowed_modules  # classes of this package alone
-        return recipe(foreign.load(self.path))
+        return recipe(self._open())
 
     def pretrained(self, allowed_modules: Sequence[str] = ()) -> Pretrained:
         """Returns the model and its preprocessing."""
         del allowed_modules  # classes of this package alone
-        found = foreign.load(self.path)
+        found = self._open()
         return Pretrained(model=found.model, preprocess=found.preprocess)
 
     def weights(
@@ -194,15 +218,17 @@ class ForeignWeights:
     ) -> Loaded:
         """Returns all variables by our names; logs the assumptions made."""
         del allowed_modules  # classes of this package alone
-        found = foreign.load(self.path)
-        for note in (f"{self.path}: {found.format}", *found.notes):
-            log(f"init: {note}")
+        # A part that the file has not may be a module of the converted model.
+        found = foreign.load(self.path, self.part)
+        for line in (f"{self.path}: {found.format}", *found.assumptions):
+            log(f"init: {line}")
         return Loaded(
             variables=found.variables,
             class_names=found.class_names,
             model=found.model,
             backbone=found.model,
             origin=found.origin,
+            opened_part=found.part,
         )
 
     def run(
@@ -213,9 +239,9 @@ class ForeignWeights:
     ) -> SavedRun:
         """Returns the weights as a run at step 0."""
         del allowed_modules  # classes of this package alone
-        found = foreign.load(self.path)
-        for note in (f"{self.path}: {found.format}", *found.notes):
-            log(note)
+        found = self._open()
+        for line in (f"{self.path}: {found.format}", *found.assumptions):
+            log(str(line))
         mesh = sharding.make_mesh(sharding.Mesh(), devices)
         whole = layout.replicated(mesh)
         variables = {n: jax.device_put(x, whole) for n, x in found.variables.items()}
@@ -241,6 +267,15 @@ class ForeignWeights:
             state=state_of(tree),
         )
 
+    def _open(self) -> Foreign:
+        found = foreign.load(self.path, self.part)
+        if self.part and not found.part:
+            raise ValueError(
+                f'{self.path} has no names that begin with "{self.part}", and holds '
+                "one model; leave the part out."
+            )
+        return found
+
 
 def load(
     path: "str | os.PathLike[str] | SavedStep | ForeignWeights",
@@ -248,19 +283,23 @@ def load(
     allowed_modules: Sequence[str] = (),
     devices: Sequence[Any] | None = None,
     log: Callable[[str], None] = print,
+    part: str = "",
 ) -> SavedRun:
     """Loads the newest step of a run or checkpoints folder, a step folder, or weights.
 
-    Weights are files and folders of other libraries and `hub:organisation/name`. The
-    state is placed on `devices`, by default all: in the run's mesh if that fits, else
-    replicated.
+    Weights are files and folders of other libraries and `hub:organisation/name`, of
+    several models in a file the `part`. The state is placed on `devices`, by default
+    all: in the run's mesh if that fits, else replicated.
 
     Raises:
         FileNotFoundError: there is no complete checkpoint; says what is there.
         DamagedCheckpoint: a file or a leaf is not what was saved.
         ValueError: config.json needs a class that may not be imported.
     """
-    place = path if isinstance(path, SavedStep | ForeignWeights) else locate(path, log)
+    if isinstance(path, SavedStep | ForeignWeights):
+        place = path
+    else:
+        place = locate(path, log, part)
     devices = jax.devices() if devices is None else devices
     return place.run(allowed_modules, devices, log)
 
@@ -269,16 +308,22 @@ def open_weights(
     path: str,
     log: Callable[[str], None] = print,
     allowed_modules: Sequence[str] = (),
+    part: str = "",
 ) -> Loaded:
     """Reads weights to start from: of a run, a step folder, or another library.
 
+    Of a file of another library with several models the `part` is read, if it has one
+    of that name.
     The model is None unless its classes are in this package or `allowed_modules`.
 
     Raises:
         FileNotFoundError: there is no complete checkpoint; says what is there.
         ValueError: the weights are damaged or in no known format.
     """
-    return locate(path, log).weights(log, allowed_modules)
+    place = locate(path, log)
+    if isinstance(place, ForeignWeights):
+        place = dataclasses.replace(place, part=part)
+    return place.weights(log, allowed_modules)
 
 
 def recipe(found: Foreign) -> TrainConfig:
@@ -289,7 +334,7 @@ def recipe(found: Foreign) -> TrainConfig:
     return TrainConfig(
         num_steps=1,
         model=found.model,
-        objective=SoftmaxClassification(),
+        objective=OBJECTIVES[found.logits or Logits.SOFTMAX],
         data=Stream(
             source=NoImages(classes=found.class_names, origin=found.path),
             ops=found.preprocess,

@@ -4,8 +4,6 @@ import contextlib
 import dataclasses
 import itertools
 import queue
-import shlex
-import sys
 import threading
 import time
 from collections.abc import Iterator, Mapping
@@ -17,11 +15,13 @@ from etils import epath
 from big_vision_lite.config import TrainConfig
 from big_vision_lite.console.progress import Progress
 from big_vision_lite.data import pipeline
+from big_vision_lite.runs import image_folders
 from big_vision_lite.runs.checkpoint import Checkpointer
 from big_vision_lite.runs.folder import RunFolder
 from big_vision_lite.runs.health import Monitor, Profiler
 from big_vision_lite.runs.records import Writer
-from big_vision_lite.runtime import startup
+from big_vision_lite.runs.suggestions import next_commands
+from big_vision_lite.runtime import files, startup
 from big_vision_lite.runtime.processes import Stopped, StopSignal
 from big_vision_lite.training import recalibration
 from big_vision_lite.training import state as state_lib
@@ -115,6 +115,7 @@ class Run:
         command: str | None = None,
         quiet: bool = False,
     ):
+        image_folders.refuse_workdir_inside(config, workdir)
         self.config = config
         self.workdir = workdir
         self.mesh = mesh
@@ -170,6 +171,7 @@ class Run:
         )
         self._monitor = Monitor(config, self.num_steps, workdir, self._batch_of)
         self.say(config.length_note() or "")
+        self.say("\n".join(image_folders.paragraph(config)))
 
     def say(self, text: str) -> None:
         """Prints a permanent line."""
@@ -314,7 +316,10 @@ class Run:
 
     def show_results(self) -> None:
         """Shows all scores and the next commands; call it after the context."""
-        commands = next_commands(self.workdir, self._command)
+        workdir = files.absolute(self.workdir)
+        commands = next_commands(
+            workdir, self._command, self.config, self._program.outputs
+        )
         self.progress.summary(self._in_recipes_order(self.writer.latest()), commands)
 
     def _in_recipes_order(self, scores: Mapping[str, Any]) -> dict[str, Any]:
@@ -347,19 +352,6 @@ def describe(
         "class_names": list(config.data.source.class_names),
         "backbone": backbone_of(config.model)[0],
         "source": config.data.source.fingerprint,
+        "folders": image_folders.fingerprints(config),
         "versions": startup.versions(),
     }
-
-
-def next_commands(workdir: epath.Path, command: str | None) -> list[str]:
-    """Returns the commands to suggest after a run, with the running Python."""
-    package = f"{shlex.quote(sys.orig_argv[0])} -m big_vision_lite"
-    run, tuned = (shlex.quote(f"{workdir}{end}") for end in ("", "_finetuned"))
-    recipe = shlex.quote(f"configs/finetune.py:init={workdir},data=FOLDER")
-    return [
-        f"{package}.predict --workdir {run} --images FOLDER --out preds.csv",
-        f"{package}.evaluate --workdir {run}",
-        f"{package}.train --config {recipe} --workdir {tuned}",
-        *([] if command is None else [f"{command}  # resumes"]),
-        f"tensorboard --logdir {run}",
-    ]

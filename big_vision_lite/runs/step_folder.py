@@ -5,6 +5,7 @@ it elsewhere works as well.
 """
 
 import contextlib
+import os
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
@@ -12,6 +13,7 @@ from etils import epath
 from orbax.checkpoint import v1 as ocp
 
 from big_vision_lite import trees
+from big_vision_lite.data.sources import file_kinds
 from big_vision_lite.runs import integrity
 from big_vision_lite.runtime import files
 
@@ -66,6 +68,9 @@ def find(path: str | epath.Path, log: Callable[[str], None] = print) -> epath.Pa
     """
     given = files.absolute(path)
     what = "it is a file" if given.exists() else "it does not exist"
+    wrong = file_kinds.fault(os.path.expanduser(path))
+    if wrong and wrong[1] != file_kinds.GONE and not files.is_remote(given):
+        what = f"it is {wrong[0]}" if wrong[0].startswith("a ") else wrong[0]
     if given.is_dir():
         if (given / integrity.MANIFEST).exists():
             return given

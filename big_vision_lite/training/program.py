@@ -47,6 +47,8 @@ class Program:
     flops_per_step: int
     # Adds the batch statistics of averaged parameters on a batch; None if not needed.
     statistics_step: Any | None = None
+    # What the model gives the objective: "logits" of a head, "pooled" features, ...
+    outputs: tuple[str, ...] = ()
     # Notes on the program for users of an accelerator, one line each.
     notes: tuple[str, ...] = ()
     # The train step on a CPU, which keeps its memory between steps.
@@ -132,6 +134,7 @@ def build(
         train_step=steady or train_step,
         statistics_step=_statistics_step(config, model, abstract),
         flops_per_step=counting.flops,
+        outputs=tuple(counting.outputs),
         notes=()
         if on_cpu
         else tuple(attention.describe(calls, device.platform, device.device_kind)),

@@ -14,8 +14,8 @@ import numpy as np
 import pytest
 import safetensors.numpy
 
+from big_vision_lite.conversion import engine, foreign
 from big_vision_lite.conversion import files as weights
-from big_vision_lite.conversion import foreign
 
 pytestmark = pytest.mark.parity
 
@@ -37,15 +37,15 @@ def test_the_format_is_found_by_content_not_by_name(name, tmp_path):
     path = tmp_path / name
     with path.open("wb") as file:
         np.savez(file, **ARRAYS)
-    assert_arrays(weights.arrays_of(path))
+    assert_arrays(weights.read(str(path)).arrays)
     safetensors.numpy.save_file(ARRAYS, path)
-    assert_arrays(weights.arrays_of(path))
+    assert_arrays(weights.read(str(path)).arrays)
 
 
 def test_bfloat16_that_numpy_stored_as_void_is_read(tmp_path):
     half = ARRAYS["a/kernel"].astype(ml_dtypes.bfloat16)
     np.savez(tmp_path / "x.npz", a=half.view("V2"), b=ARRAYS["a/bias"])
-    found = weights.arrays_of(tmp_path / "x.npz")
+    found = weights.read(str(tmp_path / "x.npz")).arrays
     assert found["a"].dtype == np.float32
     np.testing.assert_array_equal(found["a"], half.astype(np.float32))
 
@@ -55,8 +55,87 @@ def test_half_precision_safetensors_are_read(tmp_path):
     whole = {"x": ARRAYS["a/kernel"].astype(np.float16)}
     for stored in (half, whole):
         safetensors.numpy.save_file(stored, tmp_path / "x")
-        found = weights.arrays_of(tmp_path / "x")
+        found = weights.read(str(tmp_path / "x")).arrays
         np.testing.assert_array_equal(found["x"], stored["x"].astype(np.float32))
+
+
+EIGHT_BITS = {
+    "F8_E4M3": ml_dtypes.float8_e4m3fn,
+    "F8_E5M2": ml_dtypes.float8_e5m2,
+    "F8_E8M0": ml_dtypes.float8_e8m0fnu,
+}
+WHOLE = {"I8": np.int8, "U16": np.uint16, "I64": np.int64, "BOOL": np.bool_}
+
+
+def write_safetensors(path, arrays):
+    """Writes {name: (dtype as the format names it, shape, bytes)}."""
+    header, body = {}, b""
+    for name, (kind, shape, data) in arrays.items():
+        span = [len(body), len(body) + len(data)]
+        header[name] = {"dtype": kind, "shape": list(shape), "data_offsets": span}
+        body += data
+    text = json.dumps(header | {"__metadata__": {"format": "pt"}}).encode()
+    path.write_bytes(len(text).to_bytes(8, "little") + text + body)
+
+
+@pytest.mark.parametrize("kind", [*EIGHT_BITS, *WHOLE])
+def test_every_type_that_has_a_meaning_is_read(kind, tmp_path):
+    values = np.array([[0.5, 1.0], [2.0, 4.0]])
+    array = values.astype((EIGHT_BITS | WHOLE)[kind])
+    arrays = {"a": (kind, (2, 2), array.tobytes()), "none": (kind, (0, 3), b"")}
+    write_safetensors(tmp_path / "x", arrays)
+    found = weights.read(str(tmp_path / "x")).arrays
+    np.testing.assert_array_equal(found["a"], array.astype(found["a"].dtype))
+    assert found["a"].dtype == (np.float32 if kind in EIGHT_BITS else array.dtype)
+    assert found["none"].shape == (0, 3)
+
+
+@pytest.mark.parametrize("kind", ["F4", "F6_E2M3", "F6_E3M2", "F3", "Q4_K", 7])
+def test_types_without_a_meaning_are_named(kind, tmp_path):
+    write_safetensors(tmp_path / "x", {"a.weight": (kind, (2, 4), bytes(4))})
+    message = f"x stores a.weight as {kind}, .* not read. Open it with the library"
+    with pytest.raises(ValueError, match=message):
+        weights.read(str(tmp_path / "x"))
+
+
+def test_weights_beyond_the_range_of_float8_are_named(tmp_path):
+    array = np.array([1.0, 900.0]).astype(ml_dtypes.float8_e4m3fn)
+    write_safetensors(tmp_path / "x", {"fc": ("F8_E4M3", (2,), array.tobytes())})
+    with pytest.raises(ValueError, match="x: fc is stored as float8_e4m3fn, .* 448"):
+        weights.read(str(tmp_path / "x"))
+
+
+@pytest.mark.parametrize(
+    "array, words",
+    [
+        (np.ones((2, 3), np.int8), r"integers \(int8\), .*quantised"),
+        (np.ones((2, 3), np.complex64), r"complex numbers \(complex64\)"),
+        (np.ones((2, 3), bool), r"booleans \(bool\)"),
+        (np.full((2, 3), "one"), "no numbers that numpy knows"),
+        (np.ones((2, 3), ml_dtypes.float8_e5m2).view("V1"), "no numbers"),
+    ],
+)
+def test_other_values_than_floats_are_no_weights(array, words):
+    entries = [engine.dense("a.weight", "a/kernel"), engine.same("b", "b")]
+    theirs = {"a.weight": array, "b": np.zeros(2, np.float32)}
+    with pytest.raises(ValueError, match=f"  - a.weight  holds {words}"):
+        engine.read(entries, theirs, {"a/kernel": (3, 2), "b": (2,)}, what="x")
+
+
+def test_tensors_that_are_no_plain_arrays_are_named(tmp_path):
+    torch = pytest.importorskip("torch")
+    plain = torch.arange(6.0).reshape(2, 3)
+    for kind in (torch.float8_e4m3fn, torch.bfloat16, torch.int8, torch.complex64):
+        torch.save({"a": plain.to(kind)}, tmp_path / "x.pth")
+        found = weights.read(str(tmp_path / "x.pth")).arrays["a"]
+        np.testing.assert_array_equal(found.real, plain.numpy())
+        assert found.dtype.kind == {torch.int8: "i", torch.complex64: "c"}.get(
+            kind, "f"
+        )
+    for tensor in (plain.to_sparse(), torch.empty(2, 3, device="meta")):
+        torch.save({"a": tensor}, tmp_path / "x.pth")
+        with pytest.raises(ValueError, match="x.pth stores a as torch.*not read"):
+            weights.read(str(tmp_path / "x.pth"))
 
 
 @pytest.mark.parametrize("prefix", ["params/", "opt/target/", "state_dict.", "model."])
@@ -64,17 +143,16 @@ def test_what_training_scripts_wrap_around_parameters_is_taken_off(prefix, tmp_p
     wrapped = {f"{prefix}{name}": array for name, array in ARRAYS.items()}
     beside = {"epoch": np.ones(1, np.float32)}
     np.savez(tmp_path / "x.npz", **wrapped, **beside)
-    assert_arrays(weights.arrays_of(tmp_path / "x.npz"))
+    assert_arrays(weights.read(str(tmp_path / "x.npz")).arrays)
 
 
 def test_torch_archives_are_opened_by_torch_tensors_only(tmp_path):
     torch = pytest.importorskip("torch")
     tensors = {name: torch.from_numpy(array) for name, array in ARRAYS.items()}
-    for content in (tensors, {"state_dict": tensors, "epoch": 3}, {"model": tensors}):
-        torch.save(content, tmp_path / "x.pth")
-        assert_arrays(weights.arrays_of(tmp_path / "x.pth"))
+    torch.save({**tensors, "epoch": 3}, tmp_path / "x.pth")
+    assert_arrays(weights.read(str(tmp_path / "x.pth")).arrays)
     torch.save(tensors, tmp_path / "old", _use_new_zipfile_serialization=False)
-    assert_arrays(weights.arrays_of(tmp_path / "old"))
+    assert_arrays(weights.read(str(tmp_path / "old")).arrays)
 
 
 # The names by which a ViT of timm is known, each array another one.
@@ -84,7 +162,6 @@ VIT = {
         ("patch_embed.proj.weight", "blocks.0.attn.qkv.weight", "blocks.0.norm1.weight")
     )
 }
-AVERAGE = {name: array + 0.5 for name, array in VIT.items()}
 
 
 def tensors(arrays, prefix=""):
@@ -94,99 +171,10 @@ def tensors(arrays, prefix=""):
     }
 
 
-def adamw():
-    """The state that AdamW keeps: more arrays than the model has."""
-    torch = pytest.importorskip("torch")
-    moments = {"step": torch.ones(()), "exp_avg": torch.ones(2)}
-    moments["exp_avg_sq"] = torch.ones(2)
-    return {"state": dict.fromkeys(range(3), moments), "param_groups": [{"lr": 0.1}]}
-
-
-def of_timm():
-    return {
-        "epoch": 3,
-        "arch": "vit_tiny_patch16_224",
-        "state_dict": tensors(VIT),
-        "optimizer": adamw(),
-        "version": 2,
-        "args": argparse.Namespace(lr=0.1),
-        "state_dict_ema": tensors(AVERAGE),
-    }
-
-
-def of_torchvision():
-    torch = pytest.importorskip("torch")
-    return {
-        "model": tensors(VIT),
-        "optimizer": adamw(),
-        "args": argparse.Namespace(lr=0.1),
-        "model_ema": tensors(AVERAGE, "module.") | {"n_averaged": torch.tensor(9)},
-    }
-
-
 def run(command, folder):
     """Runs `python -c ...` with this python, as a shell reads it."""
     words = shlex.split(command)
     subprocess.run([sys.executable, *words[1:]], cwd=folder, check=True)
-
-
-@pytest.mark.parametrize(
-    ("make", "taken", "left", "raw"),
-    [
-        (of_timm, "state_dict_ema", "state_dict, optimizer", "state_dict"),
-        (
-            of_torchvision,
-            "model_ema.module",
-            "model, optimizer, model_ema.n_averaged",
-            "model",
-        ),
-    ],
-)
-def test_of_a_training_checkpoint_the_average_is_taken_and_the_rest_named(
-    make, taken, left, raw, tmp_path, caplog
-):
-    torch = pytest.importorskip("torch")
-    path = tmp_path / "ä b.pth"
-    torch.save(make(), path)
-    assert_arrays(weights.arrays_of(path), AVERAGE)
-    (line,) = caplog.messages
-    said, command = line.split(f" For {raw}: ")
-    assert said == f"{path}: took {taken}, the average; left: {left}."
-    run(command, tmp_path)
-    assert_arrays(weights.arrays_of(tmp_path / f"only_{raw}.pth"), VIT)
-
-
-@pytest.mark.parametrize("make", [of_timm, of_torchvision])
-def test_without_an_average_the_weights_are_taken_whatever_the_optimizer_keeps(
-    make, tmp_path, caplog
-):
-    torch = pytest.importorskip("torch")
-    whole = make()
-    content = {key: whole[key] for key in whole if not key.endswith("_ema")}
-    moments = content["optimizer"]["state"][0]
-    content["optimizer"]["state"] = dict.fromkeys(range(50), moments)
-    torch.save(content, tmp_path / "x.pth")
-    assert_arrays(weights.arrays_of(tmp_path / "x.pth"), VIT)
-    (line,) = caplog.messages
-    assert line.endswith("; left: optimizer.") and ", the average" not in line
-
-
-def test_a_wrapper_without_the_arrays_of_a_model_is_passed_over(tmp_path, caplog):
-    torch = pytest.importorskip("torch")
-    empty = {"model": tensors(VIT), "model_ema": {"n_averaged": torch.tensor(0)}}
-    torch.save(empty, tmp_path / "x.pth")
-    assert_arrays(weights.arrays_of(tmp_path / "x.pth"), VIT)
-    assert "took model; left: model_ema." in caplog.text
-
-
-@pytest.mark.parametrize("prefix", ["module.", "_orig_mod.", "module._orig_mod."])
-def test_what_torch_puts_before_names_is_taken_off_without_a_word(
-    prefix, tmp_path, caplog
-):
-    torch = pytest.importorskip("torch")
-    torch.save({"state_dict": tensors(VIT, prefix)}, tmp_path / "x.pth")
-    assert_arrays(weights.arrays_of(tmp_path / "x.pth"), VIT)
-    assert not caplog.messages
 
 
 @pytest.mark.parametrize("as_zip", [True, False])
@@ -195,7 +183,7 @@ def test_the_arguments_of_a_training_script_are_no_hindrance(as_zip, tmp_path):
     content = {"model": tensors(VIT), "args": argparse.Namespace(lr=0.1, gpus=[0, 1])}
     path = tmp_path / "x.pth"
     torch.save(content, path, _use_new_zipfile_serialization=as_zip)
-    assert_arrays(weights.arrays_of(path), VIT)
+    assert_arrays(weights.read(str(path)).arrays, VIT)
     # Only while the file is read.
     assert argparse.Namespace not in torch.serialization.get_safe_globals()
 
@@ -205,14 +193,14 @@ def test_other_objects_are_named_and_the_command_takes_the_weights_out(tmp_path)
     path = tmp_path / "x.pth"
     torch.save({"model": tensors(VIT), "out": pathlib.PurePosixPath("a")}, path)
     with pytest.raises(ValueError) as caught:
-        weights.arrays_of(path)
+        weights.read(str(path))
     message = str(caught.value)
     assert "holds more than tensors: pathlib" in message
     assert "only for files from people you trust" in message
     assert "\x1b" not in message and "again" not in message
     command = message[message.index("python -c") : message.index(" (elsewhere")]
     run(command, tmp_path)
-    assert_arrays(weights.arrays_of(tmp_path / "only_model.pth"), VIT)
+    assert_arrays(weights.read(str(tmp_path / "only_model.pth")).arrays, VIT)
 
 
 class Harmful:
@@ -260,7 +248,7 @@ def test_no_file_runs_code(make, message, tmp_path):
     trap = tmp_path / "trap"
     make(tmp_path / "x", str(trap))
     with pytest.raises(ValueError, match=message):
-        weights.arrays_of(tmp_path / "x")
+        weights.read(str(tmp_path / "x"))
     assert not trap.exists()
 
 
@@ -274,7 +262,7 @@ def test_truncated_files_are_refused_by_name(kind, keep, tmp_path):
         safetensors.numpy.save_file(ARRAYS, path)
     path.write_bytes(path.read_bytes()[:keep])
     with pytest.raises(ValueError, match=f"cut.{kind}.*(again|Read are)"):
-        weights.arrays_of(path)
+        weights.read(str(path))
 
 
 def test_a_truncated_torch_file_is_refused_by_name(tmp_path):
@@ -285,7 +273,7 @@ def test_a_truncated_torch_file_is_refused_by_name(tmp_path):
         whole = path.read_bytes()
         path.write_bytes(whole[:keep])
         with pytest.raises(ValueError, match="cut.pth"):
-            weights.arrays_of(path)
+            weights.read(str(path))
         path.write_bytes(whole)
 
 
@@ -293,14 +281,14 @@ def test_a_state_dict_without_tensors_is_none(tmp_path):
     torch = pytest.importorskip("torch")
     torch.save({"epoch": 3}, tmp_path / "x")
     with pytest.raises(ValueError, match="dict without tensors"):
-        weights.arrays_of(tmp_path / "x")
+        weights.read(str(tmp_path / "x"))
 
 
 def test_flax_msgpack_checkpoints_are_named(tmp_path):
     # What flax.serialization.to_bytes({"params": {}, "step": 0}) begins with.
     (tmp_path / "checkpoint_10000").write_bytes(b"\x82\xa6params\x80\xa4step\x00")
     with pytest.raises(ValueError) as caught:
-        weights.arrays_of(tmp_path / "checkpoint_10000")
+        weights.read(str(tmp_path / "checkpoint_10000"))
     assert str(caught.value).startswith(
         "checkpoint_10000 is a Flax msgpack training checkpoint: this format is not "
         "read. Read are: Orbax run folders, .safetensors, .npz, torch's .pth"
@@ -311,7 +299,7 @@ def test_flax_msgpack_checkpoints_are_named(tmp_path):
 def test_other_files_are_no_weights(content, tmp_path):
     (tmp_path / "x").write_bytes(content)
     with pytest.raises(ValueError, match="x is no weight file"):
-        weights.arrays_of(tmp_path / "x")
+        weights.read(str(tmp_path / "x"))
 
 
 def test_a_zip_that_is_no_archive_of_arrays_is_refused(tmp_path):
@@ -374,11 +362,7 @@ def test_weights_in_parts_are_read_by_their_index(tmp_path):
         assert found.keys() == arrays.keys()
         assert all(np.array_equal(found[n], arrays[n]) for n in arrays)
     assert weights.is_foreign(str(tmp_path))
-    wrapped = tmp_path / "wrapped"
-    wrapped.mkdir()
-    index = in_parts(wrapped, {f"model.{name}": x for name, x in arrays.items()})
-    assert_arrays(weights.arrays_of(index), arrays)
-    whole = weights.arrays_of(index)
+    whole = weights.read(str(index)).arrays
     assert all(whole[n].dtype == np.float32 for n in whole)
 
 

@@ -73,7 +73,7 @@ def test_weights_without_a_configuration_are_read_as_square():
     told = {"model_args": {"num_heads": HEADS}}
     _, found, _ = read(weights_of(theirs, told))
     assert found.image_size_px == EVEN
-    assert any("gelu_erf" in note for note in found.notes)
+    assert any("gelu_erf" in each.words for each in found.assumptions)
 
 
 @pytest.mark.parametrize("place", ["even", "odd"])

@@ -12,6 +12,7 @@ import torch_libraries
 from sklearn.datasets import load_sample_images
 
 from big_vision_lite.conversion import foreign, preprocessing, preprocessing_export
+from big_vision_lite.conversion.assumption import About
 from big_vision_lite.conversion.families import FORMATS
 from big_vision_lite.conversion.input_range import (
     SYMMETRIC,
@@ -223,6 +224,24 @@ def test_every_resize_has_a_crop_pct(mode):
             assert config["crop_mode"] == mode
 
 
+def test_exif_is_said_where_the_file_has_no_word_for_it():
+    steps = ops.ResizeSmall(size_px=256), ops.CentralCrop(size_px=224)
+    for orientation in ops.Orientation:
+        ours = preprocessing.Preprocessing(
+            ops=(ops.Decode(orientation=orientation), *steps),
+            mean=(127.5,),
+            std=(127.5,),
+            image_size_px=(224, 224),
+        )
+        for write in (
+            preprocessing_export.to_timm,
+            preprocessing_export.to_torchvision,
+            preprocessing_export.to_huggingface,
+        ):
+            said = "exif_transpose" in " ".join(write(ours).inexact)
+            assert said == (orientation == "apply")
+
+
 def test_what_timm_computes_otherwise_is_said():
     ours = preprocessing.from_big_vision((224, 224))
     assert "pil" in str(preprocessing_export.to_timm(ours).inexact).lower()
@@ -345,11 +364,12 @@ def test_what_the_weights_fix_wins_and_is_said():
     found = preprocessing.read(weights(preprocessor=stored), OTHER, (518, 518))
     assert found.image_size_px == (518, 518)
     assert (found.ops[1].size_px, found.ops[2].size_px) == (592, 518)
-    assert "224x224" in found.notes[0] and "518x518" in found.notes[0]
+    assert "224x224" in str(found.assumptions[0])
+    assert "518x518" in str(found.assumptions[0])
     config = {"pretrained_cfg": {"input_size": [3, 224, 224], "crop_pct": 0.875}}
     found = preprocessing.read(weights(config=config), OTHER, (384, 384))
     assert (found.ops[1].size_px, found.ops[2].size_px) == (438, 384)
-    assert preprocessing.read(weights(config=config), OTHER, None).notes == ()
+    assert preprocessing.read(weights(config=config), OTHER, None).assumptions == ()
 
 
 @pytest.mark.parametrize(
@@ -364,7 +384,9 @@ def test_what_is_assumed_is_said(assumed, mean, resampling):
     found = preprocessing.read(weights(), assumed, None)
     assert found.mean[0] == pytest.approx(mean)
     assert found.ops[1].resampling == resampling
-    assert "assumed" in found.notes[0]
+    first, second = found.assumptions
+    assert first.about == About.PREPROCESSING and "assumed" in first.words
+    assert second.about == About.VALUE_RANGE
 
 
 @pytest.mark.parametrize(
@@ -415,7 +437,10 @@ def test_the_line_that_the_note_gives_makes_the_scaling_that_of_imagenet(tmp_pat
     for path in (deit, folder):
         bare = foreign.load(str(path))
         assert bare.model.mean == bare.model.std == (127.5,)
-        line = re.findall("a config.json with ({.*}) beside the file", bare.notes[-1])
+        (words,) = (
+            each.words for each in bare.assumptions if each.about == About.VALUE_RANGE
+        )
+        line = re.findall("a config.json with ({.*}) beside the file", words)
         beside = path if path.is_dir() else path.parent
         (beside / "config.json").write_text(line[0])
         found = foreign.load(str(path))
@@ -425,12 +450,14 @@ def test_the_line_that_the_note_gives_makes_the_scaling_that_of_imagenet(tmp_pat
         ):
             np.testing.assert_allclose(ours, 255 * np.asarray(wanted))
         assert found.image_size_px == bare.image_size_px == (32, 32)
-        assert not any("preprocessing" in note for note in found.notes)
+        about = {each.about for each in found.assumptions}
+        assert not about & {About.PREPROCESSING, About.VALUE_RANGE}
 
 
 def test_images_of_one_channel_are_not_told_of_imagenet():
     found = preprocessing.read(weights(), OTHER, None, channels=1)
-    assert "assumed" in found.notes[0] and "ImageNet" not in found.notes[0]
+    assert "assumed" in found.assumptions[0].words
+    assert not any("ImageNet" in each.words for each in found.assumptions)
 
 
 def test_what_has_no_counterpart_is_refused():
@@ -552,5 +579,5 @@ def test_what_comes_without_a_configuration_is_assumed_by_its_format_and_said():
     bit, resnet, vit = map(assumed, ("timm BiT", "timm ResNet", "timm ViT"))
     assert bit.mean == vit.mean == (127.5,) != resnet.mean
     for road, word in ((bit, "BiT"), (resnet, "torchvision"), (vit, "transformers")):
-        (note,) = road.notes
+        note = road.assumptions[0].words
         assert "no preprocessing comes with x" in note and word in note

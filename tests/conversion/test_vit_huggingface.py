@@ -178,7 +178,7 @@ def test_rows_and_columns_of_positions_do_not_trade_places(tmp_path):
 def test_classification_does_not_go_through_the_pooler(tmp_path):
     model = build(vit("ViTModel"))
     _, architecture, variables = load(save(model, tmp_path))
-    assert any("pooler" in note for note in architecture.notes)
+    assert any("pooler" in each.words for each in architecture.assumptions)
     image = images((24, 24))
     found = our_outputs(architecture.model, variables, image)["pooled"]
     scaled = (np.float32(image).transpose(0, 3, 1, 2) - 127.5) / 127.5
@@ -241,7 +241,7 @@ def test_an_edge_that_fills_no_patch_is_cut_off(tmp_path):
     model = build(siglip(image_size=27, patch_size=8))  # as So400m/14 at 384
     _, architecture, variables = load(save(model, tmp_path))
     assert architecture.image_size_px == (24, 24)
-    assert any("27x27" in note for note in architecture.notes)
+    assert any("27x27" in each.words for each in architecture.assumptions)
     image = images((27, 27))
     found = our_outputs(architecture.model, variables, image[:, :24, :24])["pooled"]
     expected = their_outputs(model, scaled(image))["pooled"]

@@ -206,9 +206,9 @@ def test_what_is_assumed_without_a_configuration_is_said():
     assert architecture.model.num_heads == 3
     assert architecture.model.activation == Activation.GELU_ERF
     assert architecture.image_size_px == (224, 224)
-    assert len(architecture.notes) == 2
-    assert "num_heads=3 assumed" in architecture.notes[0]
-    assert "gelu_erf assumed" in architecture.notes[1]
+    assert len(architecture.assumptions) == 2
+    assert "num_heads=3 assumed" in architecture.assumptions[0].words
+    assert "gelu_erf assumed" in architecture.assumptions[1].words
     narrow = timm.create_model("vit_tiny_patch16_224", **TINY | dict(num_heads=2))
     with pytest.raises(ValueError, match='"num_heads"'):
         vit_timm.FORMATS[0].architecture(weights_of(narrow))
@@ -227,7 +227,7 @@ def test_images_that_are_no_multiple_of_patches_become_the_next_smaller_ones():
     weights.config["pretrained_cfg"] = {"input_size": [3, 384, 384]}
     architecture = vit_timm.FORMATS[0].architecture(weights)
     assert architecture.image_size_px == (378, 378)
-    assert "384x384 px are no multiple" in architecture.notes[-1]
+    assert "384x384 px are no multiple" in architecture.assumptions[-1].words
 
 
 # timm's models with another architecture behind the same class.

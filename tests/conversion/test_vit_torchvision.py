@@ -52,7 +52,7 @@ def test_another_gelu_or_norm_constant_is_another_model(case):
     theirs = built(case)
     _, found, variables = read(weights_of(theirs, TINY))
     side = CASES[case]["image_size"]
-    assert found.image_size_px == (side, side) and not found.notes
+    assert found.image_size_px == (side, side) and not found.assumptions
     other = found.model.clone(activation=Activation.GELU_TANH)
     assert difference(other, variables, theirs, side) > BOUND
     other = found.model.clone(norm_epsilon=1e-4)
@@ -75,9 +75,8 @@ def test_the_names_of_the_published_files_are_read():
     road = preprocessing.read(
         weights, vit_torchvision.TorchvisionViT.assumes, (224, 224)
     )
-    assert (
-        road.mean[0] == pytest.approx(0.485 * 255) and "torchvision's" in road.notes[0]
-    )
+    assert road.mean[0] == pytest.approx(0.485 * 255)
+    assert "torchvision's" in road.assumptions[0].words
 
 
 @pytest.mark.parametrize("size", few(SIZES, "vit_b_16", marks=PUBLISHED))
@@ -133,7 +132,8 @@ def test_heads_that_nothing_tells_are_assumed_and_said_or_asked_for():
     wide = built("odd", hidden_dim=128)
     _, found, _ = read(weights_of(wide, {}))
     assert found.model.num_heads == 2
-    assert found.notes[0].startswith("num_heads=2 assumed") and hint in found.notes[0]
+    assert "architecture: num_heads=2 assumed" in str(found.assumptions[0])
+    assert hint in found.assumptions[0].words
 
 
 def test_positions_that_make_no_square_are_refused():

@@ -217,6 +217,9 @@ def test_what_cannot_be_mixed_is_refused(kind):
         batch = batch_of() | {other: np.zeros((8, 4)) for other in keys}
         with pytest.raises(ValueError, match=f"would leave {' and '.join(keys)} of"):
             kind(num_classes=CLASSES)(batch, key)
+    targets = batch_of() | {"target": np.zeros((8, 2), np.float32)}
+    with pytest.raises(ValueError, match='"target", the numbers of a regression'):
+        kind(num_classes=CLASSES)(targets, key)
     with pytest.raises(ValueError, match='mixes "image", which is not among label'):
         kind(num_classes=CLASSES)({"label": np.zeros(2, int)}, key)
 

@@ -378,7 +378,7 @@ def test_evaluation_counts_every_example_once_in_order(mesh, size, batch_size):
 
 
 def test_hosts_without_examples_hold_zeros_of_the_right_shape():
-    maker = EvaluationBatches(Pngs(size=3), GRAY, 8)
+    maker = EvaluationBatches(Pngs(size=3), GRAY, 8, attempts=100)
     counted = 0
     for host in range(4):
         batch = HostBatch(0, range(2 * host, 2 * host + 2))
@@ -413,7 +413,7 @@ def test_an_unreadable_image_gives_way_to_the_same_one_on_any_host(mesh, tmp_pat
             f"Skipped 1 unreadable image (0.083 %), list in {path}."
         )
     assert path.read_text() == (
-        "11\t/digits/11.png\tnot a JPEG, PNG, WebP, BMP or GIF: "
+        "11\t/digits/11.png\tnot a JPEG, PNG, WebP, BMP, GIF, TIFF or AVIF: "
         "the first bytes are b'no image'\n"
     )
 

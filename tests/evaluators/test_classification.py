@@ -20,6 +20,7 @@ from evaluation_context import (
 from big_vision_lite.config import MatchClasses
 from big_vision_lite.data.ops import Decode
 from big_vision_lite.data.sources import Digits, InMemory
+from big_vision_lite.evaluators.average_precision import mean_average_precision
 from big_vision_lite.evaluators.classification import Classification
 from big_vision_lite.objectives.classification import (
     SigmoidClassification,
@@ -194,6 +195,9 @@ def test_an_image_with_several_labels_is_correct_if_any_is_predicted(tmp_path):
     assert found["accuracy_top5"] == 1.0
     assert found["examples"] == 3.0
     assert found["loss"] == pytest.approx(loss.mean(), rel=1e-6)
+    # The last image is one of no class; "g" has no image and is left out.
+    expected = mean_average_precision(scores, labels, NAMES, print)
+    assert found["mean_average_precision"] == pytest.approx(expected) and expected < 1
     rows = {row["class"]: row for row in per_class(tmp_path)}
     assert [rows[n]["count"] for n in NAMES] == ["1", "1", "1", "1", "1", "1", "0"]
     assert [rows[n]["correct"] for n in NAMES] == ["1", "1", "0", "0", "0", "0", "0"]

@@ -67,7 +67,7 @@ def test_a_bias_of_minus_log_c_starts_a_sigmoid_loss_at_one_class_an_image():
         head = Classifier(num_classes=classes, bias_init=bias)
         outputs, _ = head.init_with_output(jax.random.key(0), jnp.ones((1, 4)))
         (loss,), _ = run(SigmoidClassification(), np.array([3]), outputs["logits"])
-        probabilities = SigmoidClassification().probabilities(outputs["logits"])
+        probabilities = SigmoidClassification().logits.outputs(outputs["logits"])
         return loss, probabilities.sum()
 
     loss, expected = start(-np.log(classes))

@@ -7,7 +7,9 @@ import json
 import os
 import pathlib
 import pkgutil
+import re
 import resource
+import shlex
 import subprocess
 import sys
 import typing
@@ -398,6 +400,8 @@ OTHER = {
     "freeze": ("a", "b"),
     "init[0].rename": ("a=>b",),
     # Allowed only together with other values.
+    "data.ops[0].orientation": None,
+    "preprocess[0].orientation": None,
     "model.distillation_token": None,
     "model.position_grid": None,
 }
@@ -438,7 +442,7 @@ def test_every_leaf_of_a_recipe_is_overridden_by_its_flag(body):
         assert changed == [path]
     assert len(flags) > 50
     untouched = {p for p, _, _ in mistakes.list_leaves(config)} - set(expected)
-    alone = {"ema", "model.stem", "model.distillation_token", "model.position_grid"}
+    alone = {name for name, value in OTHER.items() if value is None} | {"model.stem"}
     assert untouched <= {"sharding[0].pattern", *alone}, untouched
     # And all at once.
     found = {p: v for p, v, _ in mistakes.list_leaves(parse(*flags, file=body))}
@@ -609,6 +613,74 @@ def test_unknown_flags_and_stray_words_are_refused():
 def test_a_wrong_value_is_refused_with_what_is_allowed(flag, message):
     with pytest.raises(ValueError, match=message):
         parse(flag)
+
+
+@pytest.mark.parametrize(
+    ("flag", "typed"),
+    [
+        ("freeze=a,b", """--config.freeze="('a', 'b')" or, for one, """),
+        ("freeze=stem/.*,head/.*", """--config.freeze="('stem/.*', 'head/.*')" or"""),
+        ("freeze=stem/.* head/.*", """--config.freeze="('stem/.*', 'head/.*')" or"""),
+        ("freeze=(a,b", """--config.freeze="('a', 'b')" or"""),
+        ("freeze=[a", """--config.freeze="('a',)" or"""),
+        ("freeze='a", """--config.freeze="('a',)" or"""),
+        ("freeze=head/.{1,2}", """or, for one, --config.freeze="('head/.{1,2}',)\""""),
+        ("freeze={'a': 1}", "--config.freeze="),
+        ("freeze=it's", "--config.freeze="),
+        ("profile_steps=3 4", "--config.profile_steps=3,4"),
+        ("profile_steps=(3,4", "--config.profile_steps=3,4"),
+        ("profile_steps=a,b", "--config.profile_steps=1,2"),
+    ],
+)
+def test_a_tuple_that_is_unclear_is_answered_with_what_to_type(flag, typed):
+    message = error_of(flag)
+    assert message.startswith(f"--config.{flag} is not clearly") and typed in message
+    # What the message says, a shell takes, and the parser after it.
+    for words in re.findall(r"(?:type|for one,) (.*?)(?= or, for one|$)", message):
+        (word,) = shlex.split(words)
+        found = parse(word.removeprefix("--config."))
+        name = flag.partition("=")[0]
+        if name == "freeze":
+            assert isinstance(found.freeze, tuple) and found.freeze
+        else:
+            assert all(isinstance(step, int) for step in found.profile_steps)
+
+
+def test_a_pattern_without_commas_is_one_string():
+    for text in ("stem/.*", "(head|stem)/.*", "a;b", "block_[0-9]"):
+        assert parse(f"freeze={text}").freeze == (text,)
+    assert parse("freeze=('a','b')").freeze == ("a", "b")
+    assert parse("freeze=['a','b']").freeze == ("a", "b")
+    assert parse(more=["--config.freeze=a", "--config.freeze=b"]).freeze == ("a", "b")
+
+
+@pytest.mark.parametrize(
+    ("flag", "message"),
+    [
+        (
+            "data.ops.0.channels=3",
+            r'No config key "data.ops.0.channels". Did you mean ',
+        ),
+        (
+            "data.ops[0.channels=3",
+            r'No config key "data.ops[0.channels". Did you mean ',
+        ),
+        (
+            "data..batch_size=3",
+            'No config key "data..batch_size". Did you mean data.ba',
+        ),
+        ("=3", 'No config key "". Overrides go as'),
+        ("optimizer.beta1=0,5", "optimizer.beta1=0,5 is not a float. The recipe has"),
+        ("seed=(1", "seed=(1 is not an int. The recipe has"),
+        ("platform=cpu,gpu", "platform=cpu,gpu is not one of cpu, gpu, tpu"),
+        ("deterministic='yes", "deterministic='yes is not a bool"),
+        ("data.ops[0].orientation=turn", "=turn is not one of ignore, apply"),
+        ("data.ops[0].orientation=apply", "EXIF's orientation differently"),
+    ],
+)
+def test_no_flag_ends_in_invalid_syntax(flag, message):
+    found = error_of(flag)
+    assert message in found and "invalid syntax" not in found
 
 
 def test_a_mistake_in_the_recipe_names_its_line(tmp_path):

@@ -361,7 +361,7 @@ def test_a_damaged_folder_is_not_started_from(saved, tmp_path):
 def test_init_holds_only_what_flags_can_set():
     kinds = {f.name: f.type for f in dataclasses.fields(Init)}
     assert list(kinds) == [
-        *("path", "into", "part", "drop", "rename", "position_resize")
+        *("path", "into", "part", "drop", "rename", "position_resize", "match_classes")
     ]
 
 

@@ -1,5 +1,7 @@
 """Paths: local ones in full, remote ones as they were given."""
 
+import csv
+import io
 import os
 import pathlib
 
@@ -51,3 +53,39 @@ def test_a_remote_folder_is_not_taken_for_a_read_only_one(tmp_path):
     assert files.is_writable(epath.Path("gs://bucket/runs"))
     assert files.is_writable(epath.Path(tmp_path))
     assert not files.is_writable(epath.Path(tmp_path / "nowhere"))
+
+
+ODD_ROWS = [["a", "b\rc"], ["d\n", 'e"f'], ["g,h", ""], [" i", "\r\n"], ["ü", "%"]]
+
+
+def test_tables_are_quoted_alike_by_every_python():
+    text = files.csv_text(ODD_ROWS)
+    assert text.startswith('a,"b\rc"\n"d\n","e""f"\n"g,h",\n')
+    assert list(csv.reader(io.StringIO(text, newline=""))) == ODD_ROWS
+
+
+@pytest.mark.parametrize("name", ["plain.csv", "x" * 251 + ".csv"])
+def test_what_can_be_written_is_checked_without_a_trace(tmp_path, name):
+    path = epath.Path(tmp_path) / "new" / name
+    files.check_output(path)
+    assert list((tmp_path / "new").iterdir()) == []
+    files.replace(path, "content")
+    files.check_output(path)
+    assert [p.name for p in (tmp_path / "new").iterdir()] == [name]
+    assert path.read_text() == "content"
+
+
+def test_what_cannot_be_written_is_refused(tmp_path):
+    os.mkfifo(tmp_path / "pipe")
+    (tmp_path / "file").touch()
+    for path, error, said in (
+        (tmp_path, ValueError, "is a folder"),
+        (tmp_path / "pipe", ValueError, "is a pipe or a device"),
+        ("/dev/null", ValueError, "is a pipe or a device"),
+        (tmp_path / "file" / "below", OSError, "nothing was computed"),
+        (tmp_path / ("x" * 256), OSError, "more than 255 bytes"),
+        ("/proc/below", OSError, "nothing was computed"),
+    ):
+        with pytest.raises(error, match=said):
+            files.check_output(epath.Path(path))
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["file", "pipe"]

@@ -14,6 +14,7 @@ import pytest
 import safetensors.numpy
 import torch_libraries
 from etils import epath
+from foreign_models import write_gray_resnet
 
 from big_vision_lite import predict, train, trees
 from big_vision_lite.conversion import export, foreign
@@ -314,7 +315,20 @@ def step_folder_as(run, out):
         ops=config.preprocess, mean=(127.5,), std=(127.5,), image_size_px=(8, 8)
     )
     exported = export.export(
-        config.model, variables_of(run), road, 1, (), Library.TIMM, str(out)
+        config.model, variables_of(run), road, 1, (), None, Library.TIMM, str(out)
     )
     export.write(exported, out)
     return out
+
+
+def test_what_is_assumed_of_weights_stands_in_parity_and_in_the_run(tmp_path):
+    weights = write_gray_resnet(tmp_path / "weights", (0.2, 0.8))
+    run, out = tmp_path / "run", tmp_path / "out"
+    convert_checkpoint.main(["", str(weights), "--to", "orbax", "--out", str(run)])
+    convert_checkpoint.main(["", str(run), "--to", "safetensors", "--out", str(out)])
+    text = (out / "parity.txt").read_text()
+    assert text.startswith("Read back: ")
+    for about in ("meaning of logits: softmax assumed", "classes: no names come"):
+        assert f"assumed: {about}" in text
+    config = json.loads((out / "config.json").read_text())
+    assert config["problem_type"] == "single_label_classification"

@@ -2,6 +2,7 @@
 
 import importlib.util
 import io
+import re
 import resource
 import shutil
 import signal
@@ -12,6 +13,7 @@ from pathlib import Path
 
 import cv2
 import numpy as np
+import PIL.Image
 import pytest
 from prepared import labels_of
 
@@ -75,6 +77,20 @@ def test_a_good_folder_passes_with_its_numbers(pictures, capsys):
     assert "  cat: 11\n" in text
     assert "smallest sides 8x9" in text and "largest 19x9" in text
     assert "short side 8 to 15 px: 22" in text
+
+
+def test_images_that_their_exif_turns_are_counted(pictures, capsys):
+    assert "EXIF" not in check(capsys, pictures)[1]
+    for number, (suffix, orientation) in enumerate(
+        [("jpg", 6), ("png", 3), ("webp", 8), ("jpg", 1), ("png", 77)]
+    ):
+        image = PIL.Image.new("RGB", (9, 20 + number))
+        exif = image.getexif()
+        exif[0x112] = orientation
+        image.save(pictures / "cat" / f"turned {number}.{suffix}", exif=exif)
+    code, text = check(capsys, "--no_labels", pictures)
+    counts = [int(n) for n in re.findall(r"EXIF turns (\d+) images", text)]
+    assert code == 0 and sum(counts) == 3 and 'orientation="apply"' in text
 
 
 def test_every_kind_of_bad_image_is_named(pictures, capsys):
@@ -141,14 +157,13 @@ def test_an_empty_class_folder_is_mentioned(pictures, tmp_path, capsys):
     (pictures / "emu" / "young").mkdir(parents=True)
     code, text = check(capsys, pictures)
     assert code == 0
-    assert f"warning: {pictures}/emu holds no image, so it is no class" in text
-    assert text.count("so it is no class") == 1
+    assert text.count("1 folders without an image, such as emu\n") == 1
     names = ("train/cat", "train/dog", "val/cat", "val/dog")
     for number, name in enumerate(names):
         put(tmp_path / "split" / name / "0.png", number)
     (tmp_path / "split" / "val" / "emu").mkdir()
     code, text = check(capsys, tmp_path / "split")
-    assert f"warning: {tmp_path}/split/val/emu holds no image" in text
+    assert "1 folders without an image, such as val/emu" in text
 
 
 def test_wrong_names_end_with_code_2_and_no_trace(tmp_path, capsys):

@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from big_vision_lite.conversion import engine, preprocessing
+from big_vision_lite.conversion.assumption import of_architecture
 from big_vision_lite.conversion.engine import Entry, Shape
 from big_vision_lite.conversion.families import libraries
 from big_vision_lite.conversion.formats import Architecture, Format, Library, Size
@@ -110,14 +111,14 @@ class TimmBiT(Format):
     def architecture(self, weights: Weights) -> Architecture:
         arguments = _arguments(weights)
         stem = weights.sizes({"stem.conv.weight": "width channels 7 7"})
-        stem_type, notes = arguments.get("stem_type", "fixed"), ()
+        stem_type, words = arguments.get("stem_type", "fixed"), ()
         if stem_type not in PADDINGS:
             raise ValueError(
                 f'{weights.path}: stem_type="{stem_type}"; here it is one of '
                 f"{sorted(PADDINGS)}."
             )
         if "stem_type" not in arguments and "_bit" not in _named(weights):
-            notes = (
+            words = (
                 "pool_padding=zeros assumed, that of all published BiT weights: no "
                 "configuration came along",
             )
@@ -130,7 +131,11 @@ class TimmBiT(Format):
             groups=GROUPS,
             head=weights.head("head.fc.bias", "classes"),
         )
-        return Architecture(model=model, channels=stem["channels"], notes=notes)
+        return Architecture(
+            model=model,
+            channels=stem["channels"],
+            assumptions=of_architecture(*words),
+        )
 
     def describe(self, model: BiT, size: Size, channels: int) -> dict[str, Any]:
         check_multiple(self.name, model.width)
@@ -182,7 +187,7 @@ class TimmBiTV1(Format):
         return Architecture(
             model=BiTV1(trunk=trunk, head=weights.head("head.fc.bias", "classes")),
             channels=channels,
-            notes=() if stem_type else (note,),
+            assumptions=() if stem_type else of_architecture(note),
         )
 
     def describe(self, model: BiTV1, size: Size, channels: int) -> dict[str, Any]:

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from big_vision_lite.conversion import engine, preprocessing, tables
+from big_vision_lite.conversion.assumption import of_architecture
 from big_vision_lite.conversion.engine import Entry, Shape
 from big_vision_lite.conversion.families.bit import (
     GROUPS,
@@ -144,7 +145,9 @@ class BitPaper(Format):
             head=weights.head("head/bias", "classes"),
         )
         note = "pool_padding=negative_infinity, as bit_paper computes it"
-        return Architecture(model=model, channels=stem["channels"], notes=(note,))
+        return Architecture(
+            model=model, channels=stem["channels"], assumptions=of_architecture(note)
+        )
 
 
 class ArchivedBiTV1(Format):

@@ -4,6 +4,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from big_vision_lite.conversion import preprocessing, tables
+from big_vision_lite.conversion.assumption import Assumption, of_architecture
 from big_vision_lite.conversion.families import libraries
 from big_vision_lite.conversion.formats import Architecture, Format, Library, Size
 from big_vision_lite.conversion.tables import Rows
@@ -33,6 +34,10 @@ ARCHIVE: Rows = {
     "norm": "pre_head_layer_norm",
     "head": "head",
 }
+EXACT_GELU = (
+    "activation=gelu_erf assumed, timm's, also for weights that were trained with the "
+    "tanh form: no configuration came along"
+)
 # timm builds these mixers by name: no argument changes their width or depth.
 NAMES = {
     (512, 8, 32): "mixer_s32_224",
@@ -80,7 +85,9 @@ class TimmMixer(Format):
             activation=Activation.GELU_ERF,
             **_fields(sizes),
         )
-        return _architecture(model, sizes, _size_of_timm(weights.config), weights)
+        size = _size_of_timm(weights.config)
+        said = () if weights.config else of_architecture(EXACT_GELU)
+        return _architecture(model, sizes, size, weights, said)
 
     def describe(self, model: MlpMixer, size: Size, channels: int) -> dict[str, Any]:
         key = (model.width, model.depth, model.patch_size)
@@ -137,6 +144,7 @@ def _architecture(
     sizes: Mapping[str, int],
     image_size_px: tuple[int, int] | None,
     weights: Weights,
+    assumptions: tuple[Assumption, ...] = (),
 ) -> Architecture:
     """Returns a model whose patches fill `image_size_px`, or else a square.
 
@@ -161,6 +169,7 @@ def _architecture(
         model=model,
         image_size_px=(rows * patch, columns * patch),
         channels=sizes["channels"],
+        assumptions=assumptions,
     )
 
 

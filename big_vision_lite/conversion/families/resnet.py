@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from big_vision_lite.conversion import preprocessing
+from big_vision_lite.conversion.assumption import of_architecture
 from big_vision_lite.conversion.families import libraries
 from big_vision_lite.conversion.formats import Architecture, Format, Library, Size
 from big_vision_lite.conversion.tables import Rows, under
@@ -61,6 +62,11 @@ UNSUPPORTED = {
     r".*\.downsample\.2\..*": "average pooling in the shortcuts (timm's d variants)",
     r".*\.conv2\.(conv|fc|bn)\d*\..*": "split or selective convolutions",
 }
+# Other ResNets have the same names and shapes.
+PLAIN_BLOCKS = (
+    "version 1.5 assumed (strides on the 3x3 convolutions, no dilation, ReLU, norms "
+    "with epsilon 1e-5): no configuration came along"
+)
 # {our size: its name in timm and torchvision}.
 NAMES = {
     size: {"R": "resnet", "X": "resnext", "W": "wide_resnet"}[size[0]] + size[1:]
@@ -109,7 +115,11 @@ class TorchvisionResNet(Format):
             width_per_group=64 if basic else -(-64 * in_group // planes),
             head=weights.head("fc.weight"),
         )
-        return Architecture(model=model, channels=stem["channels"])
+        return Architecture(
+            model=model,
+            channels=stem["channels"],
+            assumptions=() if weights.config else of_architecture(PLAIN_BLOCKS),
+        )
 
     def describe(self, model: ResNet, size: Size, channels: int) -> dict[str, Any]:
         plain = {n: name for n, name in NAMES.items() if n.startswith("R")}

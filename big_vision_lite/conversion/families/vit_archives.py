@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from big_vision_lite.conversion import preprocessing, tables
+from big_vision_lite.conversion.assumption import of_architecture
 from big_vision_lite.conversion.engine import Entry
 from big_vision_lite.conversion.families import vit
 from big_vision_lite.conversion.formats import Architecture, Format, Library, Size
@@ -13,6 +14,7 @@ from big_vision_lite.models.blocks.heads import Classifier
 from big_vision_lite.models.blocks.patches import Positions, grid_size
 from big_vision_lite.models.blocks.pooling import Pooling
 from big_vision_lite.models.vit import ViT
+from big_vision_lite.types import Logits
 
 
 def _attention(ours: str, theirs: str) -> Rows:
@@ -91,7 +93,9 @@ class BigVisionViT(Format):
             head=self._head(weights),
         )
         notes: list[str] = []
-        if root and model.head is not None:
+        # An embedding, no classes.
+        of_text = root and model.head is not None
+        if of_text:
             notes += ["the head is the projection to the space shared with text"]
         image_size_px = None
         if has_positions:
@@ -105,7 +109,8 @@ class BigVisionViT(Format):
             model=model,
             image_size_px=image_size_px,
             channels=sizes["channels"],
-            notes=tuple(notes),
+            logits=Logits.NONE if of_text else None,
+            assumptions=of_architecture(*notes),
         )
 
     def rows(self, model: ViT) -> Rows:

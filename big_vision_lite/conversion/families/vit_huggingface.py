@@ -6,6 +6,7 @@ Names are those in files; transformers 5 translates them when it loads a file.
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from big_vision_lite.conversion.assumption import of_architecture
 from big_vision_lite.conversion.engine import Entry
 from big_vision_lite.conversion.families import libraries, vit
 from big_vision_lite.conversion.formats import Architecture, Format, Library, Size
@@ -260,7 +261,7 @@ def _architecture(
         model=model,
         image_size_px=size,
         channels=config["num_channels"],
-        notes=tuple(notes),
+        assumptions=of_architecture(*notes),
     )
 
 

@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 
 from big_vision_lite.conversion import engine
+from big_vision_lite.conversion.assumption import of_architecture
 from big_vision_lite.conversion.engine import Entry
 from big_vision_lite.conversion.families import libraries, vit
 from big_vision_lite.conversion.families.vit_timm_config import (
@@ -176,7 +177,7 @@ class TimmViT(Format):
             model=model,
             image_size_px=placed.image_size_px,
             channels=sizes["channels"],
-            notes=tuple(note for note in notes if note),
+            assumptions=of_architecture(*filter(None, notes)),
         )
 
     def special(self, model: ViT, size: Size) -> Sequence[Entry]:

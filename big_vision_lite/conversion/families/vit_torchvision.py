@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from big_vision_lite.conversion import preprocessing
+from big_vision_lite.conversion.assumption import of_architecture
 from big_vision_lite.conversion.engine import Entry
 from big_vision_lite.conversion.families import libraries, vit
 from big_vision_lite.conversion.formats import Architecture, Format, Library, Size
@@ -100,7 +101,7 @@ class TorchvisionViT(Format):
             model=model,
             image_size_px=(side * patch, side * patch),
             channels=sizes["channels"],
-            notes=notes,
+            assumptions=of_architecture(*notes),
         )
 
     def special(self, model: ViT, size: Size) -> Sequence[Entry]:

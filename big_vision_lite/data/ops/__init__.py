@@ -16,5 +16,6 @@ from big_vision_lite.data.ops.geometry import RandomCrop as RandomCrop
 from big_vision_lite.data.ops.geometry import RandomResizedCrop as RandomResizedCrop
 from big_vision_lite.data.ops.geometry import Resize as Resize
 from big_vision_lite.data.ops.geometry import ResizeSmall as ResizeSmall
+from big_vision_lite.data.ops.orientation import Orientation as Orientation
 from big_vision_lite.data.ops.views import View as View
 from big_vision_lite.data.ops.views import Views as Views

@@ -6,13 +6,23 @@ Masks [H, W] are the integers that their PNG stores.
 import dataclasses
 import struct
 import zlib
+from collections.abc import Iterator
 from typing import Any
 
 import cv2
 import numpy as np
-import simplejpeg
 
 from big_vision_lite.data import MAX_PIXELS
+from big_vision_lite.data.ops import pillow
+from big_vision_lite.data.ops.image_formats import Encoded, format_of
+from big_vision_lite.data.ops.jpeg import decode_jpeg
+from big_vision_lite.data.ops.orientation import (
+    AS_STORED,
+    Orientation,
+    turned,
+    turned_boxes,
+)
+from big_vision_lite.data.ops.undecodable import UndecodableImage, check_pixels
 
 # Ops run in many worker threads, with which OpenCV's own threads would compete.
 cv2.setNumThreads(0)
@@ -22,51 +32,41 @@ cv2.utils.logging.setLogLevel(cv2.utils.logging.LOG_LEVEL_SILENT)
 # The Example of types.py, which ops cannot import: worker processes load no jax.
 Example = dict[str, Any]
 
-Encoded = bytes | bytearray | memoryview
 
-
-class UndecodableImage(ValueError):
-    """Raised for bytes that were read but are no usable image; `reason` says why.
-
-    The pipeline skips and counts such an example; any other error ends the run.
-    """
-
-    def __init__(self, reason: str):
-        super().__init__(reason)
-        self.reason = reason
-
-    def __reduce__(self):  # It is pickled on the way back from a worker process.
-        return type(self), (self.reason,)
-
-
-def decode(data: Encoded | np.ndarray, channels: int = 3) -> np.ndarray:
+def decode(
+    data: Encoded | np.ndarray,
+    channels: int = 3,
+    orientation: Orientation = Orientation.IGNORE,
+) -> np.ndarray:
     """Returns uint8 [H, W, channels], 1 (gray) or 3 (RGB), from a file's bytes.
 
-    Reads JPEG (accurate DCT, as PIL does), PNG, WebP, BMP and GIF, told apart by their
-    first bytes; of uint8 arrays [H, W] and [H, W, 1|3|4] only the channels change.
-    EXIF rotation is ignored, as in TensorFlow. Transparency is composited on white, as
-    viewers do: the colour below it is often plain black. 16-bit samples keep their high
-    byte, as in TensorFlow; CMYK becomes RGB; an animation gives its first frame. Raises
-    UndecodableImage for bytes that are damaged, cut short, no image, or of more than
+    Reads JPEG (accurate DCT, as PIL does), PNG, WebP, BMP, GIF, TIFF and AVIF, told
+    apart by their first bytes; uint8 arrays [H, W] and [H, W, 1|3|4] pass through with
+    their channels converted. The pixels are those of PIL, of JPEGs in CMYK within 2 of
+    255. EXIF's orientation is ignored, as in TensorFlow and therefore in big_vision,
+    unless `orientation` says apply. Transparency is composited on white, what a viewer
+    shows: the colour below it is often plain black; a BMP whose every alpha is 0 has
+    none. 16-bit samples keep their high byte, as in TensorFlow; CMYK becomes RGB; an
+    animation gives its first picture. Raises UndecodableImage for bytes that are
+    damaged, cut short, no image, of samples without a known range, or larger than
     MAX_PIXELS; ValueError for another kind of array.
     """
     if channels not in (1, 3):
         raise ValueError(f"channels={channels}: use 1 (gray) or 3 (RGB).")
     if isinstance(data, np.ndarray):
         return _convert(_check_array(data), channels)
-    head = bytes(data[:32])
-    if not head:
-        raise UndecodableImage("0 bytes: the file is empty")
-    if head.startswith(b"\xff\xd8\xff"):
-        return _decode_jpeg(data, channels)
-    # In a WebP the file's length lies between the two words.
-    start = head[:4] + head[8:12] if head.startswith(b"RIFF") else head
-    for magic, name in _FORMATS.items():
-        if start.startswith(magic):
-            return _convert(_decode_other(data, name), channels)
-    raise UndecodableImage(
-        f"not a JPEG, PNG, WebP, BMP or GIF: the first bytes are {head[:8]!r}"
-    )
+    name = format_of(data)
+    if name == "JPEG":
+        image = decode_jpeg(data, channels)
+    elif name == "PNG":
+        image = _decode_png(bytes(data))
+    elif name == "WebP":
+        image = _by_opencv(data, name)
+    else:
+        image = pillow.decode(data, name)
+    if orientation is Orientation.APPLY:
+        image = turned(image, pillow.orientation_of(data, name))
+    return _convert(image, channels)
 
 
 def decode_mask(data: Encoded | np.ndarray) -> np.ndarray:
@@ -96,25 +96,41 @@ def decode_mask(data: Encoded | np.ndarray) -> np.ndarray:
         )
     if kind == _PNG_PALETTE:
         data = _without_palette(bytes(data))
-    mask = _pixels(data, "PNG of the mask")
-    # OpenCV scales fewer than 8 bits to 0..255.
+    what = "PNG of the mask"
+    mask = _pixels(_plain_png(bytes(data), what), what)
+    # OpenCV spreads fewer bits over 0..255.
     return mask if bits >= 8 else mask // (255 // (2**bits - 1))
 
 
-def decode_keys(example: Example, channels: int) -> Example:
+def decode_keys(
+    example: Example, channels: int, orientation: Orientation = Orientation.IGNORE
+) -> Example:
     """Returns the example with its image and, if it has one, its mask decoded.
+
+    Mask and boxes refer to the pixels as stored and are turned with the image.
 
     Raises:
         ValueError: there is no image, or the mask has another size; see `decode`.
     """
     if "image" not in example:
         raise ValueError(f'Decoding needs the key "image", got {sorted(example)}.')
-    image = decode(example["image"], channels)
-    if "mask" not in example:
-        return example | {"image": image}
-    mask = decode_mask(example["mask"])
-    check_mask(mask, image)
-    return example | {"image": image, "mask": mask}
+    data = example["image"]
+    result = example | {"image": decode(data, channels)}
+    if "mask" in example:
+        result["mask"] = decode_mask(example["mask"])
+        check_mask(result["mask"], result["image"])
+    if orientation is Orientation.IGNORE or isinstance(data, np.ndarray):
+        return result
+    found = pillow.orientation_of(data, format_of(data))
+    if found == AS_STORED:
+        return result
+    if "boxes" in example:
+        check_boxes(example["boxes"])
+        result["boxes"] = turned_boxes(example["boxes"], found)
+    for key in ("image", "mask"):
+        if key in result:
+            result[key] = turned(result[key], found)
+    return result
 
 
 def check_mask(mask: Any, image: np.ndarray) -> None:
@@ -131,6 +147,23 @@ def check_mask(mask: Any, image: np.ndarray) -> None:
             f'"mask" has {" x ".join(map(str, mask.shape[:2]))} pixels, its image '
             f"{image.shape[0]} x {image.shape[1]}; they must be of one size: repair "
             "this example, or resize its mask in the source."
+        )
+
+
+def check_boxes(boxes: object) -> None:
+    """Raises ValueError unless these are floats [n, 4] in 0..1."""
+    is_array = isinstance(boxes, np.ndarray)
+    if not is_array or boxes.dtype.kind != "f" or boxes.shape[1:] != (4,):
+        got = f"{boxes.dtype} {list(boxes.shape)}" if is_array else type(boxes).__name__
+        raise ValueError(
+            f'"boxes" must be float32 [n, 4] (top, left, bottom, right), got {got}; '
+            "convert it in the source."
+        )
+    # Pixels divided by a side may miss 1 by their rounding.
+    if not ((boxes >= -1e-4) & (boxes <= 1 + 1e-4)).all():
+        raise ValueError(
+            f'"boxes" holds values in {boxes.min():.6g}..{boxes.max():.6g}; they are '
+            "fractions of the image in 0..1: divide pixels by its height and width."
         )
 
 
@@ -151,38 +184,42 @@ def image_of(example: Example, op: Any) -> np.ndarray:
     )
 
 
-def check_pixels(height: int, width: int, what: str) -> None:
-    """Raises UndecodableImage for no pixels or more than MAX_PIXELS of `what`."""
-    if height < 1 or width < 1:
-        raise UndecodableImage(f"{what} has no pixels: {height} x {width}")
-    if height * width > MAX_PIXELS:
-        raise UndecodableImage(
-            f"{what} has {height} x {width} = {height * width:,} pixels, above the "
-            f"limit of {MAX_PIXELS:,}; store it smaller"
-        )
+def _decode_png(data: bytes) -> np.ndarray:
+    # One gray value of a PNG may be clear; OpenCV shows it.
+    is_gray = data[25:26] == bytes([_PNG_GRAY])
+    if is_gray and any(name == b"tRNS" for name, _ in _chunks(data)):
+        return pillow.decode(data, "PNG")
+    return _by_opencv(_plain_png(data), "PNG")
 
 
-def _decode_jpeg(data: Encoded, channels: int) -> np.ndarray:
-    try:
-        height, width, *_ = simplejpeg.decode_jpeg_header(data, strict=False)
-    except (ValueError, KeyError) as error:  # KeyError: the sampling is unknown.
-        raise UndecodableImage(f"JPEG header is damaged or odd: {error}") from error
-    check_pixels(int(height), int(width), "JPEG")
-    colorspace = "GRAY" if channels == 1 else "RGB"
-    try:
-        return simplejpeg.decode_jpeg(data, colorspace)
-    except ValueError as error:
-        # Some cameras write padding bytes before the end marker, which are no damage;
-        # everything else that libjpeg warns about is, missing data above all.
-        if "extraneous bytes before marker 0xd9" not in str(error):
-            raise UndecodableImage(f"JPEG is damaged or cut short: {error}") from error
-    try:
-        return simplejpeg.decode_jpeg(data, colorspace, strict=False)
-    except ValueError as error:
-        raise UndecodableImage(f"JPEG is damaged: {error}") from error
+def _plain_png(data: bytes, what: str = "PNG") -> bytes:
+    """Returns the PNG without what no pixel needs.
+
+    OpenCV prints what it thinks of colour profiles, and takes the first frame of an
+    animation for the picture that comes before it. What comes after the picture may be
+    cut. Raises UndecodableImage for chunks that are not there and for a size that the
+    bytes cannot hold: OpenCV would fill gigabytes before it misses them.
+    """
+    chunks = list(_chunks(data))
+    kept = [whole for name, whole in chunks if name in _PNG_PIXELS]
+    if any(len(whole) != 12 + int.from_bytes(whole[:4], "big") for whole in kept):
+        raise UndecodableImage(f"{what} is damaged or cut short")
+    if kept and len(kept[0]) == 25:
+        width, height, bits, kind = struct.unpack(">IIBB", kept[0][8:18])
+        check_pixels(height, width, what)
+        row = 1 + width * bits * _PNG_SAMPLES.get(kind, 1) // 8
+        held = sum(map(len, kept))
+        if height * row > _DEFLATE_MOST * held:
+            raise UndecodableImage(
+                f"{what} is damaged or cut short: {held} bytes of {height} x {width} "
+                "pixels"
+            )
+    if len(kept) == len(chunks) - 1 and chunks[-1][1] == _PNG_END:
+        return data
+    return b"".join([data[:8], *kept, _PNG_END])
 
 
-def _decode_other(data: Encoded, name: str) -> np.ndarray:
+def _by_opencv(data: Encoded, name: str) -> np.ndarray:
     image = _pixels(data, name)
     if image.dtype == np.uint16:
         image = np.right_shift(image, 8).astype(np.uint8)
@@ -260,46 +297,53 @@ def _on_white(image: np.ndarray) -> np.ndarray:
 _PNG_GRAY, _PNG_PALETTE = 0, 3
 
 
-def _without_palette(data: bytes) -> bytes:
-    """Returns the same PNG with its palette indices as gray values."""
-    chunks, start = [data[:8]], 8
-    while start + 12 <= len(data):
+# Samples of a pixel by colour type, and what a byte of deflate holds at most.
+_PNG_SAMPLES, _DEFLATE_MOST = {2: 3, 4: 2, 6: 4}, 1032
+# The chunks that the pixels are made of.
+_PNG_PIXELS = (b"IHDR", b"PLTE", b"tRNS", b"IDAT")
+_PNG_END = bytes(4) + b"IEND" + zlib.crc32(b"IEND").to_bytes(4, "big")
+
+
+def _chunks(data: bytes) -> Iterator[tuple[bytes, bytes]]:
+    """Yields the name and the whole of each chunk of a PNG; a last one may be cut."""
+    start = 8
+    while start < len(data):
         end = start + 12 + int.from_bytes(data[start : start + 4], "big")
-        name, body = data[start + 4 : start + 8], data[start + 8 : end - 4]
+        yield data[start + 4 : start + 8], data[start:end]
+        start = end
+
+
+def _without_palette(data: bytes) -> bytes:
+    """Returns the same PNG as one of gray values: what were indices of a palette."""
+    kept = [data[:8]]
+    for name, whole in _chunks(data):
         if name == b"IHDR":
+            body = whole[8:-4]
             header = name + body[:9] + bytes([_PNG_GRAY]) + body[10:]
             length, check = struct.pack(">I", len(body)), zlib.crc32(header)
-            chunks.append(length + header + struct.pack(">I", check))
+            kept.append(length + header + struct.pack(">I", check))
         elif name in (b"IDAT", b"IEND"):
-            chunks.append(data[start:end])
-        start = end
-    return b"".join(chunks)
-
-
-# {first bytes of a file: its format}.
-_FORMATS = {
-    b"\x89PNG\r\n\x1a\n": "PNG",
-    b"RIFFWEBP": "WebP",
-    b"GIF87a": "GIF",
-    b"GIF89a": "GIF",
-    b"BM": "BMP",
-}
+            kept.append(whole)
+    return b"".join(kept)
 
 
 @dataclasses.dataclass(kw_only=True)
 class Decode:
     """Turns encoded bytes or an array into uint8 [H, W, channels]; see `decode`.
 
-    A "mask" beside the image becomes integers [H, W]; see `decode_mask`.
+    A "mask" beside the image becomes integers [H, W]; see `decode_mask`. EXIF's
+    orientation is ignored, as big_vision does; "apply" turns image, mask and boxes.
+    Let it be the same in `data.ops` and `preprocess`.
     """
 
     channels: int = 3
+    orientation: Orientation = Orientation.IGNORE
 
     def __post_init__(self):
         check_channels(self)
 
     def __call__(self, example: Example, rng: np.random.Generator) -> Example:
-        return decode_keys(example, self.channels)
+        return decode_keys(example, self.channels, self.orientation)
 
 
 def check_channels(op: Any) -> None:

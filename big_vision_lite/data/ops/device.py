@@ -37,8 +37,8 @@ class Mixup:
     Without "label" it mixes images only, and needs no num_classes. The share is drawn
     from Beta(alpha, alpha), arXiv:1710.09412, and folded into [0.5, 1] by default, as
     in big_vision, so that a row stays mostly itself (BiT-HyperRule: `fold_lambda=False,
-    partner="reverse"`). alpha=0 mixes nothing. Raises ValueError for "mask" and
-    "boxes", which cannot be mixed.
+    partner="reverse"`). alpha=0 mixes nothing. Raises ValueError for "mask",
+    "boxes" and "target" (numbers of a regression), which cannot be mixed.
     """
 
     num_classes: int | None = None
@@ -135,6 +135,11 @@ def _as_float(batch: Batch, op: Mixup | CutMix) -> dict[str, Float[Array, "B ...
             "leave it out, or keep the image."
         )
     spatial.refuse(dict(batch), name, "mixes images")
+    if "target" in batch:
+        raise ValueError(
+            f'{name} mixes images and classes, but the batch has "target", the numbers '
+            "of a regression, which would stay those of one image; leave it out."
+        )
     image = jnp.asarray(batch["image"]).astype(jnp.float32)
     if "label" not in batch:
         return {"image": image}

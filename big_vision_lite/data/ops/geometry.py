@@ -17,6 +17,7 @@ from big_vision_lite.data.ops.decode import (
     decode_keys,
     image_of,
 )
+from big_vision_lite.data.ops.orientation import Orientation
 from big_vision_lite.data.ops.resampling import Box, Resampling, Rounding
 from big_vision_lite.data.ops.spatial import Mirror, Warp, Window, moved
 
@@ -51,13 +52,15 @@ class DecodeInceptionCrop(InceptionCrop):
     """Does Decode and InceptionCrop in one step, with exactly the same pixels."""
 
     channels: int = 3
+    orientation: Orientation = Orientation.IGNORE
 
     def __post_init__(self):
         super().__post_init__()
         check_channels(self)
 
     def __call__(self, example: Example, rng: np.random.Generator) -> Example:
-        return super().__call__(decode_keys(example, self.channels), rng)
+        decoded = decode_keys(example, self.channels, self.orientation)
+        return super().__call__(decoded, rng)
 
 
 @dataclasses.dataclass(kw_only=True)
@@ -105,9 +108,9 @@ class Resize:
 class ResizeSmall:
     """Resizes so that the short side has `size_px` pixels, and keeps the aspect.
 
+    `rounding` is that of the long side: NEAREST, or DOWN as in torchvision's Resize.
     With `width_px`, resizes to the smallest image that covers size_px x width_px
-    instead, and ignores `rounding`, which is that of the long side: NEAREST, or DOWN as
-    in torchvision's Resize.
+    instead, both sides rounded to NEAREST.
     """
 
     size_px: int
@@ -117,6 +120,12 @@ class ResizeSmall:
 
     def __post_init__(self):
         check_size(self)
+        if self.width_px is not None and self.rounding != Rounding.NEAREST:
+            raise ValueError(
+                f"ResizeSmall(width_px={self.width_px}, rounding={self.rounding}): "
+                "with width_px both sides are rounded to the nearest pixel; leave out "
+                "rounding, or use width_px=None, where it is that of the long side."
+            )
 
     def __call__(self, example: Example, rng: np.random.Generator) -> Example:
         image = image_of(example, self)

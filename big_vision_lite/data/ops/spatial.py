@@ -9,7 +9,7 @@ from typing import NamedTuple
 import cv2
 import numpy as np
 
-from big_vision_lite.data.ops.decode import Example, check_mask
+from big_vision_lite.data.ops.decode import Example, check_boxes, check_mask
 from big_vision_lite.data.ops.resampling import Box
 
 # Keys beside "image" that every op that moves pixels must move, or refuse.
@@ -84,23 +84,6 @@ def moved(example: Example, image: np.ndarray, move: Window | Mirror | Warp) -> 
         to_old = move.to_old()
         result["boxes"] = _moved_boxes(example["boxes"], to_old, old, image.shape[:2])
     return result
-
-
-def check_boxes(boxes: object) -> None:
-    """Raises ValueError unless `boxes` are floats [n, 4] in 0..1."""
-    is_array = isinstance(boxes, np.ndarray)
-    if not is_array or boxes.dtype.kind != "f" or boxes.shape[1:] != (4,):
-        got = f"{boxes.dtype} {list(boxes.shape)}" if is_array else type(boxes).__name__
-        raise ValueError(
-            f'"boxes" must be float32 [n, 4] (top, left, bottom, right), got {got}; '
-            "convert it in the source."
-        )
-    # Pixels divided by a side may miss 1 by their rounding.
-    if not ((boxes >= -1e-4) & (boxes <= 1 + 1e-4)).all():
-        raise ValueError(
-            f'"boxes" holds values in {boxes.min():.6g}..{boxes.max():.6g}; they are '
-            "fractions of the image in 0..1: divide pixels by its height and width."
-        )
 
 
 def refuse(example: Example, name: str, what: str) -> None:

@@ -1,4 +1,4 @@
-"""Images by random access: prepared TFDS sets, image folders, arrays.
+"""Images by random access: prepared TFDS sets, image folders, tables, arrays.
 
 A source opens its data once, at the first use. A pickle holds its fields only, so that
 worker processes open the data themselves. `source[i]` is {"image", "label"}; some
@@ -9,4 +9,6 @@ from big_vision_lite.data.sources.arrays import Digits as Digits
 from big_vision_lite.data.sources.arrays import InMemory as InMemory
 from big_vision_lite.data.sources.folder import ImageFolder as ImageFolder
 from big_vision_lite.data.sources.folder import folder_splits as folder_splits
+from big_vision_lite.data.sources.table import Table as Table
+from big_vision_lite.data.sources.table_labels import LabelKind as LabelKind
 from big_vision_lite.data.sources.tfds.source import Tfds as Tfds

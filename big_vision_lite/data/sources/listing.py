@@ -1,25 +1,24 @@
-"""Lists a folder of images: its splits, classes, images and other files."""
+"""Lists one split of a folder of images: its files, classes and labels."""
 
-import collections
 import dataclasses
-import functools
 import hashlib
 import logging
 import os
 import unicodedata
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Collection, Sequence
 from pathlib import Path
 
 import numpy as np
 
+from big_vision_lite.data.sources import contents
+from big_vision_lite.data.sources.contents import Files, LeftOut, list_images
+from big_vision_lite.data.sources.file_kinds import SUFFIXES
+from big_vision_lite.data.sources.splits import SPLIT_FOLDERS, beside, find_splits
 from big_vision_lite.messages import did_you_mean, some
 
 # Without split folders, this part of each class is held out. The seed and a hash of the
 # path choose it: the same files on every machine, in whatever order they are listed.
 HELD_OUT_PART = 0.1
-
-# {class: relative paths of its images}, classes and paths sorted.
-Files = dict[str, list[str]]
 
 
 def hold_out(files: Files, seed: int) -> tuple[Files, Files]:
@@ -48,24 +47,6 @@ logger = logging.getLogger(__name__)
 # A level of its own, because the command line silences libraries by the root logger.
 logger.setLevel(logging.WARNING)
 
-SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp")
-# {lower-case folder name: the split it means}.
-SPLIT_FOLDERS = {
-    "train": "train",
-    "val": "val",
-    "valid": "val",
-    "validation": "val",
-    "test": "test",
-}
-
-
-class Skipped(collections.Counter[str]):
-    """Counts, by kind, of the files of an image folder that are not used."""
-
-    def __str__(self) -> str:
-        kinds = [f"{count} {kind}" for kind, count in sorted(self.items())]
-        return ", ".join(kinds) or "nothing"
-
 
 @dataclasses.dataclass(kw_only=True)
 class Listing:
@@ -75,29 +56,33 @@ class Listing:
     class_names: tuple[str, ...]
     paths: list[str]
     labels: np.ndarray | None
-    skipped: Skipped
+    # What lies beside the images, by the folder that was listed.
+    left_out: dict[Path, LeftOut]
 
 
 def open_split(
     root: Path, split: str, classes: Sequence[str], seed: int, labelled: bool = True
 ) -> Listing:
-    """Returns the listing of `split`; labels index `classes`, or the training classes.
+    """Lists `split`; labels follow `classes`, else the training classes in order.
 
-    `labelled` False lists every image of the split at any depth. Raises
-    FileNotFoundError for a wrong path or no images, ValueError for a single class,
-    classes unknown to training and a seed beside split folders. Warns of classes
-    without images.
+    Without labels, every image of the split at any depth. Raises FileNotFoundError when
+    there is nothing, PermissionError for a folder that cannot be opened, ValueError for
+    one class, for classes that training does not have and for a seed that has nothing
+    to choose; warns of classes that have no image.
     """
     split = SPLIT_FOLDERS.get(split.lower(), split.lower())
-    skipped = Skipped()
-    splits = find_splits(root, labelled)
+    left_out: dict[Path, LeftOut] = {}
+    splits = find_splits(root, labelled, classes)
     if splits:
-        parts = _from_split_folders(root, splits, split, seed, labelled, skipped)
-        trained = class_folders(splits["train"]) if "train" in splits else []
+        parts = _from_split_folders(root, splits, split, seed, labelled, left_out)
+        trained = contents.class_folders(splits["train"]) if "train" in splits else []
     else:
-        files = list_images(root, skipped, labelled)
-        parts = [_part_of(files, root, split, seed, labelled, skipped)]
-        trained = list(files)
+        left_out[root] = LeftOut()
+        files = list_images(root, left_out[root], labelled)
+        contents.check_opened(left_out[root])
+        _note_empty(root, files, left_out[root], labelled)
+        parts = [_part_of(files, root, split, seed, labelled, left_out[root])]
+        trained = contents.in_order(files)
     paths = [path for files in parts for name in sorted(files) for path in files[name]]
     if not labelled:
         names, labels = (), None
@@ -114,7 +99,7 @@ def open_split(
         class_names=names,
         paths=paths,
         labels=labels,
-        skipped=skipped,
+        left_out=left_out,
     )
 
 
@@ -124,7 +109,7 @@ def _from_split_folders(
     split: str,
     seed: int,
     labelled: bool,
-    skipped: Skipped,
+    left_out: dict[Path, LeftOut],
 ) -> list[Files]:
     if seed:
         raise ValueError(
@@ -136,14 +121,60 @@ def _from_split_folders(
         raise FileNotFoundError(
             f"{root} has no images of split {split!r}; it has {some(splits)}."
         )
+    left_out[root] = _beside(root, splits)
+    found = []
+    for path in wanted:
+        left_out[path] = LeftOut()
+        files = list_images(path, left_out[path], labelled, root)
+        contents.check_opened(left_out[path])
+        _note_empty(path, files, left_out[path], labelled)
+        if not files:
+            raise FileNotFoundError(_no_class(root, path, split, left_out[path]))
+        found.append(files)
+    return found
+
+
+def _note_empty(place: Path, files: Files, left_out: LeftOut, labelled: bool) -> None:
+    """Adds the folders of `place` that look like classes and hold no image."""
+    for folder in contents.folders(place) if labelled else ():
+        if unicodedata.normalize("NFC", folder.name) not in files:
+            left_out.add(contents.EMPTY, folder.path)
+
+
+def _beside(root: Path, splits: dict[str, Path]) -> LeftOut:
+    """Returns what lies in `root` itself, beside its split folders."""
+    found = LeftOut()
+    for folder in beside(root, splits.values()):
+        holds = contents.has_image(folder)
+        found.add(contents.OTHER_FOLDER if holds else contents.EMPTY, folder.path)
     with os.scandir(root) as entries:
-        loose = sum(map(_is_image, entries))
-    skipped.update({"images outside a split folder": loose} if loose else {})
-    return [list_images(path, skipped, labelled, root) for path in wanted]
+        for entry in entries:
+            if contents.is_image(entry):
+                found.add(contents.NO_SPLIT, entry.path)
+            elif not contents.is_folder(entry) or contents.is_aside(entry.name):
+                found.add(contents.kind_of(entry), entry.path)
+    return found
+
+
+def _no_class(root: Path, folder: Path, split: str, left_out: LeftOut) -> str:
+    """Returns where the images of a split without class folders lie."""
+    loose, example = left_out.others.get(contents.NO_CLASS, (0, ""))
+    if not loose:
+        return (
+            f"{split} of {root} holds no images ({', '.join(SUFFIXES)}); found in "
+            f"{folder}: {left_out}."
+        )
+    return (
+        f"{split} of {root} has no class folder: its {loose:,} images lie in {folder} "
+        f"itself, such as {contents.shown(example)}, so that nothing says their "
+        "classes (ImageNet's validation set comes like that). "
+        f"Give each class a folder: {folder}/CLASS/image.jpg; or move {folder} away "
+        "to do without it."
+    )
 
 
 def _part_of(
-    files: Files, root: Path, split: str, seed: int, labelled: bool, skipped: Skipped
+    files: Files, root: Path, split: str, seed: int, labelled: bool, left_out: LeftOut
 ) -> Files:
     """Returns a split of a folder without split folders; a hash chooses its images."""
     train, held = hold_out(files, seed)
@@ -162,7 +193,7 @@ def _part_of(
             remedy = f" Give each class a folder: {root}/CLASS/image.jpg."
         raise FileNotFoundError(
             f"{root} holds no images ({', '.join(SUFFIXES)}){where} for {split}; found "
-            f"there: {skipped}.{remedy}"
+            f"there: {left_out}.{remedy}"
         )
     return chosen[split]
 
@@ -177,9 +208,13 @@ def _check_classes(
             "order: classes=(...)."
         )
     if len(names) == 1:
+        inside = root / names[0]
+        deeper = ""
+        if inside.is_dir() and (found := contents.class_folders(inside)):
+            deeper = f" Or name the folder of the classes {some(found)}: {inside}"
         raise ValueError(
             f"{root} has one class ({names[0]}); two or more are needed, each a folder "
-            f"of images: {root}/CLASS/image.jpg."
+            f"of images: {root}/CLASS/image.jpg.{deeper}"
         )
     unknown = sorted(set(held) - set(names))
     if unknown:
@@ -195,145 +230,3 @@ def _check_classes(
             "train.",
             *(split, root, len(names) - len(missing), len(names), some(missing)),
         )
-
-
-def find_splits(root: Path, labelled: bool = True) -> dict[str, Path]:
-    """Returns {split: folder} of `root`, {} when its folders are classes.
-
-    Split folders hold class folders, unless `labelled` is False. Raises
-    FileNotFoundError for a wrong path, ValueError for a mixture of both kinds, for
-    `labelled` images directly in split folders and for two folders of one split.
-    """
-    check_folder(root)
-    folders = [folder for folder in _folders(root) if _has_image(folder)]
-    named = [folder for folder in folders if _is_split(folder)]
-    others = [folder.name for folder in folders if not _is_split(folder)]
-    nested = any(_folders(folder.path) for folder in named)
-    # A class may be called "train", too: then it holds images, not class folders.
-    if not named or (others and not nested):
-        return {}
-    names = some(folder.name for folder in named)
-    if others:
-        raise ValueError(
-            f"{root} mixes split folders ({names}) with other folders of images "
-            f"({some(others)}): move the others away, or into the split folders."
-        )
-    if labelled and not nested:
-        raise ValueError(
-            f"the images of {root} lie directly in {names}; give each class a folder "
-            f"of its own: {named[0].path}/CLASS/image.jpg."
-        )
-    splits = {SPLIT_FOLDERS[f.name.lower()]: Path(f.path) for f in named}
-    if len(splits) < len(named):
-        raise ValueError(f"{root} has two folders for one split ({names}); keep one.")
-    return {name: splits[name] for name in ("train", "val", "test") if name in splits}
-
-
-def check_folder(root: Path) -> None:
-    """Raises FileNotFoundError or NotADirectoryError unless `root` is a folder."""
-    if root.is_dir():
-        return
-    if root.exists():
-        raise NotADirectoryError(
-            f"{root} is a file, not a folder of images; unpack it, and name the folder."
-        )
-    parent = next(p for p in root.absolute().parents if p.is_dir())
-    wrong = root.absolute().relative_to(parent).parts[0]
-    there = sorted(folder.name for folder in _folders(parent))
-    raise FileNotFoundError(
-        f"there is no folder {root}: {parent} has no {wrong!r}; folders there: "
-        f"{some(there)}.{did_you_mean(wrong, there)}"
-    )
-
-
-def class_folders(root: Path) -> list[str]:
-    """Returns the sorted names of the class folders of `root` that hold an image."""
-    return sorted({class_name(f.name) for f in _folders(root) if _has_image(f)})
-
-
-def list_images(
-    folder: Path, skipped: Skipped, labelled: bool = True, root: Path | None = None
-) -> Files:
-    """Returns the images of each class folder, as paths relative to `root` or `folder`.
-
-    With `labelled` False all images are of the class "".
-    """
-    start = len(os.path.join(folder, ""))
-    prefix = len(os.path.join(root or folder, ""))
-    files: Files = collections.defaultdict(list)
-    for path in walk(folder, skipped):
-        end = path.find(os.sep, start)
-        if labelled and end < 0:
-            skipped["images outside a class folder"] += 1
-        else:
-            name = class_name(path[start:end]) if labelled else ""
-            files[name].append(path[prefix:])
-    return {name: sorted(files[name]) for name in sorted(files)}
-
-
-@functools.lru_cache
-def class_name(folder: str) -> str:
-    """Returns a folder's name in NFC, because file systems differ in accents.
-
-    Raises:
-        ValueError: the name is not UTF-8.
-    """
-    try:
-        folder.encode("utf-8")
-    except UnicodeEncodeError as error:
-        raise ValueError(
-            f"the class folder {os.fsencode(folder)!r} has a name that is not "
-            "UTF-8; rename it."
-        ) from error
-    return unicodedata.normalize("NFC", folder)
-
-
-def walk(
-    folder: str | os.PathLike[str],
-    skipped: Skipped,
-    above: tuple[tuple[int, int], ...] = (),
-) -> Iterator[str]:
-    """Yields the paths of images below `folder`; follows links, except in loops."""
-    info = os.stat(folder)
-    if (info.st_dev, info.st_ino) in above:
-        skipped["links to a folder above"] += 1
-        return
-    with os.scandir(folder) as entries:
-        for entry in entries:
-            if _hidden(entry):
-                skipped["hidden"] += 1
-            elif entry.is_dir():
-                yield from walk(entry, skipped, (*above, (info.st_dev, info.st_ino)))
-            elif _is_image(entry):
-                yield entry.path
-            else:
-                skipped[_kind(entry)] += 1
-
-
-def _folders(root: str | Path) -> list[os.DirEntry[str]]:
-    with os.scandir(root) as entries:
-        folders = [entry for entry in entries if entry.is_dir() and not _hidden(entry)]
-    return sorted(folders, key=lambda entry: entry.name)
-
-
-def _has_image(folder: os.DirEntry[str]) -> bool:
-    return next(walk(folder, Skipped()), None) is not None
-
-
-def _is_split(folder: os.DirEntry[str]) -> bool:
-    return folder.name.lower() in SPLIT_FOLDERS
-
-
-def _is_image(entry: os.DirEntry[str]) -> bool:
-    return entry.name.lower().endswith(SUFFIXES) and entry.is_file()
-
-
-def _hidden(entry: os.DirEntry[str]) -> bool:
-    # macOS and some archives leave these beside the files.
-    return entry.name.startswith(".") or entry.name == "__MACOSX"
-
-
-def _kind(entry: os.DirEntry[str]) -> str:
-    if not entry.is_file():
-        return "broken links"
-    return os.path.splitext(entry.name)[1].lower() or "files without a suffix"

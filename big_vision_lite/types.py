@@ -200,6 +200,10 @@ class Objective(Protocol):
         self, forward: Forward, batch: Batch, rng: Array
     ) -> tuple[Array, dict[str, Array]]: ...
 
+    def predictions(self, logits: Array) -> Array:
+        """Returns the numbers of a regression in their own units: the logits, here."""
+        return logits
+
 
 @runtime_checkable
 class Schedule(Protocol):

@@ -32,6 +32,7 @@ from big_vision_lite.config import Checkpoints
 from big_vision_lite.conversion import assumption, export, foreign
 from big_vision_lite.conversion.formats import Library
 from big_vision_lite.conversion.preprocessing import Preprocessing
+from big_vision_lite.objectives.regression import Regression
 from big_vision_lite.recipes import command_line, serialize
 from big_vision_lite.runs import hyperrule, inference, load, suggestions
 from big_vision_lite.runs.checkpoint import Checkpointer
@@ -64,6 +65,9 @@ def to_library(run: SavedRun, library: Library, out: pathlib.Path) -> bool:
     preprocessing, channels = preprocessing_of(run)
     assumed = list(map(str, assumption.from_origin(run.manifest.get("origin"))))
     logits = None
+    if isinstance(run.config.objective, Regression):
+        # What is written gives numbers in their own units, as predict does.
+        variables = run.config.objective.in_head(variables, model.head_modules)
     if "head/kernel" in variables:
         logits = inference.meaning_of_logits(run, assumed.append)
     exported = export.export(

@@ -7,8 +7,7 @@ import numpy as np
 from jaxtyping import Float, Shaped
 
 from big_vision_lite.messages import some
-from big_vision_lite.objectives.classification import SigmoidClassification
-from big_vision_lite.types import Array, Objective
+from big_vision_lite.types import Array, Logits, Objective
 
 # N images, C classes
 
@@ -21,7 +20,7 @@ def ranking(objective: Objective, logits: Array, label: Array) -> dict[str, Arra
     """
     if label.ndim == 1:
         return {}
-    independent = isinstance(objective, SigmoidClassification)
+    independent = objective.logits == Logits.SIGMOID
     return {"ranking": logits if independent else jax.nn.log_softmax(logits)}
 
 
@@ -39,7 +38,7 @@ def precision_scores(
     if "ranking" not in rows:
         return {}
     scores, labels = rows["ranking"], rows["label"]
-    if not isinstance(objective, SigmoidClassification):
+    if objective.logits != Logits.SIGMOID:
         labelled = (labels > 0).any(axis=1)
         scores, labels = scores[labelled], labels[labelled]
     mean = mean_average_precision(scores, labels, names, log)

@@ -3,15 +3,15 @@
 import dataclasses
 import enum
 import math
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Mapping, Sequence
+from typing import Any, ClassVar
 
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
 from big_vision_lite.messages import some
-from big_vision_lite.types import Batch, Forward, Objective
+from big_vision_lite.types import Batch, Forward, Logits, Objective
 
 # B images, N training images, T targets
 
@@ -43,6 +43,7 @@ class Regression(Objective):
     loss of 1 is that of the mean. `names` are the targets', units included.
     """
 
+    logits: ClassVar[Logits | None] = Logits.NONE
     names: tuple[str, ...]
     mean: tuple[float, ...]
     std: tuple[float, ...]
@@ -125,14 +126,25 @@ class Regression(Objective):
         """Returns the predicted numbers in the units of the targets."""
         return logits * jnp.float32(self.std) + jnp.float32(self.mean)
 
+    def in_head(
+        self, variables: Mapping[str, np.ndarray], heads: Sequence[str]
+    ) -> dict[str, np.ndarray]:
+        """Returns `variables` whose `heads` give predictions in their own units.
+
+        For formats that know no mean and deviation: kernel and bias take them in.
+        """
+        std, mean = (np.array(x, np.float64) for x in (self.std, self.mean))
+        found = dict(variables)
+        for head in heads:
+            if f"{head}/kernel" in found:
+                kernel, bias = found[f"{head}/kernel"], found[f"{head}/bias"]
+                found[f"{head}/kernel"] = (kernel * std).astype(kernel.dtype)
+                found[f"{head}/bias"] = (bias * std + mean).astype(bias.dtype)
+        return found
+
     def check(self, outputs: dict[str, Any], target: Array) -> None:
         """Raises ValueError unless there are logits and targets of the right width."""
         count = len(self.names)
-        if "logits" not in outputs:
-            raise ValueError(
-                "The model returned no logits: it has no head. Give it one: "
-                f"head=Classifier(num_classes={count})."
-            )
         width = outputs["logits"].shape[-1]
         if width != count:
             raise ValueError(

@@ -60,7 +60,7 @@ class LoadedModel:
 
         They add up to 1 per image unless the objective allows several classes per
         image; then each class has a separate probability. Of a regression the numbers
-        are returned.
+        are returned, in their own units.
 
         Raises:
             ValueError: the model has no head, an image cannot be read, or preprocessing
@@ -189,7 +189,7 @@ def make_steps(
             likely = meaning.outputs(outputs["logits"].astype(jnp.float32))
             rows = {"probabilities": likely}
             if meaning == Logits.NONE:
-                rows = {"numbers": likely}
+                rows = {"numbers": run.config.objective.predictions(likely)}
             elif classes is not None:
                 best = jax.lax.top_k(likely, min(classes, likely.shape[-1]))
                 rows = {"probabilities": best[0], "classes": best[1]}

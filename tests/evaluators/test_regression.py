@@ -133,7 +133,7 @@ def test_unreadable_images_are_counted_and_named(path, tmp_path):
     evaluator = Regression(source=Damaged(source, (3, 5)), batch_size=8)
     found = run(evaluator, tmp_path, fitted, messages=messages)
     assert (found["examples"], found["unreadable"]) == (22, 2)
-    assert any("2 of 24 images are unreadable" in m for m in messages)
+    assert any("2 of 24 examples are unreadable" in m for m in messages)
 
 
 def test_what_cannot_be_scored_is_refused_before_the_first_step(path, tmp_path):

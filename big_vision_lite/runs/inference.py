@@ -181,11 +181,13 @@ def make_steps(
     part, backbone = backbone_of(model)
     steps = []
     if classes != 0:
-        meaning = meaning_of_logits(run, log)
+        # Asked once, and only of a model that has a head.
+        asked = functools.cache(lambda: meaning_of_logits(run, log))
 
         def classify(forward: Forward, batch: Batch, rng: Array) -> dict[str, Array]:
             outputs = forward(**_inputs(model, batch))
             check_head(run, outputs)
+            meaning = asked()
             likely = meaning.outputs(outputs["logits"].astype(jnp.float32))
             rows = {"probabilities": likely}
             if meaning == Logits.NONE:

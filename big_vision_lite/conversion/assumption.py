@@ -6,7 +6,7 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 
-class About(enum.StrEnum):
+class About(enum.Enum):
     """What an assumption is about."""
 
     PART = "part of the file"
@@ -29,7 +29,7 @@ class Assumption:
     words: str
 
     def __str__(self) -> str:
-        return f"{self.about}: {self.words}"
+        return f"{self.about.value}: {self.words}"
 
 
 def of_architecture(*words: str) -> tuple[Assumption, ...]:

@@ -25,6 +25,7 @@ from big_vision_lite.data.ops import colour, randaugment
 from big_vision_lite.data.ops import device as device_ops
 from big_vision_lite.data.pipeline import Stream
 from big_vision_lite.data.sources.arrays import NoImages
+from big_vision_lite.evaluators import regression
 from big_vision_lite.evaluators.classification import Classification
 from big_vision_lite.evaluators.fewshot import FewShot, FewShotSet
 from big_vision_lite.evaluators.finetune import FineTune
@@ -41,6 +42,8 @@ from big_vision_lite.objectives.classification import (
     SigmoidClassification,
     SoftmaxClassification,
 )
+from big_vision_lite.objectives.numbers import Numbers
+from big_vision_lite.objectives.regression import Regression
 from big_vision_lite.recipes import command_line, mistakes, serialize
 from big_vision_lite.runs.hyperrule import HyperRule, Repeated
 from big_vision_lite.runtime.sharding import Layout, Mesh, ShardingRule
@@ -165,6 +168,9 @@ def everything() -> list[TrainConfig]:
         MlpMixer.of("S/16", head=head),
     )
     of_elsewhere = NoImages(classes=("a", "b"), origin="a.npz")
+    ages = sources.Table(
+        path="t.csv", image="file", label=("age",), kind=sources.LabelKind.NUMBERS
+    )
     repeated = Stream(source=Repeated(source=DIGITS(), times=2), batch_size=8)
     return [
         first,
@@ -172,23 +178,29 @@ def everything() -> list[TrainConfig]:
         recipe(optimizer=Adafactor(schedule=schedules[1])),
         recipe(optimizer=AdamW(schedule=schedules[2]), model=hybrid),
         *(recipe(model=model) for model in models),
-        recipe(data=Stream(source=of_elsewhere, batch_size=1)),
+        recipe(data=Stream(source=of_elsewhere, batch_size=1), objective=Numbers()),
+        recipe(
+            data=Stream(source=ages, batch_size=8),
+            objective=Regression(names=("age",), mean=(40.0,), std=(9.0,)),
+            evaluators={"val": regression.Regression(source=ages)},
+        ),
     ]
 
 
 # Dataclasses that are no part of a recipe, by module.
 NOT_CONFIG = {
-    "recipes.command_line", "data.host_batch", "data.sources.listing",
+    "recipes.command_line", "data.host_batch", "data.sources.contents",
+    "data.sources.listing", "data.sources.table_file", "data.sources.table_labels",
     "data.sources.tfds.prepared_set", "data.sources.tfds.features", "data.unreadable",
-    "runs.evaluations", "evaluators.features", "models.blocks.attention",
-    "models.blocks.mlp", "models.blocks.patches", "models.blocks.pooling",
-    "models.blocks.projections", "predict", "training.program", "runs.load",
-    "training.state",
+    "runs.class_pairs", "runs.evaluations", "evaluators.features",
+    "models.blocks.attention", "models.blocks.mlp", "models.blocks.patches",
+    "models.blocks.pooling", "models.blocks.projections", "predict", "training.program",
+    "runs.load", "training.state",
 }  # fmt: skip
 PARTS = {
     *("StandardisedConv", "Conv", "BatchNorm", "Unit", "Stage", "Bottleneck"),
     *("EncoderBlock", "Encoder", "MixerBlock", "_Multiplier"),
-    *("Dense", "LayerNorm", "GroupNorm", "SavedRun"),
+    *("Dense", "LayerNorm", "GroupNorm", "SavedRun", "_Split"),
 }
 
 
@@ -308,7 +320,15 @@ def test_the_names_at_the_top_of_a_recipe_are_frozen():
     ]  # fmt: skip
     names = {
         Stream: ["source", "batch_size", "ops", "device_ops", "threads", "processes"],
-        Init: ["path", "into", "part", "drop", "rename", "position_resize"],
+        Init: [
+            "path",
+            "into",
+            "part",
+            "drop",
+            "rename",
+            "match_classes",
+            "position_resize",
+        ],
         Checkpoints: ["every_steps", "keep_latest", "keep_every_steps"],
         Mesh: ["data", "fsdp", "tensor"],
     }

@@ -7,7 +7,7 @@ import pytest
 
 from big_vision_lite.config import Init, MatchClasses
 from big_vision_lite.data.sources import ImageFolder
-from big_vision_lite.data.sources.listing import in_order
+from big_vision_lite.data.sources.contents import in_order
 from big_vision_lite.runs import heads
 from big_vision_lite.runs.class_pairs import class_table
 from big_vision_lite.types import Family

@@ -131,7 +131,7 @@ def context_of(tmp_path, names, messages=None):
 
 @pytest.mark.parametrize("several", [False, True])
 def test_labels_of_a_source_become_those_of_the_model(tmp_path, several):
-    """By name; where one side has no names, they are taken as they are."""
+    """By name; where only one side has names, which is which cannot be known."""
     labels = np.array([0, 1, 1])
     batch = {"label": np.eye(2, dtype=np.float32)[labels] if several else labels}
     two = InMemory(IMAGES[:2], LABELS[:2] % 2, ("c", "a"))
@@ -142,8 +142,10 @@ def test_labels_of_a_source_become_those_of_the_model(tmp_path, several):
     np.testing.assert_array_equal(found, np.eye(3)[expected] if several else expected)
     assert classes.names == ("a", "b", "c") and "missing: b" in messages[0]
     for source, names in ((two, ()), (InMemory(IMAGES[:2]), "abc")):
-        classes = context_of(tmp_path, names).classes(source)
-        assert classes.translate(batch) is batch
+        with pytest.raises(ValueError, match="which is which cannot be known"):
+            context_of(tmp_path, names).classes(source)
+    classes = context_of(tmp_path, ()).classes(InMemory(IMAGES[:2]))
+    assert classes.translate(batch) is batch
     assert classes.translate({"image": IMAGES}) == {"image": IMAGES}
 
 

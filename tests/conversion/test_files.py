@@ -138,14 +138,6 @@ def test_tensors_that_are_no_plain_arrays_are_named(tmp_path):
             weights.read(str(tmp_path / "x.pth"))
 
 
-@pytest.mark.parametrize("prefix", ["params/", "opt/target/", "state_dict.", "model."])
-def test_what_training_scripts_wrap_around_parameters_is_taken_off(prefix, tmp_path):
-    wrapped = {f"{prefix}{name}": array for name, array in ARRAYS.items()}
-    beside = {"epoch": np.ones(1, np.float32)}
-    np.savez(tmp_path / "x.npz", **wrapped, **beside)
-    assert_arrays(weights.read(str(tmp_path / "x.npz")).arrays)
-
-
 def test_torch_archives_are_opened_by_torch_tensors_only(tmp_path):
     torch = pytest.importorskip("torch")
     tensors = {name: torch.from_numpy(array) for name, array in ARRAYS.items()}

@@ -22,8 +22,8 @@ class Average:
 
     Running statistics of batch norm are averaged alike. Before an evaluation or a
     checkpoint the averaged parameters get statistics of their own, measured on
-    `recalibrate_statistics` training batches, of one epoch at most (200 in
-    arXiv:2105.07576, section 3); 0 leaves them the averaged ones.
+    `recalibrate_statistics` training batches, of one epoch at most (after
+    arXiv:2105.07576, section 3; 100 is our choice); 0 leaves them the averaged ones.
     """
 
     start: float = 0.9999

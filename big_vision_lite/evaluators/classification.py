@@ -32,9 +32,9 @@ class Classification:
     objective), examples and unreadable (counts). They do not depend on the number of
     devices. Labels are matched to the model's classes by name, or with
     match_classes="in_order" by position if both have as many. A model whose logits are
-    numbers is refused. With several labels, an
-    image counts as correct if the predicted class is among them; images without any
-    label are left out. `per_class` writes WORKDIR/<name>_per_class.csv.
+    numbers is refused. With several labels, an image counts as correct if the predicted
+    class is among them; images without any label are left out. `per_class` writes
+    WORKDIR/<name>_per_class.csv.
     """
 
     source: Source

@@ -99,7 +99,7 @@ def measured(totals: Totals) -> dict[str, Any]:
     """Returns {"batches": count, "batch_stats": statistics} of all batches together.
 
     The variance of all values is the mean of the batches' variances and the variance of
-    their means (arXiv:2105.07576, section 3.1).
+    their means (arXiv:2105.07576, section 3).
     """
     spread = trees.flatten(totals.spread)
 

@@ -255,13 +255,13 @@ def test_damage_to_odd_samplings_is_heard_though_pillow_says_nothing(factors):
         (b"\0\0\0\x0cjP  \r\n\x87\n", "JPEG 2000"),
         (b"\xff\x0a\xfa\x7f", "JPEG XL"),
         (b"8BPS\0\1", "Photoshop"),
-        (b"<!DOCTYPE html><html>", "a web page"),
-        (b"P6 2 2 255\n", "Netpbm"),
-        (b"version https://git-lfs.github.com/spec/v1\n", "git lfs pull"),
+        (b"<!DOCTYPE html><html>", "web page"),
+        (b"P6 2 2 255\n", "netpbm"),
+        (b"version https://git-lfs.github.com/spec/v1\n", "pointer of Git LFS"),
     ],
 )
 def test_other_formats_are_refused_by_name(start, name):
-    with pytest.raises(UndecodableImage, match=f"{name}.* not read: convert it to PNG"):
+    with pytest.raises(UndecodableImage, match=f"^{name}, which is not read; [a-z ]+"):
         decode(start + bytes(100))
 
 

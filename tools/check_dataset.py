@@ -22,8 +22,8 @@ from typing import Any
 
 import numpy as np
 
+from big_vision_lite.data.image_formats import format_of
 from big_vision_lite.data.ops.decode import UndecodableImage, decode
-from big_vision_lite.data.ops.image_formats import format_of
 from big_vision_lite.data.ops.pillow import orientation_of
 from big_vision_lite.data.sources import Tfds, folder_splits
 from big_vision_lite.data.sources.folder import describe

@@ -84,7 +84,7 @@ def from_checkpoint(
     return rule.config(
         pretrained.model,
         train,
-        scored(max(1, num_steps // 10)),
+        scored(max(10, num_steps // 10)),
         preprocess,
         objective=objective,
         init=start(chosen.init, pretrained.model, chosen.part),
@@ -126,5 +126,5 @@ def from_scratch(
             schedule=WarmupCosine(peak=1e-3, warmup_steps=num_steps // 20),
             weight_decay=1e-4,
         ),
-        evaluators=scored(max(1, num_steps // 20)),
+        evaluators=scored(max(10, num_steps // 20)),
     )

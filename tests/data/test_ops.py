@@ -12,9 +12,8 @@ import pytest
 import simplejpeg
 from png_files import png
 
-from big_vision_lite.data import MAX_PIXELS, ops
+from big_vision_lite.data import MAX_PIXELS, ops, undecodable
 from big_vision_lite.data.ops import resampling as crops
-from big_vision_lite.data.ops import undecodable
 from big_vision_lite.data.ops.decode import UndecodableImage, decode
 from big_vision_lite.data.ops.resampling import Box, Resampling, Rounding
 

@@ -8,7 +8,6 @@ import os
 import pathlib
 import pkgutil
 import re
-import resource
 import shlex
 import subprocess
 import sys
@@ -846,25 +845,22 @@ def test_steps_follow_epochs_and_steps_win():
 
 
 def run(*argv, **environment):
-    before = resource.getrusage(resource.RUSAGE_CHILDREN)
-    finished = subprocess.run(
+    return subprocess.run(
         [sys.executable, "-m", "big_vision_lite.train", *argv],
         capture_output=True,
         text=True,
         env=dict(os.environ, JAX_PLATFORMS="cpu", **environment),
         check=False,
     )
-    after = resource.getrusage(resource.RUSAGE_CHILDREN)
-    seconds = after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
-    return finished, seconds
 
 
-def test_a_typo_ends_the_program_within_4_seconds_with_one_message(tmp_path, body):
-    finished, seconds = run(
+def test_a_typo_ends_the_program_at_once_with_one_message(tmp_path, body):
+    finished = run(
         f"--config={body}",
         f"--workdir={tmp_path / 'run'}",
         "--config.optimizer.weigth_decay=0.3",
         TMPDIR=str(tmp_path),
+        PYTHONPROFILEIMPORTTIME="1",
     )
     assert finished.returncode == 1
     assert "Did you mean optimizer.weight_decay" in finished.stderr
@@ -872,23 +868,29 @@ def test_a_typo_ends_the_program_within_4_seconds_with_one_message(tmp_path, bod
     (trace,) = tmp_path.glob("*_error.txt")
     assert "Traceback" in trace.read_text()
     assert not (tmp_path / "run").exists()
-    # Of the processor: other programs on the machine are not to blame for.
-    assert seconds < 4, seconds
+    # At once: before the libraries that take seconds to import.
+    imported = {
+        line.split("|")[-1].strip().split(".")[0]
+        for line in finished.stderr.splitlines()
+        if line.startswith("import time:")
+    }
+    slow = {"torch", "tensorflow", "sklearn", "pandas", "matplotlib", "pyarrow"}
+    assert "jax" in imported and not imported & slow, imported & slow
 
 
 def test_a_typo_in_the_recipe_names_the_closest_field(tmp_path):
     # In a process of its own: the runtime type checks of tests word it otherwise.
     path = write(tmp_path, BODY.replace("weight_decay=0.1", "weigth_decay=0.1"))
-    finished, seconds = run(f"--config={path}", f"--workdir={tmp_path / 'run'}")
+    finished = run(f"--config={path}", f"--workdir={tmp_path / 'run'}")
     number = BODY.splitlines().index("        optimizer=AdamW(") + 1
-    assert finished.returncode == 1 and seconds < 4
+    assert finished.returncode == 1
     expected = f"error: {path}:{number}: AdamW.__init__() got an unexpected keyword"
     assert expected in finished.stderr, finished.stderr
     assert 'Did you mean "weight_decay"? Fields: schedule, beta1' in finished.stderr
 
 
 def test_print_config_prints_what_would_run(body):
-    finished, _ = run(f"--config={body}", "--config.num_steps=77", "--print_config")
+    finished = run(f"--config={body}", "--config.num_steps=77", "--print_config")
     assert finished.returncode == 0, finished.stderr
     config = serialize.from_json(finished.stdout)
     assert config == parse("num_steps=77", file=body)

@@ -13,8 +13,8 @@ import cv2
 import numpy as np
 
 from big_vision_lite.data import MAX_PIXELS
+from big_vision_lite.data.image_formats import Encoded, format_of
 from big_vision_lite.data.ops import pillow
-from big_vision_lite.data.ops.image_formats import Encoded, format_of
 from big_vision_lite.data.ops.jpeg import decode_jpeg
 from big_vision_lite.data.ops.orientation import (
     AS_STORED,
@@ -22,7 +22,7 @@ from big_vision_lite.data.ops.orientation import (
     turned,
     turned_boxes,
 )
-from big_vision_lite.data.ops.undecodable import UndecodableImage, check_pixels
+from big_vision_lite.data.undecodable import UndecodableImage, check_pixels
 
 # Ops run in many worker threads, with which OpenCV's own threads would compete.
 cv2.setNumThreads(0)

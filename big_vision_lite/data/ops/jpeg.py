@@ -10,8 +10,8 @@ import re
 import numpy as np
 import simplejpeg
 
+from big_vision_lite.data.image_formats import Encoded
 from big_vision_lite.data.ops import pillow
-from big_vision_lite.data.ops.image_formats import Encoded
 from big_vision_lite.data.ops.jpeg_parts import (
     FRAMES,
     SEQUENTIAL,
@@ -21,7 +21,7 @@ from big_vision_lite.data.ops.jpeg_parts import (
     parts,
     what_is_missing,
 )
-from big_vision_lite.data.ops.undecodable import UndecodableImage, check_pixels
+from big_vision_lite.data.undecodable import UndecodableImage, check_pixels
 
 APP0, APP14, COMMENT = 0xE0, 0xEE, 0xFE
 

@@ -6,9 +6,9 @@ from typing import Any
 
 import numpy as np
 
-from big_vision_lite.data.ops.image_formats import Encoded
+from big_vision_lite.data.image_formats import Encoded
 from big_vision_lite.data.ops.orientation import AS_STORED, turned_back
-from big_vision_lite.data.ops.undecodable import UndecodableImage, check_pixels
+from big_vision_lite.data.undecodable import UndecodableImage, check_pixels
 
 # Pillow's modes whose range says nothing of what is white.
 OPEN_RANGE = {"I": "32-bit integers", "F": "floats", "LAB": "LAB colours"}

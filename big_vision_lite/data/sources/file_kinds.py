@@ -7,7 +7,7 @@ import stat
 
 from PIL import features
 
-from big_vision_lite.data.ops import image_formats
+from big_vision_lite.data import image_formats
 
 # TIFF and AVIF go through Pillow, which may be built without them.
 SUFFIXES = (

@@ -9,7 +9,12 @@ from typing import Any, SupportsIndex
 
 import numpy as np
 
-from big_vision_lite.data.sources import table_file, table_labels, table_paths
+from big_vision_lite.data.sources import (
+    contents,
+    table_file,
+    table_labels,
+    table_paths,
+)
 from big_vision_lite.data.sources.arrays import Example, content_hash, fields_of
 from big_vision_lite.data.sources.folder import counted, summary
 from big_vision_lite.data.sources.table_file import Columns
@@ -283,7 +288,7 @@ class Table:
         """Returns the bytes of an image file and its label, labels or numbers."""
         opened = self._opened
         path = os.path.join(self._root, opened.paths[index])
-        data = with_retries(lambda: Path(path).read_bytes(), path)
+        data = with_retries(lambda: contents.read_file(path), path)
         label = opened.labels[index.__index__()]
         if self.kind == LabelKind.NUMBERS:
             return {"image": data, "target": np.array(label)}
@@ -296,9 +301,8 @@ class Table:
         return {"image": data, "label": np.array(label)}
 
     def name(self, index: SupportsIndex) -> str:
-        """Returns the path of an image in UTF-8, for messages and lists."""
-        path = os.path.join(self._root, self._opened.paths[index])
-        return os.fsencode(path).decode("utf-8", "replace")
+        """Returns the path of an image, for messages and lists: always UTF-8."""
+        return contents.written(os.path.join(self._root, self._opened.paths[index]))
 
     def __getstate__(self) -> dict[str, Any]:
         return fields_of(self)

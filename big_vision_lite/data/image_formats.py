@@ -1,6 +1,6 @@
 """The format of a file by its first bytes, and what to do if it is not read."""
 
-from big_vision_lite.data.ops.undecodable import UndecodableImage
+from big_vision_lite.data.undecodable import UndecodableImage
 
 Encoded = bytes | bytearray | memoryview
 

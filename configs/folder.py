@@ -18,6 +18,7 @@ orientation  apply: photographs are turned as their EXIF says; ignore: as stored
           big_vision, timm and torchvision train on (with init what the run did)
 split_seed  which tenth is held out, where there are no split folders
 classes   a,b,c: names and order; these folders are classes, whatever their names mean
+class_weights  balanced: each class weighs alike in the loss, however few its images
 allow_module  a module of your own that the run's model comes from
 part      of a file of another library with several models one: teacher
 
@@ -33,14 +34,24 @@ from big_vision_lite.evaluators.classification import Classification
 from big_vision_lite.objectives.classification import SoftmaxClassification
 from big_vision_lite.recipes.arguments import parse_arg
 from big_vision_lite.runs import own_images
+from big_vision_lite.runs.own_images import ClassWeights
 from big_vision_lite.types import Evaluator
 
 
 def get_config(arg: str = "") -> TrainConfig:
     """Returns the recipe; lists the folder."""
-    chosen = parse_arg(arg, dir=str, classes="", **own_images.ARGUMENTS)
+    chosen = parse_arg(
+        arg,
+        dir=str,
+        classes="",
+        class_weights=ClassWeights.EQUAL,
+        **own_images.ARGUMENTS,
+    )
     splits = open_folder(chosen.dir, chosen.split_seed, chosen.classes)
     train = splits.pop("train")
+    objective = SoftmaxClassification()
+    if chosen.class_weights == ClassWeights.BALANCED:
+        objective = objective.balanced(train.class_counts(), train.class_names)
 
     def scored(every_steps: int) -> dict[str, Evaluator]:
         return {
@@ -48,4 +59,4 @@ def get_config(arg: str = "") -> TrainConfig:
             for name, source in splits.items()
         }
 
-    return own_images.recipe(chosen, train, SoftmaxClassification(), scored)
+    return own_images.recipe(chosen, train, objective, scored)

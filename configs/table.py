@@ -15,6 +15,8 @@ separator  between several names in a cell
 split     the column that holds train, val and test; without it a share is held out
 held_out  that share
 loss      of numbers: squared, absolute or huber
+class_weights  of classes: balanced makes each weigh alike in the loss, however few its
+          images
 init, size, batch, epochs, steps, flip, orientation, split_seed, allow_module
           as in configs/folder.py: init=RUN fine-tunes, without it from scratch
 
@@ -38,6 +40,7 @@ from big_vision_lite.objectives.classification import (
 from big_vision_lite.objectives.regression import Regression, RegressionLoss
 from big_vision_lite.recipes.arguments import parse_arg
 from big_vision_lite.runs import own_images
+from big_vision_lite.runs.own_images import ClassWeights
 from big_vision_lite.types import Evaluator, Objective
 
 
@@ -54,6 +57,7 @@ def get_config(arg: str = "") -> TrainConfig:
         split="",
         held_out=HELD_OUT,
         loss=RegressionLoss.SQUARED,
+        class_weights=ClassWeights.EQUAL,
         **own_images.ARGUMENTS,
     )
     table = Table(
@@ -78,18 +82,33 @@ def get_config(arg: str = "") -> TrainConfig:
             for name, source in splits.items()
         }
 
-    return own_images.recipe(chosen, train, objective_of(train, chosen.loss), scored)
+    objective = objective_of(train, chosen.loss, chosen.class_weights)
+    return own_images.recipe(chosen, train, objective, scored)
 
 
-def objective_of(train: Table, loss: RegressionLoss) -> Objective:
+def objective_of(
+    train: Table, loss: RegressionLoss, class_weights: ClassWeights
+) -> Objective:
     """Returns the objective for the kind of labels; of numbers it knows their units."""
+    balanced = class_weights == ClassWeights.BALANCED
     if train.kind == LabelKind.NUMBERS:
+        if balanced:
+            raise ValueError(
+                "class_weights=balanced is for classes, and kind=numbers has none. "
+                "Leave it out."
+            )
         return Regression.fitted(train.targets, train.class_names, loss)
     if loss != RegressionLoss.SQUARED:
         raise ValueError(
             f"loss={loss} is for kind=numbers; classes are trained with the softmax or "
             "the sigmoid. Leave it out."
         )
+    names = train.class_names
     if train.kind == LabelKind.CLASS:
+        if balanced:
+            return SoftmaxClassification.balanced(train.class_counts(), names)
         return SoftmaxClassification()
+    if balanced:
+        counts = train.class_counts()
+        return SigmoidClassification.balanced(counts, names, len(train))
     return SigmoidClassification()

@@ -83,12 +83,25 @@ def test_the_recipe_fits_the_kind_of_labels(path, arg):
     assert {k: np.shape(v) for k, v in found.items()} == keys
 
 
+@pytest.mark.parametrize("arg", ["label=class", "label=left,top,kind=flags"])
+def test_balanced_weights_of_the_training_images_go_into_the_objective(path, arg):
+    config = parse(path, f"{arg},size=16,split=part,class_weights=balanced")
+    source = config.data.source
+    counts, weights = source.class_counts(), np.array(config.objective.class_weights)
+    if arg == "label=class":
+        np.testing.assert_allclose(weights * counts, len(source) / len(counts))
+    else:
+        np.testing.assert_allclose(weights * counts, len(source) - counts)
+
+
 def test_wrong_arguments_say_what_is_allowed(path):
     for arg, words in (
         ("label=clas", 'Did you mean "class"'),
         ("label=grey,kind=number", "one of class, classes, flags, numbers"),
         ("label=class,loss=huber", "loss=huber is for kind=numbers"),
         ("label=class,split=part,held_out=0.2", "choose nothing"),
+        ("label=grey,kind=numbers,class_weights=balanced", "kind=numbers has none"),
+        ("label=class,class_weights=balance", "one of equal, balanced"),
         ("label=grey,kind=numbers,steps=5", "go with init; use epochs"),
         ("kind=class", "needs label"),
     ):

@@ -1,40 +1,34 @@
 """Accuracy over all images and per class, and the loss."""
 
-import csv
 import dataclasses
-import io
 import math
-from collections.abc import Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
-from etils import epath
 
 from big_vision_lite.config import MatchClasses
-from big_vision_lite.evaluators import average_precision
+from big_vision_lite.evaluators import average_precision, per_class
 from big_vision_lite.runs.evaluations import Context
 from big_vision_lite.runs.scores import check_fields
-from big_vision_lite.runtime import files
 from big_vision_lite.types import Array, Batch, Forward, Logits, Runner, Source
 
 TOP = 5
-COLUMNS = ("step", "class", "count", "correct", "accuracy")
 
 
 @dataclasses.dataclass(kw_only=True)
 class Classification:
     """Accuracy and loss of the model's "logits" on every image of `source`.
 
-    Scores: accuracy, accuracy_top5 (with more than 5 classes), with several labels
-    mean_average_precision (over the classes that an image has), loss (of the
-    objective), examples and unreadable (counts). They do not depend on the number of
-    devices. Labels are matched to the model's classes by name, or with
-    match_classes="in_order" by position if both have as many. A model whose logits are
-    numbers is refused. With several labels, an image counts as correct if the predicted
-    class is among them; images without any label are left out. `per_class` writes
-    WORKDIR/<name>_per_class.csv.
+    Scores: accuracy, balanced_accuracy (each class counts alike, see
+    `per_class.balanced_scores`), accuracy_top5 (with more than 5 classes), with several
+    labels mean_per_class_recall and mean_average_precision (over the classes that an
+    image has), loss (of the objective, class weights included), examples and unreadable
+    (counts). They do not depend on the number of devices. Labels are matched to the
+    model's classes by name, or with match_classes="in_order" by position if both have
+    as many. A model whose logits are numbers is refused. With several labels, an image
+    counts as correct if the predicted class is among them; images without any label are
+    left out. `per_class` writes WORKDIR/<name>_per_class.csv.
     """
 
     source: Source
@@ -82,6 +76,9 @@ class Classification:
             precision = average_precision.precision_scores(
                 context.objective, rows, names, context.log
             )
+            balanced = per_class.balanced_scores(
+                rows, len(names), context.objective.logits
+            )
             if rows["label"].ndim == 2:
                 labelled = (rows["label"] > 0).any(axis=1)
                 rows = {name: value[labelled] for name, value in rows.items()}
@@ -92,14 +89,14 @@ class Classification:
                     "label; look at them with tools/check_dataset.py."
                 )
             if self.per_class and jax.process_index() == 0:
-                _write_per_class(
+                per_class.write(
                     context.workdir / f"{context.name}_per_class.csv",
                     int(state.step),
                     names,
                     rows["label"],
                     rows["predicted"],
                 )
-            scores = {"accuracy": int(rows["top1"].sum()) / examples}
+            scores = {"accuracy": int(rows["top1"].sum()) / examples, **balanced}
             if len(names) > TOP:
                 scores["accuracy_top5"] = int(rows["top5"].sum()) / examples
             # fsum is exact, so the batch size cannot matter.
@@ -115,29 +112,3 @@ def _hits(top: Array, label: Array) -> dict[str, Array]:
     else:
         hit = jnp.take_along_axis(label, top, axis=1) > 0
     return {"top1": hit[:, 0], "top5": hit.any(axis=1)}
-
-
-def _write_per_class(
-    path: epath.Path,
-    step: int,
-    names: tuple[str, ...],
-    labels: np.ndarray,
-    predicted: np.ndarray,
-) -> None:
-    """Appends the rows of `step`; drops those of it or later that a killed run left."""
-    if labels.ndim == 2:
-        count = (labels > 0).sum(axis=0)
-        hit = labels[np.arange(len(predicted)), predicted] > 0
-    else:
-        count = np.bincount(labels, minlength=len(names))
-        hit = labels == predicted
-    correct = np.bincount(predicted[hit], minlength=len(names))
-    rows: list[Sequence[object]] = [COLUMNS]
-    if path.exists():
-        old = list(csv.reader(io.StringIO(path.read_bytes().decode(), newline="")))[1:]
-        rows += [row for row in old if int(row[0]) < step]
-    for name, n, c in zip(names, count.tolist(), correct.tolist(), strict=True):
-        rows.append((step, name, n, c, c / n if n else ""))
-    with files.writing(path):
-        path.parent.mkdir(parents=True, exist_ok=True)
-        files.replace(path, files.csv_text(rows))

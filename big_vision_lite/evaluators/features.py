@@ -9,7 +9,9 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Float, Int
 
+from big_vision_lite.messages import did_you_mean, some
 from big_vision_lite.runs.evaluations import Context, EvalStep, RowFunction
+from big_vision_lite.training.forward import MissingOutput
 from big_vision_lite.types import Array, Batch, Forward, Model, Op, Source
 
 # Longer side in px to which raw pixels are shrunk: more make a worse, slower control.
@@ -25,20 +27,40 @@ class Features:
     unreadable: int
 
 
-def pooled(model: Model) -> RowFunction:
-    """Returns an eval-step function that gives pooled features ("vectors") and labels.
+def of_model(model: Model, output: str = "") -> RowFunction:
+    """Returns an eval-step function that gives features ("vectors") and labels.
 
-    The features are "pooled", or "pre_logits" if the head has a tanh layer, as in the
-    few-shot protocol; float32 [B, D].
+    The features, float32 [B, D], are "pooled", or "pre_logits" if the head has a tanh
+    layer, as in the few-shot protocol. `output` names another output of the model, or a
+    module such as "encoder/block_05"; positions [B, h, w, D] and tokens [B, N, D] are
+    averaged.
     """
 
     def function(forward: Forward, batch: Batch, rng: Array) -> dict[str, Array]:
         outputs = forward(**model.inputs(batch))
-        name = "pre_logits" if "pre_logits" in outputs else "pooled"
-        vectors = outputs[name]
-        return {"vectors": vectors.astype(jnp.float32), "label": batch["label"]}
+        name = output or ("pre_logits" if "pre_logits" in outputs else "pooled")
+        if output and output not in outputs:
+            try:
+                outputs = forward(**model.inputs(batch), capture=(output,))["captured"]
+            except MissingOutput as error:
+                raise MissingOutput(
+                    f'output="{output}" is no output of the model, which gives '
+                    f"{some(sorted(outputs))}, and no module, named like "
+                    f'"encoder/block_03".{did_you_mean(output, outputs)}'
+                ) from error
+        return {"vectors": _averaged(outputs[name], name), "label": batch["label"]}
 
     return function
+
+
+def _averaged(x: Any, name: str) -> Float[Array, "B D"]:
+    if not isinstance(x, jax.Array) or x.ndim < 2:
+        shown = x.shape if isinstance(x, jax.Array) else type(x).__name__
+        raise ValueError(
+            f'output="{name}" is {shown}, no features [B, ..., D]; name a block or '
+            "another output."
+        )
+    return x.astype(jnp.float32).mean(axis=tuple(range(1, x.ndim - 1)))
 
 
 def raw_pixels(forward: Forward, batch: Batch, rng: Array) -> dict[str, Array]:

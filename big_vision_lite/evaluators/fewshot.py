@@ -10,6 +10,7 @@ from big_vision_lite.data.sources import Tfds
 from big_vision_lite.evaluators import features
 from big_vision_lite.evaluators.features import Features
 from big_vision_lite.evaluators.ridge import Ridge, shuffled_classes
+from big_vision_lite.messages import some
 from big_vision_lite.runs import controls
 from big_vision_lite.runs.class_pairs import class_table
 from big_vision_lite.runs.evaluations import Context
@@ -46,7 +47,9 @@ class FewShot:
     test images; without any, these two scores are left out. All accuracies are means
     over `seeds`; with several, "..._sd" is the sample standard deviation. Follows
     big_vision's protocol (arXiv:2205.01580, section 3). "<set>/unreadable" counts the
-    unreadable images of pool and test set.
+    unreadable images of pool and test set. A class of fewer than k images gives all it
+    has, which the log says. `output` names the features: an output of the model or a
+    module such as "encoder/block_05"; "": the pooled ones (see `features.of_model`).
 
     `controls` adds the same scores for raw pixels ("control_raw_pixels", at most 32 px
     a side) and the untrained network ("control_untrained"), computed once per run and
@@ -60,6 +63,7 @@ class FewShot:
     every_steps: int = 25_000
     batch_size: int = 256
     controls: bool = True
+    output: str = ""
 
     def __post_init__(self) -> None:
         names = [few.name for few in self.sets]
@@ -87,7 +91,9 @@ class FewShot:
                     f"{context.name}/{few.name} has the classes of the pretraining: a "
                     "data-efficiency probe, not transfer"
                 )
-        of_model = context.make_backbone_step(features.pooled(context.backbone))
+        of_model = context.make_backbone_step(
+            features.of_model(context.backbone, self.output)
+        )
         of_pixels = context.make_eval_step(features.raw_pixels)
         for few in self.sets:
             for source in (few.train, few.test):
@@ -105,6 +111,7 @@ class FewShot:
                 if kind == "accuracy":
                     unreadable = _count_unreadable(context, few, train, test)
                     scores[f"{few.name}/unreadable"] = float(unreadable)
+                    self._say_short(context, few, train)
                 test.labels = tables[few.name][test.labels]
                 found = self._few_shot(train, test, len(few.train.class_names), kind)
                 scores |= {f"{few.name}/{name}": x for name, x in found.items()}
@@ -167,6 +174,20 @@ class FewShot:
                     scores[f"{shots}_shot/{kind}{name}_sd"] = sd
         return scores
 
+    def _say_short(self, context: Context, few: FewShotSet, train: Features) -> None:
+        names = few.train.class_names
+        counts = np.bincount(train.labels, minlength=len(names))
+        for shots in self.shots:
+            short = [
+                f"{n} ({c})" for n, c in zip(names, counts, strict=True) if c < shots
+            ]
+            if short:
+                context.log(
+                    f"{context.name}/{few.name}: {len(short)} of {len(names)} classes "
+                    f"have fewer than {shots} images, {shots}_shot takes all they "
+                    f"have: {some(short)}."
+                )
+
     def _test_labels(self, few: FewShotSet, context: Context) -> np.ndarray:
         table = class_table(
             few.test.class_names,
@@ -196,6 +217,7 @@ class FewShot:
             "l2_grid": list(L2_GRID),
             "validation_per_class": VALIDATION_PER_CLASS,
             "raw_pixels_side": features.RAW_PIXELS_SIDE,
+            "output": self.output,
             "model": repr(context.model),
             "seed": context.seed,
         }

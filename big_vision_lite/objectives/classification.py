@@ -1,12 +1,16 @@
 """Softmax and sigmoid cross-entropy, for one or several labels per image."""
 
 import dataclasses
+import math
+from collections.abc import Sequence
 from typing import ClassVar
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Float, Int
 
+from big_vision_lite.messages import some
 from big_vision_lite.types import Batch, Forward, Logits, Objective
 
 
@@ -15,13 +19,17 @@ class SoftmaxClassification(Objective):
     """Softmax cross-entropy in nats, for one label per image.
 
     Labels are int [B], or float [B, C] that sum to 1 (mixup). `label_smoothing` spreads
-    that fraction of every label evenly over all classes.
+    that fraction of every label evenly over all classes. `class_weights`, one a class,
+    multiply the terms of the loss; `balanced` gives those that make up for unequal
+    classes.
     """
 
     logits: ClassVar[Logits | None] = Logits.SOFTMAX
     label_smoothing: float = 0.0
+    class_weights: tuple[float, ...] = ()
 
     def __post_init__(self) -> None:
+        _check_weights(self.class_weights)
         if not 0 <= self.label_smoothing < 1:
             raise ValueError(
                 f"label_smoothing={self.label_smoothing} is not a share; use "
@@ -35,8 +43,22 @@ class SoftmaxClassification(Objective):
         labels = as_distribution(batch["label"], logits.shape[-1])
         smoothed = labels * (1 - self.label_smoothing)
         smoothed = smoothed + self.label_smoothing / logits.shape[-1]
-        losses = -jnp.sum(smoothed * jax.nn.log_softmax(logits), axis=-1)
+        weighted = _weighted(smoothed, self.class_weights)
+        losses = -jnp.sum(weighted * jax.nn.log_softmax(logits), axis=-1)
         return losses, {"accuracy": is_correct(logits, labels)}
+
+    @classmethod
+    def balanced(cls, counts: Int[np.ndarray, " C"], names: Sequence[str]) -> Objective:
+        """Returns the objective in which all classes of the training set weigh alike.
+
+        Class c of `counts[c]` of N images weighs N / (C * counts[c]), so that the mean
+        weight of an image is 1 (scikit-learn's and Keras's "balanced").
+
+        Raises:
+            ValueError: a class has no image.
+        """
+        _check_counts(counts, names)
+        return cls(class_weights=tuple((counts.mean() / counts).tolist()))
 
 
 @dataclasses.dataclass(kw_only=True)
@@ -44,10 +66,16 @@ class SigmoidClassification(Objective):
     """Binary cross-entropy in nats, summed over the classes (arXiv:2006.07159).
 
     Labels are int [B], or float [B, C] with a value in 0..1 per class. A prediction is
-    correct when the most probable class is one of the image's.
+    correct when the most probable class is one of the image's. `class_weights`, one a
+    class, multiply the loss of the classes that an image has, not of those that it
+    lacks (PyTorch's pos_weight).
     """
 
     logits: ClassVar[Logits | None] = Logits.SIGMOID
+    class_weights: tuple[float, ...] = ()
+
+    def __post_init__(self) -> None:
+        _check_weights(self.class_weights)
 
     def __call__(
         self, forward: Forward, batch: Batch, rng: Array
@@ -55,8 +83,29 @@ class SigmoidClassification(Objective):
         logits = _logits(forward, batch)
         labels = as_distribution(batch["label"], logits.shape[-1])
         present, absent = jax.nn.log_sigmoid(logits), jax.nn.log_sigmoid(-logits)
-        losses = -jnp.sum(labels * present + (1 - labels) * absent, axis=-1)
+        weighted = _weighted(labels, self.class_weights)
+        losses = -jnp.sum(weighted * present + (1 - labels) * absent, axis=-1)
         return losses, {"accuracy": is_correct(logits, labels)}
+
+    @classmethod
+    def balanced(
+        cls, counts: Int[np.ndarray, " C"], names: Sequence[str], num_images: int
+    ) -> Objective:
+        """Returns the objective in which images with and without a class weigh alike.
+
+        Class c, which `counts[c]` of N images have, weighs (N - counts[c]) / counts[c].
+
+        Raises:
+            ValueError: a class has no image, or all.
+        """
+        _check_counts(counts, names)
+        everywhere = [n for n, c in zip(names, counts, strict=True) if c == num_images]
+        if everywhere:
+            raise ValueError(
+                f"All {num_images:,} training images have {some(everywhere)}, so there "
+                "is nothing to weigh; leave such a class out, or class_weights."
+            )
+        return cls(class_weights=tuple(((num_images - counts) / counts).tolist()))
 
 
 def as_distribution(
@@ -84,6 +133,37 @@ def is_correct(
     chosen = jnp.take_along_axis(labels, logits.argmax(-1, keepdims=True), axis=-1)
     largest = labels.max(axis=-1)
     return ((chosen[:, 0] == largest) & (largest > 0)).astype(jnp.float32)
+
+
+def _weighted(
+    labels: Float[Array, "B C"], weights: tuple[float, ...]
+) -> Float[Array, "B C"]:
+    if not weights:
+        return labels
+    if len(weights) != labels.shape[-1]:
+        raise ValueError(
+            f"class_weights has {len(weights)} numbers for {labels.shape[-1]} classes; "
+            "give one a class, in their order, or none."
+        )
+    return labels * jnp.float32(weights)
+
+
+def _check_weights(weights: tuple[float, ...]) -> None:
+    wrong = [w for w in weights if not 0 <= w < math.inf]
+    if wrong or (weights and not any(weights)):
+        raise ValueError(
+            f"class_weights={some(map(str, weights))}: weights are finite numbers from "
+            "0, not all 0, one a class; 1.0 changes nothing."
+        )
+
+
+def _check_counts(counts: Int[np.ndarray, " C"], names: Sequence[str]) -> None:
+    empty = [name for name, count in zip(names, counts, strict=True) if not count]
+    if empty:
+        raise ValueError(
+            f"No training image has {some(empty)}, so no weight balances the classes; "
+            "leave such a class out, or give class_weights as a list."
+        )
 
 
 def _logits(forward: Forward, batch: Batch) -> Float[Array, "B C"]:

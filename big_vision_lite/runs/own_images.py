@@ -1,6 +1,7 @@
 """A recipe for labelled images of one's own: fine-tuned, or from scratch."""
 
 import dataclasses
+import enum
 from collections.abc import Callable
 from typing import Any
 
@@ -25,6 +26,19 @@ from big_vision_lite.types import Evaluator, Objective, Source
 
 # The largest size at which the small network sees the whole of an object.
 SMALL_NETWORK_PX = 64
+
+
+class ClassWeights(enum.StrEnum):
+    """How much the classes weigh in the loss.
+
+    EQUAL     1 each: a class of more images counts for more
+    BALANCED  so that each class of the training images counts alike
+    """
+
+    EQUAL = "equal"
+    BALANCED = "balanced"
+
+
 # What such recipes take, beside what names their set; 0 and "" choose.
 ARGUMENTS: dict[str, Any] = {
     "init": "",

@@ -105,7 +105,8 @@ class BoundModel:
 
         Raises:
             ValueError: called inside scan, vmap, grad or checkpoint; `params="ema"`
-                without an average; a name in `capture` that is no module.
+                without an average.
+            MissingOutput: a name in `capture` is no module.
         """
         if self._trace != core.get_opaque_trace_state(convention="flax"):
             raise ValueError(
@@ -193,7 +194,7 @@ def _captured(intermediates: Any, names: tuple[str, ...]) -> dict[str, Any]:
         for part in name.split("/"):
             node = node.get(part, {})
         if "__call__" not in node:
-            raise ValueError(
+            raise MissingOutput(
                 f'capture="{name}" is no module of the model. Modules are named like '
                 '"encoder/block_03".'
             )

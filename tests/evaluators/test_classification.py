@@ -20,6 +20,7 @@ from evaluation_context import (
 from big_vision_lite.config import MatchClasses
 from big_vision_lite.data.ops import Decode
 from big_vision_lite.data.sources import Digits, InMemory
+from big_vision_lite.evaluators import per_class
 from big_vision_lite.evaluators.average_precision import mean_average_precision
 from big_vision_lite.evaluators.classification import Classification
 from big_vision_lite.objectives.classification import (
@@ -28,6 +29,7 @@ from big_vision_lite.objectives.classification import (
 )
 from big_vision_lite.runs.class_pairs import class_table
 from big_vision_lite.training import step as step_lib
+from big_vision_lite.types import Logits
 
 NAMES = tuple("abcdefg")
 
@@ -63,7 +65,7 @@ def prepared(tmp_path, source, devices=1, batch_size=8, model=None, context=None
         yield evaluator.prepare(made), state
 
 
-def per_class(tmp_path):
+def per_class_table(tmp_path):
     with (tmp_path / "val_per_class.csv").open() as file:
         return list(csv.DictReader(file))
 
@@ -83,9 +85,11 @@ def by_hand(source, names=None, label_smoothing=0.0):
     order = np.argsort(-logits, axis=1)
     log_softmax = logits - np.log(np.exp(logits).sum(axis=1, keepdims=True))
     of_label = log_softmax[np.arange(29), labels]
+    recalls = [np.mean(order[labels == c, 0] == c) for c in range(7) if c in labels]
     smooth = label_smoothing * log_softmax.mean(axis=1)
     return {
         "accuracy": np.mean(order[:, 0] == labels),
+        "balanced_accuracy": np.mean(recalls),
         "accuracy_top5": np.mean((order[:, :5] == labels[:, None]).any(axis=1)),
         "loss": -np.mean((1 - label_smoothing) * of_label + smooth),
         "examples": 29.0,
@@ -135,7 +139,7 @@ def test_classes_are_matched_by_name_not_by_number(tmp_path, source):
     assert found == pytest.approx(by_hand(source, model_names), rel=1e-6)
     assert found["accuracy"] != by_hand(source)["accuracy"]
     # The table names the model's classes, with the counts of the source's.
-    counts = {row["class"]: int(row["count"]) for row in per_class(tmp_path)}
+    counts = {row["class"]: int(row["count"]) for row in per_class_table(tmp_path)}
     labels = [NAMES[source[i]["label"]] for i in range(29)]
     assert counts == {name: labels.count(name) for name in NAMES}
 
@@ -198,7 +202,7 @@ def test_an_image_with_several_labels_is_correct_if_any_is_predicted(tmp_path):
     # The last image is one of no class; "g" has no image and is left out.
     expected = mean_average_precision(scores, labels, NAMES, print)
     assert found["mean_average_precision"] == pytest.approx(expected) and expected < 1
-    rows = {row["class"]: row for row in per_class(tmp_path)}
+    rows = {row["class"]: row for row in per_class_table(tmp_path)}
     assert [rows[n]["count"] for n in NAMES] == ["1", "1", "1", "1", "1", "1", "0"]
     assert [rows[n]["correct"] for n in NAMES] == ["1", "1", "0", "0", "0", "0", "0"]
     assert rows["g"]["accuracy"] == ""
@@ -216,7 +220,7 @@ def test_the_table_adds_up_and_is_continued_after_a_kill(tmp_path, source):
     for step in (2, 4, 6):
         found = evaluate(tmp_path, source, step=step)
     before = (tmp_path / "val_per_class.csv").read_bytes()
-    rows = per_class(tmp_path)
+    rows = per_class_table(tmp_path)
     assert [row["step"] for row in rows] == ["2"] * 7 + ["4"] * 7 + ["6"] * 7
     last = rows[-7:]
     assert sum(int(row["count"]) for row in last) == 29
@@ -334,3 +338,32 @@ def test_digits_are_scored_alike_on_one_and_eight_devices(tmp_path):
 def test_impossible_numbers_are_refused(fields):
     with pytest.raises(ValueError, match="batch_size starts at 1"):
         Classification(source=Digits(split="test"), **fields)
+
+
+@pytest.mark.parametrize("logits", [Logits.SIGMOID, Logits.SOFTMAX])
+def test_balanced_scores_of_several_labels_equal_a_loop(logits):
+    rng = np.random.default_rng(0)
+    labels = (rng.random((40, 5)) < 0.3).astype(np.float32)
+    labels[:, 3], labels[:, 4] = 0, 1  # classes of no image, and of every one
+    rows = {"label": labels, "ranking": rng.normal(0, 1, (40, 5))}
+    found = per_class.balanced_scores(rows, 5, logits)
+    if logits == Logits.SOFTMAX:
+        assert found == {}
+        return
+    recalls, both = [], []
+    for c in range(3):
+        has = labels[:, c] == 1
+        yes = 1 / (1 + np.exp(-rows["ranking"][:, c])) > 0.5
+        recalls.append(np.mean(yes[has]))
+        both.append((np.mean(yes[has]) + np.mean(~yes[~has])) / 2)
+    assert found == pytest.approx(
+        {"balanced_accuracy": np.mean(both), "mean_per_class_recall": np.mean(recalls)}
+    )
+
+
+def test_an_answer_that_is_always_the_largest_class_is_seen(tmp_path):
+    images = score_images(np.eye(7)[[0] * 22] * 200)
+    source = InMemory(images, np.array([0] * 20 + [1, 2]), NAMES)
+    found = evaluate(tmp_path, source)
+    assert found["accuracy"] == pytest.approx(20 / 22)
+    assert found["balanced_accuracy"] == pytest.approx(1 / 3)

@@ -362,7 +362,7 @@ def test_features_come_in_the_order_of_the_source_without_unreadable_rows(tmp_pa
     with jax.set_mesh(mesh):
         state = make_state(model, mesh, (8, 8, 1))
         context = make_context(tmp_path, mesh, model)
-        step = context.make_eval_step(features.pooled(model))
+        step = context.make_eval_step(features.of_model(model))
         found = features.extract(
             context, step, state, source, (Decode(channels=1),), 64
         )
@@ -468,3 +468,67 @@ def test_the_natural_sets_are_squeezed_to_squares_and_not_averaged(monkeypatch):
     # Two taps a side fall on the black ones of white, black, black, white.
     stripes = np.tile(np.array([255, 0, 0, 255], np.uint8), 256)
     assert not seen(np.broadcast_to(stripes[:, None], (256, 1024, 3)).copy()).any()
+
+
+def test_the_probed_output_is_the_one_that_is_named(tmp_path):
+    model = Network()
+    pooled = evaluate(tmp_path, small(controls=False), model=model)
+    assert evaluate(tmp_path, small(controls=False, output="pooled"), model=model) == (
+        pooled
+    )
+    # A module by its name: here what comes before the nonlinearity.
+    other = evaluate(tmp_path, small(controls=False, output="hidden"), model=model)
+    assert other.keys() == pooled.keys() and other != pooled
+
+
+@pytest.mark.parametrize("name", ["grid", "encoder/block_03"])
+def test_positions_and_tokens_are_averaged(name):
+    values = jax.random.normal(jax.random.key(0), (3, 4, 5, 8), jnp.bfloat16)
+
+    def forward(image, capture=()):
+        outputs = {"pooled": jnp.zeros((3, 8)), "grid": values}
+        return outputs | {"captured": {n: values[:, 0] for n in capture}}
+
+    batch = {"image": jnp.zeros((3, 2, 2, 1)), "label": jnp.arange(3)}
+    function = features.of_model(Network(), name)
+    vectors = function(forward, batch, jax.random.key(0))["vectors"]
+    wide = np.asarray(values, np.float64)
+    wide = wide.mean(axis=(1, 2)) if name == "grid" else wide[:, 0].mean(axis=1)
+    np.testing.assert_allclose(vectors, wide, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    "name, message",
+    [
+        (
+            "poled",
+            'val: output="poled" is no output of the model.* Did you mean "pooled"',
+        ),
+        ("encoder/block_99", "and no module"),
+    ],
+)
+def test_an_output_that_is_not_there_is_refused_before_any_step(
+    tmp_path, name, message
+):
+    with pytest.raises(ValueError, match=message):
+        evaluate(tmp_path, small(controls=False, output=name), model=Network())
+
+
+def test_more_shots_than_a_class_has_images_are_said(tmp_path):
+    rng = np.random.default_rng(0)
+    labels = np.array([0, 0, 0, 0, 1, 1])
+    pool = InMemory(rng.integers(0, 255, (6, 8, 8, 1)), labels, ("a", "b"))
+    few = FewShotSet(name="tiny", train=pool, test=pool)
+    said = []
+    evaluate(
+        tmp_path,
+        small(sets=(few,), shots=(1, 2, 3, 5), controls=False),
+        messages=said,
+    )
+    assert said[-2:] == [
+        "val/tiny: 1 of 2 classes have fewer than 3 images, 3_shot takes all they "
+        "have: b (2).",
+        "val/tiny: 2 of 2 classes have fewer than 5 images, 5_shot takes all they "
+        "have: a (4), b (2).",
+    ]
+    assert len([text for text in said if "fewer than" in text]) == 2

@@ -118,3 +118,66 @@ def test_wrong_use_is_refused_with_what_to_do():
         SoftmaxClassification(label_smoothing=1.0)
     with pytest.raises(ValueError, match="head.num_classes=3"):
         run(SoftmaxClassification(), SOFT[:, :3])
+
+
+WEIGHTS = (0.5, 2.0, 0.0, 1.0, 3.25)
+
+
+@pytest.mark.parametrize("labels", [CLASSES, SOFT], ids=["int", "float"])
+@pytest.mark.parametrize("smoothing", [0.0, 0.1])
+def test_weighted_softmax_equals_pytorch_s_sum_of_terms(labels, smoothing):
+    objective = SoftmaxClassification(label_smoothing=smoothing, class_weights=WEIGHTS)
+    losses, _ = run(objective, labels)
+    for b, logits in enumerate(LOGITS.astype(np.float64)):
+        expected = 0.0
+        for c in range(5):
+            target = one_hot(labels)[b, c] * (1 - smoothing) + smoothing / 5
+            log_p = logits[c] - np.log(np.exp(logits).sum())
+            expected -= WEIGHTS[c] * target * log_p
+        assert losses[b] == pytest.approx(expected, rel=1e-5)
+
+
+def test_weighted_sigmoid_weighs_the_classes_that_are_there():
+    losses, _ = run(SigmoidClassification(class_weights=WEIGHTS), SEVERAL)
+    for b, logits in enumerate(LOGITS.astype(np.float64)):
+        p = 1 / (1 + np.exp(-logits))
+        present = (SEVERAL[b] * np.array(WEIGHTS) * np.log(p)).sum()
+        absent = ((1 - SEVERAL[b]) * np.log(1 - p)).sum()
+        assert losses[b] == pytest.approx(-present - absent, rel=1e-5)
+
+
+def test_weights_of_one_change_no_bit():
+    ones = (1.0,) * 5
+    for kind, labels in (
+        (SoftmaxClassification, SOFT),
+        (SigmoidClassification, CLASSES),
+    ):
+        plain, weighted = (
+            run(kind(), labels)[0],
+            run(kind(class_weights=ones), labels)[0],
+        )
+        np.testing.assert_array_equal(plain, weighted)
+
+
+def test_balanced_weights_give_every_class_the_same_sum():
+    counts = np.array([1, 40, 9, 50])
+    softmax = SoftmaxClassification.balanced(counts, "abcd")
+    weights = np.array(softmax.class_weights)
+    np.testing.assert_allclose(weights * counts, 25)
+    assert (weights * counts).sum() / 100 == pytest.approx(1)  # the mean of an image
+    sigmoid = SigmoidClassification.balanced(counts, "abcd", 100)
+    np.testing.assert_allclose(np.array(sigmoid.class_weights) * counts, 100 - counts)
+
+
+def test_wrong_weights_are_said():
+    with pytest.raises(ValueError, match="class_weights has 5 numbers for 4 classes"):
+        weighted = SoftmaxClassification(class_weights=WEIGHTS)
+        run(weighted, CLASSES % 4, LOGITS[:, :4])
+    for weights in ((-1.0, 1.0), (float("nan"),), (float("inf"), 1.0), (0.0, 0.0)):
+        for kind in (SoftmaxClassification, SigmoidClassification):
+            with pytest.raises(ValueError, match="weights are finite numbers from 0"):
+                kind(class_weights=weights)
+    with pytest.raises(ValueError, match="No training image has b, so no weight"):
+        SoftmaxClassification.balanced(np.array([3, 0]), "ab")
+    with pytest.raises(ValueError, match="All 3 training images have a"):
+        SigmoidClassification.balanced(np.array([3, 1]), "ab", 3)

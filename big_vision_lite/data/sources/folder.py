@@ -15,6 +15,9 @@ from big_vision_lite.data.sources.tfds.records import with_retries
 from big_vision_lite.messages import did_you_mean, some
 from big_vision_lite.runtime import files
 
+# Above this ratio of the largest class to the smallest the accuracy says little.
+UNEQUAL_ABOVE = 20
+
 
 @dataclasses.dataclass(kw_only=True)
 class ImageFolder:
@@ -178,6 +181,8 @@ def _describe(root: Path, sources: Sequence[ImageFolder]) -> list[str]:
         elif not there and split != "all":
             where = f" (by a hash, split_seed={source.split_seed})"
         lines.append(f"  {split:<10} {_counts(source)}{where}")
+    if first.labels:
+        lines += unequal(first.class_names, first.class_counts())
     used = {splits.SPLIT_FOLDERS.get(s.split.lower(), s.split) for s in sources}
     unused = [f"{n} (folder {p.relative_to(root)})" for n, p in there.items()]
     unused = [text for text in unused if text.split()[0] not in used]
@@ -204,6 +209,20 @@ def summary(size: int, names: Sequence[str], counts: np.ndarray) -> str:
         f"{counted(size, 'image')} of {len(names)} classes: smallest {names[least]} "
         f"({counts[least]:,}), largest {names[most]} ({counts[most]:,})"
     )
+
+
+def unequal(names: Sequence[str], counts: np.ndarray) -> list[str]:
+    """Returns a line of advice if the largest class has over 20 times the smallest."""
+    there = np.flatnonzero(counts)
+    least, most = int(there[counts[there].argmin()]), int(counts.argmax())
+    ratio = counts[most] / counts[least]
+    if ratio <= UNEQUAL_ABOVE:
+        return []
+    return [
+        f"  unequal    {names[most]} has {ratio:,.0f} times as many images as "
+        f"{names[least]}: read balanced_accuracy beside accuracy; "
+        "class_weights=balanced makes all classes weigh alike in training"
+    ]
 
 
 def counted(count: int, noun: str) -> str:

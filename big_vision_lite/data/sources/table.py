@@ -16,7 +16,7 @@ from big_vision_lite.data.sources import (
     table_paths,
 )
 from big_vision_lite.data.sources.arrays import Example, content_hash, fields_of
-from big_vision_lite.data.sources.folder import counted, summary
+from big_vision_lite.data.sources.folder import counted, summary, unequal
 from big_vision_lite.data.sources.table_file import Columns
 from big_vision_lite.data.sources.table_labels import LabelKind, Labels
 from big_vision_lite.data.sources.tfds.records import with_retries
@@ -349,6 +349,9 @@ def describe(tables: Sequence[Table]) -> list[str]:
             line += f" (by a hash, split_seed={table.split_seed})"
         if line not in lines:
             lines.append(line)
+        if table.kind != LabelKind.NUMBERS and table.split in ("train", "all"):
+            advice = unequal(table.class_names, table.class_counts())
+            lines += [line for line in advice if line not in lines]
     return lines
 
 

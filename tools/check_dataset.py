@@ -3,6 +3,7 @@
   python tools/check_dataset.py FOLDER
   python tools/check_dataset.py --tfds fashion_mnist --split train+test
   python tools/check_dataset.py --no_labels FOLDER
+  python tools/check_dataset.py --table labels.csv --image file --label class
 
 Reads and decodes every image once. Reports splits, classes and what is left out, as a
 run does at its start; sizes, images that their EXIF turns, unreadable files, and the
@@ -25,16 +26,13 @@ import numpy as np
 from big_vision_lite.data.image_formats import format_of
 from big_vision_lite.data.ops.decode import UndecodableImage, decode
 from big_vision_lite.data.ops.pillow import orientation_of
-from big_vision_lite.data.sources import Tfds, folder_splits
-from big_vision_lite.data.sources.folder import describe
+from big_vision_lite.data.sources import LabelKind, Table, Tfds, folder, table
 from big_vision_lite.data.sources.tfds import folder as tfds_folder
 from big_vision_lite.data.sources.tfds import prepared_set
 from big_vision_lite.messages import some
 
 # Edges of the short side, in pixels, between the rows of the size table.
 SIZE_EDGES = (8, 16, 32, 64, 128, 256, 512, 1024, 2048)
-# The largest class may hold so many times the images of the smallest.
-BALANCED_RATIO = 10
 # Names printed of each kind of problem.
 MOST_NAMES = 5
 # Images handed to the threads at once: a million results would not be queued.
@@ -60,9 +58,17 @@ class Audit:
     source: Any
     images: list[Image]
 
+    @property
+    def class_names(self) -> tuple[str, ...]:
+        """Returns the names of the classes, () without any: of numbers, of nothing."""
+        numbers = getattr(self.source, "kind", None) == LabelKind.NUMBERS
+        return () if numbers else tuple(self.source.class_names)
+
     def counts(self) -> np.ndarray:
         """Returns the number of usable images a class."""
-        counts = np.zeros(len(self.source.class_names), np.int64)
+        counts = np.zeros(len(self.class_names), np.int64)
+        if not len(counts):
+            return counts
         for image in self.images:
             if not image.problem and image.label is not None:
                 classes = image.label > 0 if np.ndim(image.label) else image.label
@@ -74,18 +80,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Returns the exit code."""
     options = parser().parse_args(arguments)
     try:
-        if options.tfds:
-            sources = open_set(options)
-        else:
-            sources = folder_splits(options.folder, labels=not options.no_labels)
+        sources = open_sources(options)
     except (OSError, ValueError) as error:
         print(f"Cannot open the set: {error}", file=sys.stderr)
         return 2
     audits: dict[str, Audit] = {}
     problems: list[str] = []
     nothing = []
-    for line in [] if options.tfds else describe(opened(sources)):
-        print(line)
+    if not options.tfds:
+        describe = table.describe if options.table else folder.describe
+        print("\n".join(describe(opened(sources))))
     for split, source in sources.items():
         try:
             audits[split] = audit(source, options.threads)
@@ -119,8 +123,22 @@ def parser() -> argparse.ArgumentParser:
         "folder", nargs="?", help="folder of images, as ImageFolder reads"
     )
     what.add_argument("--tfds", metavar="NAME", help="a prepared TFDS set")
+    what.add_argument("--table", metavar="FILE", help="a table with paths of images")
     arguments.add_argument("--split", help="of --tfds; by default every split")
     arguments.add_argument("--data_dir", help="of --tfds; where the sets lie")
+    arguments.add_argument("--image", default="image", help="of --table: column")
+    arguments.add_argument(
+        "--label", default="label", help="of --table: column or columns, by commas"
+    )
+    arguments.add_argument(
+        "--kind",
+        choices=list(LabelKind),
+        default=LabelKind.CLASS,
+        help="of --table: what the columns hold",
+    )
+    arguments.add_argument("--split_column", help="of --table: train, val, test")
+    arguments.add_argument("--root", help="of --table: where its paths begin")
+    arguments.add_argument("--separator", default=table.SEPARATOR, help="of --table")
     arguments.add_argument("--image_key", default="image")
     arguments.add_argument("--label_key", default="label")
     arguments.add_argument(
@@ -131,6 +149,24 @@ def parser() -> argparse.ArgumentParser:
         "--all_classes", action="store_true", help="print the count of every class"
     )
     return arguments
+
+
+def open_sources(options: argparse.Namespace) -> dict[str, Any]:
+    """Returns the sources of a folder, a prepared set or a table by split."""
+    if options.tfds:
+        return dict(open_set(options))
+    if options.folder:
+        return dict(folder.folder_splits(options.folder, labels=not options.no_labels))
+    whole = Table(
+        path=options.table,
+        image=options.image,
+        label=tuple(name.strip() for name in options.label.split(",")),
+        kind=LabelKind(options.kind),
+        root=options.root,
+        split_column=options.split_column,
+        separator=options.separator,
+    )
+    return dict(table.table_splits(whole))
 
 
 def opened(sources: dict[str, Any]) -> list[Any]:
@@ -184,7 +220,7 @@ def look_at(source: Any, index: int) -> Image:
         example = source[index]
     except (OSError, ValueError) as error:
         return Image(problem=str(error))
-    label, data = example.get("label"), example["image"]
+    label, data = example.get("label", example.get("target")), example["image"]
     digest = hashlib.blake2b(data, digest_size=16).digest()
     try:
         height, width, _ = decode(data).shape
@@ -198,8 +234,9 @@ def look_at(source: Any, index: int) -> Image:
 
 def print_split(split: str, found: Audit, all_classes: bool) -> None:
     """Prints counts, classes and sizes of one split."""
-    names, counts = found.source.class_names, found.counts()
-    print(f"{split}: {len(found.images)} images, {len(names)} classes")
+    names, counts = found.class_names, found.counts()
+    classes = f", {len(names)} classes" if names else ""
+    print(f"{split}: {len(found.images)} images{classes}")
     order = np.argsort(-counts, kind="stable")
     if not all_classes and len(names) > 10:
         order = np.concatenate([order[:5], [-1], order[-5:]])
@@ -281,16 +318,16 @@ def repeated(audits: dict[str, Audit]) -> list[str]:
 
 def uneven(split: str, found: Audit) -> list[str]:
     """Warns of classes without an image and of very different numbers of images."""
-    names, counts = found.source.class_names, found.counts()
+    names, counts = found.class_names, found.counts()
     empty = [names[number] for number in np.flatnonzero(counts == 0)]
     warnings = []
     if empty:
         warnings.append(f"{split} has no image of {len(empty)} classes: {some(empty)}")
     held = counts[counts > 0]
-    if held.size and held.max() > BALANCED_RATIO * held.min():
+    if held.size and held.max() > folder.UNEQUAL_ABOVE * held.min():
         warnings.append(
             f"{split} is uneven: {names[counts.argmax()]} has {held.max()} images, the "
-            f"smallest class {held.min()}; read the accuracy of each class"
+            f"smallest class {held.min()}; read balanced_accuracy beside the accuracy"
         )
     return warnings
 

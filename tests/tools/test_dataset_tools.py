@@ -16,6 +16,7 @@ import numpy as np
 import PIL.Image
 import pytest
 from prepared import labels_of
+from tables import write_table
 
 from big_vision_lite.data.ops.decode import decode
 from big_vision_lite.data.sources import ImageFolder, Tfds
@@ -143,6 +144,25 @@ def test_uneven_classes_are_a_warning(tmp_path, capsys):
     assert code == 0
     assert "train is uneven: cat has 30 images, the smallest class 1" in text
     assert "val has no image of 1 classes: cat" in text
+
+
+def test_a_table_is_audited_like_a_folder(tmp_path, capsys):
+    path = write_table(tmp_path)
+    (tmp_path / "003.png").write_text("not an image")
+    shutil.copy(tmp_path / "001.png", tmp_path / "007.png")  # of train, into val
+    words = ("--table", path, "--image", "file", "--split_column", "part")
+    code, text = check(capsys, *words, "--label", "class")
+    assert code == 1 and "train: 15 images, 2 classes" in text
+    assert f"{tmp_path}/003.png: not a JPEG" in text
+    assert "1 images of val are also in train" in text
+    code, text = check(capsys, *words, "--label", "left,top", "--kind", "flags")
+    assert code == 1 and "val: 9 images, 2 classes" in text
+    # Numbers have no classes to count; another number of the same image is found.
+    code, text = check(capsys, *words, "--label", "grey", "--kind", "numbers")
+    assert code == 1 and "train: 15 images\n" in text and "grey 40 to" in text
+    assert "1 images have two labels" in text and "has no image of" not in text
+    code, text = check(capsys, *words, "--label", "clas")
+    assert code == 2 and 'Did you mean "class"' in text
 
 
 def test_an_empty_folder_is_one_problem_and_cannot_be_opened(tmp_path, capsys):

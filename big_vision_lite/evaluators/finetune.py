@@ -4,7 +4,7 @@ import dataclasses
 import hashlib
 import json
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, Protocol, runtime_checkable
 
 import jax
 import jax.numpy as jnp
@@ -29,6 +29,21 @@ FOLDER = "finetune"
 TEST = "test"
 
 
+@runtime_checkable
+class Rule(Protocol):
+    """What chooses the settings of a fine-tuning: HyperRule, AdamWRule, your own."""
+
+    batch_size: int
+
+    def config(self, *args: Any, **kwargs: Any) -> TrainConfig:
+        """Returns the training of a model with a new head; see `HyperRule.config`."""
+        ...
+
+    def from_scratch(self, config: TrainConfig) -> TrainConfig:
+        """Returns the training from random parameters, which is the control."""
+        ...
+
+
 @dataclasses.dataclass(kw_only=True)
 class FineTune:
     """Test accuracy after fine-tuning the state on `train`, once per seed.
@@ -36,14 +51,15 @@ class FineTune:
     Scores: "accuracy" (mean over seeds; with several also "accuracy_sd", the sample
     standard deviation); `controls` adds "control_untrained", the same training from
     random parameters, computed once per run and kept in WORKDIR/<name>_controls.json.
-    The averaged parameters (EMA) are used if there are any. Each training is a separate
-    run in WORKDIR/finetune/<name>/<step>_<digest>/seed_<seed>, which keeps its newest
+    `rule` chooses the settings: HyperRule, or AdamWRule for transformers. The averaged
+    parameters (EMA) are used if there are any. Each training is a separate run in
+    WORKDIR/finetune/<name>/<step>_<digest>/seed_<seed>, which keeps its newest
     checkpoint until it ends, then only its records.
     """
 
     train: Source
     test: Source
-    rule: HyperRule = dataclasses.field(default_factory=HyperRule)
+    rule: Rule = dataclasses.field(default_factory=HyperRule)
     seeds: tuple[int, ...] = (0,)
     every_steps: int = 25_000
     eval_batch_size: int = 256
@@ -79,7 +95,7 @@ class FineTune:
         # Built once, because the rule reads a sample of the images.
         config = self.training(context, self.seeds[0])
         pretrained = [dataclasses.replace(config, seed=seed) for seed in self.seeds]
-        untrained = [dataclasses.replace(c, init=()) for c in pretrained]
+        untrained = [self.rule.from_scratch(config) for config in pretrained]
         root = context.workdir / FOLDER / context.name
 
         def run(state: TrainState) -> dict[str, float]:

@@ -56,17 +56,19 @@ class ViT(nn.Module, Model, kw_only=True):
     Options of published variants, each off by default (`vit_variants.py` sets them):
     `layer_scale` is the initial value of a learned factor per channel on each branch.
     `registers` is the number of learned tokens without positions, left out of the
-    output (arXiv:2309.16588). `distillation_token` (arXiv:2012.12877) adds a second
-    class token and head: "logits" and "pooled" are then means over both tokens,
-    "class_logits" and "distillation_logits" the two parts. `stem` turns the image into
-    a grid, whose cells `patch_size` then counts. `kernel_patch_size` and
-    `position_grid` are the sizes in which the patch kernel and the learned positions
-    are stored; every call resizes them (FlexiViT, arXiv:2212.08013).
+    output (arXiv:2309.16588). Of several `class_tokens` the pooled vector is the mean.
+    `distillation_token` (arXiv:2012.12877) adds a second class token and head: "logits"
+    and "pooled" are then means over both tokens, "class_logits" and
+    "distillation_logits" the two parts. `stem` turns the image into a grid, whose cells
+    `patch_size` then counts. `kernel_patch_size` and `position_grid` are the sizes in
+    which the patch kernel and the learned positions are stored; every call resizes them
+    (FlexiViT, arXiv:2212.08013).
 
     A call can encode only some patches: `visible` [B, K] holds their indices per image;
-    the call then returns "tokens" [B, K, D] in that order and no "grid"
-    (arXiv:2111.06377). `replaced` [B, N] is true where a learned token replaces a patch
-    before positions are added (arXiv:2106.08254); it needs `mask_token=True`.
+    the call then returns "tokens" [B, K, D] in that order and no "grid", and what lies
+    before them, class tokens and registers, as "special" (arXiv:2111.06377). `replaced`
+    [B, N] is true where a learned token replaces a patch before positions are added
+    (arXiv:2106.08254); it needs `mask_token=True`.
     """
 
     head_modules: ClassVar = ("head", "distillation_head")
@@ -104,6 +106,7 @@ class ViT(nn.Module, Model, kw_only=True):
     qkv_bias: bool = True
     qk_norm: bool = False
     registers: int = 0
+    class_tokens: int = 1
     distillation_token: bool = False
     stem: Stem | None = None
     kernel_patch_size: int | None = None
@@ -227,10 +230,11 @@ class ViT(nn.Module, Model, kw_only=True):
             case Pooling.AVERAGE:
                 pooled = x.mean(axis=1, dtype=jnp.float32)
             case Pooling.CLASS_TOKEN:
-                pooled = special[:, 0]
+                pooled = self._class_token(special)
             case Pooling.CLASS_TOKEN_AND_AVERAGE:
                 average = x.mean(axis=1, dtype=jnp.float32)
-                pooled = jnp.concatenate([special[:, 0], average], axis=-1)
+                token = self._class_token(special)
+                pooled = jnp.concatenate([token, average], axis=-1)
             case Pooling.ATTENTION:
                 pooled = AttentionPooling(
                     num_heads=self.num_heads,
@@ -248,12 +252,17 @@ class ViT(nn.Module, Model, kw_only=True):
         if visible is None:
             outputs["grid"] = x.reshape(batch, rows, columns, width)
         else:
-            outputs["tokens"] = x
+            outputs |= {"tokens": x, "special": special}
         if self.head is not None:
             outputs |= self.head(pooled)
         if self.distillation_token:
             outputs |= self._with_distillation(outputs, special[:, 1])
         return outputs
+
+    def _class_token(self, special: Float[Array, "B n D"]) -> Float[Array, "B D"]:
+        if self.class_tokens == 1:
+            return special[:, 0]
+        return special[:, : self.class_tokens].mean(axis=1, dtype=jnp.float32)
 
     def _learned_positions(self, grid: tuple[int, int]) -> Float[Array, "h w D"]:
         stored = self.position_grid or grid
@@ -266,7 +275,7 @@ class ViT(nn.Module, Model, kw_only=True):
 
     def _tokens_before_patches(self, batch: int) -> list[Float[Array, "B n D"]]:
         counts = {
-            "class_token": int(self.pooling in WITH_CLASS_TOKEN),
+            "class_token": self.class_tokens * (self.pooling in WITH_CLASS_TOKEN),
             "distillation_token": int(self.distillation_token),
             "registers": self.registers,
         }
@@ -309,6 +318,16 @@ def _check_variants(model: ViT) -> None:
         raise ValueError(f"norm_epsilon={model.norm_epsilon} must be positive.")
     if model.registers < 0:
         raise ValueError(f"registers={model.registers}: use 0 for none.")
+    if model.class_tokens < 1 or (
+        model.class_tokens > 1
+        and (model.pooling not in WITH_CLASS_TOKEN or model.distillation_token)
+    ):
+        raise ValueError(
+            f"class_tokens={model.class_tokens} with pooling={model.pooling} and "
+            f"distillation_token={model.distillation_token}: several go with "
+            "pooling=class_token or class_token_and_average, and without distillation; "
+            "else use 1."
+        )
     if model.kernel_patch_size is not None:
         check_positive(kernel_patch_size=model.kernel_patch_size)
     if model.distillation_token and (

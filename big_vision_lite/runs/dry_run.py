@@ -3,9 +3,7 @@
 from collections.abc import Sequence
 from typing import Any
 
-import cv2
 import jax
-import numpy as np
 from etils import epath
 
 from big_vision_lite import trees
@@ -13,6 +11,7 @@ from big_vision_lite.config import TrainConfig
 from big_vision_lite.data import pipeline
 from big_vision_lite.messages import some
 from big_vision_lite.runs import image_folders
+from big_vision_lite.runs.picture_grid import write_grid
 from big_vision_lite.runtime import files, layout, sharding, targets
 from big_vision_lite.training import estimate, program
 from big_vision_lite.training import state as state_lib
@@ -47,7 +46,7 @@ def dry_run(config: TrainConfig, workdir: epath.Path) -> str:
         batch = next(iter(batches.starting_at(1)))
         picture = workdir / "first_batch.png"
         if "image" in batch:
-            write_grid(batch["image"], picture)
+            write_grid(batch["image"][: GRID * GRID], picture, columns=GRID)
     per_epoch = examples / config.data.batch_size
     note = config.length_note()
     lines = [
@@ -67,26 +66,6 @@ def dry_run(config: TrainConfig, workdir: epath.Path) -> str:
         f"first batch  {picture if 'image' in batch else 'has no image to show'}",
     ]
     return "\n".join(lines)
-
-
-def write_grid(images: Any, path: epath.Path, side: int = GRID) -> None:
-    """Writes the first `side` * `side` images [B, H, W, C] of 0..255 as one PNG."""
-    shown = np.asarray(images[: side * side])
-    shown = np.clip(np.round(shown), 0, 255).astype(np.uint8)
-    count, height, width, channels = shown.shape
-    columns = min(side, count)
-    rows = -(-count // columns)
-    sheet = np.zeros((rows * (height + 2), columns * (width + 2), channels), np.uint8)
-    for index, image in enumerate(shown):
-        row, column = divmod(index, columns)
-        top, left = row * (height + 2), column * (width + 2)
-        sheet[top : top + height, left : left + width] = image
-    if channels == 3:
-        sheet = sheet[..., ::-1]
-    encoded, data = cv2.imencode(".png", sheet)
-    assert encoded, f"PNG of {sheet.shape}"
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_bytes(data.tobytes())
 
 
 def _parameter_lines(abstract: TrainState) -> list[str]:

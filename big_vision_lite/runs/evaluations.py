@@ -197,21 +197,26 @@ class Context:
         source: Source,
         ops: Sequence[Op],
         batch_size: int,
+        *,
+        most: int | None = None,
     ) -> Rows:
         """Returns the outputs of `step` for all valid rows, in the source's order.
 
-        Every process gets all rows.
+        Every process gets all rows. `most` reads only the batches of the first so many.
 
         Raises:
             ValueError: no example could be read.
         """
-        found = []
+        found, count = [], 0
         for outputs, valid in self._outputs(step, state, source, ops, batch_size):
             tree = {"rows": dict(outputs), "valid": valid}
             host = multihost_utils.process_allgather(tree, tiled=True)
             kept = host["valid"]
             found.append({name: x[kept] for name, x in host["rows"].items()})
-        rows = {n: np.concatenate([part[n] for part in found]) for n in found[0]}
+            count += int(kept.sum())
+            if most is not None and count >= most:
+                break
+        rows = {n: np.concatenate([part[n] for part in found])[:most] for n in found[0]}
         self._check_read(source, len(next(iter(rows.values()))))
         return rows
 

@@ -150,6 +150,10 @@ class HyperRule:
             checkpoints=Checkpoints(every_steps=min(1000, math.ceil(num_steps / 5))),
         )
 
+    def from_scratch(self, config: TrainConfig) -> TrainConfig:
+        """Returns the same training from random parameters."""
+        return dataclasses.replace(config, init=())
+
     def schedule(self, num_examples: int) -> tuple[int, schedules.StepDrops]:
         """Returns the number of steps and the learning-rate schedule for a set size."""
         steps = schedules.bit_hyperrule_steps(num_examples)

@@ -434,9 +434,9 @@ def test_a_set_without_labels_is_audited(tmp_path, written):
         (folder / f"{number}.png").write_bytes(encoded(".png", pixels))
     done = check("--no_labels", str(tmp_path))
     assert done.returncode == 0, done.stdout + done.stderr
-    assert "train: 11 images, 0 classes" in done.stdout
+    assert "train: 11 images\n" in done.stdout and "classes" not in done.stdout
     assert "val: 1 images" in done.stdout and "Problems: none" in done.stdout
     (tmp_path / "x" / "bad.png").write_bytes(b"no image")
     assert "unreadable images" in check("--no_labels", str(tmp_path)).stdout
     tfds_set = ("--tfds", "scenes", "--data_dir", str(written[0]), "--no_labels")
-    assert "train: 5 images, 0 classes" in check(*tfds_set).stdout
+    assert "train: 5 images\n" in check(*tfds_set).stdout

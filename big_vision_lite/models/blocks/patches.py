@@ -2,6 +2,7 @@
 
 import enum
 import functools
+import math
 from typing import TypeVar
 
 import flax.linen as nn
@@ -43,6 +44,17 @@ def patchify(
     x = image.reshape(batch, rows, patch_size, columns, patch_size, channels)
     x = x.transpose(0, 1, 3, 2, 4, 5)
     return x.reshape(batch, rows, columns, patch_size * patch_size * channels)
+
+
+def unpatchify(
+    patches: Shaped[Array, "B h w P"], channels: int
+) -> Shaped[Array, "B H W C"]:
+    """Returns the images whose patches these are: the inverse of `patchify`."""
+    batch, rows, columns, values = patches.shape
+    side = math.isqrt(values // channels)
+    x = patches.reshape(batch, rows, columns, side, side, channels)
+    x = x.transpose(0, 1, 3, 2, 4, 5)
+    return x.reshape(batch, rows * side, columns * side, channels)
 
 
 class PatchEmbedding(nn.Module, kw_only=True):

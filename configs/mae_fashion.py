@@ -1,0 +1,96 @@
+"""A small masked autoencoder on Fashion-MNIST: what it learns from no labels at all.
+
+python -m big_vision_lite.train --config configs/mae_fashion.py:data_dir=DATA_DIR \
+      --workdir runs/mae
+... --config configs/mae_fashion.py:data_dir=DATA_DIR,epochs=17,eval=fewshot
+"""
+
+from big_vision_lite.config import Checkpoints, TrainConfig
+from big_vision_lite.data.ops import Decode, RandomAffine, Resize
+from big_vision_lite.data.ops.resampling import Resampling
+from big_vision_lite.data.pipeline import Stream
+from big_vision_lite.data.sources import Tfds
+from big_vision_lite.evaluators.fewshot import FewShot, FewShotSet
+from big_vision_lite.evaluators.finetune import FineTune
+from big_vision_lite.evaluators.loss import Loss
+from big_vision_lite.evaluators.online_probe import OnlineProbe
+from big_vision_lite.evaluators.reconstructions import Reconstructions
+from big_vision_lite.models.masked_autoencoder import MaskedAutoencoder
+from big_vision_lite.models.vit import ViT
+from big_vision_lite.objectives.reconstruction import MaskedReconstruction
+from big_vision_lite.recipes.arguments import parse_arg
+from big_vision_lite.runs.adamw_rule import AdamWRule
+from big_vision_lite.schedules import WarmupCosine
+from big_vision_lite.training.optimizers import AdamW
+from big_vision_lite.types import Evaluator
+
+BATCH_SIZE = 256
+
+
+def get_config(arg: str = "") -> TrainConfig:
+    """Returns the recipe; `steps` sets its length, `data_dir` where the set lies."""
+    chosen = parse_arg(arg, steps=2000, data_dir="", transfer=True)
+    num_steps = chosen.steps
+
+    def fashion(split: str, labels: bool = True) -> Tfds:
+        return Tfds(
+            dataset="fashion_mnist",
+            split=split,
+            data_dir=chosen.data_dir or None,
+            label_key="label" if labels else None,
+        )
+
+    decode = Decode(channels=1)
+    preprocess = (decode, Resize(size_px=28, resampling=Resampling.PIL_BILINEAR))
+    held_out = fashion("train[54000:]")
+    few = FewShotSet(
+        name="fashion", train=fashion("train[:6000]"), test=fashion("test[:4000]")
+    )
+    evaluators: dict[str, Evaluator] = {
+        "loss": Loss(source=held_out, batch_size=512, every_steps=num_steps // 4),
+        "pictures": Reconstructions(
+            source=fashion("test[:512]"), batch_size=512, every_steps=num_steps // 4
+        ),
+        "probe": OnlineProbe(
+            train=fashion("train[:3000]"),
+            test=fashion("train[54000:56000]"),
+            batch_size=512,
+            every_steps=num_steps // 4,
+        ),
+    }
+    if chosen.transfer:
+        evaluators["fewshot"] = FewShot(
+            sets=(few,), shots=(10, 100), every_steps=num_steps, batch_size=512
+        )
+        evaluators["finetune"] = FineTune(
+            train=fashion("train[:1000]"),
+            test=fashion("test"),
+            rule=AdamWRule(
+                num_steps=400, ops=(decode, RandomAffine()), preprocess=preprocess
+            ),
+            every_steps=num_steps,
+        )
+    return TrainConfig(
+        num_steps=num_steps,
+        model=MaskedAutoencoder(
+            encoder=ViT(width=128, depth=4, mlp_dim=512, num_heads=4, patch_size=7),
+            decoder_width=64,
+            decoder_depth=1,
+            decoder_heads=4,
+        ),
+        objective=MaskedReconstruction(),
+        data=Stream(
+            source=fashion("train", labels=False),
+            ops=(decode,),
+            batch_size=BATCH_SIZE,
+        ),
+        preprocess=preprocess,
+        optimizer=AdamW(
+            schedule=WarmupCosine(peak=1e-3, warmup_steps=num_steps // 10),
+            beta2=0.95,
+            weight_decay=5e-5,
+        ),
+        evaluators=evaluators,
+        checkpoints=Checkpoints(every_steps=500),
+        log_every_steps=50,
+    )

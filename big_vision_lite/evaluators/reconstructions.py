@@ -7,7 +7,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Float
+from jaxtyping import Float, Shaped
 
 from big_vision_lite.models.blocks.patches import unpatchify
 from big_vision_lite.runs.evaluations import Context
@@ -66,9 +66,8 @@ class Reconstructions:
 
             predicted = objective.patches(outputs)
             filled = image(jnp.where(masked, predicted, outputs["patches"]))
-            hidden = _as_images(
-                jnp.broadcast_to(masked, predicted.shape), outputs["image"]
-            )
+            everywhere = jnp.broadcast_to(masked, predicted.shape)
+            hidden = _as_images(everywhere, outputs["image"])
             count = hidden.sum(axis=(1, 2, 3))
             error = jnp.square(filled - whole).sum(axis=(1, 2, 3)) / count
             seen = jnp.where(hidden, HIDDEN_GREY, whole)
@@ -97,8 +96,8 @@ class Reconstructions:
 
 
 def _as_images(
-    patches: Float[Array, "B N P"], image: Float[Array, "B H W C"]
-) -> Float[Array, "B H W C"]:
+    patches: Shaped[Array, "B N P"], image: Float[Array, "B H W C"]
+) -> Shaped[Array, "B H W C"]:
     """Puts patches in rows together to images of the size of `image`."""
     channels = image.shape[-1]
     side = math.isqrt(patches.shape[-1] // channels)

@@ -169,18 +169,21 @@ def test_the_sincos_form_of_mae_is_another_one_and_misses_the_bound(tmp_path):
     ("change", "words"),
     [
         (lambda a: a.pop("blocks.1.mlp.fc1.bias"), "+ blocks.1.mlp.fc1.bias"),
-        (lambda a: a.update(extra=np.zeros(3)), "- extra"),
+        (lambda a: a.update(extra=np.zeros(3, np.float32)), "- extra"),
         (
-            lambda a: a.update({"norm.bias": np.full(32, np.nan)}),
+            lambda a: a.update({"norm.bias": np.full(32, np.nan, np.float32)}),
             "norm.bias  holds NaN",
         ),
         (
-            lambda a: a.update({"head.bias": np.zeros(9)}),
+            lambda a: a.update({"head.bias": np.zeros(9, np.float32)}),
             "gives head/bias (9,), the model has (7,)",
         ),
-        (lambda a: a.update({"norm_pre.weight": np.zeros(32)}), "(CLIP)"),
-        (lambda a: a.update(pos_embed=np.zeros((1, 24, 32))), "make no square"),
-        (lambda a: a.update(pos_embed=np.zeros((1, 10, 32))), None),
+        (lambda a: a.update({"norm_pre.weight": np.zeros(32, np.float32)}), "(CLIP)"),
+        (
+            lambda a: a.update(pos_embed=np.zeros((1, 24, 32), np.float32)),
+            "make no square",
+        ),
+        (lambda a: a.update(pos_embed=np.zeros((1, 10, 32), np.float32)), None),
     ],
 )
 def test_weights_that_are_not_those_of_the_format_are_refused_by_name(change, words):

@@ -142,13 +142,13 @@ def test_an_archive_gives_the_logits_of_the_timm_model_with_the_same_weights(
 
     found = foreign.load(str(path))
     assert found.format == ArchivedMixer().name
-    assert found.image_size == image_size(case)
+    assert found.image_size_px == image_size(case)
     assert found.model.activation == Activation.GELU_TANH
     difference = differences(ours(found.model, found.variables, images(case)), expected)
     print(f"{case}: {difference}")
     assert max(difference.values()) <= BOUND
     back = formats.write(
-        ArchivedMixer(), found.model, found.image_size, found.variables
+        ArchivedMixer(), found.model, found.image_size_px, found.variables
     )
     assert back.keys() == written.keys()
     for name, array in back.items():
@@ -223,7 +223,7 @@ def test_a_published_size_gives_timms_logits():
     module = randomise(timm.create_model("mixer_b16_224"), seed=0)
     weights = weights_of(module)
     architecture = TimmMixer().architecture(weights)
-    assert architecture.image_size == (224, 224)
+    assert architecture.image_size_px == (224, 224)
     assert architecture.model == MlpMixer.of(
         "B/16", head=Classifier(num_classes=1000), activation=Activation.GELU_ERF
     )
@@ -307,6 +307,6 @@ def test_architecture_is_what_the_names_say():
             head=Classifier(num_classes=7),
             activation=Activation.GELU_ERF,
         ),
-        image_size=(35, 35),
+        image_size_px=(35, 35),
         channels=1,
     )

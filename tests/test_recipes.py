@@ -35,6 +35,8 @@ ARGUMENTS = {
     "glyphs": ("", "model=vit", "model=vit_token", "fashion=true"),
     "vit_s16_i1k": ("", "fewshot=true"),
     "bit_i1k": ("",),
+    "mae_fashion": ("", "transfer=false"),
+    "mae_i1k": ("", "pixio=true"),
 }
 CASES = [(name, arg) for name, args in ARGUMENTS.items() for arg in args]
 
@@ -60,7 +62,7 @@ def test_a_recipe_resolves_to_what_is_checked_in(name, arg):
     assert resolved == golden.read_text(), f"look at the change, then update {golden}"
 
 
-NATIVE = {"quickstart": 8, "fashion_mnist": 28, "glyphs": 32}
+NATIVE = {"quickstart": 8, "fashion_mnist": 28, "glyphs": 32, "mae_fashion": 28}
 
 
 def preprocessed(config, pixels):
@@ -193,7 +195,10 @@ def as_flag(value) -> str | None:
     return "none" if value is None else str(value)
 
 
-WITH_DATA_DIR = ("fashion_mnist", "glyphs", "vit_s16_i1k", "bit_i1k")
+WITH_DATA_DIR = (
+    *("fashion_mnist", "glyphs", "vit_s16_i1k", "bit_i1k"),
+    *("mae_fashion", "mae_i1k"),
+)
 
 
 def commands(text: str, start: str) -> list[list[str]]:
@@ -265,6 +270,16 @@ REDUCED = {
     "bit_i1k": (
         "",
         ("--config.model.stages=(1,)", "--config.model.width=32"),
+        ("imagenet2012", (40, 48, 3), 1000),
+    ),
+    "mae_fashion": (
+        "transfer=false,steps=8",
+        ("--config.model.encoder.width=16", "--config.model.encoder.depth=1"),
+        ("fashion_mnist", (28, 28, 1), 10),
+    ),
+    "mae_i1k": (
+        "size=Ti/16",
+        ("--config.model.decoder_depth=1", "--config.model.encoder.depth=1"),
         ("imagenet2012", (40, 48, 3), 1000),
     ),
 }

@@ -28,7 +28,7 @@ class MaskedAutoencoder(nn.Module, Model, kw_only=True):
     Each image hides `mask_ratio` of its patches, drawn anew at every step; the visible
     ones are int(N * (1 - mask_ratio)). With `mask_block` b, squares of b x b patches
     are hidden or visible together, which makes the task harder (Pixio,
-    arXiv:2512.15715: b = 4, a deeper decoder and 8 `class_tokens` of the encoder).
+    arXiv:2512.15715: b = 4, 32 blocks in the decoder, 8 `class_tokens` of the encoder).
     After training only the encoder is used, on all patches.
     """
 

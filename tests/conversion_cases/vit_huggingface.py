@@ -148,7 +148,7 @@ OURS = {
     "HF ViT, no biases": slow(_ours(qkv_bias=False)),
     "HF ViT, no head": _ours(**NO_HEAD),
     "HF ViT, not square": _ours((16, 40)),
-    "HF ViT, four channels": _ours(channels=4, returns=False, mean=GREY, std=GREY),
+    "HF ViT, four channels": _ours(channels=4, mean=GREY, std=GREY),
     "HF DeiT, two heads": _ours(distillation_token=True),
     "HF DeiT, two heads, not square": slow(_ours((16, 40), distillation_token=True)),
     "HF DeiT, no head": slow(_ours(distillation_token=True, **NO_HEAD)),
@@ -168,7 +168,7 @@ OURS = {
         _ours(returns=False, pooling=Pooling.AVERAGE, positions=Positions.SINCOS)
     ),
     "HF SigLIP, classifier, four channels": slow(
-        _ours(channels=4, returns=False, pooling=Pooling.AVERAGE, mean=GREY, std=GREY)
+        _ours(channels=4, pooling=Pooling.AVERAGE, mean=GREY, std=GREY)
     ),
     "HF DINOv2": slow(_ours(layer_scale=0.3, **NO_HEAD)),
     "HF DINOv2, exact": slow(_ours(layer_scale=0.3, **NO_HEAD, **EXACT)),
@@ -178,7 +178,6 @@ OURS = {
     "HF DINOv2, registers, four channels": slow(
         _ours(
             channels=4,
-            returns=False,
             layer_scale=0.3,
             registers=2,
             **NO_HEAD,

@@ -114,12 +114,10 @@ def their_outputs(model: Any, scaled: np.ndarray) -> dict[str, np.ndarray]:
 
 def _of_timm(model: Any, x: Any) -> dict[str, Any]:
     features = model.forward_features(x)
-    if features.ndim == 4:
-        found = {"pooled": features.mean((2, 3))}
-        return found | ({"logits": model(x)} if model.num_classes else {})
-    pooled = model.forward_head(features, pre_logits=True)
+    pooled = model.forward_head(features, pre_logits=True).flatten(1)
     found = {"pooled": pooled, "logits": model.forward_head(features)}
-    return found | ({"tokens": features} if type(model).__name__ == "MlpMixer" else {})
+    is_mixer = type(model).__name__ == "MlpMixer"
+    return found | ({"tokens": features} if is_mixer else {})
 
 
 def _of_torchvision(model: Any, x: Any) -> dict[str, Any]:

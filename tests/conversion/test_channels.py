@@ -105,3 +105,21 @@ def test_features_of_four_channels_are_those_of_timm(tmp_path):
     found = bvl.load(tmp_path / "vit").features(images)
     # float32, two layers.
     np.testing.assert_allclose(found, expected, atol=1e-5 * np.abs(expected).max())
+
+
+@pytest.mark.parity
+def test_they_go_to_timm_without_photographs_to_compare(tmp_path):
+    pytest.importorskip("torch")
+    torch_libraries.import_torchvision()
+    pytest.importorskip("timm")
+    import convert_checkpoint
+
+    written(tmp_path / "vit", 4, [0.5])
+    flags = [str(tmp_path / "vit"), "--to=timm", f"--out={tmp_path / 'out'}"]
+    convert_checkpoint.main(["convert_checkpoint.py", *flags])
+    text = (tmp_path / "out" / "parity.txt").read_text()
+    assert "logits on random pixels" in text and "photographs:" not in text
+    assert "preprocessing not compared: no photograph has such channels" in text
+    config = json.loads((tmp_path / "out" / "config.json").read_text())
+    assert config["pretrained_cfg"]["input_size"] == [4, *SIZE]
+    assert config["model_args"]["in_chans"] == 4

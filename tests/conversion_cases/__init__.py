@@ -14,8 +14,12 @@ CASES: dict[str, Case] = {}
 OURS: dict[str, Ours] = {}
 for _, name, _ in pkgutil.iter_modules(__path__, f"{__name__}."):
     family = vars(importlib.import_module(name))
-    CASES |= family.get("CASES", {})
-    OURS |= family.get("OURS", {})
+    for known, new in (
+        (CASES, family.get("CASES", {})),
+        (OURS, family.get("OURS", {})),
+    ):
+        assert not known.keys() & new.keys(), f"{name}: {known.keys() & new.keys()}"
+        known.update(new)
 
 # Models that come in, and those of each format whose weights are damaged.
 THEIRS = {name: case for name, case in CASES.items() if case.build is not None}

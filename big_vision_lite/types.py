@@ -100,6 +100,8 @@ class DeviceOp(Protocol):
 class Family(Protocol):
     """Properties of a family of models that the program needs, each with a default."""
 
+    # The published sizes that `of` takes: the table of tools/show_model.py.
+    published: ClassVar[tuple[str, ...]] = ()
     # The field that holds the pretrained backbone, used by evaluators, fine-tuning,
     # `predict --embed` and export; "" if the model itself is the backbone.
     backbone: ClassVar[str] = ""

@@ -145,20 +145,25 @@ def preprocessing_of(run: SavedRun) -> tuple[Preprocessing, int]:
 
 
 def input_shape(run: SavedRun) -> tuple[int, ...]:
-    """Returns [H, W, C] of what the preprocessing makes of a photograph."""
+    """Returns [H, W, C] of what the preprocessing makes of an image of its kind."""
     import parity
 
-    class Photographs:
+    channels = run.manifest["input"]["image"]["shape"][-1]
+    image: Any = np.zeros((300, 400, channels), np.uint8)
+    if channels in parity.COLOURS:
+        image = parity.jpegs()[0]
+
+    class Images:
         def __len__(self) -> int:
             return 1
 
         def __getitem__(self, index: int) -> dict[str, Any]:
-            return {"image": parity.jpegs()[0], "label": 0}
+            return {"image": image, "label": 0}
 
         def name(self, index: int) -> str:
-            return "a photograph"
+            return "an image"
 
-    source: Any = Photographs()
+    source: Any = Images()
     return hyperrule.input_shape(source, run.config.preprocess)
 
 

@@ -3,19 +3,35 @@
 import ast
 import dataclasses
 import enum
+import functools
 import importlib
+import pkgutil
 import typing
 from typing import Any
 
-# File and class of every family; a size is what its `of` takes.
-FAMILIES = {
-    "ViT": ("vit", "ViT"),
-    "MlpMixer": ("mixer", "MlpMixer"),
-    "ResNet": ("resnet", "ResNet"),
-    "BiT": ("bit", "BiT"),
-    "BiTV1": ("bit_v1", "BiTV1"),
-}
 EXAMPLE = '"ViT:S/16,attention=cudnn"'
+
+
+@functools.cache
+def families() -> dict[str, Any]:
+    """Returns {name: class} of every model of big_vision_lite/models with sizes."""
+    from big_vision_lite import models
+    from big_vision_lite.types import Family
+
+    found = {}
+    for file in pkgutil.iter_modules(models.__path__, f"{models.__name__}."):
+        for name, kind in vars(importlib.import_module(file.name)).items():
+            own = isinstance(kind, type) and kind.__module__ == file.name
+            if own and Family in kind.__mro__ and kind.published:
+                found[name] = kind
+    return found
+
+
+def published() -> list[str]:
+    """Returns all published sizes, as "NAME:SIZE"."""
+    return [
+        f"{name}:{size}" for name, kind in families().items() for size in kind.published
+    ]
 
 
 def build(spec: str, *, num_classes: int | None, dtype: str = "float32") -> Any:
@@ -27,15 +43,12 @@ def build(spec: str, *, num_classes: int | None, dtype: str = "float32") -> Any:
     """
     name, *changes = spec.split(",")
     family, _, size = name.partition(":")
-    if family not in FAMILIES or not size:
+    if family not in families() or not size:
         raise ValueError(
             f'--model "{spec}" is not NAME:SIZE[,field=value...] with a NAME of '
-            f"{', '.join(FAMILIES)}, like {EXAMPLE}."
+            f"{', '.join(families())}, like {EXAMPLE}."
         )
-    module, kind_name = FAMILIES[family]
-    kind = getattr(
-        importlib.import_module(f"big_vision_lite.models.{module}"), kind_name
-    )
+    kind = families()[family]
     declared = _fields(kind)
     texts = {"dtype": dtype}
     for change in changes:

@@ -33,6 +33,8 @@ BOUND = 1e-5
 PIXELS_BOUND = 8.0
 PHOTOGRAPHS = ("china.jpg", "flower.jpg")
 NUM_RANDOM = 2
+# The channels that files of photographs can have: gray and RGB.
+COLOURS = (1, 3)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -54,7 +56,8 @@ class Report:
     of a head that was not trained, the layers are judged. `pixels` is the largest
     difference of the two preprocessings in units of 0..255, `inexact` says that theirs
     computes otherwise, as the export noted, and `same_top1` is how many of the
-    photographs get the same class through each side's own.
+    photographs get the same class through each side's own. `num_images` is 0 where
+    photographs have other channels than images of the model.
     """
 
     logits: dict[str, float]
@@ -108,13 +111,16 @@ class Report:
             f"float32 {theirs:.1e}" + (": rounding" if self.is_rounding(kind) else "")
             for kind, (ours, theirs) in self.rounding.items()
         ]
-        lines += [
-            f"preprocessing of {self.num_images} photographs: at most "
-            f"{self.pixels:.3g} of 255 apart",
-            f"same top class, each side with its own preprocessing: "
-            f"{self.same_top1} of {self.num_images}",
-            "layer by layer:",
-        ]
+        if self.num_images:
+            lines += [
+                f"preprocessing of {self.num_images} photographs: at most "
+                f"{self.pixels:.3g} of 255 apart",
+                f"same top class, each side with its own preprocessing: "
+                f"{self.same_top1} of {self.num_images}",
+            ]
+        else:
+            lines.append("preprocessing not compared: no photograph has such channels")
+        lines.append("layer by layer:")
         lines += [
             f"  {layer.difference:.1e}  {layer.ours} = {layer.theirs}"
             for layer in self.layers
@@ -151,11 +157,11 @@ def compare(
     height, width = preprocessing.image_size_px
     rng = np.random.default_rng(0)
     shape = (NUM_RANDOM, height, width, channels)
-    photographs = jpegs()
-    images = {
-        "random pixels": rng.integers(0, 256, shape, np.uint8),
-        "photographs": np.stack([through(preprocessing, data) for data in photographs]),
-    }
+    photographs = jpegs() if channels in COLOURS else []
+    images = {"random pixels": rng.integers(0, 256, shape, np.uint8)}
+    if photographs:
+        made = [through(preprocessing, data) for data in photographs]
+        images["photographs"] = np.stack(made)
     logits, rounding, layers, scale = {}, {}, [], 0.0
     for kind, image in images.items():
         pairs = paired_modules(in_memory(exported.entries, exported.arrays, theirs))
@@ -173,18 +179,22 @@ def compare(
             theirs.float()
         if kind == "random pixels":
             layers = _layers(pairs, captured, seen)
-    own = their_images(exported, theirs, folder, photographs, channels)
-    ours, _ = run_ours(model, variables, images["photographs"], [])
-    other, _ = run_theirs(theirs, own, [])
-    spread = np.broadcast_to(np.asarray(preprocessing.std), (channels,))
+    pixels, same_top1 = 0.0, 0
+    if photographs:
+        own = their_images(exported, theirs, folder, photographs, channels)
+        ours, _ = run_ours(model, variables, images["photographs"], [])
+        other, _ = run_theirs(theirs, own, [])
+        spread = np.broadcast_to(np.asarray(preprocessing.std), (channels,))
+        pixels = float(np.abs((ours["image"] - own) * spread).max())
+        same_top1 = int((_result(ours).argmax(-1) == other.argmax(-1)).sum())
     return Report(
         logits=logits,
         rounding=rounding,
         layers=layers,
         scale=scale,
         inexact=bool(exported.notes),
-        pixels=float(np.abs((ours["image"] - own) * spread).max()),
-        same_top1=int((_result(ours).argmax(-1) == other.argmax(-1)).sum()),
+        pixels=pixels,
+        same_top1=same_top1,
         num_images=len(photographs),
     )
 

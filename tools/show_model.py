@@ -35,23 +35,8 @@ from big_vision_lite import trees
 from big_vision_lite.runtime import flops
 
 CLASSES = 1000
-# Published sizes with their image size; heads of 1,000 classes.
-PUBLISHED = {
-    **{
-        f"ViT:{size}": 224
-        for size in ("Ti/16", "S/32", "S/16", "B/32", "B/16", "L/32", "L/16")
-    },
-    **{f"ViT:{size}": 224 for size in ("So400m/14", "H/14", "g/14", "G/14")},
-    **{f"MlpMixer:{size}": 224 for size in ("S/32", "S/16", "B/32", "B/16", "L/32")},
-    **{f"MlpMixer:{size}": 224 for size in ("L/16", "H/14")},
-    **{f"ResNet:R{depth}": 224 for depth in (18, 34, 50, 101, 152)},
-    **{f"ResNet:X{size}": 224 for size in ("50_32x4d", "101_32x8d", "101_64x4d")},
-    **{f"ResNet:X101_32x{width}d": 224 for width in (16, 32, 48)},
-    **{f"ResNet:W{size}": 224 for size in ("50_2", "101_2")},
-    **{f"BiT:{size}": 224 for size in ("R50x1", "R101x1", "R50x3", "R101x3")},
-    **{f"BiT:{size}": 224 for size in ("R152x2", "R152x4")},
-    "BiTV1:R50x1": 224,
-}
+# In px, of all published sizes; their heads have 1,000 classes.
+SIDE = 224
 
 
 @dataclasses.dataclass(kw_only=True)
@@ -240,11 +225,11 @@ def table() -> str:
         "| model | image | parameters, M | FLOPs, G | activations, M |",
         "| --- | --- | --- | --- | --- |",
     ]
-    for spec, side in PUBLISHED.items():
+    for spec in model_spec.published():
         model = model_spec.build(spec, num_classes=CLASSES)
-        whole = describe(model, (side, side), depth=0).whole
+        whole = describe(model, (SIDE, SIDE), depth=0).whole
         lines += [
-            f"| {spec} | {side} | {whole.parameters / 1e6:.2f} | "
+            f"| {spec} | {SIDE} | {whole.parameters / 1e6:.2f} | "
             f"{whole.flops / 1e9:.2f} | {whole.activations / 1e6:.2f} |"
         ]
     return "\n".join(lines)
@@ -275,7 +260,7 @@ def main(argv: Sequence[str]) -> None:
         model, image = of_path(options.model, options.allow_module, options.part)
     else:
         model = model_spec.build(options.model, num_classes=options.classes or None)
-        image = (224, 224, 3)
+        image = (SIDE, SIDE, 3)
     *size, channels = image
     if options.image_size:
         size = (options.image_size[0], options.image_size[-1])

@@ -111,6 +111,22 @@ def load(path: str, part: str = "") -> Foreign:
     )
 
 
+def check_scaling(found: Foreign) -> None:
+    """Raises ValueError where no image can have the mean and std that came along.
+
+    Weights that only start a run are not asked: its recipe has its own.
+    """
+    for name in ("mean", "std"):
+        count, channels = len(getattr(found.model, name)), found.channels
+        if count not in (1, channels):
+            raise ValueError(
+                f"{found.path}: its {name} has {count} values, its images {channels} "
+                f"channels. Write 1 value or {channels} of mean and std beside the "
+                "weights, into preprocessor_config.json or the pretrained_cfg of "
+                "config.json."
+            )
+
+
 # What is to be said of a head without names.
 _NAMELESS = (
     Assumption(

@@ -165,6 +165,7 @@ class BiT(nn.Module, Model, kw_only=True):
     `mean` and `std` are in units of 0..255, one value or one per channel.
     """
 
+    published: ClassVar = ("R50x1", "R101x1", "R50x3", "R101x3", "R152x2", "R152x4")
     layers: ClassVar = ("stem/.*", r"block(\d+)/unit(\d+)/.*")
     free_fields: ClassVar = ("head", "dtype", "remat", "stages", "width")
     input_kernel = "stem/kernel"

@@ -192,6 +192,7 @@ class BiTV1(nn.Module, Model, kw_only=True):
     units of 0..255, one value or one per channel.
     """
 
+    published: ClassVar = ("R50x1",)
     layers: ClassVar = (r"trunk/(?:conv|gn)_root/.*", r"trunk/block(\d+)_unit(\d+)/.*")
     input_kernel = "trunk/conv_root/kernel"
     standardises_kernels = True

@@ -29,7 +29,6 @@ SIZES = {
     "L": (1024, 24, 512, 4096),
     "H": (1280, 32, 640, 5120),
 }
-PUBLISHED = ("S/32", "S/16", "B/32", "B/16", "L/32", "L/16", "H/14")
 
 
 class MixerBlock(nn.Module, kw_only=True):
@@ -80,6 +79,7 @@ class MlpMixer(nn.Module, Model, kw_only=True):
     channel.
     """
 
+    published: ClassVar = ("S/32", "S/16", "B/32", "B/16", "L/32", "L/16", "H/14")
     layers: ClassVar = ("patch_embedding/.*", r"block_(\d+)/.*")
     free_fields: ClassVar = (
         *("head", "dtype", "remat", "stochastic_depth"),

@@ -175,6 +175,7 @@ class ResNet(nn.Module, Model, kw_only=True):
     value or one per channel.
     """
 
+    published: ClassVar = SIZES
     layers: ClassVar = ("stem(?:_norm)?/.*", r"stage_(\d+)/unit_(\d+)/.*")
     free_fields: ClassVar = (
         *("head", "dtype", "remat", "stages", "width"),

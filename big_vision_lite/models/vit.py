@@ -71,6 +71,10 @@ class ViT(nn.Module, Model, kw_only=True):
     (arXiv:2106.08254); it needs `mask_token=True`.
     """
 
+    published: ClassVar = (
+        *("Ti/16", "S/32", "S/16", "B/32", "B/16", "L/32", "L/16"),
+        *("So400m/14", "H/14", "g/14", "G/14"),
+    )
     head_modules: ClassVar = ("head", "distillation_head")
     layers: ClassVar = (
         "(?:stem|patch_embedding)/.*|position_embedding|mask_token"

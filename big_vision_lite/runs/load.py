@@ -240,6 +240,7 @@ class ForeignWeights:
         """Returns the weights as a run at step 0."""
         del allowed_modules  # classes of this package alone
         found = self._open()
+        foreign.check_scaling(found)
         for line in (f"{self.path}: {found.format}", *found.assumptions):
             log(str(line))
         mesh = sharding.make_mesh(sharding.Mesh(), devices)

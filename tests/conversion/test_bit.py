@@ -8,6 +8,9 @@ import numpy as np
 import pytest
 import torch_libraries
 from big_vision_bit import grid, random_variables, trunk_arrays
+from conversion_cases.bit import NAMED_BIT as BIT_CONFIG
+from conversion_cases.bit import V1_CONFIG, huggingface_bit, timm_bit
+from conversion_cases.case import CLASSES, EVEN, NOT_SQUARE, ODD
 from foreign_models import randomise, relative_difference
 from tiers import PUBLISHED, crossed, few
 
@@ -24,26 +27,17 @@ torch = pytest.importorskip("torch")
 torch_libraries.import_torchvision()
 timm = pytest.importorskip("timm")
 transformers = pytest.importorskip("transformers")
-import conversion_cases as cases  # noqa: E402
-from conversion_cases import (  # noqa: E402
-    BOUND,
-    CLASSES,
-    EVEN,
-    V1_CONFIG,
-    our_outputs,
-    pixels,
-    weights_of,
-)
+import both_sides  # noqa: E402
+from both_sides import BOUND, our_outputs, pixels, weights_of  # noqa: E402
 
 pytestmark = pytest.mark.parity
 
-SIZES = {"even": EVEN, "odd": cases.ODD, "not square": cases.NOT_SQUARE}
+SIZES = {"even": EVEN, "odd": ODD, "not square": NOT_SQUARE}
 FIRST, PAPER, NPZ_V1 = bit_archives.FORMATS
-BIT_CONFIG = cases.NAMED_BIT
 
 
 def timm_model(**arguments):
-    return randomise(cases.timm_bit(**arguments), seed=1)
+    return randomise(timm_bit(**arguments), seed=1)
 
 
 def scaled(image):
@@ -51,7 +45,7 @@ def scaled(image):
 
 
 def their_outputs(model, image):
-    return cases.their_outputs(model, scaled(image))
+    return both_sides.their_outputs(model, scaled(image))
 
 
 def worst(ours, theirs):
@@ -60,7 +54,7 @@ def worst(ours, theirs):
 
 def read(found, size=EVEN):
     """Returns (format, architecture, our variables) of weights, known by content."""
-    found = cases.read(found, size)
+    found = both_sides.read(found, size)
     return found.form, found.architecture, found.variables
 
 
@@ -411,7 +405,7 @@ def test_timms_arguments_that_change_the_numbers_are_refused(case):
     ids=lambda wrong: next(iter(wrong)),
 )
 def test_huggingface_settings_that_change_the_numbers_are_refused(wrong):
-    theirs = cases.huggingface_bit()
+    theirs = huggingface_bit()
     config = theirs.config.to_dict() | wrong
     with pytest.raises(ValueError, match=f"{next(iter(wrong))}="):
         read(weights_of(theirs, config))
@@ -452,7 +446,7 @@ def test_published_sizes_have_as_many_parameters_as_timms(name):
 def test_v1_has_as_many_parameters_as_timms(depth, stages):
     model = BiTV1.of(f"{depth}x1", head=Classifier(num_classes=1000))
     with torch.device("meta"):
-        theirs = cases.ResNetV2(layers=stages, preact=False)
+        theirs = timm.models.resnetv2.ResNetV2(layers=stages, preact=False)
     assert count(model) == sum(p.numel() for p in theirs.parameters())
 
 

@@ -5,95 +5,17 @@ import re
 
 import numpy as np
 import pytest
+from conversion_cases import CASES, WRITTEN
 from tiers import crossed
 
 from big_vision_lite.conversion import foreign, formats
 from big_vision_lite.conversion.families import FORMATS
 from big_vision_lite.conversion.weights import Weights
-from big_vision_lite.models.bit import BiT, PoolPadding
-from big_vision_lite.models.bit_v1 import BiTV1, Standardisation, Trunk
-from big_vision_lite.models.blocks.heads import Classifier
-from big_vision_lite.models.blocks.mlp import Activation
-from big_vision_lite.models.blocks.patches import Positions
-from big_vision_lite.models.blocks.pooling import FinalNorm, Pooling
-from big_vision_lite.models.mixer import MlpMixer
-from big_vision_lite.models.resnet import ResNet
-from big_vision_lite.models.vit import ViT
 
 SIZE = (16, 16)
 PATH = "folder/weights.file"
-HEAD = Classifier(num_classes=3)
-VIT = ViT(
-    **dict(width=32, depth=1, mlp_dim=32, num_heads=2, patch_size=8, head=HEAD),
-    pooling=Pooling.CLASS_TOKEN,
-    positions=Positions.LEARNED,
-)
-PROBE = VIT.clone(pooling=Pooling.ATTENTION)
-AVERAGE = VIT.clone(pooling=Pooling.AVERAGE)
-SCALED = VIT.clone(layer_scale=0.5)
-# In a second block, a bias that the first has not is left over.
-TIMM = VIT.clone(depth=2, activation=Activation.GELU_ERF)
-MIXER = MlpMixer(
-    **dict(width=16, depth=1, token_mlp_dim=8, channel_mlp_dim=8, patch_size=8),
-    head=HEAD,
-)
-BIT = BiT(stages=(1, 1), width=32, head=HEAD)
-TRUNK = Trunk(stages=(1,), width=32)
-TORCH_TRUNK = dataclasses.replace(
-    TRUNK, standardisation=Standardisation.INSIDE_ROOT, norm_epsilon=1e-5
-)
-RESNET = ResNet(stages=(1, 1), width=8, head=HEAD)
-HYBRID = VIT.clone(patch_size=1)
-NUM_HEADS = {"model_args": {"num_heads": 2}}
-TOWER = {
-    **dict(patch_size=8, image_size=16, hidden_size=32, num_hidden_layers=1),
-    **dict(num_attention_heads=2, intermediate_size=32),
-}
-# {format: (a model of it, what the shapes leave open)}; None: what `describe` returns.
-CASES = {
-    "BiT (npz)": (BIT, {}),
-    "Hugging Face BiT": (BIT, None),
-    "Hugging Face BiT, norms after convolutions": (
-        BiTV1(trunk=TORCH_TRUNK, head=HEAD),
-        None,
-    ),
-    "Hugging Face DINOv2": (SCALED, None),
-    "Hugging Face DINOv2 with registers": (SCALED.clone(registers=2), None),
-    "Hugging Face DeiT": (VIT.clone(registers=1), None),
-    "Hugging Face ResNet": (RESNET, None),
-    "Hugging Face ResNet without a head": (RESNET.clone(head=None), None),
-    "Hugging Face SigLIP": (PROBE.clone(head=None), None),
-    "Hugging Face SigLIP tower": (PROBE.clone(head=None), TOWER),
-    "Hugging Face ViT": (VIT, None),
-    "big_vision MLP-Mixer (npz)": (MIXER, {}),
-    "big_vision ViT (npz)": (VIT, {}),
-    "big_vision ViT (npz, stacked blocks)": (PROBE, {}),
-    "big_vision bit (npz)": (BiTV1(trunk=TRUNK, head=HEAD), {}),
-    "big_vision bit_paper (npz)": (
-        BIT.clone(pool_padding=PoolPadding.NEGATIVE_INFINITY),
-        {},
-    ),
-    "big_vision image-text ViT (npz)": (PROBE, {}),
-    "big_vision image-text ViT (npz, stacked blocks)": (PROBE, {}),
-    "big_vision_lite": (VIT, None),
-    "timm BiT": (BIT, {}),
-    "timm MLP-Mixer": (MIXER.clone(activation=Activation.GELU_ERF), {}),
-    "timm ResNet": (RESNET, {"architecture": "resnet50"}),
-    "timm ResNetV2, norms after convolutions": (
-        BiTV1(trunk=TORCH_TRUNK, head=HEAD),
-        {},
-    ),
-    "timm ViT": (TIMM.clone(registers=1, qk_norm=True), NUM_HEADS),
-    "timm ViT, class token unread": (
-        TIMM.clone(pooling=Pooling.AVERAGE, registers=1, final_norm=FinalNorm.POOLED),
-        NUM_HEADS,
-    ),
-    "timm hybrid ViT": (TIMM.clone(patch_size=1, stem=TORCH_TRUNK), NUM_HEADS),
-    "torchvision ResNet": (RESNET, {}),
-    "torchvision ViT": (TIMM, {"arguments": {"num_heads": 2}}),
-    "vision_transformer ViT (npz)": (VIT, {}),
-    "vision_transformer hybrid ViT (npz)": (HYBRID.clone(stem=TRUNK), {}),
-}
+# In this order: by default each format meets the first damage, the first format all.
+NAMES = sorted(WRITTEN)
 DAMAGES = {
     "removed": None,
     "flat": lambda array: array.reshape(-1),
@@ -106,7 +28,7 @@ OPTIONAL = re.compile("(img/)?(cls|pos_embedding)|(cls|reg)_token|pos_embed")
 def written(name):
     """Returns random weights in the format of a name."""
     form = next(f for f in FORMATS if f.name == name)
-    model, config = CASES[name]
+    model, config = WRITTEN[name].ours, WRITTEN[name].config
     rng = np.random.default_rng(0)
     ours = {
         name: rng.uniform(0.5, 1, shape).astype(np.float32)
@@ -131,10 +53,11 @@ def same(found, expected):
 
 
 def test_every_format_is_tried():
-    assert CASES.keys() == {form.name for form in FORMATS}
+    found = sorted(case.form for case in CASES.values() if case.ours is not None)
+    assert found == sorted(form.name for form in FORMATS)
 
 
-@pytest.mark.parametrize(("name", "kind"), crossed(CASES, DAMAGES))
+@pytest.mark.parametrize(("name", "kind"), crossed(NAMES, DAMAGES))
 def test_one_damaged_array_is_refused_with_the_name_of_the_file(name, kind):
     whole = written(name)
     assert foreign.recognise(whole).name == name

@@ -7,6 +7,9 @@ import numpy as np
 import pytest
 import torch_libraries
 from big_vision_bit import grid, random_variables, trunk_arrays
+from conversion_cases.bit import TORCH_FORM
+from conversion_cases.case import CLASSES, EVEN, NOT_SQUARE, ODD
+from conversion_cases.hybrid import hybrid_config, timm_hybrid
 from foreign_models import randomise, relative_difference
 from tiers import PUBLISHED, SLOW, few
 
@@ -26,24 +29,15 @@ torch = pytest.importorskip("torch")
 torch_libraries.import_torchvision()
 timm = pytest.importorskip("timm")
 pytest.importorskip("transformers")
-import conversion_cases as cases  # noqa: E402
-from conversion_cases import (  # noqa: E402
-    BOUND,
-    CLASSES,
-    EVEN,
-    TORCH_FORM,
-    hybrid_config,
-    our_outputs,
-    pixels,
-    weights_of,
-)
+import both_sides  # noqa: E402
+from both_sides import BOUND, our_outputs, pixels, weights_of  # noqa: E402
 from timm.layers.std_conv import StdConv2dSame  # noqa: E402
 
 pytestmark = pytest.mark.parity
 
 WIDTH, DEPTH, HEADS = 32, 2, 2
 # The grid has ceil(side / 8) cells a side.
-SIZES = {"even": EVEN, "odd": cases.ODD, "not square": cases.NOT_SQUARE}
+SIZES = {"even": EVEN, "odd": ODD, "not square": NOT_SQUARE}
 NPZ, TIMM = hybrid_formats.FORMATS
 
 
@@ -52,7 +46,7 @@ def scaled(image):
 
 
 def their_outputs(model, image):
-    return cases.their_outputs(model, scaled(image))
+    return both_sides.their_outputs(model, scaled(image))
 
 
 def worst(ours, theirs):
@@ -64,12 +58,12 @@ def cells(size):
 
 
 def read(found, size=EVEN):
-    found = cases.read(found, size)
+    found = both_sides.read(found, size)
     return found.form, found.architecture, found.variables
 
 
 def test_weights_without_a_configuration_are_read_as_square():
-    theirs = randomise(cases.timm_hybrid(), seed=1)
+    theirs = randomise(timm_hybrid(), seed=1)
     told = {"model_args": {"num_heads": HEADS}}
     _, found, _ = read(weights_of(theirs, told))
     assert found.image_size_px == EVEN
@@ -78,11 +72,11 @@ def test_weights_without_a_configuration_are_read_as_square():
 
 @pytest.mark.parametrize("place", ["even", "odd"])
 def test_positions_of_the_class_token_are_folded_into_it(place):
-    theirs = randomise(cases.timm_hybrid(SIZES[place]), seed=1)
+    theirs = randomise(timm_hybrid(SIZES[place]), seed=1)
     _, found, variables = read(
         weights_of(theirs, hybrid_config(SIZES[place])), SIZES[place]
     )
-    assert cases.worst(found.model, variables, theirs, SIZES[place]) < BOUND
+    assert both_sides.worst(found.model, variables, theirs, SIZES[place]) < BOUND
 
 
 def archive(stages=(1, 2), count=64, seed=4):
@@ -153,7 +147,7 @@ def saved(tmp_path, arrays, size=EVEN):
 
 def timm_from(path, size=EVEN):
     """Returns a timm hybrid filled by timm's own loader of archives."""
-    model = cases.timm_hybrid(size)
+    model = timm_hybrid(size)
     model.load_pretrained(path)
     return model.eval()
 
@@ -223,7 +217,7 @@ def test_an_archive_of_timms_names_has_other_constants_than_one_of_big_visions(
 
 def test_torchs_padding_in_the_trunk_shows_at_even_sizes_only():
     for size in ("odd", "even"):
-        theirs = randomise(cases.timm_hybrid(SIZES[size], same=False), seed=1)
+        theirs = randomise(timm_hybrid(SIZES[size], same=False), seed=1)
         found = weights_of(theirs, hybrid_config(SIZES[size]))
         _, architecture, variables = read(found, SIZES[size])
         image = pixels(SIZES[size])

@@ -6,6 +6,8 @@ import jax
 import numpy as np
 import pytest
 import torch_libraries
+from conversion_cases.case import CLASSES, EVEN, ODD
+from conversion_cases.resnet import huggingface_resnet, timm_resnet
 from foreign_models import randomise, relative_difference
 from tiers import PUBLISHED, few
 
@@ -24,16 +26,8 @@ torch_libraries.import_torchvision()
 timm = pytest.importorskip("timm")
 torchvision = pytest.importorskip("torchvision")
 pytest.importorskip("transformers")
-import conversion_cases as cases  # noqa: E402
-from conversion_cases import (  # noqa: E402
-    BOUND,
-    CLASSES,
-    EVEN,
-    ODD,
-    pixels,
-    weights_of,
-    worst,
-)
+import both_sides  # noqa: E402
+from both_sides import BOUND, pixels, weights_of, worst  # noqa: E402
 from torch.utils import flop_counter  # noqa: E402
 
 pytestmark = pytest.mark.parity
@@ -43,7 +37,7 @@ HF, HF_BODY, TIMM, TORCHVISION = resnet.FORMATS
 
 @functools.cache
 def imported(case):
-    return cases.imported(case, None, EVEN)
+    return both_sides.imported(case, None, EVEN)
 
 
 def test_running_statistics_are_imported_and_counters_are_not():
@@ -121,7 +115,7 @@ def test_flops_are_those_that_torch_counts(size):
 
 
 def test_a_batch_in_training_gives_their_logits_and_running_statistics():
-    found = cases.imported("timm ResNet, groups", None, EVEN)
+    found = both_sides.imported("timm ResNet, groups", None, EVEN)
     model, variables, theirs = found.model, found.variables, found.theirs.train()
     params, collections = state_lib.split_variables(variables)
     run = jax.jit(functools.partial(model.apply, train=True, mutable=["batch_stats"]))
@@ -169,8 +163,8 @@ def test_padding_on_one_side_is_seen_at_even_sizes(monkeypatch):
 
 
 def test_the_stride_on_the_first_convolution_is_another_model_and_refused(tmp_path):
-    found = cases.imported("HF ResNet, bottleneck", tmp_path, EVEN)
-    theirs = cases.huggingface_resnet(downsample_in_bottleneck=True)
+    found = both_sides.imported("HF ResNet, bottleneck", tmp_path, EVEN)
+    theirs = huggingface_resnet(downsample_in_bottleneck=True)
     theirs.load_state_dict(found.theirs.state_dict())
     assert worst(found.model, found.variables, theirs.eval()) > 100 * BOUND
     with pytest.raises(ValueError, match=r"downsample_in_bottleneck=True.*1\.5"):
@@ -178,7 +172,7 @@ def test_the_stride_on_the_first_convolution_is_another_model_and_refused(tmp_pa
 
 
 def test_another_epsilon_of_the_norm_is_seen():
-    found = cases.imported("timm ResNet, basic", None, EVEN)
+    found = both_sides.imported("timm ResNet, basic", None, EVEN)
     theirs = found.theirs
     for module in theirs.modules():
         if isinstance(module, torch.nn.BatchNorm2d):
@@ -209,7 +203,7 @@ def test_variants_of_timm_are_refused_by_what_they_are(name):
 
 
 def test_arguments_that_shapes_do_not_show_are_refused():
-    weights = weights_of(cases.timm_resnet("resnet18"))
+    weights = weights_of(timm_resnet("resnet18"))
     for arguments, message in (
         ({"output_stride": 8}, "output_stride=8"),
         ({"avg_down": True}, "avg_down=True"),
@@ -223,7 +217,7 @@ def test_arguments_that_shapes_do_not_show_are_refused():
 
 
 def test_files_that_do_not_fit_are_refused_with_the_names():
-    weights = weights_of(cases.timm_resnet("resnet18"))
+    weights = weights_of(timm_resnet("resnet18"))
     arrays = dict(weights.arrays)
     arrays["layer1.0.bn1.extra"] = arrays.pop("layer1.0.bn1.bias")
     arrays["layer2.0.conv1.weight"] = arrays["layer2.0.conv1.weight"][:, :4]
@@ -238,10 +232,10 @@ def test_files_that_do_not_fit_are_refused_with_the_names():
     gap = Weights(arrays=arrays, path="file.pth")
     with pytest.raises(ValueError, match=r"\+ layer1\.1\.conv1\.weight"):
         formats.load(gap, TIMM, TIMM.architecture(gap), EVEN)
-    odd = cases.timm_resnet("resnet18", channels=(8, 16, 24, 32))
+    odd = timm_resnet("resnet18", channels=(8, 16, 24, 32))
     with pytest.raises(ValueError, match=r"\[8, 16, 24, 32\].*\[8, 16, 32, 64\]"):
         TIMM.architecture(weights_of(odd))
-    without = Weights(arrays=weights_of(cases.huggingface_resnet()).arrays, path="a")
+    without = Weights(arrays=weights_of(huggingface_resnet()).arrays, path="a")
     with pytest.raises(ValueError, match=r"config\.json"):
         HF.architecture(without)
 

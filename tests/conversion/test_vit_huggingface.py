@@ -7,6 +7,9 @@ import numpy as np
 import pytest
 import tiers
 import torch_libraries
+from conversion_cases import THEIRS
+from conversion_cases.vit_huggingface import TINY_HF as TINY
+from conversion_cases.vit_huggingface import huggingface_vit, siglip, vit
 from foreign_models import randomise, relative_difference
 from tiers import few
 
@@ -26,18 +29,12 @@ torch_libraries.import_torchvision()
 transformers = pytest.importorskip("transformers")
 for library in ("timm", "torchvision"):
     pytest.importorskip(library)
-import conversion_cases as cases  # noqa: E402
-from conversion_cases import (  # noqa: E402
-    BOUND,
-    siglip,
-    their_outputs,
-    vit,
-)
+import both_sides  # noqa: E402
+from both_sides import BOUND, their_outputs  # noqa: E402
 
-TINY = cases.TINY_HF
 CASES = {
     name.removeprefix("HF "): made
-    for name, made in cases.HUGGINGFACES.items()
+    for name, made in THEIRS.items()
     if name.startswith("HF ")
 }
 
@@ -47,11 +44,11 @@ def build(case):
 
 
 def images(size, channels=3):
-    return cases.pixels(size, channels)
+    return both_sides.pixels(size, channels)
 
 
 def our_outputs(model, variables, image):
-    return cases.our_outputs(model, variables, image)
+    return both_sides.our_outputs(model, variables, image)
 
 
 def scaled(image):
@@ -65,7 +62,7 @@ def save(model, folder):
 
 def load(path):
     """Returns (format, architecture, our variables), all found by content."""
-    found = cases.read(files.read(path))
+    found = both_sides.read(files.read(path))
     return found.form, found.architecture, found.variables
 
 
@@ -269,7 +266,7 @@ class Case:
     arguments: dict
 
     def build(self):
-        return cases.huggingface_vit(self.kind, self.config, **self.arguments)
+        return huggingface_vit(self.kind, self.config, **self.arguments)
 
 
 GIANT = {

@@ -8,6 +8,10 @@ import numpy as np
 import pytest
 import torch_libraries
 from big_vision_bit import random_variables
+from conversion_cases import THEIRS
+from conversion_cases.case import Ours
+from conversion_cases.vit_timm import SEVEN as ODD
+from conversion_cases.vit_timm import TINY_VIT as TINY
 from foreign_models import randomise, relative_difference
 from tiers import PUBLISHED, few
 
@@ -31,27 +35,20 @@ torch_libraries.import_torchvision()
 timm = pytest.importorskip("timm")
 for library in ("torchvision", "transformers"):
     pytest.importorskip(library)
-import conversion_cases as cases  # noqa: E402
-from conversion_cases import (  # noqa: E402
-    BOUND,
-    weights_of,
-    worst,
-)
-
-TINY = cases.TINY_VIT
-ODD = cases.SEVEN
+import both_sides  # noqa: E402
+from both_sides import BOUND, weights_of, worst  # noqa: E402
 
 
 @functools.cache
 def imported(case):
-    return cases.imported(f"timm ViT, {case}", None)
+    return both_sides.imported(f"timm ViT, {case}", None)
 
 
 def sprung(case, *, model=None, **changed):
     """Returns the largest difference after changing the model or some variables."""
     found = imported(case)
     variables = {**found.variables, **changed}
-    size = cases.THEIRS[f"timm ViT, {case}"].sizes[0]
+    size = THEIRS[f"timm ViT, {case}"].sizes[0]
     return worst(model or found.model, variables, found.theirs, size)
 
 
@@ -75,7 +72,7 @@ def test_another_epsilon_of_the_layer_norms_misses_the_bound(epsilon):
             tensor.mul_(0.02)
         theirs.pos_embed.mul_(0.02)
     told = {"architecture": "x", "model_args": {**TINY, **ODD}}
-    found = cases.read(weights_of(theirs, told), (35, 35))
+    found = both_sides.read(weights_of(theirs, told), (35, 35))
     assert worst(found.model, found.variables, theirs, (35, 35)) <= BOUND
     wrong = found.model.clone(norm_epsilon=epsilon)
     assert worst(wrong, found.variables, theirs, (35, 35)) > 3 * BOUND
@@ -151,8 +148,8 @@ def test_the_sincos_form_of_mae_is_another_one_and_misses_the_bound(tmp_path):
     )
     size = (16, 40)
     variables = random_variables(model, size)
-    exported, theirs = cases.put(
-        cases.Ours(Library.TIMM, model, size), variables, tmp_path / "out"
+    exported, theirs = both_sides.put(
+        Ours(library=Library.TIMM, model=model, size=size), variables, tmp_path / "out"
     )
     assert worst(model, variables, theirs, size) <= BOUND
     with torch.no_grad():

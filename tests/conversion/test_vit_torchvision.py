@@ -3,6 +3,9 @@
 import numpy as np
 import pytest
 import torch_libraries
+from conversion_cases.vit_torchvision import TINY_TORCHVISION as TINY
+from conversion_cases.vit_torchvision import TORCHVISION_VITS as CASES
+from conversion_cases.vit_torchvision import torchvision_vit
 from foreign_models import randomise
 from tiers import PUBLISHED, few
 
@@ -18,21 +21,19 @@ torch_libraries.import_torchvision()
 models = pytest.importorskip("torchvision.models")
 for library in ("timm", "transformers"):
     pytest.importorskip(library)
-import conversion_cases as cases  # noqa: E402
-from conversion_cases import BOUND, worst  # noqa: E402
+import both_sides  # noqa: E402
+from both_sides import BOUND, worst  # noqa: E402
 
-TINY = cases.TINY_TORCHVISION
-CASES = cases.TORCHVISION_VITS
 SIZES = ["vit_b_16", "vit_b_32", "vit_l_16", "vit_l_32", "vit_h_14"]
 
 
 def built(case, **more):
-    return randomise(cases.torchvision_vit(**{**CASES[case], **more}), seed=0)
+    return randomise(torchvision_vit(**{**CASES[case], **more}), seed=0)
 
 
 def weights_of(theirs, arguments):
     config = {"builder": "VisionTransformer", "arguments": arguments}
-    return cases.weights_of(theirs, config if arguments else {})
+    return both_sides.weights_of(theirs, config if arguments else {})
 
 
 def difference(model, variables, theirs, side):

@@ -147,6 +147,23 @@ def test_uint8_arrays_pass_through(shape, channels):
         np.testing.assert_array_equal(decoded.reshape(shape), image)
 
 
+@pytest.mark.parametrize("channels", [2, 4, 13])
+def test_images_of_other_channels_come_as_arrays_and_stay_as_they_are(channels):
+    image = rng().integers(0, 256, (4, 5, channels), dtype=np.uint8)
+    np.testing.assert_array_equal(apply(ops.Decode(channels=channels), image), image)
+    files = (JPEG, b"no image at all")
+    arrays = (image[..., :1], image[..., 0], image[:0], np.float32(image))
+    for wrong, message in [
+        *((file, f"1 .gray. or 3 channels .RGB., not {channels}") for file in files),
+        *((array, r"got (\[|float32)") for array in arrays),
+    ]:
+        with pytest.raises(ValueError, match=message) as caught:
+            apply(ops.Decode(channels=channels), wrong)
+        assert not isinstance(
+            caught.value, UndecodableImage
+        )  # never skipped in silence
+
+
 # Unreadable and wrong input
 
 
@@ -263,8 +280,8 @@ def test_arrays_that_are_no_uint8_image_are_a_mistake_of_the_source(image, messa
 @pytest.mark.parametrize(
     "make, message",
     [
-        (lambda: ops.Decode(channels=4), "channels=4"),
-        (lambda: ops.DecodeInceptionCrop(size_px=8, channels=2), "channels=2"),
+        (lambda: ops.Decode(channels=0), "channels=0: use 1 .gray., 3 .RGB., or as"),
+        (lambda: ops.DecodeInceptionCrop(size_px=8, channels=-1), "channels=-1"),
         (lambda: ops.InceptionCrop(size_px=0), "size_px=0"),
         (lambda: ops.Resize(size_px=8, width_px=-1), "width_px=-1"),
         (lambda: ops.ResizeSmall(size_px=-3), "size_px=-3"),

@@ -19,7 +19,7 @@ from big_vision_lite.conversion.formats import Architecture
 from big_vision_lite.conversion.weights import Weights
 from big_vision_lite.models.blocks.heads import Classifier
 from big_vision_lite.models.blocks.mlp import Activation
-from big_vision_lite.models.mixer import PUBLISHED, MlpMixer
+from big_vision_lite.models.mixer import MlpMixer
 from big_vision_lite.runtime import flops
 
 pytestmark = pytest.mark.parity
@@ -187,10 +187,11 @@ def test_another_epsilon_of_the_norms_is_not_equal(epsilon):
     assert differences(found, theirs(module, images("odd")))["logits"] <= BOUND
 
 
-@pytest.mark.parametrize("size", few(PUBLISHED, "S/16", marks=tiers.PUBLISHED))
+@pytest.mark.parametrize("size", few(MlpMixer.published, "S/16", marks=tiers.PUBLISHED))
 def test_published_sizes_have_the_parameters_of_timm_and_of_the_paper(size):
     # Millions without a head, Table 1 of arXiv:2105.01601.
-    paper = dict(zip(PUBLISHED, (19, 18, 60, 59, 206, 207, 431), strict=True))[size]
+    millions = (19, 18, 60, 59, 206, 207, 431)
+    paper = dict(zip(MlpMixer.published, millions, strict=True))[size]
     model = MlpMixer.of(size, head=Classifier(num_classes=1000))
     shapes = formats.shapes(model, (224, 224), 3)
     count = sum(int(np.prod(shape)) for shape in shapes.values())

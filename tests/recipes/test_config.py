@@ -14,6 +14,7 @@ import sys
 import typing
 
 import jax
+import model_spec
 import pytest
 
 import big_vision_lite
@@ -30,12 +31,10 @@ from big_vision_lite.evaluators.fewshot import FewShot, FewShotSet
 from big_vision_lite.evaluators.finetune import FineTune
 from big_vision_lite.evaluators.loss import Loss
 from big_vision_lite.models.bit import BiT
-from big_vision_lite.models.bit_v1 import BiTV1, Trunk
+from big_vision_lite.models.bit_v1 import Trunk
 from big_vision_lite.models.blocks.heads import Classifier
 from big_vision_lite.models.blocks.layers import Remat
 from big_vision_lite.models.blocks.patches import Positions
-from big_vision_lite.models.mixer import MlpMixer
-from big_vision_lite.models.resnet import ResNet
 from big_vision_lite.models.vit import ViT
 from big_vision_lite.objectives.classification import (
     SigmoidClassification,
@@ -161,11 +160,10 @@ def everything() -> list[TrainConfig]:
     )
     head = Classifier(num_classes=10)
     hybrid = ViT.of("S/1", stem=Trunk(stages=(1,), width=32), head=head)
-    models = (
-        BiTV1.of("R50x1", head=head),
-        ResNet.of("X50_32x4d", head=head),
-        MlpMixer.of("S/16", head=head),
-    )
+    models = [
+        kind.of(kind.published[-1], head=head)
+        for kind in model_spec.families().values()
+    ]
     of_elsewhere = NoImages(classes=("a", "b"), origin="a.npz")
     ages = sources.Table(
         path="t.csv", image="file", label=("age",), kind=sources.LabelKind.NUMBERS

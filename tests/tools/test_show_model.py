@@ -8,6 +8,8 @@ import shapes_run
 import show_model
 import torch_libraries
 
+from big_vision_lite.conversion.families import FORMATS
+
 pytestmark = pytest.mark.parity
 SLOW = (pytest.mark.slow, pytest.mark.tools)
 
@@ -169,13 +171,12 @@ def test_batch_statistics_are_no_parameters():
 
 
 def test_every_family_has_its_published_sizes_in_the_table():
-    assert {spec.partition(":")[0] for spec in show_model.PUBLISHED} == set(
-        model_spec.FAMILIES
-    )
-    for spec in show_model.PUBLISHED:
+    of_weights = {form.model for form in FORMATS} - {object}
+    assert of_weights <= set(model_spec.families().values())
+    for spec in model_spec.published():
         model_spec.build(spec, num_classes=1000)  # has that size
     plain = {spec.partition(",")[0] for spec in PUBLISHED}
-    assert plain <= show_model.PUBLISHED.keys()
+    assert plain <= set(model_spec.published())
 
 
 def test_it_prints_a_model_and_says_what_is_wrong(capsys):
@@ -183,8 +184,8 @@ def test_it_prints_a_model_and_says_what_is_wrong(capsys):
     shown = capsys.readouterr().out
     assert "BiT:small, one image of 8x8x1" in shown and "activations" in shown
     assert f"{whole_small():,}" in shown
-    with pytest.raises(ValueError, match="ViT, MlpMixer, ResNet, BiT"):
-        show_model.main(["VGG:16"])
+    with pytest.raises(ValueError, match=", ".join(model_spec.families())):
+        show_model.main(["LeNet:5"])
     with pytest.raises(ValueError, match="it has width, depth"):
         show_model.main(["ViT:S/16,heads=3"])
     with pytest.raises(SystemExit):
@@ -219,6 +220,6 @@ def test_a_run_and_weights_are_shown_with_their_own_image_size(tmp_path, capsys)
 
 
 def test_the_table_is_markdown(monkeypatch):
-    monkeypatch.setattr(show_model, "PUBLISHED", {"ResNet:R18": 224})
+    monkeypatch.setattr(model_spec, "published", lambda: ["ResNet:R18"])
     *_, line = show_model.table().splitlines()
     assert line == "| ResNet:R18 | 224 | 11.69 | 3.63 | 2.48 |"

@@ -1,34 +1,26 @@
 """The formats that are known, family by family, in the order they are tried in."""
 
-from big_vision_lite.conversion.families import (
-    bit,
-    bit_archives,
-    bit_huggingface,
-    hybrid,
-    mixer,
-    ours,
-    resnet,
-    vit_archives,
-    vit_huggingface,
-    vit_huggingface_dinov2,
-    vit_huggingface_siglip,
-    vit_timm,
-    vit_torchvision,
-)
+import importlib
+
 from big_vision_lite.conversion.formats import Format
 
-FORMATS: tuple[Format, ...] = (
-    *bit_huggingface.FORMATS,
-    *bit_archives.FORMATS,
-    *bit.FORMATS,
-    *hybrid.FORMATS,
-    *mixer.FORMATS,
-    *ours.FORMATS,
-    *resnet.FORMATS,
-    *vit_huggingface.FORMATS,
-    *vit_huggingface_dinov2.FORMATS,
-    *vit_huggingface_siglip.FORMATS,
-    *vit_archives.FORMATS,
-    *vit_timm.FORMATS,
-    *vit_torchvision.FORMATS,
+FAMILIES = (
+    "bit_huggingface",
+    "bit_archives",
+    "bit",
+    "hybrid",
+    "mixer",
+    "ours",
+    "resnet",
+    "vit_huggingface",
+    "vit_huggingface_dinov2",
+    "vit_huggingface_siglip",
+    "vit_archives",
+    "vit_timm",
+    "vit_torchvision",
+)
+FORMATS: tuple[Format, ...] = tuple(
+    form
+    for family in FAMILIES
+    for form in importlib.import_module(f"{__name__}.{family}").FORMATS
 )

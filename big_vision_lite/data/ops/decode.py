@@ -38,7 +38,7 @@ def decode(
     channels: int = 3,
     orientation: Orientation = Orientation.IGNORE,
 ) -> np.ndarray:
-    """Returns uint8 [H, W, channels], 1 (gray) or 3 (RGB), from a file's bytes.
+    """Returns uint8 [H, W, channels]; files and most arrays as 1 (gray) or 3 (RGB).
 
     Reads JPEG (accurate DCT, as PIL does), PNG, WebP, BMP, GIF, TIFF and AVIF, told
     apart by their first bytes; uint8 arrays [H, W] and [H, W, 1|3|4] pass through with
@@ -49,10 +49,11 @@ def decode(
     none. 16-bit samples keep their high byte, as in TensorFlow; CMYK becomes RGB; an
     animation gives its first picture. Raises UndecodableImage for bytes that are
     damaged, cut short, no image, of samples without a known range, or larger than
-    MAX_PIXELS; ValueError for another kind of array.
+    MAX_PIXELS; ValueError for another kind of array. Other numbers of `channels` are
+    no colours: arrays [H, W, channels] pass through as they are, files are refused.
     """
     if channels not in (1, 3):
-        raise ValueError(f"channels={channels}: use 1 (gray) or 3 (RGB).")
+        return _as_it_is(data, channels)
     if isinstance(data, np.ndarray):
         return _convert(_check_array(data), channels)
     name = format_of(data)
@@ -249,13 +250,23 @@ def _pixels(data: Encoded, name: str) -> np.ndarray:
     return image
 
 
-def _check_array(image: np.ndarray) -> np.ndarray:
-    if image.dtype != np.uint8:
+def _as_it_is(data: Encoded | np.ndarray, channels: int) -> np.ndarray:
+    if not isinstance(data, np.ndarray):
         raise ValueError(
-            f"An image array must be uint8 in 0..255, got {image.dtype}"
-            f"{_describe_values(image)}. Convert it in the source, for values in 0..1 "
-            "by np.rint(255 * image).astype(np.uint8)."
+            f"An image file has 1 (gray) or 3 channels (RGB), not {channels}: give "
+            f"arrays, uint8 [H, W, {channels}]."
         )
+    _check_values(data)
+    if data.ndim != 3 or data.shape[-1] != channels or 0 in data.shape:
+        raise ValueError(
+            f"An image of {channels} channels must be an array [H, W, {channels}] with "
+            f"at least one pixel, got {list(data.shape)}."
+        )
+    return data
+
+
+def _check_array(image: np.ndarray) -> np.ndarray:
+    _check_values(image)
     if image.ndim == 2:
         image = image[..., None]
     if image.ndim != 3 or image.shape[-1] not in (1, 3, 4) or 0 in image.shape:
@@ -264,6 +275,15 @@ def _check_array(image: np.ndarray) -> np.ndarray:
             f"at least one pixel, got {list(image.shape)}."
         )
     return image
+
+
+def _check_values(image: np.ndarray) -> None:
+    if image.dtype != np.uint8:
+        raise ValueError(
+            f"An image array must be uint8 in 0..255, got {image.dtype}"
+            f"{_describe_values(image)}. Convert it in the source, for values in 0..1 "
+            "by np.rint(255 * image).astype(np.uint8)."
+        )
 
 
 def _describe_values(image: np.ndarray) -> str:
@@ -331,6 +351,8 @@ def _without_palette(data: bytes) -> bytes:
 class Decode:
     """Turns encoded bytes or an array into uint8 [H, W, channels]; see `decode`.
 
+    1 channel is gray, 3 are RGB; of another number only arrays [H, W, channels] come.
+
     A "mask" beside the image becomes integers [H, W]; see `decode_mask`. EXIF's
     orientation is ignored, as big_vision does; "apply" turns image, mask and boxes.
     Let it be the same in `data.ops` and `preprocess`.
@@ -347,7 +369,10 @@ class Decode:
 
 
 def check_channels(op: Any) -> None:
-    """Raises ValueError unless `op.channels` is 1 or 3."""
-    if op.channels not in (1, 3):
+    """Raises ValueError unless `op.channels` is at least 1."""
+    if op.channels < 1:
         name = type(op).__name__
-        raise ValueError(f"{name}.channels={op.channels}: use 1 (gray) or 3 (RGB).")
+        raise ValueError(
+            f"{name}.channels={op.channels}: use 1 (gray), 3 (RGB), or as many as the "
+            "arrays of a source have."
+        )

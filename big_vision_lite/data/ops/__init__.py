@@ -7,6 +7,10 @@ from big_vision_lite.data.ops.colour import ToGray as ToGray
 from big_vision_lite.data.ops.colour import ToRgb as ToRgb
 from big_vision_lite.data.ops.decode import Decode as Decode
 from big_vision_lite.data.ops.decode import UndecodableImage as UndecodableImage
+from big_vision_lite.data.ops.distort import ColorJitter as ColorJitter
+from big_vision_lite.data.ops.distort import GaussianBlur as GaussianBlur
+from big_vision_lite.data.ops.distort import RandomGray as RandomGray
+from big_vision_lite.data.ops.distort import Solarize as Solarize
 from big_vision_lite.data.ops.geometry import CentralCrop as CentralCrop
 from big_vision_lite.data.ops.geometry import DecodeInceptionCrop as DecodeInceptionCrop
 from big_vision_lite.data.ops.geometry import FlipLeftRight as FlipLeftRight

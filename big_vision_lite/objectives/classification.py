@@ -21,11 +21,14 @@ class SoftmaxClassification(Objective):
     Labels are int [B], or float [B, C] that sum to 1 (mixup). `label_smoothing` spreads
     that fraction of every label evenly over all classes. `class_weights`, one a class,
     multiply the terms of the loss; `balanced` gives those that make up for unequal
-    classes.
+    classes. `share_labels` is for several labels an image, float [B, C] of 0 and 1:
+    each of its k labels becomes 1 / k (arXiv:1805.00932, section 2.2: noisy tags); an
+    image without any has no loss.
     """
 
     logits: ClassVar[Logits | None] = Logits.SOFTMAX
     label_smoothing: float = 0.0
+    share_labels: bool = False
     class_weights: tuple[float, ...] = ()
 
     def __post_init__(self) -> None:
@@ -41,8 +44,12 @@ class SoftmaxClassification(Objective):
     ) -> tuple[Float[Array, " B"], dict[str, Array]]:
         logits = _logits(forward, batch)
         labels = as_distribution(batch["label"], logits.shape[-1])
+        total = jnp.ones(())
+        if self.share_labels:
+            count = labels.sum(axis=-1, keepdims=True)
+            labels, total = labels / jnp.maximum(count, 1e-6), count > 0
         smoothed = labels * (1 - self.label_smoothing)
-        smoothed = smoothed + self.label_smoothing / logits.shape[-1]
+        smoothed = smoothed + total * self.label_smoothing / logits.shape[-1]
         weighted = _weighted(smoothed, self.class_weights)
         losses = -jnp.sum(weighted * jax.nn.log_softmax(logits), axis=-1)
         return losses, {"accuracy": is_correct(logits, labels)}

@@ -7,6 +7,7 @@ import pytest
 from evaluation_context import make_mesh
 
 from big_vision_lite.objectives.contrastive import NTXent
+from big_vision_lite.objectives.distillation import LogitDistillation
 from big_vision_lite.objectives.regularised import LeJEPA, VICReg, sigreg
 from big_vision_lite.objectives.self_distillation import (
     Balance,
@@ -16,6 +17,7 @@ from big_vision_lite.objectives.self_distillation import (
 )
 from big_vision_lite.runtime import layout
 
+KEY = jax.random.key(0)
 R = np.random.default_rng(0)
 TEACHER, STUDENT = R.standard_normal((6, 4)), R.standard_normal((6, 4))
 KOLEO = R.standard_normal((8, 5))
@@ -294,3 +296,19 @@ def test_numbers_that_mean_nothing_are_refused():
     ):
         with pytest.raises(ValueError, match=r"temperature|weight|views"):
             make()
+
+
+def test_distillation_is_the_known_one():
+    r = np.random.default_rng(0)
+    for shape in ((6, 4), (6, 4), (8, 5), (2, 6, 5), (2, 6, 5), (64, 8), (8, 16)):
+        r.standard_normal(shape)
+    r.standard_normal((4, 3)), r.standard_normal((4, 3))
+    r.uniform(0.5, 9, 50), r.uniform(0.5, 9, 50), r.standard_normal(8)
+    teacher, student = r.standard_normal((3, 5)), r.standard_normal((3, 5))
+
+    def forward(image):
+        return {"logits": f32(student), "teacher_0": {"logits": f32(teacher)}}
+
+    objective = LogitDistillation(temperature=2.0)
+    losses, _ = objective(forward, {"image": jnp.zeros((3, 1, 1, 1))}, KEY)
+    assert losses.mean() == pytest.approx(1.203911, rel=1e-5)

@@ -1,0 +1,78 @@
+"""A student beside frozen teachers, for distillation."""
+
+from typing import Any, ClassVar
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Num, Shaped
+
+from big_vision_lite.models.blocks import layers
+from big_vision_lite.types import Model
+
+
+class Distilled(nn.Module, Model, kw_only=True):
+    """Returns what the student does, and what each teacher says of the same images.
+
+    "teacher_<i>" holds the outputs of `teachers[i]`, in evaluation mode and without
+    gradient: teachers are frozen by freeze=("teachers_.*",) in the recipe, and each
+    takes its weights by Init(path=TEACHER, into="teachers_<i>"). A teacher sees the
+    very pixels that the student sees, scaled by its own constants; `teacher_size_px`,
+    one number a teacher, resizes them (bilinear, antialiased) to the size it wants.
+    With `adaptors` the student's pooled features are mapped to the width of each
+    teacher's, by a layer norm, GELU and two layers `adaptor_width` wide: "adapted_<i>".
+    After training only the student is used.
+    """
+
+    backbone: ClassVar = "student"
+
+    student: Model
+    teachers: tuple[Model, ...]
+    teacher_size_px: tuple[int, ...] = ()
+    adaptors: bool = False
+    adaptor_width: int = 1024
+
+    def __post_init__(self) -> None:
+        layers.check_positive(adaptor_width=self.adaptor_width)
+        if not self.teachers:
+            raise ValueError("Distilled has no teachers; give teachers=(ViT(...),).")
+        if self.teacher_size_px and len(self.teacher_size_px) != len(self.teachers):
+            raise ValueError(
+                f"teacher_size_px={self.teacher_size_px} has another length than the "
+                f"{len(self.teachers)} teachers; give each one size, or none at all."
+            )
+        super().__post_init__()
+
+    @nn.compact
+    def __call__(
+        self, image: Num[Array, "B H W C"], *, train: bool = False
+    ) -> dict[str, Any]:
+        student: Any = self.student
+        outputs = dict(student(image, train=train))
+        for index, model in enumerate(self.teachers):
+            teacher: Any = model
+            seen = image
+            if self.teacher_size_px:
+                seen = resized(image, self.teacher_size_px[index])
+            found = jax.lax.stop_gradient(teacher(seen, train=False))
+            outputs[f"teacher_{index}"] = found
+            if self.adaptors:
+                width = found["pooled"].shape[-1]
+                x = layers.layer_norm(layers.Dtype.FLOAT32, f"adaptor_{index}_norm")(
+                    outputs["pooled"]
+                )
+                hidden = layers.Dense(
+                    features=self.adaptor_width, name=f"adaptor_{index}_hidden"
+                )
+                out = layers.Dense(features=width, name=f"adaptor_{index}_out")
+                outputs[f"adapted_{index}"] = out(nn.gelu(hidden(x)))
+        return outputs
+
+
+def resized(
+    image: Num[Array, "B H W C"], size_px: int
+) -> Shaped[Array, "B size_px size_px C"]:
+    """Returns square images as float32 in the units of `image`."""
+    shape = (len(image), size_px, size_px, image.shape[-1])
+    x = image.astype(jnp.float32)
+    return jax.image.resize(x, shape, "linear", antialias=True)

@@ -1,8 +1,20 @@
 """Printed letters without labels: two views of each, drawn together and kept apart.
 
-python -m big_vision_lite.train --config configs/glyphs_views.py:data_dir=DATA_DIR \
+  python -m big_vision_lite.train --config configs/glyphs_views.py:data_dir=DATA_DIR \
       --workdir runs/ntxent
-... --config configs/glyphs_views.py:method=dino,data_dir=DATA_DIR
+  ... --config configs/glyphs_views.py:data_dir=DATA_DIR,method=dino
+
+method    ntxent: SimCLR's contrast; dino: self-distillation with Sinkhorn; vicreg;
+          lejepa. `dataset` names a set as configs/glyphs.py describes it in DATA_DIR.
+
+Scored by few-shot on frozen features, 10 images a class, the penalty chosen on images
+of the training pool: handwritten digits and letters of fonts that training never saw,
+beside raw pixels and the untrained network. The settings are those of a first trial,
+which was made with these test sets in view; nothing was chosen on them since.
+Published: none. Ours (one seed; digits, new fonts): ntxent 91.5 and 65.1 %, dino 88.7
+and 62.4 %, lejepa 90.3 and 64.6 %; raw pixels 83.6
+and 44.6 %, untrained network 64.6 and 12.5 %.
+Hardware: 2 CPU cores, 3 to 6 CPU-minutes with all evaluations.
 """
 
 from big_vision_lite.config import Checkpoints, TrainConfig

@@ -1,12 +1,24 @@
 """A small masked autoencoder on Fashion-MNIST: what it learns from no labels at all.
 
-python -m big_vision_lite.train --config configs/mae_fashion.py:data_dir=DATA_DIR \
+  python -m big_vision_lite.train --config configs/mae_fashion.py:data_dir=DATA_DIR \
       --workdir runs/mae
-... --config configs/mae_fashion.py:data_dir=DATA_DIR,epochs=17,eval=fewshot
+  ... --config configs/mae_fashion.py:data_dir=DATA_DIR,transfer=false
+
+DATA_DIR holds the prepared TFDS set (tools/prepare_dataset.py tfds fashion_mnist).
+The images are 28 px, the patches 7: of smaller ones the neighbours tell the content,
+and little of shape is learnt. Scored on the way by nearest neighbours and a linear
+model on 3,000 training images; at the end (transfer) by few-shot on the frozen
+encoder, the penalty chosen on training images, and by fine-tuning on 1,000 labels
+beside the same training from scratch, whose augmentation was settled on the training
+images from 54,000 on.
+Published: none. Ours (one seed): 74.0 % from 10 images a class (raw pixels 68.6,
+untrained network 53.5), 80.0 % from 100 (78.4, 69.8); fine-tuned on 1,000 labels 81.6 %
+(from scratch 77.3).
+Hardware: 2 CPU cores, 9 CPU-minutes with all evaluations.
 """
 
 from big_vision_lite.config import Checkpoints, TrainConfig
-from big_vision_lite.data.ops import Decode, RandomAffine, Resize
+from big_vision_lite.data.ops import Decode, FlipLeftRight, RandomAffine, Resize
 from big_vision_lite.data.ops.resampling import Resampling
 from big_vision_lite.data.pipeline import Stream
 from big_vision_lite.data.sources import Tfds
@@ -66,7 +78,13 @@ def get_config(arg: str = "") -> TrainConfig:
             train=fashion("train[:1000]"),
             test=fashion("test"),
             rule=AdamWRule(
-                num_steps=400, ops=(decode, RandomAffine()), preprocess=preprocess
+                num_steps=400,
+                ops=(
+                    decode,
+                    RandomAffine(degrees=5.0, translate=0.05),
+                    FlipLeftRight(),
+                ),
+                preprocess=preprocess,
             ),
             every_steps=num_steps,
         )

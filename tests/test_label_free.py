@@ -25,6 +25,7 @@ from big_vision_lite.models.distilled import Distilled
 from big_vision_lite.models.embedder import Embedder, Projector
 from big_vision_lite.models.masked_autoencoder import MaskedAutoencoder
 from big_vision_lite.models.vit import ViT
+from big_vision_lite.objectives.classification import SoftmaxClassification
 from big_vision_lite.objectives.contrastive import NTXent
 from big_vision_lite.objectives.distillation import (
     FeatureDistillation,
@@ -234,3 +235,24 @@ def test_a_teacher_takes_the_weights_of_a_run(tmp_path, capsys):
     found = train.train(config, epath.Path(tmp_path / "student"), quiet=True)
     for name, leaf in trees.flatten(found.frozen["teachers_0"]).items():
         np.testing.assert_array_equal(leaf, trees.flatten(encoder)[name])
+
+
+def test_a_teacher_keeps_its_head_whatever_the_data_have(tmp_path, capsys):
+    labelled = ImageFolder(path=str(shapes_run.shared()[0]), split="train")
+    with_head = vit(width=24, head=Classifier(num_classes=3))
+    teacher = recipe(
+        "logits",
+        model=with_head,
+        objective=SoftmaxClassification(),
+        data=Stream(source=labelled, ops=ONE, batch_size=16),
+        freeze=(),
+        num_steps=2,
+        evaluators={},
+    )
+    state = train.train(teacher, epath.Path(tmp_path / "teacher"), quiet=True)
+    config = recipe("logits", num_steps=1, evaluators={})
+    config.init = (Init(path=str(tmp_path / "teacher"), into="teachers_0"),)
+    found = train.train(config, epath.Path(tmp_path / "student"))
+    kernel = found.frozen["teachers_0"]["head"]["kernel"]
+    np.testing.assert_array_equal(kernel, state.params["head"]["kernel"])
+    assert np.any(kernel) and "new head" not in capsys.readouterr().out

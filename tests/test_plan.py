@@ -313,6 +313,20 @@ SHRUNK = {
     "configs/fashion_mnist.py": (*SMALL, "--config.model.mlp_dim=48"),
     "configs/glyphs.py": ("--config.model.width=8", "--config.model.groups=4"),
     "configs/quickstart.py": ("--config.model.width=8", "--config.model.groups=4"),
+    "configs/mae_i1k.py": (
+        *(flag.replace("model.", "model.encoder.") for flag in SMALL),
+        "--config.model.decoder_depth=1",
+        "--batch=64",
+    ),
+    "configs/mae_fashion.py": ("--config.model.encoder.depth=1",),
+    "configs/glyphs_views.py": (
+        "--config.model.encoder.width=8",
+        "--config.model.encoder.groups=4",
+    ),
+    "configs/glyphs_distil.py": (
+        "--config.model.width=8",
+        "--config.model.groups=4",
+    ),
 }
 MACHINES = "v5e:2x4,v5p:2x2x1,h100:8,a100:8"
 # Recipes whose argument is a folder or a run.
@@ -320,6 +334,9 @@ OWN_DATA = {
     "configs/folder.py": "dir={images}",
     "configs/table.py": "table={table},image=file,label=grey,kind=numbers",
     "configs/finetune.py": "init={run},data={images},allow_module=shapes_run,size=keep",
+    "configs/distil.py": (
+        "teacher={run},student=ResNet:R18,data={images},allow_module=shapes_run"
+    ),
 }
 
 

@@ -148,9 +148,10 @@ def input_shape(run: SavedRun) -> tuple[int, ...]:
     """Returns [H, W, C] of what the preprocessing makes of an image of its kind."""
     import parity
 
-    # Views of an image, [B, V, H, W, C], may stand in its place.
-    shapes = [leaf["shape"] for leaf in run.manifest["input"].values()]
-    channels = next(shape[-1] for shape in shapes if len(shape) > 3)
+    given = run.manifest["input"]
+    # Views [V, H, W, C] may stand in place of an image [H, W, C].
+    views = (leaf for leaf in given.values() if len(leaf["shape"]) == 4)
+    channels = (given.get("image") or next(views))["shape"][-1]
     image: Any = np.zeros((300, 400, channels), np.uint8)
     if channels in parity.COLOURS:
         image = parity.jpegs()[0]

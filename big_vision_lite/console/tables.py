@@ -33,7 +33,8 @@ def format_line(
 ) -> str:
     """Returns "step  200/400  loss 0.1234  lr 1.0e-03  812 img/s ...".
 
-    Less important fields are dropped if the line exceeds `columns`.
+    An objective's own metrics stand after the others. Less important fields are dropped
+    if the line exceeds `columns`.
     """
     formats = (
         ("train/loss", lambda x: f"loss {x:.4f}"),
@@ -48,7 +49,11 @@ def format_line(
     width = len(str(num_steps))
     parts = {"step": f"step {step:{width}d}/{num_steps}"}
     parts |= {name: text(metrics[name]) for name, text in formats if name in metrics}
-    for name in DISPENSABLE:
+    own = [n for n in metrics if n.startswith("train/") and n not in dict(formats)]
+    for name in own:
+        leaf = name.removeprefix("train/").replace("_", " ")
+        parts[name] = f"{leaf} {metrics[name]:.3g}"
+    for name in (*reversed(own), *DISPENSABLE):
         if columns is None or len("  ".join(parts.values())) <= columns:
             break
         parts.pop(name, None)

@@ -53,7 +53,7 @@ class Embedder(nn.Module, Model, kw_only=True):
     head_modules: ClassVar = ()
 
     encoder: Model
-    projector: Projector = Projector()
+    projector: Projector
     prototypes: int = 0
     centre_momentum: float | None = None
 

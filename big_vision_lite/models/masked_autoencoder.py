@@ -73,9 +73,10 @@ class MaskedAutoencoder(nn.Module, Model, kw_only=True):
         encoded = self.encoder(image, train=train, visible=visible)
 
         dtype = self.encoder.dtype
-        x = jnp.concatenate([encoded["special"], encoded["tokens"]], axis=1)
+        parts = [encoded[name] for name in ("special", "tokens") if name in encoded]
+        x = jnp.concatenate(parts, axis=1)
         x = layers.Dense(features=self.decoder_width, dtype=dtype, name="narrow")(x)
-        before = encoded["special"].shape[1]
+        before = x.shape[1] - visible.shape[1]
         token = self.param(
             "mask_token", nn.initializers.normal(0.02), (1, 1, self.decoder_width)
         )

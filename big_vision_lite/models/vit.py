@@ -256,7 +256,7 @@ class ViT(nn.Module, Model, kw_only=True):
         if visible is None:
             outputs["grid"] = x.reshape(batch, rows, columns, width)
         else:
-            outputs |= {"tokens": x, "special": special}
+            outputs |= {"tokens": x, "special": special} if before else {"tokens": x}
         if self.head is not None:
             outputs |= self.head(pooled)
         if self.distillation_token:

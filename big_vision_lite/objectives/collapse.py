@@ -9,7 +9,9 @@ from jaxtyping import Array, Float
 
 # Below these, all images have nearly the same features.
 SMALLEST_SD = 0.02
-SMALLEST_RANK = 1.5
+SMALLEST_RANK = 1.2
+# The metrics that they limit.
+LIMITS = ("feature_sd", "effective_rank")
 
 
 def spread(features: Float[Array, "B D"]) -> dict[str, Float[Array, ""]]:

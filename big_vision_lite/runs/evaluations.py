@@ -1,6 +1,7 @@
 """Prepares the evaluators of a run and runs them when due."""
 
 import dataclasses
+import itertools
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
@@ -202,20 +203,18 @@ class Context:
     ) -> Rows:
         """Returns the outputs of `step` for all valid rows, in the source's order.
 
-        Every process gets all rows. `most` reads only the batches of the first so many.
+        Every process gets all rows. `most` reads the batches of the first so many.
 
         Raises:
             ValueError: no example could be read.
         """
-        found, count = [], 0
-        for outputs, valid in self._outputs(step, state, source, ops, batch_size):
+        found = []
+        enough = None if most is None else -(-most // batch_size)
+        batches = self._outputs(step, state, source, ops, batch_size)
+        for outputs, valid in itertools.islice(batches, enough):
             tree = {"rows": dict(outputs), "valid": valid}
             host = multihost_utils.process_allgather(tree, tiled=True)
-            kept = host["valid"]
-            found.append({name: x[kept] for name, x in host["rows"].items()})
-            count += int(kept.sum())
-            if most is not None and count >= most:
-                break
+            found.append({n: x[host["valid"]] for n, x in host["rows"].items()})
         rows = {n: np.concatenate([part[n] for part in found])[:most] for n in found[0]}
         self._check_read(source, len(next(iter(rows.values()))))
         return rows
@@ -315,10 +314,9 @@ class Evaluations:
     """The evaluators of a run, prepared before its first step.
 
     A wrong path, an empty set or unknown classes raise an error here, not after hours;
-    this opens the sets but reads none completely.
-
-    A score is named `<evaluator>/<score>`, or `<evaluator>_ema/<score>` if it is of
-    the averaged parameters.
+    this opens the sets but reads none completely. A score is named
+    `<evaluator>/<score>`, or `<evaluator>_ema/<score>` if it is of the averaged
+    parameters.
     """
 
     def __init__(self, run: Run, program: Program):

@@ -12,6 +12,7 @@ from orbax.checkpoint import v1 as ocp
 
 from big_vision_lite import trees
 from big_vision_lite.config import TrainConfig
+from big_vision_lite.objectives import collapse
 from big_vision_lite.recipes import mistakes
 from big_vision_lite.runs import step_folder
 from big_vision_lite.training import state as state_lib
@@ -115,6 +116,35 @@ def explain(
     )
 
 
+class CollapseWatch:
+    """Says once that the features of all images have become the same, and what to try.
+
+    Objectives without labels report "feature_sd" and "effective_rank" (see
+    objectives/collapse.py). Random features may begin so, so that the first fifth of
+    the run is not judged.
+    """
+
+    def __init__(self, num_steps: int):
+        self._first = num_steps // 5
+        self._said = False
+
+    def message(self, step: int, record: Mapping[str, float]) -> str:
+        """Returns a sentence for the record of a collapsed step, else ""."""
+        sd, rank = (record.get(f"train/{name}") for name in collapse.LIMITS)
+        if self._said or step <= self._first or sd is None or rank is None:
+            return ""
+        if sd >= collapse.SMALLEST_SD and rank >= collapse.SMALLEST_RANK:
+            return ""
+        self._said = True
+        return (
+            f"step {step}: the features collapse, they are almost the same for all "
+            f"images (feature_sd {sd:.3g}, effective_rank {rank:.3g}). Try a projector "
+            "with batch_norm=true, a larger batch, a lower teacher_temperature, "
+            "balance=sinkhorn, a weaker average (ema.start=0.97), or a lower learning "
+            "rate."
+        )
+
+
 def advise(config: TrainConfig, workdir: epath.Path) -> str:
     """Returns a sentence of flags for a new run; the same recipe would fail again."""
     peak = config.optimizer.schedule.peak
@@ -173,7 +203,10 @@ def _first_bad(state: TrainState, batch: Batch, model: Model) -> str:
                 mutable=["intermediates"],
             )
         return jax.tree.map(
-            lambda x: (jnp.isfinite(x).all(), jnp.abs(x).max().astype(jnp.float32)),
+            lambda x: (
+                jnp.isfinite(x).all(),
+                jnp.abs(x).max(initial=0).astype(jnp.float32),
+            ),
             changed["intermediates"],
         )
 

@@ -77,6 +77,8 @@ def start_from(
     `class_names` are those of the data.
     """
     part, into = _places(loaded, model, init)
+    # A teacher's head has its own classes, whatever those of the data are.
+    beside = into not in ("", backbone_of(model)[0])
     model = _module(model, into)
     theirs: Any = loaded.backbone if part == loaded.part else None
     if loaded.model is not None:
@@ -112,7 +114,9 @@ def start_from(
     for line in (*lines, *model_differences(backbone, loaded.model, where)):
         log(f"init: {line}")
     kept = heads.kept(renamed(loaded.variables, init.rename), ours, init, family)
-    same_classes = heads.same_classes(loaded.class_names, class_names, init, kept, log)
+    same_classes = beside or heads.same_classes(
+        loaded.class_names, class_names, init, kept, log
+    )
     adapted = adapt(
         loaded.variables, ours, init, model=family, same_classes=same_classes, log=log
     )

@@ -18,7 +18,7 @@ from big_vision_lite.data import pipeline
 from big_vision_lite.runs import image_folders
 from big_vision_lite.runs.checkpoint import Checkpointer
 from big_vision_lite.runs.folder import RunFolder
-from big_vision_lite.runs.health import Monitor, Profiler
+from big_vision_lite.runs.health import CollapseWatch, Monitor, Profiler
 from big_vision_lite.runs.records import Writer
 from big_vision_lite.runs.suggestions import next_commands
 from big_vision_lite.runtime import files, startup
@@ -170,6 +170,7 @@ class Run:
             Profiler(config.profile_steps, workdir / "profile")
         )
         self._monitor = Monitor(config, self.num_steps, workdir, self._batch_of)
+        self._collapse = CollapseWatch(self.num_steps)
         self.say(config.length_note() or "")
         self.say("\n".join(image_folders.paragraph(config)))
 
@@ -256,6 +257,7 @@ class Run:
         record |= self.progress.rates(step)
         self.writer.write(step, record)
         self.progress.show(step, record, self._batches)
+        self.say(self._collapse.message(step, record))
 
     def save(self, step: int, state: TrainState) -> None:
         """Checks that all losses so far are finite, then starts to save `state`.

@@ -30,19 +30,33 @@ from big_vision_lite.evaluators.classification import Classification
 from big_vision_lite.evaluators.fewshot import FewShot, FewShotSet
 from big_vision_lite.evaluators.finetune import FineTune
 from big_vision_lite.evaluators.loss import Loss
+from big_vision_lite.evaluators.online_probe import OnlineProbe
+from big_vision_lite.evaluators.reconstructions import Reconstructions
 from big_vision_lite.models.bit import BiT
 from big_vision_lite.models.bit_v1 import Trunk
 from big_vision_lite.models.blocks.heads import Classifier
 from big_vision_lite.models.blocks.layers import Remat
 from big_vision_lite.models.blocks.patches import Positions
+from big_vision_lite.models.distilled import Distilled
+from big_vision_lite.models.embedder import Embedder, Projector
+from big_vision_lite.models.masked_autoencoder import MaskedAutoencoder
 from big_vision_lite.models.vit import ViT
 from big_vision_lite.objectives.classification import (
     SigmoidClassification,
     SoftmaxClassification,
 )
+from big_vision_lite.objectives.contrastive import NTXent
+from big_vision_lite.objectives.distillation import (
+    FeatureDistillation,
+    LogitDistillation,
+)
 from big_vision_lite.objectives.numbers import Numbers
+from big_vision_lite.objectives.reconstruction import MaskedReconstruction
 from big_vision_lite.objectives.regression import Regression
+from big_vision_lite.objectives.regularised import LeJEPA, VICReg
+from big_vision_lite.objectives.self_distillation import SelfDistillation
 from big_vision_lite.recipes import command_line, mistakes, serialize
+from big_vision_lite.runs.adamw_rule import AdamWRule
 from big_vision_lite.runs.hyperrule import HyperRule, Repeated
 from big_vision_lite.runtime.sharding import Layout, Mesh, ShardingRule
 from big_vision_lite.runtime.startup import Platform
@@ -93,6 +107,10 @@ def everything() -> list[TrainConfig]:
         ops.Pad(key="boxes", length=4),
         ops.Views(views=(ops.View(name="global", ops=(ops.Invert(),), count=2),)),
         randaugment.RandAugment(),
+        ops.ColorJitter(hue=0.1),
+        ops.RandomGray(),
+        ops.GaussianBlur(),
+        ops.Solarize(),
     )
     vit = ViT.of(
         "Ti/4",
@@ -169,12 +187,37 @@ def everything() -> list[TrainConfig]:
         path="t.csv", image="file", label=("age",), kind=sources.LabelKind.NUMBERS
     )
     repeated = Stream(source=Repeated(source=DIGITS(), times=2), batch_size=8)
+    embedder = Embedder(
+        encoder=vit, projector=Projector(hidden=(4, 4), features=3), prototypes=5
+    )
+    teachers = (hybrid, ViT.of("S/16"))
+    distilled = Distilled(student=vit, teachers=teachers, teacher_size_px=(8, 9))
+    without_labels = [
+        (MaskedAutoencoder(encoder=vit), MaskedReconstruction()),
+        (embedder, NTXent()),
+        (embedder, VICReg()),
+        (embedder, LeJEPA(views=("global", "local"))),
+        (embedder, SelfDistillation(teacher_temperature_start=0.01)),
+        (distilled, LogitDistillation()),
+        (distilled, FeatureDistillation()),
+    ]
+    watched = {
+        "probe": OnlineProbe(train=DIGITS(), test=DIGITS(split="test")),
+        "pictures": Reconstructions(source=DIGITS(split="test")),
+        "tune": FineTune(
+            train=DIGITS(), test=DIGITS(split="test"), rule=AdamWRule(num_steps=5)
+        ),
+    }
     return [
         first,
         recipe(optimizer=SGD(schedule=schedules[0]), data=repeated),
         recipe(optimizer=Adafactor(schedule=schedules[1])),
         recipe(optimizer=AdamW(schedule=schedules[2]), model=hybrid),
         *(recipe(model=model) for model in models),
+        *(
+            recipe(model=model, objective=objective, evaluators=watched)
+            for model, objective in without_labels
+        ),
         recipe(data=Stream(source=of_elsewhere, batch_size=1), objective=Numbers()),
         recipe(
             data=Stream(source=ages, batch_size=8),
@@ -192,7 +235,7 @@ NOT_CONFIG = {
     "runs.class_pairs", "runs.evaluations", "evaluators.features",
     "models.blocks.attention", "models.blocks.mlp", "models.blocks.patches",
     "models.blocks.pooling", "models.blocks.projections", "predict", "training.program",
-    "runs.load", "training.state",
+    "runs.load", "training.state", "evaluators.knn",
 }  # fmt: skip
 PARTS = {
     *("StandardisedConv", "Conv", "BatchNorm", "Unit", "Stage", "Bottleneck"),
@@ -420,6 +463,7 @@ OTHER = {
     "data.ops[0].orientation": None,
     "preprocess[0].orientation": None,
     "model.distillation_token": None,
+    "model.class_tokens": None,
     "model.position_grid": None,
 }
 

@@ -274,3 +274,16 @@ def test_a_bad_parameter_is_found_in_a_model_that_draws_masks():
     flat["pixels/kernel"] = jnp.full_like(flat["pixels/kernel"], 3e38)
     state = dataclasses.replace(state, params=trees.unflatten(flat))
     assert "First bad tensor: the output of pixels" in explained(model, state)
+
+
+def test_a_collapse_is_said_once_after_the_first_fifth_of_a_run():
+    watch = health.CollapseWatch(num_steps=100)
+    good = {"train/feature_sd": 0.5, "train/effective_rank": 4.0}
+    same = {"train/feature_sd": 0.001, "train/effective_rank": 3.0}
+    line = {"train/feature_sd": 0.5, "train/effective_rank": 1.05}
+    assert watch.message(10, same) == ""  # random features may begin so
+    assert watch.message(30, good) == "" and watch.message(30, {}) == ""
+    said = watch.message(40, line)
+    assert "step 40: the features collapse" in said and "batch_norm=true" in said
+    assert watch.message(50, same) == ""
+    assert "feature_sd 0.001" in health.CollapseWatch(100).message(60, same)

@@ -6,8 +6,8 @@
 
 DATA_DIR is that of configs/glyphs.py, which makes the teacher. With `teacher` the
 student, two thirds as wide, learns its probabilities of the same distorted images (KL
-at temperature 1); without it learns from their labels, which is the control. `validation`
-may choose settings, `test` holds fonts that neither saw.
+at temperature 1); without it learns from their labels, which is the control.
+`validation` may choose settings, `test` holds fonts that neither saw.
 Published: none. Ours: not yet run.
 Hardware: 2 CPU cores; hours not yet measured.
 """

@@ -309,7 +309,11 @@ def test_bars_are_as_long_as_their_numbers():
 
 SHRUNK = {
     "configs/vit_s16_i1k.py": (*SMALL, "--batch=64"),
-    "configs/bit_i1k.py": ("--config.model.stages=(1,)", "--batch=64"),
+    "configs/bit_i1k.py": (
+        "--config.model.stages=(1,)",
+        "--config.model.width=32",
+        "--batch=64",
+    ),
     "configs/fashion_mnist.py": (*SMALL, "--config.model.mlp_dim=48"),
     "configs/glyphs.py": ("--config.model.width=8", "--config.model.groups=4"),
     "configs/quickstart.py": ("--config.model.width=8", "--config.model.groups=4"),
@@ -329,13 +333,21 @@ SHRUNK = {
     ),
 }
 MACHINES = "v5e:2x4,v5p:2x2x1,h100:8,a100:8"
-# Recipes whose argument is a folder or a run.
+# Recipes whose argument is a folder or a run, and what makes them small.
+TINY = ("--config.model.width=8", "--config.model.groups=4")
 OWN_DATA = {
-    "configs/folder.py": "dir={images}",
-    "configs/table.py": "table={table},image=file,label=grey,kind=numbers",
-    "configs/finetune.py": "init={run},data={images},allow_module=shapes_run,size=keep",
+    "configs/folder.py": ("dir={images},size=32", TINY),
+    "configs/table.py": (
+        "table={table},image=file,label=grey,kind=numbers,size=32",
+        TINY,
+    ),
+    "configs/finetune.py": (
+        "init={run},data={images},allow_module=shapes_run,size=keep",
+        (),
+    ),
     "configs/distil.py": (
-        "teacher={run},student=ResNet:R18,data={images},allow_module=shapes_run"
+        "teacher={run},student=ViT:Ti/8,data={images},allow_module=shapes_run",
+        ("--config.model.student.depth=1",),
     ),
 }
 
@@ -360,9 +372,10 @@ def test_every_recipe_is_planned_for_tpus_and_gpus_that_are_not_there(recipe, ca
 def test_recipes_on_own_data_are_planned_too(recipe, capsys, tmp_path):
     images, run = shapes_run.shared()
     table = write_table(tmp_path)
-    argument = OWN_DATA[recipe].format(images=images, run=run, table=table)
+    argument, smaller = OWN_DATA[recipe]
+    argument = argument.format(images=images, run=run, table=table)
     words = [f"--config={ROOT}/{recipe}:{argument}", "--allow_module=shapes_run"]
-    check_on_machines([*words, "--batch=64"], capsys)
+    check_on_machines([*words, *smaller, "--batch=64"], capsys)
 
 
 def check_on_machines(words: list[str], capsys) -> None:

@@ -7,6 +7,7 @@ from big_vision_lite.models.blocks import attention
 from big_vision_lite.models.blocks.attention import Attention, Shapes
 from big_vision_lite.models.blocks.heads import Classifier
 from big_vision_lite.models.blocks.layers import Dtype
+from big_vision_lite.models.distilled import Distilled
 from big_vision_lite.models.vit import ViT
 from big_vision_lite.models.vit_variants import hybrid
 
@@ -25,6 +26,8 @@ def with_cudnn(monkeypatch):
         ("cuda", {}, Attention.CUDNN, None),
         ("gpu", {"dtype": "float32"}, Attention.XLA, "float32"),
         ("gpu", {"head_dim": 66}, Attention.XLA, "head dimension 66"),
+        ("gpu", {"queries": 197, "memory": 197}, Attention.XLA, "odd number of tokens"),
+        ("gpu", {"queries": 1}, Attention.XLA, "odd number of tokens (1)"),
         ("tpu", {}, Attention.PALLAS, None),
         ("tpu", {"dtype": "float32"}, Attention.XLA, "float32"),
         ("tpu", {"queries": 1}, Attention.XLA, "1 queries for 196 tokens"),
@@ -68,5 +71,10 @@ def test_deterministic_runs_on_a_gpu_get_models_without_a_fused_kernel():
         plain = attention.without_fused(model)
         assert plain.attention == Attention.XLA
         assert plain == model.clone(attention=Attention.XLA)
+    teachers = (ViT.of("Ti/16"), ViT.of("S/16"))
+    both = Distilled(student=ViT.of("Ti/8"), teachers=teachers)
+    plain = attention.without_fused(both)
+    models = (plain.student, *plain.teachers)
+    assert [model.attention for model in models] == [Attention.XLA] * 3
     chosen = ViT.of("Ti/16", attention=Attention.CUDNN)
     assert attention.without_fused(chosen) is chosen

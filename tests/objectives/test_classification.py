@@ -181,3 +181,17 @@ def test_wrong_weights_are_said():
         SoftmaxClassification.balanced(np.array([3, 0]), "ab")
     with pytest.raises(ValueError, match="All 3 training images have a"):
         SigmoidClassification.balanced(np.array([3, 1]), "ab", 3)
+
+
+def test_shared_labels_equal_a_loop_and_an_image_without_any_has_no_loss():
+    objective = SoftmaxClassification(share_labels=True, label_smoothing=0.1)
+    losses, _ = run(objective, SEVERAL)
+    for b, logits in enumerate(LOGITS.astype(np.float64)):
+        log_p = logits - np.log(np.exp(logits).sum())
+        count = SEVERAL[b].sum()
+        target = 0.9 * SEVERAL[b] / max(count, 1) + (count > 0) * 0.1 / 5
+        assert losses[b] == pytest.approx(-(target * log_p).sum(), rel=1e-5)
+    assert losses[1] == 0
+    # One label an image is what it is without sharing.
+    one, _ = run(SoftmaxClassification(share_labels=True), CLASSES)
+    np.testing.assert_array_equal(one, run(SoftmaxClassification(), CLASSES)[0])

@@ -119,8 +119,8 @@ KINDS = {
         {"freeze": ("teachers_.*",)},
     ),
 }
-# One of each kind of state beside parameters by default; the others are slow.
-QUICK = ("masked autoencoder", "self-distillation", "features")
+# By default the one with most state beside parameters: tests/outside has its like.
+QUICK = ("self-distillation",)
 
 
 def recipe(kind: str, **changes) -> TrainConfig:
@@ -218,6 +218,7 @@ def test_the_backbone_alone_gives_features_and_goes_to_timm(trained, tmp_path, c
     assert (tmp_path / "timm" / "model.safetensors").exists()
 
 
+@pytest.mark.slow
 def test_a_teacher_takes_the_weights_of_a_run(tmp_path, capsys):
     teacher = dataclasses.replace(
         recipe("masked autoencoder", num_steps=1, evaluators={}),

@@ -30,8 +30,9 @@ def keys(mask=1):
 
 
 def run(model, images=IMAGES, mask=1):
-    variables = model.init(keys(), images)
-    return model.apply(variables, images, rngs={"mask": jax.random.key(mask)})
+    variables = jax.jit(model.init)(keys(), images)
+    rngs = {"mask": jax.random.key(mask)}
+    return jax.jit(model.apply)(variables, images, rngs=rngs)
 
 
 @pytest.mark.parametrize(
@@ -115,7 +116,7 @@ def test_a_gradient_reaches_every_parameter_class_tokens_too():
         error = jnp.square(outputs["reconstruction"] - outputs["patches"]).mean(-1)
         return (error * outputs["masked"]).sum()
 
-    gradients = jax.grad(loss)(variables["params"])
+    gradients = jax.jit(jax.grad(loss))(variables["params"])
     silent = [
         jax.tree_util.keystr(path)
         for path, leaf in jax.tree_util.tree_leaves_with_path(gradients)

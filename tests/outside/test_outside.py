@@ -151,7 +151,17 @@ def images() -> pathlib.Path:
     return shapes_run.shared()[0]
 
 
-@pytest.fixture(scope="module", params=KINDS)
+# By default those with masks, and with a teacher and state of their own.
+QUICK = ("masked_autoencoder", "self_distillation")
+
+
+@pytest.fixture(
+    scope="module",
+    params=[
+        kind if kind in QUICK else pytest.param(kind, marks=pytest.mark.slow)
+        for kind in KINDS
+    ],
+)
 def trained(request, tmp_path_factory):
     """(kind, folder of a run that was stopped in the middle and resumed)."""
     kind = request.param
@@ -208,6 +218,7 @@ def test_the_loss_of_any_objective_is_evaluated_and_again_from_the_folder(traine
     assert f"{prefix}/loss" in alone
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("trained", ["segmentation"], indirect=True)
 def test_a_mask_is_counted_pixel_by_pixel_on_the_device(trained):
     _, workdir, _, _ = trained
@@ -274,6 +285,7 @@ def test_a_backbone_is_fine_tuned_as_evaluator_and_by_the_recipe(trained, tmp_pa
     assert manifest["origin"]["path"] == str(workdir)
 
 
+@pytest.mark.slow
 def test_two_checkpoints_fill_two_parts_and_the_rest_stays_fresh(tmp_path, capsys):
     towers = recipe("two_towers", num_steps=1, evaluators={})
     masked = recipe("masked_autoencoder", num_steps=1, evaluators={})

@@ -250,6 +250,11 @@ SMALL_VIT = (
     "--config.model.num_heads=2",
     "--config.model.mlp_dim=16",
 )
+# The sets below are too small for the slices of recipes.
+PROBE = (
+    "--config.evaluators.probe.train.split=train",
+    "--config.evaluators.probe.test.split=train",
+)
 # Recipe, argument, what makes it small, and the set it wants by name.
 REDUCED = {
     "quickstart": (
@@ -282,9 +287,9 @@ REDUCED = {
         (
             "--config.model.encoder.width=16",
             "--config.model.encoder.depth=1",
-            # Of examples from 54,000 on, which are not there.
-            "--config.evaluators.loss.every_steps=0",
-            "--config.evaluators.probe.every_steps=0",
+            "--config.evaluators.loss.source.split=train",
+            "--config.evaluators.pictures.source.split=test",
+            *PROBE,
         ),
         ("fashion_mnist", (28, 28, 1), 10),
     ),
@@ -295,19 +300,25 @@ REDUCED = {
                 "--config.model.encoder.width=8",
                 "--config.model.projector.features=8",
                 "--config.evaluators.fewshot.every_steps=0",
+                *PROBE,
             ),
             ("glyphs32_latin", (32, 32, 1), 62),
         )
         for method in ("ntxent", "dino", "vicreg", "lejepa")
     },
     "glyphs_distil": (
-        "",
+        "images=64",
         ("--config.model.width=8",),
         ("glyphs32_latin", (32, 32, 1), 62),
     ),
     "mae_i1k": (
         "size=Ti/16",
-        ("--config.model.decoder_depth=1", "--config.model.encoder.depth=1"),
+        (
+            "--config.model.decoder_depth=1",
+            "--config.model.encoder.depth=1",
+            "--config.evaluators.pictures.source.split=validation",
+            *PROBE,
+        ),
         ("imagenet2012", (40, 48, 3), 1000),
     ),
 }

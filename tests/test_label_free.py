@@ -190,10 +190,10 @@ def test_health_stands_on_every_log_line_and_the_loss_is_evaluated(trained):
     assert {f"{prefix}/loss", f"{prefix}/examples"} <= scores
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("trained", ["features", "logits"], indirect=True)
 def test_teachers_do_not_move(trained):
     kind, workdir, straight, _ = trained
-    if kind not in ("features", "logits"):
-        pytest.skip("has no frozen teacher")
     first = train.train(
         recipe(kind, num_steps=1, evaluators={}),
         epath.Path(workdir.parent / "one"),

@@ -42,6 +42,9 @@ from big_vision_lite.training.optimizers import AdamW
 sys.path.insert(0, str(pathlib.Path(__file__).parents[1] / "tools"))
 import convert_checkpoint  # noqa: E402
 
+# tests/outside has their like among the default tests.
+pytestmark = pytest.mark.slow
+
 SIZE, STEPS = 16, 4
 
 
@@ -119,8 +122,6 @@ KINDS = {
         {"freeze": ("teachers_.*",)},
     ),
 }
-# By default the one with most state beside parameters: tests/outside has its like.
-QUICK = ("self-distillation",)
 
 
 def recipe(kind: str, **changes) -> TrainConfig:
@@ -144,13 +145,7 @@ def recipe(kind: str, **changes) -> TrainConfig:
     return TrainConfig(**fields | more | changes)
 
 
-@pytest.fixture(
-    scope="module",
-    params=[
-        kind if kind in QUICK else pytest.param(kind, marks=pytest.mark.slow)
-        for kind in KINDS
-    ],
-)
+@pytest.fixture(scope="module", params=KINDS)
 def trained(request, tmp_path_factory):
     """(kind, folder of a run that was stopped in the middle and resumed)."""
     kind = request.param
@@ -190,7 +185,6 @@ def test_health_stands_on_every_log_line_and_the_loss_is_evaluated(trained):
     assert {f"{prefix}/loss", f"{prefix}/examples"} <= scores
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("trained", ["features", "logits"], indirect=True)
 def test_teachers_do_not_move(trained):
     kind, workdir, straight, _ = trained
@@ -218,7 +212,6 @@ def test_the_backbone_alone_gives_features_and_goes_to_timm(trained, tmp_path, c
     assert (tmp_path / "timm" / "model.safetensors").exists()
 
 
-@pytest.mark.slow
 def test_a_teacher_takes_the_weights_of_a_run(tmp_path, capsys):
     teacher = dataclasses.replace(
         recipe("masked autoencoder", num_steps=1, evaluators={}),

@@ -529,9 +529,8 @@ def test_the_folder_recipe_fits_the_folder(images, pretrained, tmp_path):
         parse("folder", f"dir={images},init={pretrained},epochs=3")
 
 
-@pytest.mark.parametrize(
-    "kind", ["npz", pytest.param("safetensors", marks=pytest.mark.slow)]
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["npz", "safetensors"])
 def test_recipes_fine_tune_weights_of_other_libraries(kind, images, tmp_path):
     """Both heads of a distilled model are new, all else is as in the file."""
     model = tiny_vit(

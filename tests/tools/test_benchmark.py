@@ -93,6 +93,7 @@ def vit(width: int, mlp: int, tokens: int, pixels: int, classes: int, depth: int
     return parameters, 3 * forward - 2 * tokens * pixels * width
 
 
+@pytest.mark.slow
 def test_bare_steps_need_four_libraries_and_count_right(tmp_path):
     written = tmp_path / "table.json"
     spec = "ViT:Ti/16,depth=1,width=24,mlp_dim=32"

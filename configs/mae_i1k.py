@@ -11,8 +11,8 @@ at 256 px and gives the encoder 8 class tokens and the decoder 32 blocks
 (arXiv:2512.15715 and its published scripts; learning rate and length stay MAE's).
 Table 8 of the paper: AdamW (0.9, 0.95), learning rate 1.5e-4 * 4096 / 256, decay 0.05
 times that, 40 epochs of warm-up, crops of at least a fifth and flips, batch 4096.
-Published: fine-tuned 83.6 % (B/16, 1600 epochs; 83.3 after 800 by the paper's figure
-7), 85.9 (L/16), linear 68.0 and 75.8. Ours: not yet run.
+Published, after 1600 epochs: fine-tuned 83.6 % (B/16) and 85.9 (L/16), linear 68.0 and
+75.8. Ours: not yet run.
 Hardware: a TPU slice or eight GPUs; hours not yet measured.
 """
 

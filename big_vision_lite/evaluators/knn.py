@@ -3,7 +3,7 @@
 import numpy as np
 from jaxtyping import Float, Int
 
-# arXiv:2304.07193, appendix B.3 (after arXiv:1805.01978, section 3.4).
+# As in the code of DINO and DINOv2 (arXiv:2104.14294), after arXiv:1805.01978.
 TEMPERATURE = 0.07
 CHUNK_ROWS = 1024
 

@@ -116,14 +116,11 @@ class MaskedAutoencoder(nn.Module, Model, kw_only=True):
         rows, columns = grid_size(height, width, self.encoder.patch_size)
         block = self.mask_block
         if rows % block or columns % block:
-            fitting = [
-                b
-                for b in range(1, min(rows, columns) + 1)
-                if not (rows % b or columns % b)
-            ]
+            common = math.gcd(rows, columns)
+            fitting = [str(b) for b in range(1, common + 1) if common % b == 0]
             raise ValueError(
                 f"mask_block={block} does not divide a grid of {rows} x {columns} "
-                f"patches; use one of {', '.join(map(str, fitting))}."
+                f"patches; use one of {', '.join(fitting)}."
             )
         visible = self._visible((rows, columns))
         if not 0 < visible < rows * columns:

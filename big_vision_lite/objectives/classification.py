@@ -22,7 +22,7 @@ class SoftmaxClassification(Objective):
     that fraction of every label evenly over all classes. `class_weights`, one a class,
     multiply the terms of the loss; `balanced` gives those that make up for unequal
     classes. `share_labels` is for several labels an image, float [B, C] of 0 and 1:
-    each of its k labels becomes 1 / k (arXiv:1805.00932, section 2.2: noisy tags); an
+    each of its k labels becomes 1 / k (arXiv:1805.00932: noisy tags); an
     image without any has no loss.
     """
 

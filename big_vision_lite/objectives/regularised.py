@@ -24,7 +24,7 @@ class VICReg(Objective):
     weight_invariance * mean square distance of the views + weight_variance * mean of
     max(0, 1 - deviation) over dimensions, averaged over both views + weight_covariance
     * the sum of squares of covariances beside the diagonal / D, added over both. All
-    statistics are those of the global batch. Defaults are the paper's (section 4.2).
+    statistics are those of the global batch. Defaults are the paper's.
     Metrics: the three parts and those of `collapse.spread`.
     """
 

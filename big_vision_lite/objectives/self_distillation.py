@@ -141,7 +141,7 @@ def sinkhorn(
     """Returns shares of prototypes for each valid row, used about equally by all.
 
     From exp(logits), `rounds` times: every prototype's column is scaled to the sum 1 /
-    K, then every row to the sum 1 (arXiv:2006.09882, listing 1).
+    K, then every row to the sum 1 (arXiv:2006.09882).
     """
     # By logarithms: at low temperatures exp overflows, and rows far below vanish.
     shares = jnp.where(valid[:, None], logits.astype(jnp.float32), -jnp.inf)

@@ -138,10 +138,11 @@ class CollapseWatch:
         self._said = True
         return (
             f"step {step}: the features collapse, they are almost the same for all "
-            f"images (feature_sd {sd:.3g}, effective_rank {rank:.3g}). Try a projector "
-            "with batch_norm=true, a larger batch, a lower teacher_temperature, "
-            "balance=sinkhorn, a weaker average (ema.start=0.97), or a lower learning "
-            "rate."
+            f"images (feature_sd {sd:.3g}, effective_rank {rank:.3g}). Of what the "
+            "recipe has, try --config.model.projector.batch_norm=true, "
+            "--config.objective.balance=sinkhorn, a lower "
+            "--config.objective.teacher_temperature, --config.ema.start=0.97, a larger "
+            "--config.data.batch_size or a lower --config.optimizer.schedule.peak."
         )
 
 
@@ -203,10 +204,7 @@ def _first_bad(state: TrainState, batch: Batch, model: Model) -> str:
                 mutable=["intermediates"],
             )
         return jax.tree.map(
-            lambda x: (
-                jnp.isfinite(x).all(),
-                jnp.abs(x).max(initial=0).astype(jnp.float32),
-            ),
+            lambda x: (jnp.isfinite(x).all(), jnp.abs(x).max().astype(jnp.float32)),
             changed["intermediates"],
         )
 

@@ -220,8 +220,8 @@ def unequal(names: Sequence[str], counts: np.ndarray) -> list[str]:
         return []
     return [
         f"  unequal    {names[most]} has {ratio:,.0f} times as many images as "
-        f"{names[least]}: read balanced_accuracy beside accuracy; "
-        "class_weights=balanced makes all classes weigh alike in training"
+        f"{names[least]}: read balanced_accuracy beside accuracy; in training, "
+        "class_weights=balanced of configs/folder.py and table.py weighs all alike"
     ]
 
 

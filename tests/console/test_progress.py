@@ -421,7 +421,7 @@ def test_a_run_says_once_that_it_is_input_bound(monkeypatch, wait_seconds, told)
 
 def test_an_objective_s_own_metrics_end_the_line_and_are_dropped_first():
     metrics = {"train/loss": 0.5, "train/feature_sd": 0.25, "images_per_second": 9.0}
-    whole = tables.format_line(3, 10, metrics)
+    whole = format_line(3, 10, metrics)
     assert whole == "step  3/10  loss 0.5000  9 img/s  feature sd 0.25"
-    narrow = tables.format_line(3, 10, metrics, columns=len(whole) - 1)
+    narrow = format_line(3, 10, metrics, columns=len(whole) - 1)
     assert narrow == "step  3/10  loss 0.5000  9 img/s"

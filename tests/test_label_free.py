@@ -24,13 +24,16 @@ from big_vision_lite.models.blocks.pooling import Pooling
 from big_vision_lite.models.distilled import Distilled
 from big_vision_lite.models.embedder import Embedder, Projector
 from big_vision_lite.models.masked_autoencoder import MaskedAutoencoder
+from big_vision_lite.models.masked_clusters import MaskedClusters
 from big_vision_lite.models.vit import ViT
 from big_vision_lite.objectives.classification import SoftmaxClassification
+from big_vision_lite.objectives.clusters import ClusterPrediction
 from big_vision_lite.objectives.contrastive import NTXent
 from big_vision_lite.objectives.distillation import (
     FeatureDistillation,
     LogitDistillation,
 )
+from big_vision_lite.objectives.masked_patches import MaskedPatches
 from big_vision_lite.objectives.reconstruction import MaskedReconstruction
 from big_vision_lite.objectives.regularised import LeJEPA, VICReg
 from big_vision_lite.objectives.self_distillation import Balance, SelfDistillation
@@ -91,6 +94,35 @@ KINDS = {
         SelfDistillation(),
         TWO,
         {"ema": Average(start=0.9, recalibrate_statistics=0)},
+    ),
+    "iBOT": (
+        Embedder(
+            encoder=vit(mask_token=True, registers=2),
+            projector=PROJECTOR,
+            prototypes=6,
+            patch_projector=Projector(hidden=(16,), features=8, batch_norm=False),
+            patch_prototypes=5,
+            centre_momentum=0.9,
+        ),
+        SelfDistillation(
+            balance=Balance.CENTRE,
+            local_views="local",
+            patches=MaskedPatches(visible_weight=0.5, progress_end=0.5),
+        ),
+        MULTI,
+        {"ema": Average(start=0.9, recalibrate_statistics=2)},
+    ),
+    "clusters": (
+        MaskedClusters(
+            encoder=vit(registers=1),
+            decoder_width=8,
+            decoder_depth=1,
+            decoder_heads=2,
+            clusters=6,
+        ),
+        ClusterPrediction(),
+        ONE,
+        {"ema": Average(start=0.9)},
     ),
     "NT-Xent": (Embedder(encoder=vit(), projector=PROJECTOR), NTXent(), TWO, {}),
     "VICReg": (Embedder(encoder=vit(), projector=PROJECTOR), VICReg(), TWO, {}),
@@ -164,6 +196,8 @@ def test_a_resumed_run_is_the_straight_one_bit_for_bit(trained):
         np.testing.assert_array_equal(a, b, err_msg=name)
     if kind == "self-distillation":
         assert np.any(resumed.collections["centres"]["centre"] != 0)
+    if kind == "iBOT":
+        assert np.any(resumed.collections["centres"]["patch_centre"] != 0)
 
 
 def test_health_stands_on_every_log_line_and_the_loss_is_evaluated(trained):
@@ -176,7 +210,7 @@ def test_health_stands_on_every_log_line_and_the_loss_is_evaluated(trained):
         "logits": ("agreement", "teacher_entropy"),
     }
     health = expected.get(kind, ("feature_sd", "effective_rank"))
-    if kind in ("self-distillation", "sinkhorn"):
+    if kind in ("self-distillation", "sinkhorn", "iBOT"):
         health += ("teacher_entropy", "prototypes_used", "teacher_distance")
     for record in lines:
         assert {f"train/{name}" for name in health} <= record.keys()

@@ -1,149 +1,33 @@
 """Masked autoencoder: a ViT sees some patches, a decoder predicts the rest."""
 
-import fractions
-import math
-from typing import ClassVar
-
 import flax.linen as nn
-import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Int, Num
+from jaxtyping import Array, Num
 
 from big_vision_lite.models.blocks import layers
-from big_vision_lite.models.blocks.encoder import Encoder
-from big_vision_lite.models.blocks.patches import grid_size, patchify, sincos
-from big_vision_lite.models.vit import ViT
-from big_vision_lite.runtime import layout
-from big_vision_lite.types import Model
+from big_vision_lite.models.blocks.patches import patchify
+from big_vision_lite.models.masked_model import MaskedModel
 
 
-class MaskedAutoencoder(nn.Module, Model, kw_only=True):
+class MaskedAutoencoder(MaskedModel, kw_only=True):
     """Encodes the visible patches and predicts the pixels of all (arXiv:2111.06377).
 
     Returns "reconstruction" [B, N, p * p * C] and what it should be, the "patches" of
     the scaled input, a patch's values ordered by row, column and channel; "masked"
     [B, N], true where the encoder saw nothing; "image", the scaled input; "pooled" of
-    the visible patches.
-
-    Each image hides `mask_ratio` of its patches, drawn anew at every step; the visible
-    ones are int(N * (1 - mask_ratio)). With `mask_block` b, squares of b x b patches
-    are hidden or visible together, which makes the task harder (Pixio,
-    arXiv:2512.15715: b = 4, 32 blocks in the decoder, 8 `class_tokens` of the encoder).
-    After training only the encoder is used, on all patches.
+    the visible patches. The fields are those of MaskedModel. Pixio (arXiv:2512.15715)
+    makes the task harder: mask_block=4, 32 blocks in the decoder, 8 `class_tokens` of
+    the encoder.
     """
-
-    backbone: ClassVar = "encoder"
-    head_modules: ClassVar = ()
-
-    encoder: ViT
-    decoder_width: int = 512
-    decoder_depth: int = 8
-    decoder_heads: int = 16
-    mask_ratio: float = 0.75
-    mask_block: int = 1
-
-    def __post_init__(self) -> None:
-        layers.check_positive(
-            decoder_width=self.decoder_width,
-            decoder_depth=self.decoder_depth,
-            decoder_heads=self.decoder_heads,
-            mask_block=self.mask_block,
-        )
-        if not 0 < self.mask_ratio < 1:
-            raise ValueError(
-                f"mask_ratio={self.mask_ratio} is the share of hidden patches, between "
-                "0 and 1; use 0.75."
-            )
-        if self.decoder_width % self.decoder_heads:
-            raise ValueError(
-                f"decoder_width={self.decoder_width} does not divide over "
-                f"decoder_heads={self.decoder_heads}."
-            )
-        super().__post_init__()
 
     @nn.compact
     def __call__(
         self, image: Num[Array, "B H W C"], *, train: bool = False
     ) -> dict[str, Array]:
-        patch, channels = self.encoder.patch_size, image.shape[-1]
-        grid = self._grid(image)
-        number = grid[0] * grid[1]
-        order = self._order(len(image), grid)
-        visible = order[:, : self._visible(grid)]
-        encoded = self.encoder(image, train=train, visible=visible)
-
-        dtype = self.encoder.dtype
-        parts = [encoded[name] for name in ("special", "tokens") if name in encoded]
-        x = jnp.concatenate(parts, axis=1)
-        x = layers.Dense(features=self.decoder_width, dtype=dtype, name="narrow")(x)
-        before = x.shape[1] - visible.shape[1]
-        token = self.param(
-            "mask_token", nn.initializers.normal(0.02), (1, 1, self.decoder_width)
-        )
-        hidden = (len(image), number - visible.shape[1], self.decoder_width)
-        hidden = jnp.broadcast_to(token.astype(dtype), hidden)
-        # Back to their places: the rank of a patch in the order is where it lies.
-        rank = jnp.argsort(order, axis=1)
-        patches = jnp.concatenate([x[:, before:], hidden], axis=1)
-        patches = jnp.take_along_axis(patches, rank[:, :, None], axis=1)
-        patches = patches + jnp.asarray(sincos(*grid, self.decoder_width), dtype)
-        x = jnp.concatenate([x[:, :before], patches], axis=1)
-        x = Encoder(
-            depth=self.decoder_depth,
-            mlp_dim=4 * self.decoder_width,
-            num_heads=self.decoder_heads,
-            dtype=dtype,
-            attention=self.encoder.attention,
-            activation=self.encoder.activation,
-            norm_epsilon=self.encoder.norm_epsilon,
-            remat=self.encoder.remat,
-            name="decoder",
-        )(layout.pin_batch(x), train)
-        values = patch * patch * channels
-        predicted = layers.Dense(features=values, dtype=dtype, name="pixels")(
-            x[:, before:]
-        )
-        return {
-            "reconstruction": predicted.astype(jnp.float32),
-            "patches": patchify(encoded["image"], patch).reshape(predicted.shape),
-            "masked": rank >= visible.shape[1],
-            "image": encoded["image"],
-            "pooled": encoded["pooled"],
-        }
-
-    def _grid(self, image: Num[Array, "B H W C"]) -> tuple[int, int]:
-        height, width = image.shape[1:3]
-        rows, columns = grid_size(height, width, self.encoder.patch_size)
-        block = self.mask_block
-        if rows % block or columns % block:
-            common = math.gcd(rows, columns)
-            fitting = [str(b) for b in range(1, common + 1) if common % b == 0]
-            raise ValueError(
-                f"mask_block={block} does not divide a grid of {rows} x {columns} "
-                f"patches; use one of {', '.join(fitting)}."
-            )
-        visible = self._visible((rows, columns))
-        if not 0 < visible < rows * columns:
-            blocks = rows * columns // block**2
-            raise ValueError(
-                f"mask_ratio={self.mask_ratio} of {blocks} blocks of patches leaves "
-                f"{visible // block**2} visible; between 1 and {blocks - 1} must be: "
-                f"use a ratio from {1 / blocks:.3g} to {1 - 1 / blocks:.3g}, smaller "
-                "patches or a larger image."
-            )
-        return rows, columns
-
-    def _visible(self, grid: tuple[int, int]) -> int:
-        """Returns the number of patches that the encoder sees."""
-        block = self.mask_block**2
-        # As written: in binary 1 - 0.9 is below a tenth, and 10 patches would give 0.
-        share = 1 - fractions.Fraction(str(self.mask_ratio))
-        return math.floor(grid[0] * grid[1] // block * share) * block
-
-    def _order(self, batch: int, grid: tuple[int, int]) -> Int[Array, "B N"]:
-        """Returns the patches in random order; those of a block follow each other."""
-        block = self.mask_block
-        shape = (batch, grid[0] // block, grid[1] // block)
-        noise = jax.random.uniform(self.make_rng("mask"), shape)
-        noise = noise.repeat(block, axis=1).repeat(block, axis=2)
-        return jnp.argsort(noise.reshape(batch, -1), axis=1, stable=True)
+        decoded, outputs = self.decode(image, train)
+        patch, dtype = self.encoder.patch_size, self.encoder.dtype
+        values = patch * patch * image.shape[-1]
+        predicted = layers.Dense(features=values, dtype=dtype, name="pixels")(decoded)
+        patches = patchify(outputs["image"], patch).reshape(predicted.shape)
+        predicted = predicted.astype(jnp.float32)
+        return {**outputs, "reconstruction": predicted, "patches": patches}

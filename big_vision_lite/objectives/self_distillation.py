@@ -6,10 +6,17 @@ from typing import ClassVar
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float
+from jaxtyping import Array, Bool, Float, Int
 
 from big_vision_lite.objectives.collapse import entropy, spread
-from big_vision_lite.objectives.views import flat_views, split, unit, valid_rows
+from big_vision_lite.objectives.masked_patches import MaskedPatches
+from big_vision_lite.objectives.views import (
+    flat_views,
+    mean_over,
+    split,
+    unit,
+    valid_rows,
+)
 from big_vision_lite.types import Batch, Forward, Objective
 
 # B images, G global views, V views, K prototypes, D dimensions
@@ -42,9 +49,14 @@ class SelfDistillation(Objective):
     run. `koleo_weight` adds KoLeo on the pooled features of each global view. Sinkhorn
     and KoLeo are of the global batch.
 
+    `patches` adds iBOT (arXiv:2111.07832): patches of the student's global views are
+    hidden, and it predicts the teacher's prototypes of them; the model has
+    patch_prototypes. The loss of a view without hidden patches counts as 0.
+
     Metrics: teacher_entropy in nats, prototypes_used (those that are the teacher's
     first choice for some view), teacher_distance (1 - cosine of the embeddings of
-    student and teacher) and those of `collapse.spread`.
+    student and teacher), those of `collapse.spread`, and with `patches` patch_loss and
+    patch_teacher_entropy of the hidden ones.
     """
 
     needs_whole_batch: ClassVar[bool] = True
@@ -56,6 +68,7 @@ class SelfDistillation(Objective):
     koleo_weight: float = 0.0
     global_views: str = "views"
     local_views: str = ""
+    patches: MaskedPatches | None = None
 
     def __post_init__(self) -> None:
         start = self.teacher_temperature_start
@@ -78,9 +91,15 @@ class SelfDistillation(Objective):
             )
         valid = valid_rows(batch, size)
         teacher = jax.lax.stop_gradient(forward(image=images, params="ema"))
-        student = forward(image=images)
+        if self.patches is None:
+            student = forward(image=images)
+            masked, patch_metrics = 0.0, {}
+        else:
+            student, masked, patch_metrics = self._predict_patches(
+                forward, batch, images, teacher, rng
+            )
         scores = split(teacher["scores"], batch, self.global_views)
-        targets = self._targets(forward, scores, teacher, valid)
+        targets = self._targets(forward, "centre", scores, valid, teacher)
         predicted = [split(student["scores"], batch, self.global_views)]
         if self.local_views:
             local = forward(image=flat_views(batch, self.local_views, least=1))
@@ -91,7 +110,7 @@ class SelfDistillation(Objective):
         pairs = -jnp.einsum("bgk,bvk->bgv", targets, log_shares)
         # A view is not predicted from itself.
         other = 1 - jnp.eye(pairs.shape[1], pairs.shape[2])
-        losses = (pairs * other).sum(axis=(1, 2)) / other.sum()
+        losses = (pairs * other).sum(axis=(1, 2)) / other.sum() + masked
         if self.koleo_weight:
             pooled = split(student["pooled"], batch, self.global_views)
             views = range(pooled.shape[1])
@@ -103,36 +122,91 @@ class SelfDistillation(Objective):
             "teacher_entropy": entropy(targets).mean(axis=1),
             "prototypes_used": chosen.any(axis=(0, 1)).sum().astype(jnp.float32),
             "teacher_distance": 1 - cosine.sum(axis=-1).mean(),
+            **patch_metrics,
             **spread(student["pooled"]),
         }
         return losses, metrics
 
+    def _predict_patches(
+        self,
+        forward: Forward,
+        batch: Batch,
+        images: Array,
+        teacher: dict[str, Array],
+        rng: Array,
+    ) -> tuple[dict[str, Array], Float[Array, " B"], dict[str, Array]]:
+        """Returns the student's outputs for views with hidden patches, and their loss.
+
+        The loss is one value an image, the mean over its views.
+        """
+        patches, grid = self.patches, teacher["grid"].shape[1:3]
+        assert patches is not None
+        places, hidden, replaced = patches.draw(rng, len(images), grid)
+        student = forward(image=images, replaced=replaced)
+        of_teacher, of_student = (
+            forward(method="score_patches", tokens=_at(outputs["grid"], places), **more)
+            for outputs, more in ((teacher, {"params": "ema"}), (student, {}))
+        )
+        views = batch[self.global_views].shape[1]
+        valid = jnp.repeat(valid_rows(batch, len(images) // views), views)[:, None]
+        counted = valid & (hidden | (patches.visible_weight > 0))
+        targets = self._targets(
+            forward, "patch_centre", of_teacher["scores"], counted, teacher
+        )
+        log_shares = jax.nn.log_softmax(of_student["scores"] / self.student_temperature)
+        losses = -(targets * log_shares).sum(axis=-1)
+        progress = jnp.asarray(forward.progress if patches.progress_end else 1.0)
+        weighted = (losses * patches.weights(hidden, progress)).sum(axis=1)
+        number = jnp.maximum((hidden & valid).sum(), 1)
+
+        def over_hidden(x: Float[Array, "V n"]) -> Float[Array, ""]:
+            return jnp.where(hidden & valid, x, 0).sum() / number
+
+        metrics = {
+            "patch_loss": over_hidden(losses),
+            "patch_teacher_entropy": over_hidden(entropy(targets)),
+        }
+        return student, weighted.reshape(-1, views).mean(axis=1), metrics
+
     def _targets(
         self,
         forward: Forward,
-        scores: Float[Array, "B G K"],
+        name: str,
+        scores: Float[Array, "B V K"],
+        counted: Bool[Array, "..."],
         teacher: dict[str, Array],
-        valid: Bool[Array, " B"],
-    ) -> Float[Array, "B G K"]:
+    ) -> Float[Array, "B V K"]:
+        """Returns the teacher's shares; `name` is that of the mean for Balance.CENTRE.
+
+        What is not `counted`, [B] or [B, V], has no part in the balance.
+        """
         temperature = self.teacher_temperature
         if self.teacher_temperature_start is not None:
             start = self.teacher_temperature_start
             part = jnp.minimum(forward.progress / self.teacher_warmup, 1)
             temperature = start + (temperature - start) * part
         rows = scores.reshape(-1, scores.shape[-1])
-        valid = jnp.repeat(valid, scores.shape[1])
+        each = counted.reshape(len(scores), -1)
+        each = jnp.broadcast_to(each, scores.shape[:2]).reshape(-1)
         if self.balance == Balance.SINKHORN:
-            targets = sinkhorn(rows / temperature, valid)
+            targets = sinkhorn(rows / temperature, each)
         else:
-            if "centre" not in teacher:
+            if name not in teacher:
                 raise ValueError(
                     "balance=centre subtracts a running mean that the model keeps; use "
                     "--config.model.centre_momentum=0.9, or balance=sinkhorn."
                 )
-            targets = jax.nn.softmax((rows - teacher["centre"]) / temperature)
+            targets = jax.nn.softmax((rows - teacher[name]) / temperature)
             # Used from the next step on.
-            forward(method="observe", scores=rows)
+            forward(method="observe", means={name: mean_over(rows, each)})
         return jax.lax.stop_gradient(targets.reshape(scores.shape))
+
+
+def _at(
+    grid: Float[Array, "V h w E"], places: Int[Array, "V n"]
+) -> Float[Array, "V n E"]:
+    tokens = grid.reshape(len(grid), -1, grid.shape[-1])
+    return jnp.take_along_axis(tokens, places[:, :, None], axis=1)
 
 
 def sinkhorn(

@@ -33,16 +33,16 @@ def test_scores_are_cosines_with_unit_prototypes():
 def test_a_centre_moves_in_training_alone():
     model = embedder(prototypes=7, centre_momentum=0.75)
     variables = model.init(jax.random.key(0), IMAGES)
-    scores = jnp.asarray(np.random.default_rng(1).normal(0, 1, (6, 7)), jnp.float32)
+    mean = jnp.asarray(np.random.default_rng(1).normal(0, 1, 7), jnp.float32)
     for train in (False, True):
         _, changed = model.apply(
             variables,
-            scores=scores,
+            means={"centre": mean},
             train=train,
             method="observe",
             mutable=["centres"],
         )
-        expected = 0.25 * scores.mean(axis=0) if train else np.zeros(7)
+        expected = 0.25 * mean if train else np.zeros(7)
         np.testing.assert_allclose(changed["centres"]["centre"], expected, atol=1e-6)
 
 
@@ -73,3 +73,32 @@ def test_a_zero_vector_has_a_finite_unit_and_gradient():
 def test_what_does_not_go_together_is_refused(fields, message):
     with pytest.raises(ValueError, match=message):
         embedder(**fields)
+
+
+def test_patches_have_a_head_of_their_own_and_learned_tokens_in_their_place():
+    vit = ViT(width=8, depth=1, mlp_dim=8, num_heads=2, patch_size=4, mask_token=True)
+    head = Projector(hidden=(6,), features=5, batch_norm=False)
+    model = embedder(encoder=vit, patch_projector=head, patch_prototypes=3)
+    variables = model.init(jax.random.key(0), IMAGES)
+    whole = model.apply(variables, IMAGES)
+    nothing = jnp.zeros((6, 4), bool)
+    same = model.apply(variables, IMAGES, replaced=nothing)
+    np.testing.assert_array_equal(same["grid"], whole["grid"])
+    hidden = model.apply(variables, IMAGES, replaced=nothing.at[:, 1].set(True))
+    other = model.apply(
+        variables, IMAGES.at[:, :4, 4:].add(99), replaced=nothing.at[:, 1].set(True)
+    )
+    np.testing.assert_array_equal(hidden["grid"], other["grid"])
+    tokens = whole["grid"].reshape(6, 4, 8)
+    scores = model.apply(variables, tokens, method="score_patches")["scores"]
+    assert scores.shape == (6, 4, 3) and np.abs(scores).max() <= 1 + 1e-6
+
+
+def test_patches_without_a_head_or_a_token_are_refused():
+    variables = embedder().init(jax.random.key(0), IMAGES)
+    with pytest.raises(ValueError, match=r"give it patch_prototypes=K"):
+        embedder().apply(variables, jnp.zeros((6, 4, 8)), method="score_patches")
+    with pytest.raises(ValueError, match=r"encoder\.mask_token=True"):
+        embedder().apply(variables, IMAGES, replaced=jnp.zeros((6, 4), bool))
+    with pytest.raises(ValueError, match="give both, or neither"):
+        embedder(patch_prototypes=3)

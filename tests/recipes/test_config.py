@@ -40,16 +40,19 @@ from big_vision_lite.models.blocks.patches import Positions
 from big_vision_lite.models.distilled import Distilled
 from big_vision_lite.models.embedder import Embedder, Projector
 from big_vision_lite.models.masked_autoencoder import MaskedAutoencoder
+from big_vision_lite.models.masked_clusters import MaskedClusters
 from big_vision_lite.models.vit import ViT
 from big_vision_lite.objectives.classification import (
     SigmoidClassification,
     SoftmaxClassification,
 )
+from big_vision_lite.objectives.clusters import ClusterPrediction
 from big_vision_lite.objectives.contrastive import NTXent
 from big_vision_lite.objectives.distillation import (
     FeatureDistillation,
     LogitDistillation,
 )
+from big_vision_lite.objectives.masked_patches import MaskedPatches
 from big_vision_lite.objectives.numbers import Numbers
 from big_vision_lite.objectives.reconstruction import MaskedReconstruction
 from big_vision_lite.objectives.regression import Regression
@@ -198,6 +201,8 @@ def everything() -> list[TrainConfig]:
         (embedder, VICReg()),
         (embedder, LeJEPA(views=("global", "local"))),
         (embedder, SelfDistillation(teacher_temperature_start=0.01)),
+        (embedder, SelfDistillation(patches=MaskedPatches(visible_weight=0.5))),
+        (MaskedClusters(encoder=vit, clusters=8), ClusterPrediction()),
         (distilled, LogitDistillation()),
         (distilled, FeatureDistillation()),
     ]
@@ -239,7 +244,7 @@ NOT_CONFIG = {
 }  # fmt: skip
 PARTS = {
     *("StandardisedConv", "Conv", "BatchNorm", "Unit", "Stage", "Bottleneck"),
-    *("EncoderBlock", "Encoder", "MixerBlock", "_Multiplier"),
+    *("EncoderBlock", "Encoder", "MixerBlock", "_Multiplier", "MaskedModel"),
     *("Dense", "LayerNorm", "GroupNorm", "SavedRun", "_Split"),
 }
 

@@ -24,6 +24,7 @@ def prepare(
     shape: tuple[int, int, int],
     num_classes: int,
     splits: dict[str, int],
+    label_key: str = "label",
 ) -> None:
     """Writes `data_dir/name/1.0.0` with random images of `shape` in every split."""
     folder = data_dir / name / "1.0.0"
@@ -37,7 +38,7 @@ def prepare(
             pixels = rng.integers(0, 256, shape, np.uint8)
             image = cv2.imencode(".png", pixels)[1].tobytes()
             label = number % num_classes
-            writer.write(encode_example({"image": image, "label": label}))
+            writer.write(encode_example({"image": image, label_key: label}))
         writer.close()
         infos.append(
             {
@@ -62,7 +63,7 @@ def prepare(
                 "shape": {"dimensions": [str(n) for n in shape]},
             },
         },
-        "label": {
+        label_key: {
             "pythonClassName": f"{FEATURES}.class_label_feature.ClassLabel",
             "classLabel": {"numClasses": str(num_classes)},
         },

@@ -322,7 +322,8 @@ SHRUNK = {
         "--config.model.decoder_depth=1",
         "--batch=64",
     ),
-    "configs/mae_fashion.py": ("--config.model.encoder.depth=1",),
+    "configs/masked_fashion.py": ("--config.model.encoder.depth=1",),
+    "configs/comparison.py": ("--config.model.depth=1",),
     "configs/glyphs_views.py": (
         "--config.model.encoder.width=8",
         "--config.model.encoder.groups=4",

@@ -35,7 +35,8 @@ ARGUMENTS = {
     "glyphs": ("", "model=vit", "model=vit_token", "fashion=true"),
     "vit_s16_i1k": ("", "fewshot=true"),
     "bit_i1k": ("",),
-    "mae_fashion": ("", "transfer=false"),
+    "masked_fashion": ("", "transfer=false", "method=capi"),
+    "comparison": ("", *(f"method={m}" for m in ("mae", "capi", "ibot", "vicreg"))),
     "mae_i1k": ("", "pixio=true"),
     "glyphs_views": ("", *(f"method={m}" for m in ("dino", "vicreg", "lejepa"))),
     "glyphs_distil": ("",),
@@ -65,8 +66,8 @@ def test_a_recipe_resolves_to_what_is_checked_in(name, arg):
 
 
 NATIVE = {
-    **{"quickstart": 8, "fashion_mnist": 28, "mae_fashion": 28},
-    **dict.fromkeys(("glyphs", "glyphs_views", "glyphs_distil"), 32),
+    **{"quickstart": 8, "fashion_mnist": 28, "masked_fashion": 28},
+    **dict.fromkeys(("glyphs", "glyphs_views", "glyphs_distil", "comparison"), 32),
 }
 
 
@@ -202,7 +203,7 @@ def as_flag(value) -> str | None:
 
 WITH_DATA_DIR = (
     *("fashion_mnist", "glyphs", "vit_s16_i1k", "bit_i1k"),
-    *("mae_fashion", "mae_i1k", "glyphs_views", "glyphs_distil"),
+    *("masked_fashion", "mae_i1k", "glyphs_views", "glyphs_distil", "comparison"),
 )
 
 
@@ -282,7 +283,7 @@ REDUCED = {
         ("--config.model.stages=(1,)", "--config.model.width=32"),
         ("imagenet2012", (40, 48, 3), 1000),
     ),
-    "mae_fashion": (
+    "masked_fashion": (
         "transfer=false,steps=8",
         (
             "--config.model.encoder.width=16",
@@ -305,6 +306,14 @@ REDUCED = {
             ("glyphs32_latin", (32, 32, 1), 62),
         )
         for method in ("ntxent", "dino", "vicreg", "lejepa")
+    },
+    **{
+        f"comparison, {method}": (
+            f"method={method},transfer=false",
+            ("--config.model.encoder.width=24", "--config.model.encoder.depth=1"),
+            ("glyphs32_latin", (32, 32, 1), 62),
+        )
+        for method in ("capi", "ibot")
     },
     "glyphs_distil": (
         "images=64",

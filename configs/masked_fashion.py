@@ -1,9 +1,12 @@
-"""A small masked autoencoder on Fashion-MNIST: what it learns from no labels at all.
+"""Fashion-MNIST without labels: a small ViT predicts what is hidden of an image.
 
-  python -m big_vision_lite.train --config configs/mae_fashion.py:data_dir=DATA_DIR \
+  python -m big_vision_lite.train --config configs/masked_fashion.py:data_dir=DATA_DIR \
       --workdir runs/mae
-  ... --config configs/mae_fashion.py:data_dir=DATA_DIR,transfer=false
+  ... --config configs/masked_fashion.py:data_dir=DATA_DIR,method=capi
+  ... --config configs/masked_fashion.py:data_dir=DATA_DIR,transfer=false
 
+method    mae: pixels, a masked autoencoder; capi: the clusters of an averaged
+          network's features, 64 of them.
 DATA_DIR holds the prepared TFDS set (tools/prepare_dataset.py tfds fashion_mnist).
 The images are 28 px, the patches 7: of smaller ones the neighbours tell the content,
 and little of shape is learnt. Scored on the way by nearest neighbours and a linear
@@ -28,11 +31,13 @@ from big_vision_lite.evaluators.loss import Loss
 from big_vision_lite.evaluators.online_probe import OnlineProbe
 from big_vision_lite.evaluators.reconstructions import Reconstructions
 from big_vision_lite.models.masked_autoencoder import MaskedAutoencoder
+from big_vision_lite.models.masked_clusters import MaskedClusters
 from big_vision_lite.models.vit import ViT
+from big_vision_lite.objectives.clusters import ClusterPrediction
 from big_vision_lite.objectives.reconstruction import MaskedReconstruction
 from big_vision_lite.recipes.arguments import parse_arg
 from big_vision_lite.runs.adamw_rule import AdamWRule
-from big_vision_lite.schedules import WarmupCosine
+from big_vision_lite.schedules import Average, WarmupCosine
 from big_vision_lite.training.optimizers import AdamW
 from big_vision_lite.types import Evaluator
 
@@ -41,8 +46,15 @@ BATCH_SIZE = 256
 
 def get_config(arg: str = "") -> TrainConfig:
     """Returns the recipe; `steps` sets its length, `data_dir` where the set lies."""
-    chosen = parse_arg(arg, steps=2000, data_dir="", transfer=True)
+    chosen = parse_arg(arg, method="mae", steps=2000, data_dir="", transfer=True)
+    if chosen.method not in ("mae", "capi"):
+        raise ValueError(f"method={chosen.method} is unknown; use mae or capi.")
     num_steps = chosen.steps
+    vit = ViT(width=128, depth=4, mlp_dim=512, num_heads=4, patch_size=7)
+    decoder = dict(decoder_width=64, decoder_depth=1, decoder_heads=4)
+    mae = MaskedAutoencoder(encoder=vit, **decoder), MaskedReconstruction()
+    capi = MaskedClusters(encoder=vit, clusters=64, **decoder), ClusterPrediction()
+    model, objective = mae if chosen.method == "mae" else capi
 
     def fashion(split: str, labels: bool = True) -> Tfds:
         return Tfds(
@@ -60,9 +72,6 @@ def get_config(arg: str = "") -> TrainConfig:
     )
     evaluators: dict[str, Evaluator] = {
         "loss": Loss(source=held_out, batch_size=512, every_steps=num_steps // 4),
-        "pictures": Reconstructions(
-            source=fashion("test[:512]"), batch_size=512, every_steps=num_steps // 4
-        ),
         "probe": OnlineProbe(
             train=fashion("train[:3000]"),
             test=fashion("train[54000:56000]"),
@@ -70,6 +79,10 @@ def get_config(arg: str = "") -> TrainConfig:
             every_steps=num_steps // 4,
         ),
     }
+    if chosen.method == "mae":
+        evaluators["pictures"] = Reconstructions(
+            source=fashion("test[:512]"), batch_size=512, every_steps=num_steps // 4
+        )
     if chosen.transfer:
         evaluators["fewshot"] = FewShot(
             sets=(few,), shots=(10, 100), every_steps=num_steps, batch_size=512
@@ -90,13 +103,8 @@ def get_config(arg: str = "") -> TrainConfig:
         )
     return TrainConfig(
         num_steps=num_steps,
-        model=MaskedAutoencoder(
-            encoder=ViT(width=128, depth=4, mlp_dim=512, num_heads=4, patch_size=7),
-            decoder_width=64,
-            decoder_depth=1,
-            decoder_heads=4,
-        ),
-        objective=MaskedReconstruction(),
+        model=model,
+        objective=objective,
         data=Stream(
             source=fashion("train", labels=False),
             ops=(decode,),
@@ -109,6 +117,7 @@ def get_config(arg: str = "") -> TrainConfig:
             weight_decay=5e-5,
         ),
         evaluators=evaluators,
+        ema=Average(start=0.99, end=1.0) if chosen.method == "capi" else None,
         checkpoints=Checkpoints(every_steps=500),
         log_every_steps=50,
     )

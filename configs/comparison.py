@@ -54,8 +54,8 @@ from big_vision_lite.types import Evaluator, Model, Objective
 
 CLASSES = 62
 STEPS = {
-    **{"supervised": 600, "mae": 1200, "capi": 800, "dino": 250, "ibot": 240},
-    **{"ntxent": 320, "vicreg": 320, "lejepa": 320, "distil": 500},
+    **{"supervised": 1500, "mae": 1200, "capi": 800, "dino": 300, "ibot": 220},
+    **{"ntxent": 720, "vicreg": 720, "lejepa": 720, "distil": 1100},
 }
 VIEWS = ("dino", "ibot", "ntxent", "vicreg", "lejepa")
 AVERAGED = ("dino", "ibot", "capi")

@@ -322,6 +322,16 @@ SHRUNK = {
         "--config.model.decoder_depth=1",
         "--batch=64",
     ),
+    "configs/dino_i1k.py": (
+        *(flag.replace("model.", "model.encoder.") for flag in SMALL),
+        "--config.model.prototypes=64",
+        "--config.model.patch_prototypes=64",
+        "--batch=64",
+    ),
+    "configs/lejepa_imagenette.py": (
+        *(flag.replace("model.", "model.encoder.") for flag in SMALL),
+        "--batch=64",
+    ),
     "configs/masked_fashion.py": ("--config.model.encoder.depth=1",),
     "configs/comparison.py": ("--config.model.depth=1",),
     "configs/glyphs_views.py": (
@@ -345,6 +355,14 @@ OWN_DATA = {
     "configs/finetune.py": (
         "init={run},data={images},allow_module=shapes_run,size=keep",
         (),
+    ),
+    "configs/distil_i1k.py": (
+        "teacher={run},allow_module=shapes_run",
+        (
+            "--config.model.student.stages=(1,)",
+            "--config.model.student.width=32",
+            "--batch=64",
+        ),
     ),
     "configs/distil.py": (
         "teacher={run},student=ViT:Ti/8,data={images},allow_module=shapes_run",

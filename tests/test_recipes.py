@@ -38,6 +38,8 @@ ARGUMENTS = {
     "masked_fashion": ("", "transfer=false", "method=capi"),
     "comparison": ("", *(f"method={m}" for m in ("mae", "capi", "ibot", "vicreg"))),
     "mae_i1k": ("", "pixio=true"),
+    "dino_i1k": ("", "blur=as_published"),
+    "lejepa_imagenette": ("",),
     "glyphs_views": ("", *(f"method={m}" for m in ("dino", "vicreg", "lejepa"))),
     "glyphs_distil": ("",),
 }
@@ -100,6 +102,7 @@ def test_whatever_size_an_image_has_the_model_gets_its_own(name, arg):
 # Of the sets that recipes name; what is tested is which examples a slice means.
 SIZES = {
     "imagenet2012": {"train": 1_281_167, "validation": 50_000},
+    "imagenette/160px-v2": {"train": 9_469, "validation": 3_925},
     "fashion_mnist": {"train": 60_000, "test": 10_000},
     "glyphs32_latin": {"train": 1009, "validation": 101, "test": 103},
 }
@@ -204,6 +207,7 @@ def as_flag(value) -> str | None:
 WITH_DATA_DIR = (
     *("fashion_mnist", "glyphs", "vit_s16_i1k", "bit_i1k"),
     *("masked_fashion", "mae_i1k", "glyphs_views", "glyphs_distil", "comparison"),
+    *("dino_i1k", "lejepa_imagenette"),
 )
 
 
@@ -315,6 +319,21 @@ REDUCED = {
         )
         for method in ("capi", "ibot")
     },
+    "dino_i1k": (
+        "size=Ti/16",
+        (
+            "--config.model.encoder.depth=1",
+            "--config.model.prototypes=64",
+            "--config.model.patch_prototypes=64",
+            *PROBE,
+        ),
+        ("imagenet2012", (40, 48, 3), 1000),
+    ),
+    "lejepa_imagenette": (
+        "",
+        ("--config.model.encoder.width=48", "--config.model.encoder.depth=1"),
+        ("imagenette/160px-v2", (40, 48, 3), 10),
+    ),
     "glyphs_distil": (
         "images=64",
         ("--config.model.width=8",),
@@ -379,4 +398,6 @@ def test_a_recipe_takes_two_steps_at_reduced_size(name, tmp_path, monkeypatch):
 
 def test_every_recipe_is_listed_here_or_tested_with_its_own_data():
     there = {path.stem for path in (ROOT / "configs").glob("*.py")}
-    assert there - set(ARGUMENTS) <= {"finetune", "folder", "table", "distil"}
+    assert there - set(ARGUMENTS) <= {
+        *("finetune", "folder", "table", "distil", "distil_i1k"),
+    }

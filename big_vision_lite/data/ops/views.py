@@ -43,6 +43,8 @@ class View:
 class Views:
     """Makes views of a decoded image: uint8 [count, H, W, C] under the name of each.
 
+    Views of the same name stand in one array, in their order: chains that differ.
+
     Two large and six small crops, for self-distillation:
 
         Views(views=(
@@ -60,12 +62,8 @@ class Views:
     keep_image: bool = False
 
     def __post_init__(self):
-        names = [view.name for view in self.views]
-        if not names or len(set(names)) < len(names):
-            raise ValueError(
-                f"Views has the names {names}: give at least one view, and each a name "
-                "of its own."
-            )
+        if not self.views:
+            raise ValueError("Views has no views: give at least one View(name=...).")
 
     def __call__(self, example: Example, rng: np.random.Generator) -> Example:
         image_of(example, self)
@@ -76,17 +74,20 @@ class Views:
             )
         dropped = () if self.keep_image else ("image", *SPATIAL)
         result = {key: value for key, value in example.items() if key not in dropped}
+        made: dict[str, list[np.ndarray]] = {}
         for view in self.views:
             # One generator for all views: a spawned one depends on earlier spawns.
             images = [_viewed(view, example, rng) for _ in range(view.count)]
+            made.setdefault(view.name, []).extend(images)
+        for name, images in made.items():
             if len({image.shape for image in images}) > 1:
                 sizes = sorted({"x".join(map(str, image.shape)) for image in images})
                 raise ValueError(
-                    f"View {view.name!r} made images of several sizes, "
+                    f"View {name!r} made images of several sizes, "
                     f"{', '.join(sizes)}: end its ops with one that fixes the size, "
                     "such as RandomResizedCrop."
                 )
-            result[view.name] = np.stack(images)
+            result[name] = np.stack(images)
         return result
 
 

@@ -4,10 +4,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from evaluation_context import make_mesh
 
 from big_vision_lite.models.masked_model import Hidden, rolled_blocks
 from big_vision_lite.objectives.clusters import ClusterPrediction
 from big_vision_lite.objectives.self_distillation import sinkhorn
+from big_vision_lite.runtime import layout
 
 KEY = jax.random.key(0)
 R = np.random.default_rng(2)
@@ -77,3 +79,27 @@ def test_settings_that_cannot_be_are_refused():
     with pytest.raises(ValueError, match="every cluster the same share"):
         ClusterPrediction()(forward, {"image": jnp.zeros((1, 8, 8, 1))}, KEY)
     assert Hidden("outside_block") is Hidden.OUTSIDE_BLOCK
+
+
+def test_eight_devices_give_the_loss_of_one():
+    r = np.random.default_rng(5)
+    images = jnp.asarray(r.standard_normal((16, 2, 2, 5)), jnp.float32)
+
+    def forward(*, method=None, params="online", whole=False, **inputs):
+        if method == "cluster":
+            return {"scores": inputs["features"] @ CLUSTERS}
+        grid = inputs["image"]
+        if whole:
+            return {"grid": grid}
+        tokens = grid.reshape(16, 4, 5)
+        masked = jnp.arange(4) != jnp.arange(16)[:, None] % 4
+        scores = tokens[:, ::-1] @ CLUSTERS
+        return {"scores": scores, "masked": masked, "pooled": grid[:, 0, 0]}
+
+    def loss(images):
+        return ClusterPrediction()(forward, {"image": images}, KEY)[0]
+
+    one = jax.jit(loss)(images)
+    place = layout.batch_sharding(make_mesh(8))
+    eight = jax.jit(loss)(jax.device_put(images, place))
+    np.testing.assert_allclose(eight, one, rtol=2e-5)

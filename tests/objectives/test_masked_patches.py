@@ -4,9 +4,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from evaluation_context import make_mesh
 
 from big_vision_lite.objectives.masked_patches import MaskedPatches, block_order
 from big_vision_lite.objectives.self_distillation import SelfDistillation, sinkhorn
+from big_vision_lite.runtime import layout
 
 KEY = jax.random.key(0)
 GRID = (14, 14)
@@ -134,3 +136,33 @@ def test_the_loss_of_patches_is_that_of_a_loop(visible_weight):
     found = losses - plain
     np.testing.assert_allclose(found, wanted.reshape(3, 2).mean(axis=1), rtol=1e-4)
     assert metrics["patch_loss"] == pytest.approx(cross[hidden].mean(), rel=1e-5)
+
+
+def test_eight_devices_hide_the_same_patches_and_give_the_loss_of_one():
+    r = np.random.default_rng(4)
+    views = jnp.asarray(r.standard_normal((16, 2, 4, 4, 1)), jnp.float32)
+    head = jnp.asarray(r.standard_normal((4, 7)), jnp.float32)
+
+    def forward(*, method=None, params="online", **inputs):
+        if method == "score_patches":
+            return {"scores": inputs["tokens"] @ head}
+        image = inputs["image"][..., 0] * (2.0 if params == "ema" else 1.0)
+        grid = image.reshape(-1, 2, 2, 2, 2).transpose(0, 1, 3, 2, 4)
+        grid = grid.reshape(-1, 2, 2, 4)
+        if "replaced" in inputs:
+            hidden = inputs["replaced"].reshape(-1, 2, 2, 1)
+            grid = jnp.where(hidden, 0.5, grid)
+        pooled = grid.mean(axis=(1, 2))
+        outputs = {"pooled": pooled, "embedding": pooled, "scores": pooled @ head}
+        return {"grid": grid, **outputs}
+
+    patches = MaskedPatches(ratio_min=0.3, ratio_max=0.75, visible_weight=0.5)
+    objective = SelfDistillation(patches=patches)
+
+    def loss(views):
+        return objective(forward, {"views": views}, KEY)[0]
+
+    one = jax.jit(loss)(views)
+    place = layout.batch_sharding(make_mesh(8))
+    eight = jax.jit(loss)(jax.device_put(views, place))
+    np.testing.assert_allclose(eight, one, rtol=2e-5)

@@ -180,6 +180,7 @@ class Forward(Protocol):
         method: str | None = None,
         capture: tuple[str, ...] = (),
         params: str = "online",
+        statistics: str = "running",
         **inputs: Any,
     ) -> dict[str, Any]: ...
 

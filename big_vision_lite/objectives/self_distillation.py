@@ -49,6 +49,10 @@ class SelfDistillation(Objective):
     run. `koleo_weight` adds KoLeo on the pooled features of each global view. Sinkhorn
     and KoLeo are of the global batch.
 
+    The teacher's batch norms take the statistics of the views that it sees, as in the
+    published code, or with `teacher_batch_statistics=False` the running averages, which
+    evaluation always takes.
+
     `patches` adds iBOT (arXiv:2111.07832): patches of the student's global views are
     hidden, and it predicts the teacher's prototypes of them; the model has
     patch_prototypes. The loss of a view without hidden patches counts as 0.
@@ -66,6 +70,7 @@ class SelfDistillation(Objective):
     teacher_warmup: float = 0.3
     balance: Balance = Balance.SINKHORN
     koleo_weight: float = 0.0
+    teacher_batch_statistics: bool = True
     global_views: str = "views"
     local_views: str = ""
     patches: MaskedPatches | None = None
@@ -90,7 +95,8 @@ class SelfDistillation(Objective):
                 "--config.data.batch_size=2 or more, hundreds are usual."
             )
         valid = valid_rows(batch, size)
-        teacher = jax.lax.stop_gradient(forward(image=images, params="ema"))
+        teacher = forward(image=images, **self._as_teacher)
+        teacher = jax.lax.stop_gradient(teacher)
         if self.patches is None:
             student = forward(image=images)
             masked, patch_metrics = 0.0, {}
@@ -127,6 +133,11 @@ class SelfDistillation(Objective):
         }
         return losses, metrics
 
+    @property
+    def _as_teacher(self) -> dict[str, str]:
+        of_batch = self.teacher_batch_statistics
+        return {"params": "ema", "statistics": "batch" if of_batch else "running"}
+
     def _predict_patches(
         self,
         forward: Forward,
@@ -145,7 +156,7 @@ class SelfDistillation(Objective):
         student = forward(image=images, replaced=replaced)
         of_teacher, of_student = (
             forward(method="score_patches", tokens=_at(outputs["grid"], places), **more)
-            for outputs, more in ((teacher, {"params": "ema"}), (student, {}))
+            for outputs, more in ((teacher, self._as_teacher), (student, {}))
         )
         views = batch[self.global_views].shape[1]
         valid = jnp.repeat(valid_rows(batch, len(images) // views), views)[:, None]

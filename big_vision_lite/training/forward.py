@@ -10,6 +10,7 @@ from flax import linen as nn
 from jax.extend import core
 
 from big_vision_lite.messages import did_you_mean, some
+from big_vision_lite.models.blocks.batch_norm import BatchNorm
 from big_vision_lite.types import Array, Model
 
 
@@ -95,17 +96,19 @@ class BoundModel:
         method: str | None = None,
         capture: tuple[str, ...] = (),
         params: str = "online",
+        statistics: str = "running",
         **inputs: Any,
     ) -> dict[str, Any]:
         """Runs the model (or its `method`) on `inputs`.
 
         `capture` names modules ("encoder/block_03") whose outputs come back under
         "captured". `params="ema"` uses the averaged parameters without gradient, in
-        evaluation mode, and changes no collection.
+        evaluation mode, and changes no collection; in training its batch norms can take
+        the mean and variance of the batch: `statistics="batch"`.
 
         Raises:
             ValueError: called inside scan, vmap, grad or checkpoint; `params="ema"`
-                without an average.
+                without an average; unknown `statistics`, or "batch" without "ema".
             MissingOutput: a name in `capture` is no module.
         """
         if self._trace != core.get_opaque_trace_state(convention="flax"):
@@ -118,10 +121,12 @@ class BoundModel:
         if params == "ema":
             variables |= self._ema_statistics
         train = self._train and params == "online"
+        of_batch = self._of_batch(statistics, params)
         rngs = random_keys(self._model, self._rng, self._calls)
         self._calls += 1
-        mutable = list(self.collections) if train else []
-        with nn.intercept_methods(self._evaluate_frozen):
+        mutable = list(self.collections) if train or of_batch else []
+        mode = _normalise_by_batch if of_batch else self._evaluate_frozen
+        with nn.intercept_methods(mode):
             outputs, changed = self._model.apply(
                 variables,
                 **inputs,
@@ -135,7 +140,8 @@ class BoundModel:
         if capture:
             captured = _captured(changed.pop("intermediates", {}), capture)
             outputs = {**outputs, "captured": captured}
-        self.collections = {**self.collections, **changed}
+        if not of_batch:
+            self.collections = {**self.collections, **changed}
         return Outputs(outputs) if isinstance(outputs, Mapping) else outputs
 
     def _choose(self, params: str) -> Any:
@@ -147,6 +153,15 @@ class BoundModel:
             f'forward(params="{params}"): allowed are "online" and, when the recipe '
             'sets ema=Average(start=...), "ema".'
         )
+
+    def _of_batch(self, statistics: str, params: str) -> bool:
+        allowed = ("running", "batch") if params == "ema" else ("running",)
+        if statistics not in allowed:
+            raise ValueError(
+                f'forward(params="{params}", statistics="{statistics}"): allowed are '
+                '"running" and, with params="ema", "batch".'
+            )
+        return statistics == "batch" and self._train
 
     def _evaluate_frozen(self, call: Any, args: Any, kwargs: Any, context: Any) -> Any:
         if "/".join(context.module.path) not in self._frozen_modules:
@@ -163,6 +178,18 @@ class BoundModel:
             # Its parent may train; a module lives for one call, so this is local.
             object.__setattr__(context.module, "use_running_average", True)
         return call(*args, **kwargs)
+
+
+def _normalise_by_batch(call: Any, args: Any, kwargs: Any, context: Any) -> Any:
+    """Sets batch norms to training mode, whose changes the caller throws away."""
+    module = context.module
+    if context.method_name == "__call__" and isinstance(module, BatchNorm):
+        return call(args[0], True)
+    if isinstance(module, nn.BatchNorm):
+        # Linen takes it from the field or from the call, not from both.
+        object.__setattr__(module, "use_running_average", None)
+        return call(args[0], use_running_average=False)
+    return call(*args, **kwargs)
 
 
 def random_keys(model: Model, rng: Array | None, call: int) -> dict[str, Array]:

@@ -173,6 +173,7 @@ class CountingForward:
         method: str | None = None,
         capture: tuple[str, ...] = (),
         params: str = "online",
+        statistics: str = "running",
         **inputs: Any,
     ) -> dict[str, Any]:
         state = self._abstract
@@ -197,6 +198,7 @@ class CountingForward:
                 method=method,
                 capture=capture,
                 params=params,
+                statistics=statistics,
                 **jax.tree.unflatten(tree, given),
             )
 

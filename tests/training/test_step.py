@@ -323,6 +323,7 @@ def bound(**fields):
 
 
 def test_every_call_of_forward_has_its_own_dropout_mask():
+    start()  # which `bound` finds again: nothing is placed on devices inside of jit
     @functools.partial(jax.jit, static_argnums=1)
     def twice(key, train):
         forward, image = bound(rng=key, train=train)
@@ -769,6 +770,36 @@ def test_the_averaged_model_has_no_dropout_and_changes_no_statistics():
     run = start(Net(batch_norm=True, dropout=0.5), objective=objective, ema=0.9)
     (metrics,) = run.advance(rows())
     assert metrics["differ"] == 0
+
+
+def test_the_averaged_model_takes_the_statistics_of_the_batch_where_asked():
+    def objective(forward, batch, rng):
+        before = jax.tree.leaves(forward.collections)
+        image = batch["image"]
+        of_batch = forward(image=image, params="ema", statistics="batch")["logits"]
+        running = forward(image=image, params="ema")["logits"]
+        after = jax.tree.leaves(forward.collections)
+        assert all(a is b for a, b in zip(before, after, strict=True))
+        online = forward(image=image)["logits"]
+        off = {
+            "batch": jnp.abs(of_batch - online).max(axis=-1),
+            "running": jnp.abs(running - online).max(axis=-1),
+        }
+        return jnp.square(online).sum(axis=-1), off
+
+    # Nothing has moved: the average is the model.
+    run = start(Net(batch_norm=True), objective=objective, ema=0.9)
+    (metrics,) = run.advance(rows())
+    assert metrics["batch"] < 1e-5 < 1e-3 < metrics["running"]
+
+
+@pytest.mark.parametrize("inputs", [{"statistics": "batch"}, {"statistics": "mine"}])
+def test_statistics_that_there_are_not_are_refused(inputs):
+    def objective(forward, batch, rng):
+        return forward(image=batch["image"], **inputs)["logits"].mean(axis=-1), {}
+
+    with pytest.raises(ValueError, match='allowed are "running" and, with params="em'):
+        start(objective=objective).advance(rows())
 
 
 @pytest.mark.parametrize(

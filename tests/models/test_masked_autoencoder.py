@@ -1,5 +1,7 @@
 """A masked autoencoder hides what it says, and only that."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -29,10 +31,15 @@ def keys(mask=1):
     return {"params": jax.random.key(0), "mask": jax.random.key(mask)}
 
 
+@functools.cache
+def made(model):
+    """(variables, the model as one program): op by op is slow."""
+    return jax.jit(model.init)(keys(), IMAGES), jax.jit(model.apply)
+
+
 def run(model, images=IMAGES, mask=1):
-    variables = jax.jit(model.init)(keys(), images)
-    rngs = {"mask": jax.random.key(mask)}
-    return jax.jit(model.apply)(variables, images, rngs=rngs)
+    variables, apply = made(model)
+    return apply(variables, images, rngs={"mask": jax.random.key(mask)})
 
 
 @pytest.mark.parametrize(
@@ -88,14 +95,14 @@ def test_patches_are_in_order_of_row_column_and_channel():
 def test_the_decoder_puts_patches_back_where_they_were():
     """Encoded tokens alone reach it: without positions it could not tell places."""
     model = autoencoder(mask_ratio=0.5)
-    variables = model.init(keys(), IMAGES)
+    variables, apply = made(model)
     params = jax.tree.map(jnp.zeros_like, variables["params"]["decoder"])
     # A decoder of zeros passes its input on, normalised with scale 1.
     params["norm"]["scale"] = jnp.ones(8)
     pixels = {"kernel": jnp.eye(8, 48), "bias": jnp.zeros(48)}
     variables = {"params": variables["params"] | {"decoder": params, "pixels": pixels}}
     rngs = {"mask": jax.random.key(3)}
-    found = model.apply(variables, IMAGES, rngs=rngs)
+    found = apply(variables, IMAGES, rngs=rngs)
     masked = np.asarray(found["masked"])
     given = np.asarray(found["reconstruction"])[..., :8]
     # Hidden places hold the token and their position, the same in every image.
@@ -108,7 +115,7 @@ def test_the_decoder_puts_patches_back_where_they_were():
 
 def test_a_gradient_reaches_every_parameter_class_tokens_too():
     model = autoencoder(vit(pooling=Pooling.CLASS_TOKEN, class_tokens=3, registers=2))
-    variables = model.init(keys(), IMAGES)
+    variables, _ = made(model)
 
     def loss(params):
         rngs = {"mask": jax.random.key(1)}
@@ -128,13 +135,13 @@ def test_a_gradient_reaches_every_parameter_class_tokens_too():
 
 def test_several_class_tokens_are_pooled_by_their_mean():
     model = vit(pooling=Pooling.CLASS_TOKEN, class_tokens=3)
-    variables = model.init(jax.random.key(0), IMAGES)
+    variables, apply = made(model)
     visible = jnp.tile(jnp.arange(24), (4, 1))
-    found = model.apply(variables, IMAGES, visible=visible)
+    found = apply(variables, IMAGES, visible=visible)
     assert found["special"].shape == (4, 3, 16)
     expected = np.asarray(found["special"]).mean(axis=1)
     np.testing.assert_allclose(found["pooled"], expected, atol=1e-6)
-    whole = model.apply(variables, IMAGES)
+    whole = apply(variables, IMAGES)
     np.testing.assert_allclose(whole["pooled"], found["pooled"], atol=1e-5)
     assert "special" not in whole
 

@@ -97,16 +97,16 @@ def test_teachers_see_the_size_that_they_want_and_give_no_gradient():
         adaptor_width=4,
     )
     images = jnp.asarray(R.integers(0, 256, (2, 8, 8, 3)), jnp.uint8)
-    variables = model.init(KEY, images)
+    variables = jax.jit(model.init)(KEY, images)
 
     def loss(params):
         found = model.apply({"params": params}, images)
         return sum(found[f"teacher_{i}"]["pooled"].sum() for i in range(2))
 
-    gradients = jax.grad(loss)(variables["params"])
+    gradients = jax.jit(jax.grad(loss))(variables["params"])
     assert not any(np.any(x) for x in jax.tree.leaves(gradients))
-    found = model.apply(variables, images)
-    alone = vit(patch_size=16).apply(
+    found = jax.jit(model.apply)(variables, images)
+    alone = jax.jit(vit(patch_size=16).apply)(
         {"params": variables["params"]["teachers_1"]}, resized(images, 32)
     )
     second = found["teacher_1"]["pooled"]

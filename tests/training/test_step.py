@@ -324,6 +324,7 @@ def bound(**fields):
 
 def test_every_call_of_forward_has_its_own_dropout_mask():
     start()  # which `bound` finds again: nothing is placed on devices inside of jit
+
     @functools.partial(jax.jit, static_argnums=1)
     def twice(key, train):
         forward, image = bound(rng=key, train=train)

@@ -33,7 +33,7 @@ class Classification:
     left out. Tags, int [K] padded with -1, are scored by accuracy and loss alone.
     `per_class` writes WORKDIR/<name>_per_class.csv. `duplicates` is a file of
     tools/find_duplicates.py: lower_bound_accuracy then counts every image wrong that
-    has a near duplicate in training (arXiv:1805.00932, section 3.1), and with_duplicate
+    has a near duplicate in training (arXiv:1805.00932), and with_duplicate
     counts these images.
     """
 

@@ -16,10 +16,10 @@ COLUMNS = ("place", "image", "training_image", "likeness")
 
 @dataclasses.dataclass(kw_only=True)
 class Marked:
-    """A source whose examples say by "duplicate" whether `names` has their name."""
+    """A source whose examples say by "duplicate" whether they are among `marked`."""
 
     source: Source
-    names: frozenset[str]
+    marked: frozenset[int]
 
     @classmethod
     def read(cls, source: Source, path: str, evaluator: str) -> "Marked":
@@ -31,15 +31,15 @@ class Marked:
                 images that the set does not have.
         """
         names = read_names(path, evaluator)
-        known = {source.name(index) for index in range(len(source))}
-        strange = sorted(names - known)
+        known = {source.name(index): index for index in range(len(source))}
+        strange = sorted(names - known.keys())
         if strange:
             raise ValueError(
                 f"{evaluator}: {path} names {len(strange)} images that its set of "
                 f"{len(source)} does not have: {some(strange, 3)}. Make it again with "
                 f"this recipe: {_command(path)}"
             )
-        return cls(source=source, names=names)
+        return cls(source=source, marked=frozenset(known[name] for name in names))
 
     @property
     def class_names(self) -> tuple[str, ...]:
@@ -53,7 +53,7 @@ class Marked:
         return len(self.source)
 
     def __getitem__(self, index: int) -> Example:
-        return {**self.source[index], MARK: self.name(index) in self.names}
+        return {**self.source[index], MARK: index in self.marked}
 
     def name(self, index: int) -> str:
         """Returns the origin of example `index`."""

@@ -23,7 +23,7 @@ class SoftmaxClassification(Objective):
     multiply the terms of the loss; `balanced` gives those that make up for unequal
     classes. `share_labels` is for several labels an image, float [B, C] of 0 and 1, or
     int [B, K], tags padded with -1: each of its k labels becomes 1 / k
-    (arXiv:1805.00932, section 2.2: noisy tags); an image without any has no loss, and
+    (arXiv:1805.00932: noisy tags); an image without any has no loss, and
     the metric "unlabelled" is their share.
     """
 

@@ -33,8 +33,8 @@ class Resampled:
     """Repeats each image of `source` by its factor: the largest of its tags' factors.
 
     A tag that a share f of the images has gets max(1, phi(threshold / f)), where phi is
-    the square root, the identity (uniform) or 1 (natural): arXiv:1805.00932, section
-    2.2. `threshold`, a share of the images, is None for that of the most frequent tag.
+    the square root, the identity (uniform) or 1 (natural), after arXiv:1805.00932.
+    `threshold`, a share of the images, is None for that of the most frequent tag.
     Images without a tag are left out. The whole part of a factor is exact, for the rest
     a coin falls (`seed`) once and for all, so that the list of an epoch is one list,
     which the order of the run permutes in every epoch: any step is found without a

@@ -75,8 +75,8 @@ def build(
 
     `synonyms` maps plain words to their tag; a word that is not among them is a tag
     itself, unless `only_listed`. An image counts once for a tag, whatever it calls it.
-    Tags of fewer than `min_count` images are left out (arXiv:1805.00932, section 2.1:
-    hashtags merged by WordNet synset).
+    Tags of fewer than `min_count` images are left out (arXiv:1805.00932 merges hashtags
+    that mean one WordNet synset, and drops those that mean none).
 
     Raises:
         ValueError: fewer than two tags are left.

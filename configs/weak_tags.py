@@ -1,8 +1,7 @@
-"""ResNeXt-101 32xCd on hashtags, after "Exploring the Limits of Weakly Supervised
-Pretraining" (arXiv:1805.00932).
+"""ResNeXt-101 32xCd on images and their hashtags (arXiv:1805.00932).
 
   python -m big_vision_lite.train --config \
-      configs/weak_tags.py:table=tags.csv,image=file,tags=hashtags,vocabulary=VOCABULARY \
+      configs/weak_tags.py:table=TABLE,image=file,tags=hashtags,vocabulary=VOCABULARY \
       --workdir runs/tags
   ... :table=T.parquet,...,channels=48,classes=17000,resample=square_root
 
@@ -18,7 +17,7 @@ epochs, batch
 Each of an image's k tags has the target 1 / k. SGD with Nesterov momentum, 0.1 at
 batch 256 scaled to 8064, warmed up from 0 and halved ten times; statistics of batch
 norm over 24 images, as on the paper's 336 GPUs. The paper's 1e-4 of weight decay is
-coupled with the gradient, so that momentum multiplies it by 10 (see configs/bit_i1k.py).
+coupled with the gradient, so that momentum multiplies it by 10: see configs/bit_i1k.py.
 Held-out tags are scored by whether the first prediction is among an image's.
 Published: fine-tuned on ImageNet-1k at 224 px from 940 million images and 1,500 tags,
 single crop: 82.2 (32x8d), 84.2 (32x16d), 85.1 (32x32d), 85.4 % (32x48d; the paper's

@@ -72,11 +72,10 @@ class Resampled:
         factors = image_factors(
             self.source.ids, self.source.class_counts(), self.frequency, self.threshold
         )
-        if self.frequency != Frequency.NATURAL and factors.max() == 1:
+        if self.threshold is not None and factors.max() == 1:
             raise ValueError(
-                f"threshold={self.threshold} is below the frequency of every tag, or "
-                "all are as frequent: no image would be repeated. Use a larger "
-                'threshold, or frequency="natural".'
+                f"threshold={self.threshold} is below the frequency of every tag: no "
+                'image would be repeated. Use a larger one, or frequency="natural".'
             )
         ends = np.cumsum(factors)
         if ends[-1] > LONGEST:
@@ -118,8 +117,10 @@ class Resampled:
         return self.source.name(self.place(index))
 
     def __getstate__(self) -> dict[str, Any]:
-        # With the factors, so that worker processes need not read all tags.
-        return {**fields_of(self), "_ends": self._ends}
+        # With the factors if they are known, so that worker processes need not read all
+        # tags again.
+        known = {name: x for name, x in vars(self).items() if name == "_ends"}
+        return {**fields_of(self), **known}
 
 
 def describe(found: Sequence[Resampled]) -> list[str]:

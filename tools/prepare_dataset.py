@@ -33,7 +33,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import tag_vocabulary  # beside this file, which runs as a script
 
 from big_vision_lite.data.ops.decode import UndecodableImage, decode
 from big_vision_lite.data.sources import ImageFolder, folder_splits
@@ -135,7 +134,27 @@ def parser() -> argparse.ArgumentParser:
     glyphs.add_argument("--threads", type=int, default=8)
     glyphs.set_defaults(run=pack_glyphs)
     tags = commands.add_parser("tags", help="count tags and write a vocabulary")
-    tag_vocabulary.add_arguments(tags)
+    what = tags.add_mutually_exclusive_group(required=True)
+    what.add_argument("--table", metavar="FILE", help="a table of paths and tags")
+    what.add_argument("--tfds", metavar="NAME", help="a prepared TFDS set")
+    tags.add_argument("--out", required=True, help="the vocabulary file, JSON")
+    tags.add_argument("--image", default="image", help="of --table: column")
+    tags.add_argument("--tags", default="tags", help="column, or list of texts")
+    tags.add_argument("--separator", default="|", help="of --table")
+    tags.add_argument("--root", help="of --table: where its paths begin")
+    tags.add_argument("--split_column", help="of --table: only train is counted")
+    tags.add_argument("--split", default="train", help="of --tfds")
+    tags.add_argument("--data_dir", help="of --tfds; where the sets lie")
+    tags.add_argument(
+        "--synonyms", metavar="CSV", help="a table of the columns word,tag"
+    )
+    tags.add_argument(
+        "--only_listed", action="store_true", help="drop words that --synonyms lacks"
+    )
+    tags.add_argument(
+        "--min_count", type=int, default=1, help="images that a tag needs"
+    )
+    tags.set_defaults(run=count_tags)
     tfds = commands.add_parser("tfds", help="prepare a set that TFDS knows")
     tfds.add_argument("dataset", help="like oxford_iiit_pet or cifar10_1/v4")
     tfds.add_argument(
@@ -170,6 +189,13 @@ def pack_glyphs(options: argparse.Namespace) -> int:
     shape = (glyph_fonts.SIDE_PX, glyph_fonts.SIDE_PX, 1)
     about = About(names=tuple(glyph_fonts.ALPHABET), shape=shape, origin="fonts")
     return pack(options, final, sources, sizes, [], about)
+
+
+def count_tags(options: argparse.Namespace) -> int:
+    """Counts the tags of training images and writes the vocabulary."""
+    import tag_vocabulary  # beside this file, which runs as a script
+
+    return tag_vocabulary.build(options)
 
 
 def place_for(options: argparse.Namespace) -> Path:

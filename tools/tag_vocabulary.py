@@ -16,30 +16,6 @@ SYNONYMS = ("word", "tag")
 UNEVEN = 10
 
 
-def add_arguments(arguments: argparse.ArgumentParser) -> None:
-    what = arguments.add_mutually_exclusive_group(required=True)
-    what.add_argument("--table", metavar="FILE", help="a table of paths and tags")
-    what.add_argument("--tfds", metavar="NAME", help="a prepared TFDS set")
-    arguments.add_argument("--out", required=True, help="the vocabulary file, JSON")
-    arguments.add_argument("--image", default="image", help="of --table: column")
-    arguments.add_argument("--tags", default="tags", help="column, or list of texts")
-    arguments.add_argument("--separator", default="|", help="of --table")
-    arguments.add_argument("--root", help="of --table: where its paths begin")
-    arguments.add_argument("--split_column", help="of --table: only train is counted")
-    arguments.add_argument("--split", default="train", help="of --tfds")
-    arguments.add_argument("--data_dir", help="of --tfds; where the sets lie")
-    arguments.add_argument(
-        "--synonyms", metavar="CSV", help="a table of the columns word,tag"
-    )
-    arguments.add_argument(
-        "--only_listed", action="store_true", help="drop words that --synonyms lacks"
-    )
-    arguments.add_argument(
-        "--min_count", type=int, default=1, help="images that a tag needs"
-    )
-    arguments.set_defaults(run=build)
-
-
 def build(options: argparse.Namespace) -> int:
     """Writes the vocabulary of the training images and says what is in it."""
     if options.only_listed and not options.synonyms:

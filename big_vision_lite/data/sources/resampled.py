@@ -10,6 +10,7 @@ import numpy as np
 
 from big_vision_lite.data.sources.arrays import Example, content_hash, fields_of
 from big_vision_lite.data.sources.tags import PADDING, Tags
+from big_vision_lite.types import Source
 
 # Grain shuffles indices of 32 bits with a sign.
 LONGEST = 2**31 - 1
@@ -42,7 +43,7 @@ class Resampled:
     every tag's frequency, which would change nothing.
     """
 
-    source: Tags
+    source: Source
     frequency: Frequency = Frequency.SQUARE_ROOT
     threshold: float | None = None
     seed: int = 0
@@ -50,8 +51,9 @@ class Resampled:
     def __post_init__(self):
         if not isinstance(self.source, Tags):
             raise ValueError(
-                f"Resampled repeats images by their tags, and {type(self.source)} has "
-                'none; give Tags(source=..., vocabulary="...").'
+                "Resampled repeats images by their tags, and "
+                f"{type(self.source).__name__} has none; give "
+                'Tags(source=..., vocabulary="...").'
             )
         if self.threshold is not None and not 0 < self.threshold <= 1:
             raise ValueError(
@@ -69,6 +71,7 @@ class Resampled:
     @functools.cached_property
     def _ends(self) -> np.ndarray:
         """Returns the sum of the factors up to each image, float64 [N]."""
+        assert isinstance(self.source, Tags), "checked above"
         factors = image_factors(
             self.source.ids, self.source.class_counts(), self.frequency, self.threshold
         )

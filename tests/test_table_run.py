@@ -97,13 +97,14 @@ def test_balanced_weights_of_the_training_images_go_into_the_objective(path, arg
 def test_wrong_arguments_say_what_is_allowed(path):
     for arg, words in (
         ("label=clas", 'Did you mean "class"'),
-        ("label=grey,kind=number", "one of class, classes, flags, numbers"),
+        ("label=grey,kind=number", "one of class, classes, tags, flags, numbers"),
         ("label=class,loss=huber", "loss=huber is for kind=numbers"),
         ("label=class,split=part,held_out=0.2", "choose nothing"),
         ("label=grey,kind=numbers,class_weights=balanced", "kind=numbers has none"),
         ("label=class,class_weights=balance", "one of equal, balanced"),
         ("label=grey,kind=numbers,steps=5", "go with init; use epochs"),
         ("kind=class", "needs label"),
+        ("label=tags,kind=tags", "needs a vocabulary: take configs/weak_tags.py"),
     ):
         with pytest.raises(ValueError, match=words):
             parse(path, arg)

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 from etils import epath
-from jaxtyping import Float, Int, Shaped
+from jaxtyping import Int, Shaped
 
 from big_vision_lite.runtime import files
 from big_vision_lite.types import Logits
@@ -50,11 +50,14 @@ def balanced_scores(
 
 
 def hits(
-    labels: Int[np.ndarray, " N"] | Int[np.ndarray, "N K"] | Shaped[np.ndarray, "N C"],
+    labels: Shaped[np.ndarray, "N ..."],
     predicted: Int[np.ndarray, " N"],
     num_classes: int,
 ) -> tuple[Int[np.ndarray, " C"], Int[np.ndarray, " C"]]:
-    """Returns the number of images of each class, and of those predicted as theirs."""
+    """Returns the number of images of each class, and of those predicted as theirs.
+
+    `labels` are int [N], 0 and 1 [N, C], or tags, int [N, K] padded with -1.
+    """
     if labels.ndim == 2 and labels.dtype.kind == "i":
         count = np.bincount(labels[labels >= 0], minlength=num_classes)
         hit = (labels == predicted[:, None]).any(axis=1)
@@ -71,7 +74,7 @@ def write(
     path: epath.Path,
     step: int,
     names: Sequence[str],
-    labels: Int[np.ndarray, " N"] | Int[np.ndarray, "N K"] | Float[np.ndarray, "N C"],
+    labels: Shaped[np.ndarray, "N ..."],
     predicted: Int[np.ndarray, " N"],
 ) -> None:
     """Appends the rows of `step`; drops those of it or later that a killed run left."""

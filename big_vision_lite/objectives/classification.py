@@ -44,15 +44,11 @@ class SoftmaxClassification(Objective):
         self, forward: Forward, batch: Batch, rng: Array
     ) -> tuple[Float[Array, " B"], dict[str, Array]]:
         logits = _logits(forward, batch)
-        if are_tags(batch["label"]) and not self.share_labels:
-            raise ValueError(
-                f"Labels of shape {batch['label'].shape} are several tags an image; "
-                "use --config.objective.share_labels=True, which gives each of k tags "
-                "1 / k, or SigmoidClassification."
-            )
-        labels = as_distribution(batch["label"], logits.shape[-1])
         total, metrics = jnp.ones(()), {}
-        if self.share_labels:
+        if not self.share_labels:
+            labels = as_distribution(batch["label"], logits.shape[-1])
+        else:
+            labels = presence(batch["label"], logits.shape[-1])
             count = labels.sum(axis=-1, keepdims=True)
             labels, total = labels / jnp.maximum(count, 1e-6), count > 0
             metrics["unlabelled"] = 1.0 - total[:, 0]
@@ -98,7 +94,7 @@ class SigmoidClassification(Objective):
         self, forward: Forward, batch: Batch, rng: Array
     ) -> tuple[Float[Array, " B"], dict[str, Array]]:
         logits = _logits(forward, batch)
-        labels = as_distribution(batch["label"], logits.shape[-1])
+        labels = presence(batch["label"], logits.shape[-1])
         present, absent = jax.nn.log_sigmoid(logits), jax.nn.log_sigmoid(-logits)
         weighted = _weighted(labels, self.class_weights)
         losses = -jnp.sum(weighted * present + (1 - labels) * absent, axis=-1)
@@ -135,18 +131,34 @@ def are_tags(labels: Array | np.ndarray) -> bool:
     return labels.ndim == 2 and jnp.issubdtype(labels.dtype, jnp.integer)
 
 
-def as_distribution(
-    labels: Int[Array, " B"] | Int[Array, "B K"] | Float[Array, "B C"],
-    num_classes: int,
-) -> Float[Array, "B {num_classes}"]:
-    """Returns float32 labels [B, C]; integer labels become one-hot, tags 0 and 1.
+def presence(labels: Array, num_classes: int) -> Float[Array, "B {num_classes}"]:
+    """Returns float32 labels [B, C] of tags, too: 1.0 for each that an image has.
 
     Raises:
         ValueError: float labels have a number of classes other than the head's.
     """
+    if not are_tags(labels):
+        return as_distribution(labels, num_classes)
+    # XLA fuses this: [B, K, C] is nowhere.
+    return jax.nn.one_hot(labels, num_classes, dtype=jnp.float32).max(axis=1)
+
+
+def as_distribution(
+    labels: Int[Array, " B"] | Int[Array, "B K"] | Float[Array, "B C"],
+    num_classes: int,
+) -> Float[Array, "B {num_classes}"]:
+    """Returns float32 labels [B, C]; integer labels become one-hot.
+
+    Raises:
+        ValueError: float labels have a number of classes other than the head's, or
+            labels are tags, whose sum is not 1.
+    """
     if are_tags(labels):
-        # XLA fuses this: [B, K, C] is nowhere.
-        return jax.nn.one_hot(labels, num_classes, dtype=jnp.float32).max(axis=1)
+        raise ValueError(
+            f"Labels of shape {labels.shape} are several tags an image; use "
+            "SoftmaxClassification(share_labels=True), which gives each of k tags "
+            "1 / k, or SigmoidClassification()."
+        )
     if jnp.issubdtype(labels.dtype, jnp.integer):
         return jax.nn.one_hot(labels, num_classes, dtype=jnp.float32)
     if labels.shape[-1] != num_classes:

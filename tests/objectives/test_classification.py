@@ -238,5 +238,5 @@ def test_a_tag_named_twice_counts_once_and_the_unlabelled_are_counted():
 
 
 def test_tags_need_an_objective_that_takes_several():
-    with pytest.raises(ValueError, match=r"share_labels=True, which gives each of k"):
+    with pytest.raises(ValueError, match=r"share_labels=True\), which gives each of k"):
         run(SoftmaxClassification(), TAGS)

@@ -146,7 +146,7 @@ def test_a_table_gives_words_and_an_empty_cell_none(tmp_path):
         ("top", "left"),
     ]
     one = table(place, "class", kind="tags")  # one word an image, no separator
-    assert set(one.words) == {("dark",), ("light",)}
+    assert set(one.words) == {("dark",)}
     (tmp_path / "v.json").write_text(vocabulary.build(words.words).text())
     source = Tags(source=words, vocabulary=str(tmp_path / "v.json"), max_tags=2)
     assert listed(source.ids[:4]) == [[], [1], [0], [1, 0]]

@@ -191,7 +191,8 @@ def _tags(columns: Columns, name: str, separator: str) -> list[tuple[str, ...]]:
     texts = [cell for cell in cells if isinstance(cell, str)]
     others = _others(texts)
     # One tag an image needs no separator.
-    if not any(separator in t for t in texts) and 2 * max(others.values()) > len(texts):
+    needed = texts and 2 * max(others.values()) >= len(texts)
+    if needed and not any(separator in text for text in texts):
         _refuse_separator(columns, name, separator, others)
     return [() if is_empty(cell) else _words(cell, separator) or () for cell in cells]
 

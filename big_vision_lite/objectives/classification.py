@@ -139,8 +139,11 @@ def presence(labels: Array, num_classes: int) -> Float[Array, "B {num_classes}"]
     """
     if not are_tags(labels):
         return as_distribution(labels, num_classes)
-    # XLA fuses this: [B, K, C] is nowhere.
-    return jax.nn.one_hot(labels, num_classes, dtype=jnp.float32).max(axis=1)
+    # Tag by tag, which XLA fuses: [B, K, C] would be K times the logits.
+    found = jnp.zeros((len(labels), num_classes), bool)
+    for tag in labels.T:
+        found |= tag[:, None] == jnp.arange(num_classes)
+    return found.astype(jnp.float32)
 
 
 def as_distribution(

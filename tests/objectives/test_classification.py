@@ -240,3 +240,27 @@ def test_a_tag_named_twice_counts_once_and_the_unlabelled_are_counted():
 def test_tags_need_an_objective_that_takes_several():
     with pytest.raises(ValueError, match=r"share_labels=True\), which gives each of k"):
         run(SoftmaxClassification(), TAGS)
+
+
+@pytest.mark.parametrize(
+    "objective",
+    [SoftmaxClassification(share_labels=True), SigmoidClassification()],
+    ids=lambda objective: type(objective).__name__,
+)
+def test_tags_of_many_classes_need_no_more_memory_than_dense_labels(objective):
+    size, most, classes = 8, 16, 17_000
+
+    def loss(logits, label):
+        batch = {"image": jnp.zeros((size, 1)), "label": label}
+        forward = lambda image: {"logits": logits}  # noqa: E731
+        return objective(forward, batch, jax.random.key(0))[0].mean()
+
+    logits = jax.ShapeDtypeStruct((size, classes), jnp.float32)
+    labels = jax.ShapeDtypeStruct((size, most), jnp.int32), logits
+    tags, dense = (
+        jax.jit(jax.value_and_grad(loss)).lower(logits, label).compile()
+        for label in labels
+    )
+    needed = [c.memory_analysis().temp_size_in_bytes for c in (tags, dense)]
+    # Dense labels are an argument besides.
+    assert needed[0] <= needed[1] + 4 * size * classes

@@ -215,5 +215,5 @@ def test_other_words_of_the_images_stop_a_resumed_run(tmp_path):
     # Each word now means the other tag.
     swapped = text.replace("left", "x").replace("top", "left").replace("x", "top")
     (tmp_path / "v.json").write_text(swapped)
-    with pytest.raises(ValueError, match="data"):
+    with pytest.raises(ValueError, match="trained on data with the fingerprint"):
         tags_run(tmp_path, workdir)

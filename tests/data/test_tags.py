@@ -305,6 +305,19 @@ def test_resumed_batches_are_those_of_the_straight_run(path):
             np.testing.assert_array_equal(resumed[key], expected[key])
 
 
+@pytest.mark.slow
+@pytest.mark.processes
+def test_worker_processes_make_the_batches_of_threads(path):
+    source = Resampled(source=tagged(path, noise=0.3))
+    stream = pipeline.Stream(source=source, batch_size=4, threads=1)
+    threads = taken(stream, 3, 4)
+    for made, expected in zip(
+        taken(dataclasses.replace(stream, processes=2), 3, 4), threads, strict=True
+    ):
+        for key in expected:
+            np.testing.assert_array_equal(made[key], expected[key])
+
+
 def test_a_copy_opens_nothing_and_a_worker_need_not_read_the_tags_again(path):
     closed = Resampled(source=Tags(source=Digits(), vocabulary="/none"))
     assert pickle.loads(pickle.dumps(closed)) == closed

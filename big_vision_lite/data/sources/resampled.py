@@ -88,7 +88,7 @@ class Resampled:
             )
         return ends
 
-    @property
+    @functools.cached_property
     def _first(self) -> float:
         """Returns where the first of the points a distance 1 apart lies, in 0..1."""
         return 1 - np.random.default_rng(self.seed).random()

@@ -76,8 +76,7 @@ class Tags:
         Reads the words of all images, of a prepared set every record.
         """
         words = _all_words(self.source, self.key)
-        rows = [self._row(each, index) for index, each in enumerate(words)]
-        ids = np.stack(rows) if rows else np.zeros((0, self.max_tags), np.int32)
+        ids = self._padded([self._tags(each, n) for n, each in enumerate(words)])
         if len(ids) and (ids[:, 0] == PADDING).all():
             raise ValueError(
                 f"not one of {len(ids):,} images has a tag of {self.vocabulary} under "
@@ -115,10 +114,16 @@ class Tags:
                 f'{self.name(index)} has no "{self.key}", only {sorted(example)}; name '
                 'the list of words: key="...", and of a Tfds keys=("...",).'
             )
-        example["label"] = self._row(example.pop(self.key), index)
+        found = self._tags(example.pop(self.key), index)
+        example["label"] = self._padded([found])[0]
         return example
 
-    def _row(self, words: Any, index: int) -> np.ndarray:
+    def _tags(self, words: Any, index: int) -> Sequence[int]:
+        """Returns the tags of an image, with its noise.
+
+        Raises:
+            ValueError: these are no words, or too many tags.
+        """
         if not isinstance(words, list | tuple) or not all(
             isinstance(word, str) for word in words
         ):
@@ -132,9 +137,15 @@ class Tags:
                 f"{self.name(index)} has {len(found)} tags, more than max_tags="
                 f"{self.max_tags}; use max_tags={len(found)} or more."
             )
-        row = np.full(self.max_tags, PADDING, np.int32)
-        row[: len(found)] = found
-        return row
+        return found
+
+    def _padded(self, tags: Sequence[Sequence[int]]) -> np.ndarray:
+        """Returns tags of images as int32 [N, max_tags], padded with -1."""
+        ids = np.full((len(tags), self.max_tags), PADDING, np.int32)
+        counts = np.array([len(each) for each in tags], np.int64)
+        there = np.arange(self.max_tags) < counts[:, None]
+        ids[there] = [tag for each in tags for tag in each]
+        return ids
 
     def _noisy(self, tags: Sequence[int], index: int) -> Sequence[int]:
         if not self.noise or not tags:

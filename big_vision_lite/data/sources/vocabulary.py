@@ -156,9 +156,9 @@ def _parsed(whole: Any, path: str) -> Vocabulary:
                     "keep it with one."
                 )
     names = tuple(tag for tag, _, _ in rows)
-    twice = [name for name in names if names.count(name) > 1][:1]
-    if twice:
-        raise ValueError(f'{path} has the tag "{twice[0]}" twice; merge the two.')
+    (name, times), *_ = collections.Counter(names).most_common(1) or [("", 0)]
+    if times > 1:
+        raise ValueError(f'{path} has the tag "{name}" twice; merge the two.')
     try:
         return Vocabulary(
             names=names,

@@ -209,7 +209,7 @@ def write(options: argparse.Namespace) -> int:
             keys=(f"{options.text}=>text",) if options.text else (),
         )
         rows = list(range(len(source)))
-        if split == "train" and options.zipf:
+        if "train" in split and options.zipf:
             only = dataclasses.replace(source, image_key=None, keys=())
             labels = np.asarray([only[row]["label"] for row in rows])
             rows = thinned(labels, options.zipf, options.seed)
@@ -222,12 +222,12 @@ def write(options: argparse.Namespace) -> int:
     )
     sizes = {split: [1] * len(source) for split, source in sources.items()}
     code = prepare_dataset.pack(options, final, sources, sizes, [], about)
-    train = sources["train"]
+    split, first = next(iter(sources.items()))
     counts = collections.Counter(
-        word for row in range(len(train)) for word in train[row]["tags"]
+        word for row in range(len(first)) for word in first[row]["tags"]
     )
     shown = ", ".join(f"{word} {count:,}" for word, count in counts.most_common(8))
-    print(f"  {len(counts):,} words in the tags of training images: {shown}, ...")
+    print(f"  {len(counts):,} words in the tags of {split}: {shown}, ...")
     (final / "synonyms.csv").write_text(synonym_table(names, options), encoding="utf-8")
     print(f"  their synonyms: {final / 'synonyms.csv'}")
     return code

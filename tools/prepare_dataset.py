@@ -142,7 +142,7 @@ def parser() -> argparse.ArgumentParser:
     tags.add_argument("--tags", default="tags", help="column, or list of texts")
     tags.add_argument("--separator", default="|", help="of --table")
     tags.add_argument("--root", help="of --table: where its paths begin")
-    tags.add_argument("--split_column", help="of --table: only train is counted")
+    tags.add_argument("--split_column", help="of --table: counts train, without it all")
     tags.add_argument("--split", default="train", help="of --tfds")
     tags.add_argument("--data_dir", help="of --tfds; where the sets lie")
     tags.add_argument(

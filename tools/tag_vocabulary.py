@@ -6,7 +6,6 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 from big_vision_lite.data.sources import LabelKind, Table, Tfds, vocabulary
-from big_vision_lite.data.sources.table import HELD_OUT
 from big_vision_lite.data.sources.vocabulary import Vocabulary
 from big_vision_lite.messages import some
 
@@ -35,9 +34,8 @@ def build(options: argparse.Namespace) -> int:
 
 
 def words_of(options: argparse.Namespace) -> Iterable[Sequence[str]]:
-    """Returns the words of every training image."""
+    """Returns the words of every training image, of a table without splits of all."""
     if options.table:
-        split = {"split": "train"} if options.split_column else {"split": "all"}
         table = Table(
             path=options.table,
             image=options.image,
@@ -45,9 +43,8 @@ def words_of(options: argparse.Namespace) -> Iterable[Sequence[str]]:
             kind=LabelKind.TAGS,
             root=options.root,
             split_column=options.split_column,
-            held_out=HELD_OUT,
             separator=options.separator,
-            **split,
+            split="train" if options.split_column else "all",
         )
         return table.words
     source = Tfds(

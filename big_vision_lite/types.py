@@ -23,7 +23,7 @@ Array = jax.Array
 # text, whatever the source has.
 Example = dict[str, Any]
 # One global batch of the numeric keys that the ops leave: "image" [B, H, W, C], "label"
-# [B] or [B, C], ..., and "valid" [B] in evaluation.
+# [B], [B, C] or tags int [B, K], ..., and "valid" [B] in evaluation.
 Batch = Mapping[str, Any]
 # Nested dicts of arrays; the name of a leaf joins its keys by "/".
 Params = Mapping[str, Any]
@@ -72,8 +72,9 @@ class Source(Protocol):
     def __getitem__(self, index: int) -> Example:
         """Returns {"image": encoded bytes or uint8 [H, W, C], ...} with its other keys.
 
-        "label" is an int or float32 [C], "mask" an encoded or integer image, "boxes"
-        float32 [n, 4] in 0..1 (top, left, bottom, right).
+        "label" is an int, float32 [C], or tags int32 [K] padded with -1, "mask" an
+        encoded or integer image, "boxes" float32 [n, 4] in 0..1 (top, left, bottom,
+        right).
         """
         ...
 

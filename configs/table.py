@@ -60,6 +60,11 @@ def get_config(arg: str = "") -> TrainConfig:
         class_weights=ClassWeights.EQUAL,
         **own_images.ARGUMENTS,
     )
+    if chosen.kind == LabelKind.TAGS:
+        raise ValueError(
+            "kind=tags needs a vocabulary: take configs/weak_tags.py, or kind=classes, "
+            "which counts every word."
+        )
     table = Table(
         path=chosen.table,
         image=chosen.image,

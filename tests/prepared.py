@@ -2,6 +2,7 @@
 
 import json
 import pathlib
+from collections.abc import Sequence
 
 import cv2
 import numpy as np
@@ -25,8 +26,12 @@ def prepare(
     num_classes: int,
     splits: dict[str, int],
     label_key: str = "label",
+    words: Sequence[Sequence[str]] = (),
 ) -> None:
-    """Writes `data_dir/name/1.0.0` with random images of `shape` in every split."""
+    """Writes `data_dir/name/1.0.0` with random images of `shape` in every split.
+
+    With `words` the n-th image has the n-th of them as "tags", from the first again.
+    """
     folder = data_dir / name / "1.0.0"
     folder.mkdir(parents=True)
     rng = np.random.default_rng(0)
@@ -38,7 +43,10 @@ def prepare(
             pixels = rng.integers(0, 256, shape, np.uint8)
             image = cv2.imencode(".png", pixels)[1].tobytes()
             label = number % num_classes
-            writer.write(encode_example({"image": image, label_key: label}))
+            example = {"image": image, label_key: label}
+            if words:
+                example["tags"] = [w.encode() for w in words[number % len(words)]]
+            writer.write(encode_example(example))
         writer.close()
         infos.append(
             {
@@ -68,6 +76,16 @@ def prepare(
             "classLabel": {"numClasses": str(num_classes)},
         },
     }
+    if words:
+        features["tags"] = {
+            "pythonClassName": f"{FEATURES}.sequence_feature.Sequence",
+            "sequence": {
+                "feature": {
+                    "pythonClassName": f"{FEATURES}.text_feature.Text",
+                    "text": {},
+                }
+            },
+        }
     whole = {
         "pythonClassName": f"{FEATURES}.features_dict.FeaturesDict",
         "featuresDict": {"features": features},

@@ -342,6 +342,7 @@ SHRUNK = {
         "--config.model.width=8",
         "--config.model.groups=4",
     ),
+    "configs/glyphs_tags.py": ("--config.model.width=8", "--config.model.groups=4"),
 }
 MACHINES = "v5e:2x4,v5p:2x2x1,h100:8,a100:8"
 # Recipes whose argument is a folder or a run, and what makes them small.
@@ -351,6 +352,10 @@ OWN_DATA = {
     "configs/table.py": (
         "table={table},image=file,label=grey,kind=numbers,size=32",
         TINY,
+    ),
+    "configs/weak_tags.py": (
+        "table={table},image=file,tags=tags,vocabulary=tags.json,classes=2,size=32",
+        ("--config.model.stages=(1,)", "--config.model.statistics_groups=1"),
     ),
     "configs/finetune.py": (
         "init={run},data={images},allow_module=shapes_run,size=keep",

@@ -21,7 +21,7 @@ from prepared import prepare
 
 from big_vision_lite import train
 from big_vision_lite.data import sources
-from big_vision_lite.data.sources import arrays
+from big_vision_lite.data.sources import arrays, vocabulary
 from big_vision_lite.data.sources.tfds import prepared_set
 from big_vision_lite.evaluators.classification import Classification
 from big_vision_lite.recipes import command_line, mistakes, serialize
@@ -42,6 +42,7 @@ ARGUMENTS = {
     "lejepa_imagenette": ("",),
     "glyphs_views": ("", *(f"method={m}" for m in ("dino", "vicreg", "lejepa"))),
     "glyphs_distil": ("",),
+    "glyphs_tags": ("", "objective=sigmoid,resample=square_root,noise=0.1"),
 }
 CASES = [(name, arg) for name, args in ARGUMENTS.items() for arg in args]
 
@@ -70,6 +71,7 @@ def test_a_recipe_resolves_to_what_is_checked_in(name, arg):
 NATIVE = {
     **{"quickstart": 8, "fashion_mnist": 28, "masked_fashion": 28},
     **dict.fromkeys(("glyphs", "glyphs_views", "glyphs_distil", "comparison"), 32),
+    "glyphs_tags": 32,
 }
 
 
@@ -105,6 +107,7 @@ SIZES = {
     "imagenette/160px-v2": {"train": 9_469, "validation": 3_925},
     "fashion_mnist": {"train": 60_000, "test": 10_000},
     "glyphs32_latin": {"train": 1009, "validation": 101, "test": 103},
+    "glyphs32_tags": {"train": 1009, "validation": 101, "test": 103},
 }
 
 
@@ -113,6 +116,8 @@ def examples_of(source) -> list[tuple[str, int, int]]:
     if isinstance(source, sources.Digits):
         rows = arrays.DIGITS_SPLITS[source.split]
         return [("digits", rows.start, rows.stop)]
+    if isinstance(source, sources.Resampled | sources.Tags):
+        return examples_of(source.source)
     splits = {
         name: prepared_set.Split(name=name, shards=((ROOT, count),), num_bytes=0)
         for name, count in SIZES[source.dataset].items()
@@ -207,7 +212,7 @@ def as_flag(value) -> str | None:
 WITH_DATA_DIR = (
     *("fashion_mnist", "glyphs", "vit_s16_i1k", "bit_i1k"),
     *("masked_fashion", "mae_i1k", "glyphs_views", "glyphs_distil", "comparison"),
-    *("dino_i1k", "lejepa_imagenette"),
+    *("dino_i1k", "lejepa_imagenette", "glyphs_tags"),
 )
 
 
@@ -260,6 +265,8 @@ PROBE = (
     "--config.evaluators.probe.train.split=train",
     "--config.evaluators.probe.test.split=train",
 )
+# Tags of the n-th image.
+WORDS = (("a", "bold"), ("a",), (), ("b", "bold"), ("a",))
 # Recipe, argument, what makes it small, and the set it wants by name.
 REDUCED = {
     "quickstart": (
@@ -339,6 +346,11 @@ REDUCED = {
         ("--config.model.width=8",),
         ("glyphs32_latin", (32, 32, 1), 62),
     ),
+    "glyphs_tags": (
+        "resample=square_root,noise=0.2,classes=3",
+        ("--config.model.width=8", "--config.evaluators.fewshot.every_steps=0"),
+        ("glyphs32_tags", (32, 32, 1), 62),
+    ),
     "mae_i1k": (
         "size=Ti/16",
         (
@@ -367,7 +379,20 @@ def test_a_recipe_takes_two_steps_at_reduced_size(name, tmp_path, monkeypatch):
     if wanted is not None:
         dataset, shape, num_classes = wanted
         splits = dict.fromkeys(("train", "validation", "test"), 100)
-        prepare(tmp_path, dataset, shape=shape, num_classes=num_classes, splits=splits)
+        words = WORDS if dataset.endswith("_tags") else ()
+        prepare(
+            tmp_path,
+            dataset,
+            shape=shape,
+            num_classes=num_classes,
+            splits=splits,
+            words=words,
+        )
+        # Where recipes look for it without data_dir.
+        monkeypatch.chdir(tmp_path)
+        if words:
+            text = vocabulary.build(words).text()
+            (tmp_path / f"{dataset}.json").write_text(text)
     steps = ("--config.num_steps=2", "--config.data.batch_size=8")
     config = parse(
         name.partition(",")[0], arg, *smaller, *steps, "--config.mesh.fsdp=4"
@@ -399,5 +424,5 @@ def test_a_recipe_takes_two_steps_at_reduced_size(name, tmp_path, monkeypatch):
 def test_every_recipe_is_listed_here_or_tested_with_its_own_data():
     there = {path.stem for path in (ROOT / "configs").glob("*.py")}
     assert there - set(ARGUMENTS) <= {
-        *("finetune", "folder", "table", "distil", "distil_i1k"),
+        *("finetune", "folder", "table", "distil", "distil_i1k", "weak_tags"),
     }

@@ -5,14 +5,16 @@ import json
 import pathlib
 import shutil
 
+import jax
 import numpy as np
 import pytest
 import shapes_run
 from etils import epath
-from tables import write_table
+from tables import table, write_table
 
 from big_vision_lite import train
 from big_vision_lite.data import unopened
+from big_vision_lite.data.sources import vocabulary
 from big_vision_lite.evaluators.classification import Classification
 from big_vision_lite.evaluators.regression import Regression as RegressionScores
 from big_vision_lite.objectives.classification import (
@@ -97,13 +99,14 @@ def test_balanced_weights_of_the_training_images_go_into_the_objective(path, arg
 def test_wrong_arguments_say_what_is_allowed(path):
     for arg, words in (
         ("label=clas", 'Did you mean "class"'),
-        ("label=grey,kind=number", "one of class, classes, flags, numbers"),
+        ("label=grey,kind=number", "one of class, classes, tags, flags, numbers"),
         ("label=class,loss=huber", "loss=huber is for kind=numbers"),
         ("label=class,split=part,held_out=0.2", "choose nothing"),
         ("label=grey,kind=numbers,class_weights=balanced", "kind=numbers has none"),
         ("label=class,class_weights=balance", "one of equal, balanced"),
         ("label=grey,kind=numbers,steps=5", "go with init; use epochs"),
         ("kind=class", "needs label"),
+        ("label=tags,kind=tags", "needs a vocabulary: take configs/weak_tags.py"),
     ):
         with pytest.raises(ValueError, match=words):
             parse(path, arg)
@@ -170,3 +173,47 @@ def test_tags_are_trained_with_the_sigmoid_and_scored_by_average_precision(
 ):
     records = trained(path, tmp_path / "run", "label=tags,kind=classes")
     assert 0 < records[4]["val/mean_average_precision"] <= 1
+
+
+def tags_run(folder, workdir):
+    path = write_table(folder, count=32)
+    words = table(path, "tags", kind="tags", split_column="part", split="train").words
+    if not (folder / "v.json").exists():
+        (folder / "v.json").write_text(vocabulary.build(words).text())
+    arg = f"table={path},image=file,tags=tags,vocabulary={folder}/v.json,classes=2"
+    recipe = f"{ROOT}/configs/weak_tags.py:{arg},noise=0.3,size=8,resample=uniform"
+    command = ["train", f"--config={recipe}", *SMALL]
+    config = command_line.parse(command, train.define_flags).config
+    for source in (config.data.source.source, config.evaluators["val"].source):
+        source.source.held_out = 0.3
+    model = shapes_run.Net(head=config.model.head)
+    state = train.train(
+        dataclasses.replace(config, model=model), epath.Path(workdir), quiet=False
+    )
+    return jax.device_get(state)
+
+
+def test_a_run_on_tags_is_scored_and_resumes_bit_for_bit(tmp_path, capsys):
+    workdir = tmp_path / "run"
+    straight = tags_run(tmp_path, workdir)
+    told = capsys.readouterr().out
+    assert "images have none: they weigh 0" in told and "an epoch is" in told
+    assert "30% of the tags replaced by chance" in told
+    shutil.rmtree(next((workdir / "checkpoints").glob("*4")))
+    resumed = tags_run(tmp_path, workdir)
+    for a, b in zip(jax.tree.leaves(straight), jax.tree.leaves(resumed), strict=True):
+        np.testing.assert_array_equal(a, b)
+    scores = {name for record in read_history(epath.Path(workdir)) for name in record}
+    assert {"val/accuracy", "val/loss", "train/unlabelled"} <= scores
+
+
+def test_other_words_of_the_images_stop_a_resumed_run(tmp_path):
+    workdir = tmp_path / "run"
+    tags_run(tmp_path, workdir)
+    shutil.rmtree(next((workdir / "checkpoints").glob("*4")))
+    text = (tmp_path / "v.json").read_text()
+    # Each word now means the other tag.
+    swapped = text.replace("left", "x").replace("top", "left").replace("x", "top")
+    (tmp_path / "v.json").write_text(swapped)
+    with pytest.raises(ValueError, match="trained on data with the fingerprint"):
+        tags_run(tmp_path, workdir)

@@ -3,6 +3,8 @@
   python tools/prepare_dataset.py folder DIR --out DATA_DIR --name my_set
   python tools/prepare_dataset.py glyphs --fonts FOLDER --out DATA_DIR
   python tools/prepare_dataset.py tfds oxford_iiit_pet --data_dir DATA_DIR
+  python tools/prepare_dataset.py tags --table tags.csv --image file --min_count 100 \
+      --synonyms synonyms.csv --out vocabulary.json
 
 `folder` needs no TensorFlow; what it writes is read by `Tfds(dataset="my_set",
 data_dir=DATA_DIR)` and by tensorflow_datasets. Splits and classes are those of
@@ -10,7 +12,8 @@ ImageFolder. It may be killed at any moment: the same command goes on, and the s
 its name when it is whole. `glyphs` renders 62 Latin letters and digits, 32x32 gray,
 light on dark, from every font below FOLDER, a family of fonts in one split only. `tfds`
 downloads and prepares a set that TFDS knows; it needs `pip install -e ".[prepare]"` and
-a network.
+a network. `tags` packs nothing: it counts the tags of training images, in a table or in
+a list of texts of a prepared set, and writes the vocabulary that `Tags` reads.
 """
 
 import argparse
@@ -71,6 +74,8 @@ class Shard:
             "image": example["image"],
             "label": example["label"],
         }
+        if "tags" in example:
+            features["tags"] = [word.encode() for word in example["tags"]]
         return encode_example(features), ""
 
 
@@ -86,11 +91,15 @@ class Report:
 
 @dataclasses.dataclass(kw_only=True)
 class About:
-    """What the metadata say: class names, shape of the images (-1: any), origin."""
+    """What the metadata say: class names, shape of the images (-1: any), origin.
+
+    With `tags` every image has a list of words.
+    """
 
     names: Sequence[str]
     shape: tuple[int, int, int]
     origin: str
+    tags: bool = False
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -124,6 +133,28 @@ def parser() -> argparse.ArgumentParser:
     glyphs.add_argument("--shard_mb", type=float, default=256, help="size of a file")
     glyphs.add_argument("--threads", type=int, default=8)
     glyphs.set_defaults(run=pack_glyphs)
+    tags = commands.add_parser("tags", help="count tags and write a vocabulary")
+    what = tags.add_mutually_exclusive_group(required=True)
+    what.add_argument("--table", metavar="FILE", help="a table of paths and tags")
+    what.add_argument("--tfds", metavar="NAME", help="a prepared TFDS set")
+    tags.add_argument("--out", required=True, help="the vocabulary file, JSON")
+    tags.add_argument("--image", default="image", help="of --table: column")
+    tags.add_argument("--tags", default="tags", help="column, or list of texts")
+    tags.add_argument("--separator", default="|", help="of --table")
+    tags.add_argument("--root", help="of --table: where its paths begin")
+    tags.add_argument("--split_column", help="of --table: counts train, without it all")
+    tags.add_argument("--split", default="train", help="of --tfds")
+    tags.add_argument("--data_dir", help="of --tfds; where the sets lie")
+    tags.add_argument(
+        "--synonyms", metavar="CSV", help="a table of the columns word,tag"
+    )
+    tags.add_argument(
+        "--only_listed", action="store_true", help="drop words that --synonyms lacks"
+    )
+    tags.add_argument(
+        "--min_count", type=int, default=1, help="images that a tag needs"
+    )
+    tags.set_defaults(run=count_tags)
     tfds = commands.add_parser("tfds", help="prepare a set that TFDS knows")
     tfds.add_argument("dataset", help="like oxford_iiit_pet or cifar10_1/v4")
     tfds.add_argument(
@@ -158,6 +189,13 @@ def pack_glyphs(options: argparse.Namespace) -> int:
     shape = (glyph_fonts.SIDE_PX, glyph_fonts.SIDE_PX, 1)
     about = About(names=tuple(glyph_fonts.ALPHABET), shape=shape, origin="fonts")
     return pack(options, final, sources, sizes, [], about)
+
+
+def count_tags(options: argparse.Namespace) -> int:
+    """Counts the tags of training images and writes the vocabulary."""
+    import tag_vocabulary  # beside this file, which runs as a script
+
+    return tag_vocabulary.build(options)
 
 
 def place_for(options: argparse.Namespace) -> Path:
@@ -368,6 +406,11 @@ def write_metadata(
             classLabel={"numClasses": str(len(about.names))},
         ),
     }
+    if about.tags:
+        word = feature("text_feature.Text", text={})
+        features["tags"] = feature(
+            "sequence_feature.Sequence", sequence={"feature": word}
+        )
     whole = feature("features_dict.FeaturesDict", featuresDict={"features": features})
     skipped = [row for report in reports for row in report.skipped]
     write(staging / "label.labels.txt", "".join(f"{name}\n" for name in about.names))

@@ -255,6 +255,10 @@ class _Examples:
         if isinstance(label, int | np.integer):
             if not 0 <= label < self._num_classes:
                 self._refuse_label(f"label {label}")
+        elif isinstance(label, np.ndarray) and label.dtype.kind in "iu":
+            # A few tags, padded with -1.
+            if label.ndim != 1 or label.min() < -1 or label.max() >= self._num_classes:
+                self._refuse_label(f"the tags {label.tolist()}")
         elif isinstance(label, np.ndarray) and label.shape != (self._num_classes,):
             self._refuse_label(f"a label of shape {label.shape}")
         return example

@@ -64,7 +64,12 @@ def example(source: Any, image: Any) -> dict[str, Any]:
     "mask" zeros, every other key a word.
     """
     # One that repeats another gives its examples.
-    source = getattr(source, "source", source)
+    if isinstance(source, sources.Tags):
+        found = example(source.source, image)
+        found.pop(source.key, None)
+        return {**found, "label": np.zeros(source.max_tags, np.int32)}
+    if hasattr(source, "source"):
+        return example(source.source, image)
     if isinstance(source, sources.ImageFolder) and not source.labels:
         return {"image": image}
     if isinstance(source, sources.Table):
@@ -96,6 +101,8 @@ def _of_table(table: sources.Table) -> dict[str, Any]:
     if table.kind == kinds.CLASSES:
         # Only the table knows how many, where they are not pinned.
         return {"label": np.zeros(len(table.classes or table.class_names), np.float32)}
+    if table.kind == kinds.TAGS:
+        return {"tags": ("word",)}
     key = "target" if table.kind == kinds.NUMBERS else "label"
     return {key: np.zeros(len(table.label), np.float32)}
 

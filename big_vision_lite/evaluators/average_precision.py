@@ -3,6 +3,7 @@
 from collections.abc import Callable, Mapping, Sequence
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Float, Shaped
 
@@ -15,10 +16,11 @@ from big_vision_lite.types import Array, Logits, Objective
 def ranking(objective: Objective, logits: Array, label: Array) -> dict[str, Array]:
     """Returns {"ranking": scores [B, C]} that order images by each class's probability.
 
-    Nothing for one label an image. Logits order them like their sigmoid, and are never
-    all 1.
+    Nothing for one label an image, and for tags, int [B, K]: they may be of so many
+    classes that scores of all images fill the host. Logits order images like their
+    sigmoid, and are never all 1.
     """
-    if label.ndim == 1:
+    if jnp.issubdtype(label.dtype, jnp.integer):
         return {}
     independent = objective.logits == Logits.SIGMOID
     return {"ranking": logits if independent else jax.nn.log_softmax(logits)}

@@ -9,6 +9,8 @@ import jax.numpy as jnp
 
 from big_vision_lite.config import MatchClasses
 from big_vision_lite.evaluators import average_precision, per_class
+from big_vision_lite.evaluators.duplicates import MARK, Marked
+from big_vision_lite.objectives.classification import are_tags
 from big_vision_lite.runs.evaluations import Context
 from big_vision_lite.runs.scores import check_fields
 from big_vision_lite.types import Array, Batch, Forward, Logits, Runner, Source
@@ -28,7 +30,11 @@ class Classification:
     model's classes by name, or with match_classes="in_order" by position if both have
     as many. A model whose logits are numbers is refused. With several labels, an image
     counts as correct if the predicted class is among them; images without any label are
-    left out. `per_class` writes WORKDIR/<name>_per_class.csv.
+    left out. Tags, int [K] padded with -1, are scored by accuracy and loss alone.
+    `per_class` writes WORKDIR/<name>_per_class.csv. `duplicates` is a file of
+    tools/find_duplicates.py: lower_bound_accuracy then counts every image wrong that
+    has a near duplicate in training (arXiv:1805.00932), and with_duplicate
+    counts these images.
     """
 
     source: Source
@@ -36,6 +42,7 @@ class Classification:
     batch_size: int = 256
     per_class: bool = True
     match_classes: MatchClasses = MatchClasses.BY_NAME
+    duplicates: str | None = None
 
     def __post_init__(self) -> None:
         check_fields(self)
@@ -49,6 +56,9 @@ class Classification:
             )
         classes = context.classes(self.source, self.match_classes)
         names = classes.names
+        source = self.source
+        if self.duplicates is not None:
+            source = Marked.read(source, self.duplicates, context.name)
 
         def judge(forward: Forward, batch: Batch, rng: Array) -> dict[str, Array]:
             batch = classes.translate(batch)
@@ -61,13 +71,14 @@ class Classification:
             return {
                 "loss": losses.astype(jnp.float32),
                 "label": label,
+                **{n: x for n, x in batch.items() if n == MARK},
                 "predicted": top[:, 0],
                 **_hits(top, label),
                 **average_precision.ranking(context.objective, logits, label),
             }
 
         step = context.make_eval_step(judge)
-        where = (self.source, context.preprocess, self.batch_size)
+        where = (source, context.preprocess, self.batch_size)
         context.check_step(step, *where)
 
         def run(state: Any) -> dict[str, Any]:
@@ -79,8 +90,10 @@ class Classification:
             balanced = per_class.balanced_scores(
                 rows, len(names), context.objective.logits
             )
-            if rows["label"].ndim == 2:
-                labelled = (rows["label"] > 0).any(axis=1)
+            label = rows["label"]
+            if label.ndim == 2:
+                present = label >= 0 if are_tags(label) else label > 0
+                labelled = present.any(axis=1)
                 rows = {name: value[labelled] for name, value in rows.items()}
             examples = len(rows["loss"])
             if not examples:
@@ -97,6 +110,10 @@ class Classification:
                     rows["predicted"],
                 )
             scores = {"accuracy": int(rows["top1"].sum()) / examples, **balanced}
+            if MARK in rows:
+                apart = rows["top1"] & ~rows[MARK]
+                scores["lower_bound_accuracy"] = int(apart.sum()) / examples
+                scores["with_duplicate"] = int(rows[MARK].sum())
             if len(names) > TOP:
                 scores["accuracy_top5"] = int(rows["top5"].sum()) / examples
             # fsum is exact, so the batch size cannot matter.
@@ -109,6 +126,8 @@ class Classification:
 def _hits(top: Array, label: Array) -> dict[str, Array]:
     if label.ndim == 1:
         hit = top == label[:, None]
+    elif are_tags(label):
+        hit = (top[:, :, None] == label[:, None, :]).any(axis=2)
     else:
         hit = jnp.take_along_axis(label, top, axis=1) > 0
     return {"top1": hit[:, 0], "top5": hit.any(axis=1)}

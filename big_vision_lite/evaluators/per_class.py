@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 from etils import epath
-from jaxtyping import Float, Int, Shaped
+from jaxtyping import Int, Shaped
 
 from big_vision_lite.runtime import files
 from big_vision_lite.types import Logits
@@ -27,14 +27,14 @@ def balanced_scores(
     shares: images that have the class and are predicted to (the recall), and images
     that do not have it and are predicted not to; a class is predicted from a
     probability of 0.5. Classes that no image has, or every one, are left out. Nothing
-    if several labels come with a softmax, which predicts one class.
+    if several labels come with a softmax, which predicts one class, or as tags.
     """
     labels = rows["label"]
     if labels.ndim == 1:
         count, correct = hits(labels, rows["predicted"], num_classes)
         there = count > 0
         return {"balanced_accuracy": float(np.mean(correct[there] / count[there]))}
-    if logits != Logits.SIGMOID:
+    if logits != Logits.SIGMOID or "ranking" not in rows:
         return {}
     has, predicted = labels > 0, rows["ranking"] > 0
     there = has.any(axis=0) & ~has.all(axis=0)
@@ -50,12 +50,18 @@ def balanced_scores(
 
 
 def hits(
-    labels: Int[np.ndarray, " N"] | Shaped[np.ndarray, "N C"],
+    labels: Shaped[np.ndarray, "N ..."],
     predicted: Int[np.ndarray, " N"],
     num_classes: int,
 ) -> tuple[Int[np.ndarray, " C"], Int[np.ndarray, " C"]]:
-    """Returns the number of images of each class, and of those predicted as theirs."""
-    if labels.ndim == 2:
+    """Returns the number of images of each class, and of those predicted as theirs.
+
+    `labels` are int [N], 0 and 1 [N, C], or tags, int [N, K] padded with -1.
+    """
+    if labels.ndim == 2 and labels.dtype.kind == "i":
+        count = np.bincount(labels[labels >= 0], minlength=num_classes)
+        hit = (labels == predicted[:, None]).any(axis=1)
+    elif labels.ndim == 2:
         count = (labels > 0).sum(axis=0)
         hit = labels[np.arange(len(predicted)), predicted] > 0
     else:
@@ -68,7 +74,7 @@ def write(
     path: epath.Path,
     step: int,
     names: Sequence[str],
-    labels: Int[np.ndarray, " N"] | Float[np.ndarray, "N C"],
+    labels: Shaped[np.ndarray, "N ..."],
     predicted: Int[np.ndarray, " N"],
 ) -> None:
     """Appends the rows of `step`; drops those of it or later that a killed run left."""

@@ -21,9 +21,10 @@ class SoftmaxClassification(Objective):
     Labels are int [B], or float [B, C] that sum to 1 (mixup). `label_smoothing` spreads
     that fraction of every label evenly over all classes. `class_weights`, one a class,
     multiply the terms of the loss; `balanced` gives those that make up for unequal
-    classes. `share_labels` is for several labels an image, float [B, C] of 0 and 1:
-    each of its k labels becomes 1 / k (arXiv:1805.00932: noisy tags); an
-    image without any has no loss.
+    classes. `share_labels` is for several labels an image, float [B, C] of 0 and 1, or
+    int [B, K], tags padded with -1: each of its k labels becomes 1 / k
+    (arXiv:1805.00932: noisy tags); an image without any has no loss, and
+    the metric "unlabelled" is their share.
     """
 
     logits: ClassVar[Logits | None] = Logits.SOFTMAX
@@ -43,16 +44,19 @@ class SoftmaxClassification(Objective):
         self, forward: Forward, batch: Batch, rng: Array
     ) -> tuple[Float[Array, " B"], dict[str, Array]]:
         logits = _logits(forward, batch)
-        labels = as_distribution(batch["label"], logits.shape[-1])
-        total = jnp.ones(())
-        if self.share_labels:
+        total, metrics = jnp.ones(()), {}
+        if not self.share_labels:
+            labels = as_distribution(batch["label"], logits.shape[-1])
+        else:
+            labels = presence(batch["label"], logits.shape[-1])
             count = labels.sum(axis=-1, keepdims=True)
             labels, total = labels / jnp.maximum(count, 1e-6), count > 0
+            metrics["unlabelled"] = 1.0 - total[:, 0]
         smoothed = labels * (1 - self.label_smoothing)
         smoothed = smoothed + total * self.label_smoothing / logits.shape[-1]
         weighted = _weighted(smoothed, self.class_weights)
         losses = -jnp.sum(weighted * jax.nn.log_softmax(logits), axis=-1)
-        return losses, {"accuracy": is_correct(logits, labels)}
+        return losses, {"accuracy": is_correct(logits, labels), **metrics}
 
     @classmethod
     def balanced(cls, counts: Int[np.ndarray, " C"], names: Sequence[str]) -> Objective:
@@ -75,7 +79,9 @@ class SigmoidClassification(Objective):
     Labels are int [B], or float [B, C] with a value in 0..1 per class. A prediction is
     correct when the most probable class is one of the image's. `class_weights`, one a
     class, multiply the loss of the classes that an image has, not of those that it
-    lacks (PyTorch's pos_weight).
+    lacks (PyTorch's pos_weight). Of tags, int [B, K] padded with -1, an image without
+    any has no loss, because nobody said what it does not show; the metric "unlabelled"
+    is their share.
     """
 
     logits: ClassVar[Logits | None] = Logits.SIGMOID
@@ -88,11 +94,16 @@ class SigmoidClassification(Objective):
         self, forward: Forward, batch: Batch, rng: Array
     ) -> tuple[Float[Array, " B"], dict[str, Array]]:
         logits = _logits(forward, batch)
-        labels = as_distribution(batch["label"], logits.shape[-1])
+        labels = presence(batch["label"], logits.shape[-1])
         present, absent = jax.nn.log_sigmoid(logits), jax.nn.log_sigmoid(-logits)
         weighted = _weighted(labels, self.class_weights)
         losses = -jnp.sum(weighted * present + (1 - labels) * absent, axis=-1)
-        return losses, {"accuracy": is_correct(logits, labels)}
+        metrics = {"accuracy": is_correct(logits, labels)}
+        if are_tags(batch["label"]):
+            labelled = labels.any(axis=-1)
+            losses = losses * labelled
+            metrics["unlabelled"] = 1.0 - labelled
+        return losses, metrics
 
     @classmethod
     def balanced(
@@ -115,14 +126,42 @@ class SigmoidClassification(Objective):
         return cls(class_weights=tuple(((num_images - counts) / counts).tolist()))
 
 
-def as_distribution(
-    labels: Int[Array, " B"] | Float[Array, "B C"], num_classes: int
-) -> Float[Array, "B {num_classes}"]:
-    """Returns float32 labels [B, C]; integer labels become one-hot.
+def are_tags(labels: Array | np.ndarray) -> bool:
+    """Returns whether labels are a few tags an image: int [B, K], padded with -1."""
+    return labels.ndim == 2 and jnp.issubdtype(labels.dtype, jnp.integer)
+
+
+def presence(labels: Array, num_classes: int) -> Float[Array, "B {num_classes}"]:
+    """Returns float32 labels [B, C] of tags, too: 1.0 for each that an image has.
 
     Raises:
         ValueError: float labels have a number of classes other than the head's.
     """
+    if not are_tags(labels):
+        return as_distribution(labels, num_classes)
+    # Tag by tag, which XLA fuses: [B, K, C] would be K times the logits.
+    found = jnp.zeros((len(labels), num_classes), bool)
+    for tag in labels.T:
+        found |= tag[:, None] == jnp.arange(num_classes)
+    return found.astype(jnp.float32)
+
+
+def as_distribution(
+    labels: Int[Array, " B"] | Int[Array, "B K"] | Float[Array, "B C"],
+    num_classes: int,
+) -> Float[Array, "B {num_classes}"]:
+    """Returns float32 labels [B, C]; integer labels become one-hot.
+
+    Raises:
+        ValueError: float labels have a number of classes other than the head's, or
+            labels are tags, whose sum is not 1.
+    """
+    if are_tags(labels):
+        raise ValueError(
+            f"Labels of shape {labels.shape} are several tags an image; use "
+            "SoftmaxClassification(share_labels=True), which gives each of k tags "
+            "1 / k, or SigmoidClassification()."
+        )
     if jnp.issubdtype(labels.dtype, jnp.integer):
         return jax.nn.one_hot(labels, num_classes, dtype=jnp.float32)
     if labels.shape[-1] != num_classes:

@@ -38,15 +38,16 @@ class Classes:
     def translate(self, batch: Batch) -> Batch:
         """Returns the batch with its labels in the model's order.
 
-        Those are "label", [B] or [B, C], and the numbers of "target" [B, T].
+        Those are "label", [B], [B, C] or tags int [B, K] padded with -1, and the
+        numbers of "target" [B, T].
         """
         if self.indices is None:
             return batch
         indices = jnp.asarray(self.indices)
         found = {n: x for n, x in batch.items() if n in ("label", "target")}
         for name, values in found.items():
-            if values.ndim == 1:
-                found[name] = indices[values]
+            if jnp.issubdtype(values.dtype, jnp.integer):
+                found[name] = jnp.where(values < 0, values, indices[values])
             else:
                 empty = jnp.zeros((len(values), len(self.names)), values.dtype)
                 found[name] = empty.at[:, indices].set(values)

@@ -30,8 +30,8 @@ FREE = (
     "profile_steps",
     "data.threads",
     "data.processes",
-    # Of a source in a source, too: images repeated, say.
-    *(f"data.source{inner}.{name}" for inner in ("", ".source") for name in PLACES),
+    # Of a source in a source, too: images repeated, say, and tagged.
+    *(f"data.source{'.source' * n}.{name}" for n in range(3) for name in PLACES),
 )
 LENGTH = ("num_steps", "num_epochs")
 

@@ -7,12 +7,21 @@ from typing import Any
 from etils import epath
 
 from big_vision_lite.config import TrainConfig
-from big_vision_lite.data.sources import ImageFolder, Table, folder, table
+from big_vision_lite.data.sources import (
+    ImageFolder,
+    Resampled,
+    Table,
+    Tags,
+    folder,
+    resampled,
+    table,
+    tags,
+)
 from big_vision_lite.recipes import serialize
 from big_vision_lite.runtime import files
 
 # Fields of sources that name a place on the disk.
-PLACES = ("path", "data_dir", "root")
+PLACES = ("path", "data_dir", "root", "vocabulary", "duplicates")
 
 
 def folders_of(config: TrainConfig) -> dict[str, ImageFolder]:
@@ -22,23 +31,29 @@ def folders_of(config: TrainConfig) -> dict[str, ImageFolder]:
 
 def sets_of(config: TrainConfig) -> dict[str, ImageFolder | Table]:
     """Returns the folders and tables of training and of what evaluates, by place."""
+    return dict(_found(config, ImageFolder | Table))
+
+
+def _found(config: TrainConfig, kinds: Any) -> Iterator[tuple[str, Any]]:
+    """Yields the sources of these kinds in training and evaluation, by place."""
     evaluators = {n: e for n, e in config.evaluators.items() if e.every_steps}
     found = {"data.source": config.data.source, "evaluators": evaluators}
-    return dict(_inside(found, ""))
+    return _inside(found, "", kinds)
 
 
-def _inside(component: Any, where: str) -> Iterator[tuple[str, ImageFolder | Table]]:
-    if isinstance(component, ImageFolder | Table):
+def _inside(component: Any, where: str, kinds: Any) -> Iterator[tuple[str, Any]]:
+    if isinstance(component, kinds):
         yield where, component
     elif isinstance(component, Mapping):
         for name, value in component.items():
-            yield from _inside(value, f"{where}.{name}" if where else name)
+            yield from _inside(value, f"{where}.{name}" if where else name, kinds)
     elif isinstance(component, tuple | list):
         for index, value in enumerate(component):
-            yield from _inside(value, f"{where}[{index}]")
+            yield from _inside(value, f"{where}[{index}]", kinds)
     elif hasattr(component, "__dataclass_fields__"):
         for field in serialize.fields(component):
-            yield from _inside(getattr(component, field.name), f"{where}.{field.name}")
+            inner, place = getattr(component, field.name), f"{where}.{field.name}"
+            yield from _inside(inner, place, kinds)
 
 
 def paragraph(config: TrainConfig) -> list[str]:
@@ -46,7 +61,13 @@ def paragraph(config: TrainConfig) -> list[str]:
     found = list(sets_of(config).values())
     folders = [each for each in found if isinstance(each, ImageFolder)]
     tables = [each for each in found if isinstance(each, Table)]
-    return [*folder.describe(folders), *table.describe(tables)]
+    tagged = [each for _, each in _found(config, Tags)]
+    return [
+        *folder.describe(folders),
+        *table.describe(tables),
+        *tags.describe(tagged),
+        *resampled.describe([each for _, each in _found(config, Resampled)]),
+    ]
 
 
 def refuse_workdir_inside(config: TrainConfig, workdir: epath.Path) -> None:

@@ -269,3 +269,6 @@ def test_impossible_fields_and_labels_are_refused(kind):
         kind(num_classes=3, alpha=-0.1)
     with pytest.raises(ValueError, match=r"\(8, 5\) do not fit num_classes=3"):
         kind(num_classes=3)(batch_of(float_labels=True), jax.random.key(0))
+    tags = {**batch_of(), "label": jnp.zeros((8, 3), jnp.int32)}
+    with pytest.raises(ValueError, match=r"\(8, 3\), the numbers of several tags"):
+        kind(num_classes=3)(tags, jax.random.key(0))

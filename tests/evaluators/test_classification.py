@@ -44,6 +44,7 @@ def evaluate(tmp_path, source, *, devices=1, batch_size=8, model=None, **context
 def prepared(tmp_path, source, devices=1, batch_size=8, model=None, context=None):
     context = dict(context or {})
     match_classes = context.pop("match_classes", MatchClasses.BY_NAME)
+    duplicates = context.pop("duplicates", None)
     model = model or Pixels()
     mesh = make_mesh(devices)
     shape = np.shape(source[0]["image"])
@@ -60,7 +61,10 @@ def prepared(tmp_path, source, devices=1, batch_size=8, model=None, context=None
             **context,
         )
         evaluator = Classification(
-            source=source, batch_size=batch_size, match_classes=match_classes
+            source=source,
+            batch_size=batch_size,
+            match_classes=match_classes,
+            duplicates=duplicates,
         )
         yield evaluator.prepare(made), state
 
@@ -214,6 +218,91 @@ def test_an_image_with_several_labels_is_correct_if_any_is_predicted(tmp_path):
         class_names=NAMES,
     )
     assert again == found
+
+
+class Tagged:
+    """Images of `source` whose labels, 0 and 1, are written as tags: ids from the last.
+
+    They are at most `most`, padded with -1.
+    """
+
+    def __init__(self, source, most):
+        self.source, self.most = source, most
+        self.class_names, self.fingerprint = source.class_names, source.fingerprint
+
+    def __len__(self):
+        return len(self.source)
+
+    def __getitem__(self, index):
+        example = self.source[index]
+        ids = np.flatnonzero(example["label"])[::-1]
+        example["label"] = np.full(self.most, -1, np.int32)
+        example["label"][: len(ids)] = ids
+        return example
+
+    def name(self, index):
+        return self.source.name(index)
+
+
+@pytest.mark.parametrize("order", [1, -1], ids=["same classes", "another order"])
+def test_tags_are_scored_as_dense_labels_are(tmp_path, order):
+    rng = np.random.default_rng(2)
+    scores = np.stack([rng.permutation(256)[: len(NAMES)] for _ in range(19)])
+    labels = rng.integers(0, 4, (19, 7)) == 0
+    labels[4] = False
+    dense = InMemory(score_images(scores), labels[:, ::order] * 1, NAMES[::order])
+    objective = SoftmaxClassification(share_labels=True)
+    fields = dict(objective=objective, class_names=NAMES)
+    expected = evaluate(tmp_path / "dense", dense, **fields)
+    found = evaluate(tmp_path / "tags", Tagged(dense, 9), **fields)
+    assert expected.pop("mean_average_precision") > 0
+    assert found == expected and found["examples"] < 19
+    assert per_class_table(tmp_path / "tags") == per_class_table(tmp_path / "dense")
+
+
+def of_duplicates(path, *rows, columns="place,image,training_image,likeness"):
+    path.write_text("\n".join((columns, *rows)) + "\n")
+    return str(path)
+
+
+def test_the_lower_bound_counts_images_with_a_duplicate_wrong(tmp_path):
+    scores = np.eye(7)[[0, 1, 2, 3, 4]] * 200
+    source = InMemory(score_images(scores), np.array([0, 1, 2, 3, 0]), NAMES)
+    place = "evaluators.val.source"
+    path = of_duplicates(
+        tmp_path / "same.csv",
+        *(f"{place},image {i} of an array,x,1.0" for i in (1, 4)),
+        "evaluators.other.source,image 2 of an array,x,1.0",
+    )
+    found = evaluate(tmp_path, source, devices=2, duplicates=path)
+    # Image 4 is wrong anyway.
+    assert found["accuracy"] == 4 / 5 and found["lower_bound_accuracy"] == 3 / 5
+    assert found["with_duplicate"] == 2
+    path = of_duplicates(tmp_path / "none.csv", f"{place},,,")
+    found = evaluate(tmp_path, source, duplicates=path)
+    assert found["lower_bound_accuracy"] == found["accuracy"]
+
+
+@pytest.mark.parametrize(
+    "rows, columns, words",
+    [
+        (("evaluators.val.source,photo.jpg,x,1",), None, "names 1 images that its set"),
+        (("evaluators.test.source,,,",), None, "says nothing of evaluators.val.source"),
+        ((), "image,other", "does not begin with the columns place,image"),
+    ],
+)
+def test_a_file_of_other_duplicates_is_refused(tmp_path, source, rows, columns, words):
+    columns = {} if columns is None else {"columns": columns}
+    path = of_duplicates(tmp_path / "same.csv", *rows, **columns)
+    with pytest.raises(ValueError, match=words):
+        evaluate(tmp_path, source, duplicates=path)
+
+
+def test_a_missing_file_of_duplicates_says_how_it_is_made(tmp_path, source):
+    with pytest.raises(
+        FileNotFoundError, match="python tools/find_duplicates.py --conf"
+    ):
+        evaluate(tmp_path, source, duplicates=str(tmp_path / "none.csv"))
 
 
 def test_the_table_adds_up_and_is_continued_after_a_kill(tmp_path, source):

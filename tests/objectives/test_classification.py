@@ -195,3 +195,72 @@ def test_shared_labels_equal_a_loop_and_an_image_without_any_has_no_loss():
     # One label an image is what it is without sharing.
     one, _ = run(SoftmaxClassification(share_labels=True), CLASSES)
     np.testing.assert_array_equal(one, run(SoftmaxClassification(), CLASSES)[0])
+
+
+# SEVERAL as tags: in another order, padded between.
+TAGS = np.array(
+    [[3, -1, 0, -1, -1], [-1, -1, -1, -1, -1], [1, 2, 3, -1, -1], [4, 3, 2, 1, 0]],
+    np.int32,
+)
+
+
+@pytest.mark.parametrize(
+    "objective",
+    [
+        SoftmaxClassification(share_labels=True),
+        SoftmaxClassification(share_labels=True, label_smoothing=0.1),
+        SoftmaxClassification(share_labels=True, class_weights=WEIGHTS),
+        SigmoidClassification(),
+        SigmoidClassification(class_weights=WEIGHTS),
+    ],
+    ids=lambda objective: type(objective).__name__,
+)
+def test_tags_give_the_loss_of_dense_labels_and_none_weigh_nothing(objective):
+    sparse, dense = run(objective, TAGS), run(objective, SEVERAL)
+    there = SEVERAL.any(axis=1)
+    np.testing.assert_array_equal(sparse[0][there], dense[0][there])
+    np.testing.assert_array_equal(sparse[1], dense[1])
+    assert sparse[0][1] == 0 and (sparse[0][there] > 0).all()
+
+
+def test_a_tag_named_twice_counts_once_and_the_unlabelled_are_counted():
+    twice = np.array([[3, 0, 3], [-1, -1, -1], [2, 1, 3], [0, 0, 0]], np.int32)
+    once = np.array([[3, 0, -1], [-1, -1, -1], [2, 1, 3], [0, -1, -1]], np.int32)
+    for objective in (
+        SoftmaxClassification(share_labels=True),
+        SigmoidClassification(),
+    ):
+        np.testing.assert_array_equal(run(objective, twice)[0], run(objective, once)[0])
+        batch = {"image": jnp.zeros((4, 1, 1, 1)), "label": jnp.asarray(twice)}
+        forward = lambda image: {"logits": jnp.asarray(LOGITS)}  # noqa: E731
+        _, metrics = objective(forward, batch, jax.random.key(0))
+        np.testing.assert_array_equal(metrics["unlabelled"], [0, 1, 0, 0])
+
+
+def test_tags_need_an_objective_that_takes_several():
+    with pytest.raises(ValueError, match=r"share_labels=True\), which gives each of k"):
+        run(SoftmaxClassification(), TAGS)
+
+
+@pytest.mark.parametrize(
+    "objective",
+    [SoftmaxClassification(share_labels=True), SigmoidClassification()],
+    ids=lambda objective: type(objective).__name__,
+)
+def test_tags_of_many_classes_need_no_more_memory_than_dense_labels(objective):
+    size, most, classes = 8, 16, 17_000
+
+    def loss(logits, label):
+        batch = {"image": jnp.zeros((size, 1)), "label": label}
+        forward = lambda image: {"logits": logits}  # noqa: E731
+        return objective(forward, batch, jax.random.key(0))[0].mean()
+
+    logits = jax.ShapeDtypeStruct((size, classes), jnp.float32)
+    labels = jax.ShapeDtypeStruct((size, most), jnp.int32), logits
+    tags, dense = (
+        jax.jit(jax.value_and_grad(loss)).lower(logits, label).compile()
+        for label in labels
+    )
+    needed = [c.memory_analysis().temp_size_in_bytes for c in (tags, dense)]
+    # Dense labels are an argument besides.
+    assert needed[0] <= needed[1] + 4 * size * classes

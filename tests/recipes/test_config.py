@@ -189,6 +189,10 @@ def everything() -> list[TrainConfig]:
     ages = sources.Table(
         path="t.csv", image="file", label=("age",), kind=sources.LabelKind.NUMBERS
     )
+    tagged = sources.Tags(
+        source=dataclasses.replace(ages, label=("tags",), kind=sources.LabelKind.TAGS),
+        vocabulary="tags.json",
+    )
     repeated = Stream(source=Repeated(source=DIGITS(), times=2), batch_size=8)
     embedder = Embedder(
         encoder=vit, projector=Projector(hidden=(4, 4), features=3), prototypes=5
@@ -225,6 +229,10 @@ def everything() -> list[TrainConfig]:
         ),
         recipe(data=Stream(source=of_elsewhere, batch_size=1), objective=Numbers()),
         recipe(
+            data=Stream(source=sources.Resampled(source=tagged), batch_size=8),
+            objective=SoftmaxClassification(share_labels=True),
+        ),
+        recipe(
             data=Stream(source=ages, batch_size=8),
             objective=Regression(names=("age",), mean=(40.0,), std=(9.0,)),
             evaluators={"val": regression.Regression(source=ages)},
@@ -240,7 +248,7 @@ NOT_CONFIG = {
     "runs.class_pairs", "runs.evaluations", "evaluators.features",
     "models.blocks.attention", "models.blocks.mlp", "models.blocks.patches",
     "models.blocks.pooling", "models.blocks.projections", "predict", "training.program",
-    "runs.load", "training.state", "evaluators.knn",
+    "runs.load", "training.state", "evaluators.knn", "evaluators.duplicates",
 }  # fmt: skip
 PARTS = {
     *("StandardisedConv", "Conv", "BatchNorm", "Unit", "Stage", "Bottleneck"),

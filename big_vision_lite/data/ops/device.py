@@ -149,6 +149,11 @@ def _as_float(batch: Batch, op: Mixup | CutMix) -> dict[str, Float[Array, "B ...
             f'the head, {name}(num_classes=...), or drop "label" by Keep(keys=...).'
         )
     label = jnp.asarray(batch["label"])
+    if label.ndim == 2 and jnp.issubdtype(label.dtype, jnp.integer):
+        raise ValueError(
+            f"{name} got labels of shape {label.shape}, the numbers of several tags an "
+            f"image, whose shares it cannot mix; leave {name} out."
+        )
     if label.ndim == 1:
         label = jax.nn.one_hot(label, num_classes, dtype=jnp.float32)
     if label.ndim != 2 or label.shape[1] != num_classes:

@@ -51,7 +51,8 @@ class Table:
     `path` is CSV, TSV, JSON lines or Parquet, told by its suffix; paths of images are
     relative to `root`, None for the folder of the table. `kind` says what the label
     columns hold (see `LabelKind`); an example is {"image", "label"}, of numbers
-    {"image", "target": float32 [T]}, and `class_names` are then the column names.
+    {"image", "target": float32 [T]}, and `class_names` are then the column names, of
+    tags {"image", "tags": tuple of words}, and there are no `class_names`.
 
     `split_column` names the split of every row (train, val, test or other words), of
     which `split` is one, or "all". Without it the share `held_out` of the images (of
@@ -81,20 +82,25 @@ class Table:
             self.label = (self.label,)
         self._check_columns()
         self._check_split()
-        if self.classes and self.kind in (LabelKind.FLAGS, LabelKind.NUMBERS):
+        if self.classes and self.kind not in (LabelKind.CLASS, LabelKind.CLASSES):
+            whose = "whose names are the label columns"
+            if self.kind == LabelKind.TAGS:
+                whose = "whose names stand in the vocabulary of Tags"
             raise ValueError(
                 f"classes={some(self.classes)} mean nothing with kind={self.kind}, "
-                "whose names are the label columns; leave classes out."
+                f"{whose}; leave classes out."
             )
         twice = [c for c in self.classes if self.classes.count(c) > 1]
         if twice:
             raise ValueError(f"classes names {twice[0]!r} twice; name each once.")
         if not self.separator or (
-            self.separator != SEPARATOR and self.kind != LabelKind.CLASSES
+            self.separator != SEPARATOR
+            and self.kind not in (LabelKind.CLASSES, LabelKind.TAGS)
         ):
             raise ValueError(
                 f"separator={self.separator!r} with kind={self.kind}: it is the text "
-                'between several classes in one cell, for kind="classes" alone.'
+                'between several classes in one cell, for kind="classes" alone (and '
+                'kind="tags").'
             )
 
     def _check_columns(self) -> None:
@@ -112,7 +118,8 @@ class Table:
                 f"label={self.label} and split_column={self.split_column!r}; each "
                 "needs its own."
             )
-        if len(self.label) > 1 and self.kind in (LabelKind.CLASS, LabelKind.CLASSES):
+        several = (LabelKind.FLAGS, LabelKind.NUMBERS)
+        if len(self.label) > 1 and self.kind not in several:
             raise ValueError(
                 f"label names {len(self.label)} columns ({some(self.label)}), and "
                 f"kind={self.kind} is one column; several columns of 0 and 1 are "
@@ -169,7 +176,9 @@ class Table:
         else:
             what = f"{self.split} of {self.path}"
             held = [labels.classes[row] for row in rows]
-            encoded = table_labels.numbered(held, class_names, what)
+            encoded = held
+            if self.kind != LabelKind.TAGS:
+                encoded = table_labels.numbered(held, class_names, what)
             if self.kind == LabelKind.CLASS:
                 encoded = np.array(encoded, np.int32)[:, 0]
         chosen = [paths[row] for row in rows]
@@ -211,7 +220,7 @@ class Table:
     def _class_names(
         self, columns: Columns, labels: Labels, splits: Sequence[str]
     ) -> tuple[str, ...]:
-        if labels.classes is None:
+        if labels.classes is None or self.kind == LabelKind.TAGS:
             return labels.names
         if self.classes:
             names = table_labels.pinned(self.classes)
@@ -253,7 +262,7 @@ class Table:
 
     @property
     def class_names(self) -> tuple[str, ...]:
-        """Returns the names of the classes, or of the columns of numbers."""
+        """Returns the names of classes, or of columns of numbers; () of tags."""
         return self._opened.class_names
 
     @property
@@ -263,10 +272,16 @@ class Table:
         assert self.kind == LabelKind.NUMBERS and isinstance(values, np.ndarray)
         return values
 
+    @property
+    def words(self) -> list[tuple[str, ...]]:
+        """Returns the words of all images; of kind=tags alone."""
+        assert self.kind == LabelKind.TAGS, "other kinds have classes or numbers"
+        return self._opened.labels
+
     def class_counts(self) -> np.ndarray:
         """Returns the number of images of each class."""
         labels, size = self._opened.labels, len(self.class_names)
-        assert self.kind != LabelKind.NUMBERS, "numbers are no classes"
+        assert self.class_names and self.kind != LabelKind.NUMBERS, "no classes"
         if isinstance(labels, np.ndarray) and labels.ndim == 2:
             return labels.sum(axis=0).astype(np.int64)
         flat = np.concatenate([np.atleast_1d(x) for x in labels]).astype(np.int64)
@@ -294,6 +309,8 @@ class Table:
             return {"image": data, "target": np.array(label)}
         if self.kind == LabelKind.CLASS:
             return {"image": data, "label": int(label)}
+        if self.kind == LabelKind.TAGS:
+            return {"image": data, "tags": label}
         if isinstance(label, tuple):
             flags = np.zeros(len(opened.class_names), np.float32)
             flags[list(label)] = 1
@@ -349,7 +366,8 @@ def describe(tables: Sequence[Table]) -> list[str]:
             line += f" (by a hash, split_seed={table.split_seed})"
         if line not in lines:
             lines.append(line)
-        if table.kind != LabelKind.NUMBERS and table.split in ("train", "all"):
+        classes = table.kind not in (LabelKind.NUMBERS, LabelKind.TAGS)
+        if classes and table.split in ("train", "all"):
             advice = unequal(table.class_names, table.class_counts())
             lines += [line for line in advice if line not in lines]
     return lines
@@ -357,6 +375,9 @@ def describe(tables: Sequence[Table]) -> list[str]:
 
 def _counts(table: Table) -> str:
     names, size = table.class_names, len(table)
+    if table.kind == LabelKind.TAGS:
+        words = set().union(*table.words)
+        return f"{counted(size, 'image')}, {counted(len(words), 'word')}"
     if table.kind != LabelKind.NUMBERS:
         return summary(size, names, table.class_counts())
     low, high = table.targets.min(axis=0), table.targets.max(axis=0)

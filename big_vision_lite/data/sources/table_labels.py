@@ -6,7 +6,7 @@ import logging
 import math
 import unicodedata
 from collections.abc import Iterable, Sequence
-from typing import Any
+from typing import Any, NoReturn
 
 import numpy as np
 
@@ -28,12 +28,15 @@ class LabelKind(enum.StrEnum):
 
     CLASS     one column, one class an image
     CLASSES   one column, the names of several classes with a separator between them
+    TAGS      one column of words with a separator between them, or nothing, of which
+              `Tags` knows the tags
     FLAGS     a column for each class, of 0 and 1 (or true and false, yes and no)
     NUMBERS   a column for each number of a regression
     """
 
     CLASS = "class"
     CLASSES = "classes"
+    TAGS = "tags"
     FLAGS = "flags"
     NUMBERS = "numbers"
 
@@ -77,6 +80,8 @@ def read_labels(
     (name,) = names
     if kind == LabelKind.CLASS:
         return Labels(classes=_class(columns, name, classes))
+    if kind == LabelKind.TAGS:
+        return Labels(classes=_tags(columns, name, separator))
     return Labels(classes=_classes(columns, name, separator))
 
 
@@ -162,31 +167,50 @@ def _class(
 
 
 def _classes(columns: Columns, name: str, separator: str) -> list[tuple[str, ...]]:
-    cells = columns.cells[name]
     nothing = f"an image of no class has a lone {separator!r}, in JSON []"
     columns.check(
         name, lambda cell: not is_empty(cell), "are empty", f"{FILL}; {nothing}"
     )
+    found = _tags(columns, name, separator)
+    texts = [cell for cell in columns.cells[name] if isinstance(cell, str)]
+    if texts and not any(separator in text for text in texts):
+        _refuse_separator(columns, name, separator, _others(texts))
+    _warn_of_spellings(columns, name, [word for words in found for word in words])
+    return found
+
+
+def _tags(columns: Columns, name: str, separator: str) -> list[tuple[str, ...]]:
+    """Returns the words between separators; none of an empty cell."""
     columns.check(
         name,
-        lambda cell: _words(cell, separator) is not None,
+        lambda cell: is_empty(cell) or _words(cell, separator) is not None,
         "are no names of classes",
         f"write words with {separator!r} between them",
     )
+    cells = columns.cells[name]
     texts = [cell for cell in cells if isinstance(cell, str)]
-    if texts and not any(separator in text for text in texts):
-        others = {c: sum(c in t.strip() for t in texts) for c in ("|", ";", ",", " ")}
-        most = max(others, key=lambda c: others[c])
-        hint = f"; {others[most]} hold {most!r}: separator={most!r}" * (
-            others[most] > 0
-        )
-        raise ValueError(
-            f'{columns.path}: not one cell of column "{name}" holds the separator '
-            f'{separator!r}{hint}. One class an image is kind="class".'
-        )
-    found = [_words(cell, separator) or () for cell in cells]
-    _warn_of_spellings(columns, name, [word for words in found for word in words])
-    return found
+    others = _others(texts)
+    # One tag an image needs no separator.
+    needed = texts and 2 * max(others.values()) >= len(texts)
+    if needed and not any(separator in text for text in texts):
+        _refuse_separator(columns, name, separator, others)
+    return [() if is_empty(cell) else _words(cell, separator) or () for cell in cells]
+
+
+def _others(texts: Sequence[str]) -> dict[str, int]:
+    """Returns the number of texts that hold each character that may be a separator."""
+    return {c: sum(c in text.strip() for text in texts) for c in ("|", ";", ",", " ")}
+
+
+def _refuse_separator(
+    columns: Columns, name: str, separator: str, others: dict[str, int]
+) -> NoReturn:
+    most = max(others, key=lambda c: others[c])
+    hint = f"; {others[most]} hold {most!r}: separator={most!r}" * (others[most] > 0)
+    raise ValueError(
+        f'{columns.path}: not one cell of column "{name}" holds the separator '
+        f'{separator!r}{hint}. One class an image is kind="class".'
+    )
 
 
 def _flags(columns: Columns, names: Sequence[str]) -> np.ndarray:

@@ -18,6 +18,7 @@ from big_vision_lite.runtime import cpu, flops
 from big_vision_lite.training import recalibration
 from big_vision_lite.training import state as state_lib
 from big_vision_lite.training.forward import BoundModel, MissingOutput
+from big_vision_lite.training.gradient_point import GradientPoint
 from big_vision_lite.training.state import TrainState
 from big_vision_lite.training.step import call_objective, make_train_step
 from big_vision_lite.types import (
@@ -89,12 +90,13 @@ def build(
         num_steps = config.resolve_steps(len(config.data.source))
         names = tuple(config.data.source.class_names)
     optimizer = config.optimizer.build(num_steps, layers_of(config.model))
+    point = GradientPoint.of(config.optimizer, config.ema)
     initialize = state_lib.make_initializer(
         config.model,
         spec,
         optimizer,
         freeze=config.freeze,
-        ema=config.ema is not None,
+        ema=point.average is not None,
     )
     abstract = state_lib.blueprint(initialize, config.sharding, mesh)
     device = mesh.devices.flat[0]
@@ -112,7 +114,7 @@ def build(
         seed=config.seed,
         device_ops=config.data.device_ops,
         micro_batches=config.micro_batches,
-        ema=config.ema,
+        point=point,
         num_steps=num_steps,
         compiler_options=cpu.COMPILER_OPTIONS if on_cpu else None,
     )
@@ -132,8 +134,8 @@ def build(
         abstract=abstract,
         fresh=functools.partial(state_lib.create, initialize, abstract, config.seed),
         train_step=steady or train_step,
-        statistics_step=_statistics_step(config, model, abstract),
-        flops_per_step=counting.flops,
+        statistics_step=_statistics_step(config, point, model, abstract),
+        flops_per_step=point.passes * counting.flops,
         outputs=tuple(counting.outputs),
         notes=()
         if on_cpu
@@ -142,8 +144,10 @@ def build(
     )
 
 
-def _statistics_step(config: TrainConfig, model: Model, abstract: TrainState) -> Any:
-    if config.ema is None or not config.ema.recalibrate_statistics:
+def _statistics_step(
+    config: TrainConfig, point: GradientPoint, model: Model, abstract: TrainState
+) -> Any:
+    if point.average is None or not point.average.recalibrate_statistics:
         return None
     if not recalibration.keeps_statistics(model, abstract):
         return None

@@ -28,8 +28,10 @@ from big_vision_lite.models.vit import ViT
 from big_vision_lite.objectives.classification import SoftmaxClassification
 from big_vision_lite.objectives.contrastive import NTXent
 from big_vision_lite.objectives.distillation import (
+    Distance,
     FeatureDistillation,
     LogitDistillation,
+    QueueDistillation,
 )
 from big_vision_lite.objectives.reconstruction import MaskedReconstruction
 from big_vision_lite.objectives.regularised import LeJEPA, VICReg
@@ -112,6 +114,30 @@ KINDS = {
         ONE,
         {"freeze": ("teachers_.*",)},
     ),
+    "phi-s": (
+        Distilled(
+            student=vit(),
+            teachers=(vit(width=24), vit(width=32)),
+            adaptors=True,
+            adaptor_width=16,
+            standardise_steps=3,
+        ),
+        FeatureDistillation(distance=Distance.PHI_S),
+        ONE,
+        {"freeze": ("teachers_.*",)},
+    ),
+    "queue": (
+        Distilled(
+            student=vit(),
+            teachers=(vit(width=24),),
+            adaptors=True,
+            adaptor_width=16,
+            queue_length=40,
+        ),
+        QueueDistillation(),
+        ONE,
+        {"freeze": ("teachers_.*",)},
+    ),
     "logits": (
         Distilled(
             student=vit(head=Classifier(num_classes=3)),
@@ -164,6 +190,12 @@ def test_a_resumed_run_is_the_straight_one_bit_for_bit(trained):
         np.testing.assert_array_equal(a, b, err_msg=name)
     if kind == "self-distillation":
         assert np.any(resumed.collections["centres"]["centre"] != 0)
+    if kind == "phi-s":
+        standard = resumed.collections["standards"]["standard_0"]
+        assert standard["steps"] == 3 and standard["kernel"].std() > 0.01
+    if kind == "queue":
+        queue = resumed.collections["queues"]["queue_0"]
+        assert queue["filled"] == 40 and np.any(queue["rows"], axis=1).all()
 
 
 def test_health_stands_on_every_log_line_and_the_loss_is_evaluated(trained):
@@ -173,6 +205,8 @@ def test_health_stands_on_every_log_line_and_the_loss_is_evaluated(trained):
     assert [record["step"] for record in lines] == [1, 2, 3, 4]
     expected = {
         "features": ("distance_teacher_0", "distance_teacher_1"),
+        "phi-s": ("distance_teacher_0", "distance_teacher_1"),
+        "queue": ("distance_teacher_0", "teacher_entropy"),
         "logits": ("agreement", "teacher_entropy"),
     }
     health = expected.get(kind, ("feature_sd", "effective_rank"))

@@ -222,7 +222,7 @@ def _parts(
         transformation, point = OPTIMIZERS[optimizer](), GradientPoint()
     else:
         config = OF_PACKAGE[optimizer]
-        transformation = config.build(20, layers_of(model))
+        transformation = config.build(step.get("num_steps", 20), layers_of(model))
         point = GradientPoint.of(config, None)
     if "ema" in step:
         ema = step.pop("ema")

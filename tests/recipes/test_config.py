@@ -49,6 +49,7 @@ from big_vision_lite.objectives.contrastive import NTXent
 from big_vision_lite.objectives.distillation import (
     FeatureDistillation,
     LogitDistillation,
+    QueueDistillation,
 )
 from big_vision_lite.objectives.numbers import Numbers
 from big_vision_lite.objectives.reconstruction import MaskedReconstruction
@@ -210,6 +211,7 @@ def everything() -> list[TrainConfig]:
         (embedder, SelfDistillation(teacher_temperature_start=0.01)),
         (distilled, LogitDistillation()),
         (distilled, FeatureDistillation()),
+        (distilled, QueueDistillation()),
     ]
     watched = {
         "probe": OnlineProbe(train=DIGITS(), test=DIGITS(split="test")),
@@ -251,7 +253,7 @@ NOT_CONFIG = {
 PARTS = {
     *("StandardisedConv", "Conv", "BatchNorm", "Unit", "Stage", "Bottleneck"),
     *("EncoderBlock", "Encoder", "MixerBlock", "Multiplier"),
-    *("Dense", "LayerNorm", "GroupNorm", "SavedRun", "_Split"),
+    *("PhiS", "Queue", "Dense", "LayerNorm", "GroupNorm", "SavedRun", "_Split"),
 }
 
 

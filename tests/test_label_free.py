@@ -265,6 +265,40 @@ def test_a_teacher_takes_the_weights_of_a_run(tmp_path, capsys):
         np.testing.assert_array_equal(leaf, trees.flatten(encoder)[name])
 
 
+def distil(method: str, workdir: pathlib.Path) -> list[str]:
+    images, run = shapes_run.shared()
+    recipe = pathlib.Path(__file__).parents[1] / "configs" / "distil.py"
+    argument = f"teacher={run},student=ViT:Ti/8,data={images},allow_module=shapes_run"
+    return [
+        "train",
+        f"--config={recipe}:{argument},batch=8,method={method}",
+        "--allow_module=shapes_run",
+        f"--workdir={workdir}",
+        "--config.num_steps=12",
+        "--config.optimizer.schedule.warmup_steps=0",
+        "--config.model.student.depth=1",
+        "--config.log_every_steps=1",
+    ]
+
+
+@pytest.mark.parametrize("method", ["features", "phi_s", "queue"])
+def test_any_backbone_is_distilled_from_a_folder(method, tmp_path, capsys):
+    words = distil(method, tmp_path / "run")
+    if method == "phi_s":
+        words.append("--config.model.standardise_steps=2")
+    assert command_line.run(train.main, words) == 0
+    records = read_history(epath.Path(tmp_path / "run"))
+    losses = [r["train/loss"] for r in records if "train/loss" in r]
+    assert len(losses) == 12 and np.isfinite(losses).all()
+    assert np.mean(losses[8:]) < np.mean(losses[:4])
+
+
+def test_a_method_of_distillation_that_is_none_is_said(tmp_path, capsys):
+    assert command_line.run(train.main, distil("tokens", tmp_path / "run")) == 1
+    said = capsys.readouterr().err
+    assert "method=tokens is unknown; use one of features, phi_s, queue" in said
+
+
 def test_a_teacher_keeps_its_head_whatever_the_data_have(tmp_path, capsys):
     labelled = ImageFolder(path=str(shapes_run.shared()[0]), split="train")
     with_head = vit(width=24, head=Classifier(num_classes=3))

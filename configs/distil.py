@@ -10,14 +10,18 @@ teacher   a run, a step folder, or weights of timm, torchvision or Hugging Face;
 student   FAMILY:SIZE of a model of the package (tools/show_model.py lists them)
 data      a folder of images at any depth; labels, if there are folders of them, are not
           used
+method    features: the student's features are drawn to those of each teacher, through
+          an adaptor of its own (1 - cosine, arXiv:2312.06709); phi_s: the same, by
+          squares of features that PHI-S standardises (arXiv:2410.01680), so that no
+          teacher outweighs another; queue: they get the neighbours that the teacher
+          finds among the last `queue` images (after arXiv:2101.04731)
 size      px of the images that the student sees; 0: what the first teacher was trained
           at; teachers of another size see them resized
 batch, epochs, peak  images a step, length, learning rate
 allow_module  a module of your own that a teacher's run comes from
 
-The student's features are drawn to those of each teacher through an adaptor of its own
-(1 - cosine, arXiv:2312.06709); only the student is kept. The preprocessing recorded
-with the student is that of the first teacher.
+Only the student is kept. The preprocessing recorded with the student is that of the
+first teacher.
 Published: none for this form. Ours: not yet run.
 Hardware: any; hours not yet measured.
 """
@@ -35,13 +39,23 @@ from big_vision_lite.models.distilled import Distilled
 from big_vision_lite.models.mixer import MlpMixer
 from big_vision_lite.models.resnet import ResNet
 from big_vision_lite.models.vit import ViT
-from big_vision_lite.objectives.distillation import FeatureDistillation
+from big_vision_lite.objectives.distillation import (
+    Distance,
+    FeatureDistillation,
+    QueueDistillation,
+)
 from big_vision_lite.recipes.arguments import parse_arg
 from big_vision_lite.runs.hyperrule import input_shape, read_run
 from big_vision_lite.schedules import WarmupCosine
 from big_vision_lite.training.optimizers import AdamW
 
 FAMILIES = {"BiT": BiT, "MlpMixer": MlpMixer, "ResNet": ResNet, "ViT": ViT}
+
+METHODS = {
+    "features": FeatureDistillation(),
+    "phi_s": FeatureDistillation(distance=Distance.PHI_S),
+    "queue": QueueDistillation(),
+}
 
 
 def get_config(arg: str = "") -> TrainConfig:
@@ -51,12 +65,18 @@ def get_config(arg: str = "") -> TrainConfig:
         teacher=str,
         student=str,
         data=str,
+        method="features",
         size=0,
+        queue=8192,
         batch=128,
         epochs=100.0,
         peak=1e-3,
         allow_module="",
     )
+    if chosen.method not in METHODS:
+        raise ValueError(
+            f"method={chosen.method} is unknown; use one of {', '.join(METHODS)}."
+        )
     paths = chosen.teacher.split("+")
     teachers = [read_run(path, chosen.allow_module) for path in paths]
     train, val = (
@@ -75,8 +95,14 @@ def get_config(arg: str = "") -> TrainConfig:
             teachers=tuple(teacher.model for teacher in teachers),
             teacher_size_px=() if set(resized) == {size_px} else resized,
             adaptors=True,
+            standardise_steps=max(1, num_steps // 100)
+            if chosen.method == "phi_s"
+            else 0,
+            queue_length=min(chosen.queue, len(train))
+            if chosen.method == "queue"
+            else 0,
         ),
-        objective=FeatureDistillation(),
+        objective=METHODS[chosen.method],
         data=Stream(
             source=train,
             ops=(

@@ -30,8 +30,10 @@ from big_vision_lite.objectives.classification import SoftmaxClassification
 from big_vision_lite.objectives.clusters import ClusterPrediction
 from big_vision_lite.objectives.contrastive import NTXent
 from big_vision_lite.objectives.distillation import (
+    Distance,
     FeatureDistillation,
     LogitDistillation,
+    QueueDistillation,
 )
 from big_vision_lite.objectives.masked_patches import MaskedPatches
 from big_vision_lite.objectives.reconstruction import MaskedReconstruction
@@ -144,6 +146,30 @@ KINDS = {
         ONE,
         {"freeze": ("teachers_.*",)},
     ),
+    "phi-s": (
+        Distilled(
+            student=vit(),
+            teachers=(vit(width=24), vit(width=32)),
+            adaptors=True,
+            adaptor_width=16,
+            standardise_steps=3,
+        ),
+        FeatureDistillation(distance=Distance.PHI_S),
+        ONE,
+        {"freeze": ("teachers_.*",)},
+    ),
+    "queue": (
+        Distilled(
+            student=vit(),
+            teachers=(vit(width=24),),
+            adaptors=True,
+            adaptor_width=16,
+            queue_length=40,
+        ),
+        QueueDistillation(),
+        ONE,
+        {"freeze": ("teachers_.*",)},
+    ),
     "logits": (
         Distilled(
             student=vit(head=Classifier(num_classes=3)),
@@ -198,6 +224,12 @@ def test_a_resumed_run_is_the_straight_one_bit_for_bit(trained):
         assert np.any(resumed.collections["centres"]["centre"] != 0)
     if kind == "iBOT":
         assert np.any(resumed.collections["centres"]["patch_centre"] != 0)
+    if kind == "phi-s":
+        standard = resumed.collections["standards"]["standard_0"]
+        assert standard["steps"] == 3 and standard["kernel"].std() > 0.01
+    if kind == "queue":
+        queue = resumed.collections["queues"]["queue_0"]
+        assert queue["filled"] == 40 and np.any(queue["rows"], axis=1).all()
 
 
 def test_health_stands_on_every_log_line_and_the_loss_is_evaluated(trained):
@@ -207,6 +239,8 @@ def test_health_stands_on_every_log_line_and_the_loss_is_evaluated(trained):
     assert [record["step"] for record in lines] == [1, 2, 3, 4]
     expected = {
         "features": ("distance_teacher_0", "distance_teacher_1"),
+        "phi-s": ("distance_teacher_0", "distance_teacher_1"),
+        "queue": ("distance_teacher_0", "teacher_entropy"),
         "logits": ("agreement", "teacher_entropy"),
     }
     health = expected.get(kind, ("feature_sd", "effective_rank"))
@@ -263,6 +297,40 @@ def test_a_teacher_takes_the_weights_of_a_run(tmp_path, capsys):
     found = train.train(config, epath.Path(tmp_path / "student"), quiet=True)
     for name, leaf in trees.flatten(found.frozen["teachers_0"]).items():
         np.testing.assert_array_equal(leaf, trees.flatten(encoder)[name])
+
+
+def distil(method: str, workdir: pathlib.Path) -> list[str]:
+    images, run = shapes_run.shared()
+    recipe = pathlib.Path(__file__).parents[1] / "configs" / "distil.py"
+    argument = f"teacher={run},student=ViT:Ti/8,data={images},allow_module=shapes_run"
+    return [
+        "train",
+        f"--config={recipe}:{argument},batch=8,method={method}",
+        "--allow_module=shapes_run",
+        f"--workdir={workdir}",
+        "--config.num_steps=12",
+        "--config.optimizer.schedule.warmup_steps=0",
+        "--config.model.student.depth=1",
+        "--config.log_every_steps=1",
+    ]
+
+
+@pytest.mark.parametrize("method", ["features", "phi_s", "queue"])
+def test_any_backbone_is_distilled_from_a_folder(method, tmp_path, capsys):
+    words = distil(method, tmp_path / "run")
+    if method == "phi_s":
+        words.append("--config.model.standardise_steps=2")
+    assert command_line.run(train.main, words) == 0
+    records = read_history(epath.Path(tmp_path / "run"))
+    losses = [r["train/loss"] for r in records if "train/loss" in r]
+    assert len(losses) == 12 and np.isfinite(losses).all()
+    assert np.mean(losses[8:]) < np.mean(losses[:4])
+
+
+def test_a_method_of_distillation_that_is_none_is_said(tmp_path, capsys):
+    assert command_line.run(train.main, distil("tokens", tmp_path / "run")) == 1
+    said = capsys.readouterr().err
+    assert "method=tokens is unknown; use one of features, phi_s, queue" in said
 
 
 def test_a_teacher_keeps_its_head_whatever_the_data_have(tmp_path, capsys):

@@ -32,10 +32,17 @@ from big_vision_lite.runtime.sharding import (
     Mesh,
     ShardingRule,
 )
-from big_vision_lite.schedules import Average
+from big_vision_lite.schedules import Average, Constant
 from big_vision_lite.training import state as state_lib
+from big_vision_lite.training.gradient_point import (
+    SAM,
+    GradientPoint,
+    ScheduleFreeAdamW,
+)
+from big_vision_lite.training.layerwise import LAMB, LARS, Muon
+from big_vision_lite.training.optimizers import SGD, Lion
 from big_vision_lite.training.step import make_train_step
-from big_vision_lite.types import Logits, Model, Objective
+from big_vision_lite.types import Logits, Model, Objective, Optimizer, layers_of
 
 FSDP = (ShardingRule(pattern=".*"),)
 RULES = {
@@ -152,6 +159,17 @@ class Run:
 
 
 OPTIMIZERS = {"gradient": keep_gradient, "adam": lambda: optax.adam(0.1)}
+RATE = Constant(peak=0.05)
+# Net's blocks have no numbers that its class would name.
+MATRICES = (".*(dense|attention|mlp).*/kernel",)
+OF_PACKAGE: dict[str, Optimizer] = {
+    "lion": Lion(schedule=Constant(peak=0.01)),
+    "lars": LARS(schedule=Constant(peak=10.0), weight_decay=0.1),
+    "lamb": LAMB(schedule=RATE),
+    "muon": Muon(schedule=RATE, matrices=MATRICES),
+    "sam": SAM(base=SGD(schedule=RATE), radius=0.2),
+    "schedule_free": ScheduleFreeAdamW(schedule=RATE),
+}
 
 
 class Called(Objective):
@@ -199,13 +217,17 @@ def _parts(
     devices, fsdp, tensor, rules = places
     shape = Mesh(data=-1, fsdp=fsdp, tensor=tensor)
     mesh = sharding.make_mesh(shape, jax.devices()[:devices])
-    transformation = OPTIMIZERS[optimizer]()
     step = dict(options)
+    if optimizer in OPTIMIZERS:
+        transformation, point = OPTIMIZERS[optimizer](), GradientPoint()
+    else:
+        config = OF_PACKAGE[optimizer]
+        transformation = config.build(step.get("num_steps", 20), layers_of(model))
+        point = GradientPoint.of(config, None)
     if "ema" in step:
-        start, end = (
-            step["ema"] if isinstance(step["ema"], tuple) else (step["ema"], None)
-        )
-        step["ema"] = Average(start=start, end=end)
+        ema = step.pop("ema")
+        start, end = ema if isinstance(ema, tuple) else (ema, None)
+        point = dataclasses.replace(point, average=Average(start=start, end=end))
     if objective is not None and not isinstance(objective, Objective):
         objective = Called(objective)
     with jax.set_mesh(mesh):
@@ -214,7 +236,7 @@ def _parts(
             rows(),
             transformation,
             freeze=freeze,
-            ema=step.get("ema") is not None,
+            ema=point.average is not None,
         )
         abstract = state_lib.blueprint(init, RULES[rules], mesh)
     train_step = make_train_step(
@@ -224,6 +246,7 @@ def _parts(
         mesh,
         abstract,
         seed=seed,
+        point=point,
         **step,
     )
     return mesh, init, abstract, train_step

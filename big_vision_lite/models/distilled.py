@@ -5,9 +5,12 @@ from typing import Any, ClassVar
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Num, Shaped
+from jaxtyping import Array, Float, Int, Num, Shaped
 
 from big_vision_lite.models.blocks import layers
+from big_vision_lite.models.embedder import unit
+from big_vision_lite.models.phi_s import PhiS
+from big_vision_lite.runtime import layout
 from big_vision_lite.types import Model
 
 
@@ -22,6 +25,13 @@ class Distilled(nn.Module, Model, kw_only=True):
     With `adaptors` the student's pooled features are mapped to the width of each
     teacher's, by a layer norm, GELU and two layers `adaptor_width` wide: "adapted_<i>".
     After training only the student is used.
+
+    What training measures of the teachers is kept in collections, so the batch is not
+    split into micro-batches. `standardise_steps` gives "standard_<i>", the teacher's
+    pooled features standardised by PHI-S over that many first batches (`phi_s.PhiS`).
+    `queue_length` gives "queue_<i>", the unit vectors of the teacher's last so many
+    images [Q, D], those of this batch first, and "queue_<i>_filled", how many there
+    are; evaluation only reads. 0 switches either off.
     """
 
     backbone: ClassVar = "student"
@@ -31,9 +41,16 @@ class Distilled(nn.Module, Model, kw_only=True):
     teacher_size_px: tuple[int, ...] = ()
     adaptors: bool = False
     adaptor_width: int = 1024
+    standardise_steps: int = 0
+    queue_length: int = 0
 
     def __post_init__(self) -> None:
         layers.check_positive(adaptor_width=self.adaptor_width)
+        for name in ("standardise_steps", "queue_length"):
+            if getattr(self, name) < 0:
+                raise ValueError(
+                    f"{name}={getattr(self, name)} is negative; use 0 for none."
+                )
         if not self.teachers:
             raise ValueError("Distilled has no teachers; give teachers=(ViT(...),).")
         if self.teacher_size_px and len(self.teacher_size_px) != len(self.teachers):
@@ -66,7 +83,36 @@ class Distilled(nn.Module, Model, kw_only=True):
                 )
                 out = layers.Dense(features=width, name=f"adaptor_{index}_out")
                 outputs[f"adapted_{index}"] = out(nn.gelu(hidden(x)))
+            if self.standardise_steps:
+                standard = PhiS(
+                    sample_steps=self.standardise_steps, name=f"standard_{index}"
+                )
+                outputs[f"standard_{index}"] = standard(found["pooled"], train)
+            if self.queue_length:
+                queue = Queue(length=self.queue_length, name=f"queue_{index}")
+                rows, filled = queue(unit(found["pooled"]), train)
+                outputs |= {f"queue_{index}": rows, f"queue_{index}_filled": filled}
         return outputs
+
+
+class Queue(nn.Module, kw_only=True):
+    """Keeps the last `length` rows that training showed, the newest first."""
+
+    length: int
+
+    @nn.compact
+    def __call__(
+        self, rows: Float[Array, "B D"], train: bool
+    ) -> tuple[Float[Array, "Q D"], Int[Array, ""]]:
+        """Returns the queue, with `rows` in training, and how much of it is filled."""
+        shape = (self.length, rows.shape[-1])
+        kept = self.variable("queues", "rows", jnp.zeros, shape, jnp.float32)
+        filled = self.variable("queues", "filled", jnp.zeros, (), jnp.int32)
+        if train and not self.is_initializing():
+            rows = layout.gather(jax.lax.stop_gradient(rows))
+            kept.value = jnp.concatenate([rows, kept.value])[: self.length]
+            filled.value = jnp.minimum(filled.value + len(rows), self.length)
+        return kept.value, filled.value
 
 
 def resized(

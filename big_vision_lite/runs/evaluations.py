@@ -340,7 +340,7 @@ class Evaluations:
             )
             for name, evaluator in self._evaluators.items()
         }
-        self._suffix = "" if run.config.ema is None else "_ema"
+        self._suffix = "" if program.abstract.ema is None else "_ema"
 
     def due(self, step: int) -> list[str]:
         """Returns the names of evaluators to run after `step`; all after the last."""

@@ -17,6 +17,7 @@ from big_vision_lite.recipes import mistakes
 from big_vision_lite.runs import step_folder
 from big_vision_lite.training import state as state_lib
 from big_vision_lite.training.forward import random_keys
+from big_vision_lite.training.gradient_point import SAM
 from big_vision_lite.training.state import TrainState
 from big_vision_lite.types import Batch, Model
 
@@ -148,11 +149,14 @@ class CollapseWatch:
 
 def advise(config: TrainConfig, workdir: epath.Path) -> str:
     """Returns a sentence of flags for a new run; the same recipe would fail again."""
-    peak = config.optimizer.schedule.peak
-    changes = [f"--config.optimizer.schedule.peak={peak / 3:.1g}"]
-    clip_norm = getattr(config.optimizer, "clip_norm", None)
+    optimizer, path = config.optimizer, "--config.optimizer"
+    if isinstance(optimizer, SAM):
+        optimizer, path = optimizer.base, f"{path}.base"
+    peak = optimizer.schedule.peak
+    changes = [f"{path}.schedule.peak={peak / 3:.1g}"]
+    clip_norm = getattr(optimizer, "clip_norm", None)
     if clip_norm is None or clip_norm > 1:
-        changes.append("--config.optimizer.clip_norm=1.0")
+        changes.append(f"{path}.clip_norm=1.0")
     for path, value, _ in mistakes.list_leaves(config.model, "config.model."):
         if path.endswith(".dtype") and value == "bfloat16":
             changes.append(f"--{path}=float32")

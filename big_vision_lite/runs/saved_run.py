@@ -13,6 +13,7 @@ from big_vision_lite.conversion import files as weights
 from big_vision_lite.runs import step_folder
 from big_vision_lite.runtime import sharding
 from big_vision_lite.training import state as state_lib
+from big_vision_lite.training.gradient_point import average_of
 from big_vision_lite.training.state import TrainState
 from big_vision_lite.types import layers_of
 
@@ -65,7 +66,7 @@ class SavedRun:
             spec,
             config.optimizer.build(self.manifest["num_steps"], layers_of(config.model)),
             freeze=config.freeze,
-            ema=config.ema is not None,
+            ema=average_of(config.optimizer, config.ema) is not None,
         )
         abstract = state_lib.blueprint(initialize, config.sharding, self.mesh)
         return state_lib.create(initialize, abstract, config.seed)

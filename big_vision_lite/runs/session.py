@@ -25,6 +25,7 @@ from big_vision_lite.runtime import files, startup
 from big_vision_lite.runtime.processes import Stopped, StopSignal
 from big_vision_lite.training import recalibration
 from big_vision_lite.training import state as state_lib
+from big_vision_lite.training.gradient_point import average_of
 from big_vision_lite.training.program import Program
 from big_vision_lite.training.state import TrainState
 from big_vision_lite.types import backbone_of
@@ -292,7 +293,8 @@ class Run:
         return dataclasses.replace(state, recalibrated=found)
 
     def _measure(self, step: int, state: TrainState) -> dict[str, Any]:
-        data, average = self.config.data, self.config.ema
+        data = self.config.data
+        average = average_of(self.config.optimizer, self.config.ema)
         add = self._program.statistics_step
         assert average is not None and add is not None
         self._program.make_room()

@@ -1,4 +1,4 @@
-"""AdamW, SGD and Adafactor in one chain: clip, direction, learning rate, decay.
+"""AdamW, Lion, SGD and Adafactor in one chain: clip, direction, rate, decay.
 
 With lr(step) the schedule, d the optimizer's direction from the clipped gradient and
 per-name multipliers m (learning rate) and w (decay), every parameter p moves by
@@ -89,9 +89,9 @@ class AdamW:
     momentum_dtype: MomentumDtype = MomentumDtype.FLOAT32
 
     def __post_init__(self) -> None:
-        _check(self)
-        _check_fraction("beta1", self.beta1)
-        _check_fraction("beta2", self.beta2)
+        check_chain(self)
+        check_fraction("beta1", self.beta1)
+        check_fraction("beta2", self.beta2)
 
     def build(
         self, num_steps: int, layers: Sequence[str] = ()
@@ -103,7 +103,42 @@ class AdamW:
             eps=self.epsilon,
             mu_dtype=jnp.dtype(self.momentum_dtype.value),
         )
-        return _chain(self, direction, num_steps, layers)
+        return chain(self, direction, num_steps, layers)
+
+
+@dataclasses.dataclass(kw_only=True)
+class Lion:
+    """The sign of a mix of gradient and momentum (arXiv:2302.06675, program 1).
+
+    Every parameter moves by the whole learning rate, so it is 3 to 10 times lower than
+    AdamW's. `weight_decay` stays AdamW's: the paper raises its own, which the rate
+    multiplies, by as much. One moment, half of Adam's state.
+    """
+
+    schedule: Schedule
+    beta1: float = 0.9
+    beta2: float = 0.99
+    weight_decay: float = 1e-4
+    clip_norm: float | None = 1.0
+    rules: tuple[Rule, ...] = ()
+    layer_decay: float | None = None
+    momentum_dtype: MomentumDtype = MomentumDtype.FLOAT32
+
+    def __post_init__(self) -> None:
+        check_chain(self)
+        check_fraction("beta1", self.beta1)
+        check_fraction("beta2", self.beta2)
+
+    def build(
+        self, num_steps: int, layers: Sequence[str] = ()
+    ) -> optax.GradientTransformation:
+        """Returns the chain for `num_steps` updates of a model with these `layers`."""
+        direction = optax.scale_by_lion(
+            b1=self.beta1,
+            b2=self.beta2,
+            mu_dtype=jnp.dtype(self.momentum_dtype.value),
+        )
+        return chain(self, direction, num_steps, layers)
 
 
 @dataclasses.dataclass(kw_only=True)
@@ -123,8 +158,8 @@ class SGD:
     momentum_dtype: MomentumDtype = MomentumDtype.FLOAT32
 
     def __post_init__(self) -> None:
-        _check(self)
-        _check_fraction("momentum", self.momentum)
+        check_chain(self)
+        check_fraction("momentum", self.momentum)
         if self.nesterov and self.momentum == 0:
             raise ValueError(
                 "optimizer.nesterov=True does nothing with momentum=0.0; "
@@ -142,7 +177,7 @@ class SGD:
                 nesterov=self.nesterov,
                 accumulator_dtype=jnp.dtype(self.momentum_dtype.value),
             )
-        return _chain(self, direction, num_steps, layers)
+        return chain(self, direction, num_steps, layers)
 
 
 @dataclasses.dataclass(kw_only=True)
@@ -166,9 +201,9 @@ class Adafactor:
     momentum_dtype: MomentumDtype = MomentumDtype.BFLOAT16
 
     def __post_init__(self) -> None:
-        _check(self)
-        _check_fraction("momentum", self.momentum)
-        _check_fraction("beta2_cap", self.beta2_cap)
+        check_chain(self)
+        check_fraction("momentum", self.momentum)
+        check_fraction("beta2_cap", self.beta2_cap)
 
     def build(
         self, num_steps: int, layers: Sequence[str] = ()
@@ -189,12 +224,12 @@ class Adafactor:
                 accumulator_dtype=jnp.dtype(self.momentum_dtype.value),
             ),
         )
-        return _chain(self, direction, num_steps, layers)
+        return chain(self, direction, num_steps, layers)
 
 
 @runtime_checkable
-class _Config(Protocol):
-    """The fields that the optimizers of this file share."""
+class ChainConfig(Protocol):
+    """The fields that optimizers built on `chain` share."""
 
     schedule: Schedule
     weight_decay: float
@@ -204,17 +239,20 @@ class _Config(Protocol):
 
 
 @dataclasses.dataclass
-class _Multiplier:
+class Multiplier:
+    """The factors of one parameter's learning rate and decay."""
+
     learning_rate: float
     weight_decay: float
 
 
-def _chain(
-    config: _Config,
+def chain(
+    config: ChainConfig,
     direction: optax.GradientTransformation,
     num_steps: int,
     layers: Sequence[str],
 ) -> optax.GradientTransformation:
+    """Returns clipping, `direction`, multipliers, decay and schedule as one chain."""
     learning_rate, peak = config.schedule.build(num_steps), config.schedule.peak
     clip = optax.identity()
     if config.clip_norm is not None:
@@ -231,21 +269,21 @@ def _chain(
 
 
 def _multiply_and_decay(
-    config: _Config, layers: Sequence[str]
+    config: ChainConfig, layers: Sequence[str]
 ) -> optax.GradientTransformation:
     """Multiplies updates and adds decay, both by the names of the parameters."""
 
     def init(params: Any) -> optax.EmptyState:
-        _multipliers(
+        multipliers_of(
             config, layers, params
         )  # so that a wrong rule fails before the first step
         return optax.EmptyState()
 
     def update(updates: Any, state: Any, params: Any = None) -> tuple[Any, Any]:
         assert params is not None, "optimizer.update needs the parameters"
-        by_name = _multipliers(config, layers, params)
+        by_name = multipliers_of(config, layers, params)
 
-        def one(multiplier: _Multiplier, update: Any, param: Any) -> Any:
+        def one(multiplier: Multiplier, update: Any, param: Any) -> Any:
             if multiplier.learning_rate == 0:
                 return jnp.zeros_like(update)
             update = update * multiplier.learning_rate
@@ -258,9 +296,14 @@ def _multiply_and_decay(
     return optax.GradientTransformation(init, update)
 
 
-def _multipliers(
-    config: _Config, layers: Sequence[str], params: Params
-) -> dict[str, _Multiplier]:
+def multipliers_of(
+    config: ChainConfig, layers: Sequence[str], params: Params
+) -> dict[str, Multiplier]:
+    """Returns each parameter's multipliers, by the first rule that matches its name.
+
+    Raises:
+        ValueError: a rule matches no name, or `layer_decay` finds no blocks.
+    """
     names = trees.names(params)
     rules = trees.match(
         [(rule.pattern, rule) for rule in config.rules], names, what="optimizer.rules"
@@ -278,14 +321,15 @@ def _multipliers(
         # The layer's scale applies to the decay too, as in torch, where the group's
         # learning rate multiplies it: MAE's 0.65 leaves the lowest layers 0.4 % of that
         # rate, and unscaled decay would shrink them to nothing.
-        multipliers[name] = _Multiplier(
+        multipliers[name] = Multiplier(
             learning_rate=rule.learning_rate_multiplier * scales[name],
             weight_decay=decay * scales[name],
         )
     return multipliers
 
 
-def _check(config: _Config) -> None:
+def check_chain(config: ChainConfig) -> None:
+    """Raises ValueError if a field that optimizers share makes no sense."""
     if not 0 <= config.weight_decay < float("inf"):
         raise ValueError(
             f"optimizer.weight_decay={config.weight_decay} must be 0.0 or more. It is "
@@ -303,7 +347,8 @@ def _check(config: _Config) -> None:
         )
 
 
-def _check_fraction(field: str, value: float) -> None:
+def check_fraction(field: str, value: float) -> None:
+    """Raises ValueError unless `value` is in [0, 1)."""
     if not 0 <= value < 1:
         raise ValueError(
             f"optimizer.{field}={value} must be at least 0.0 and below 1.0, for "

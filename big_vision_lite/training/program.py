@@ -9,6 +9,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.extend import core
 
 from big_vision_lite.config import TrainConfig
 from big_vision_lite.messages import did_you_mean, some
@@ -18,6 +19,7 @@ from big_vision_lite.runtime import cpu, flops
 from big_vision_lite.training import recalibration
 from big_vision_lite.training import state as state_lib
 from big_vision_lite.training.forward import BoundModel, MissingOutput
+from big_vision_lite.training.gradient_point import GradientPoint
 from big_vision_lite.training.state import TrainState
 from big_vision_lite.training.step import call_objective, make_train_step
 from big_vision_lite.types import (
@@ -49,7 +51,7 @@ class Program:
     statistics_step: Any | None = None
     # What the model gives the objective: "logits" of a head, "pooled" features, ...
     outputs: tuple[str, ...] = ()
-    # Notes on the program for users of an accelerator, one line each.
+    # What users should know of the program, one line each.
     notes: tuple[str, ...] = ()
     # The train step on a CPU, which keeps its memory between steps.
     steady: cpu.SteadyStep | None = None
@@ -89,12 +91,13 @@ def build(
         num_steps = config.resolve_steps(len(config.data.source))
         names = tuple(config.data.source.class_names)
     optimizer = config.optimizer.build(num_steps, layers_of(config.model))
+    point = GradientPoint.of(config.optimizer, config.ema)
     initialize = state_lib.make_initializer(
         config.model,
         spec,
         optimizer,
         freeze=config.freeze,
-        ema=config.ema is not None,
+        ema=point.average is not None,
     )
     abstract = state_lib.blueprint(initialize, config.sharding, mesh)
     device = mesh.devices.flat[0]
@@ -112,7 +115,7 @@ def build(
         seed=config.seed,
         device_ops=config.data.device_ops,
         micro_batches=config.micro_batches,
-        ema=config.ema,
+        point=point,
         num_steps=num_steps,
         compiler_options=cpu.COMPILER_OPTIONS if on_cpu else None,
     )
@@ -120,7 +123,10 @@ def build(
     with attention.calls() as calls:
         counting = CountingForward(model, abstract)
         try:
-            trace_objective(counting, config.objective, spec, config.data.device_ops)
+            used = trace_objective(
+                counting, config.objective, spec, config.data.device_ops
+            )
+            unused = names and "label" in spec and "label" not in used
         except ValueError:
             # If head and classes differ, raise the error that names the options.
             check_head(config, counting.outputs, names)
@@ -132,18 +138,25 @@ def build(
         abstract=abstract,
         fresh=functools.partial(state_lib.create, initialize, abstract, config.seed),
         train_step=steady or train_step,
-        statistics_step=_statistics_step(config, model, abstract),
-        flops_per_step=counting.flops,
+        statistics_step=_statistics_step(config, point, model, abstract),
+        flops_per_step=point.passes * counting.flops,
         outputs=tuple(counting.outputs),
-        notes=()
-        if on_cpu
-        else tuple(attention.describe(calls, device.platform, device.device_kind)),
+        notes=(
+            *(unused_labels(config, counting.outputs) if unused else ()),
+            *(
+                ()
+                if on_cpu
+                else attention.describe(calls, device.platform, device.device_kind)
+            ),
+        ),
         steady=steady,
     )
 
 
-def _statistics_step(config: TrainConfig, model: Model, abstract: TrainState) -> Any:
-    if config.ema is None or not config.ema.recalibrate_statistics:
+def _statistics_step(
+    config: TrainConfig, point: GradientPoint, model: Model, abstract: TrainState
+) -> Any:
+    if point.average is None or not point.average.recalibrate_statistics:
         return None
     if not recalibration.keeps_statistics(model, abstract):
         return None
@@ -223,8 +236,10 @@ def trace_objective(
     objective: Objective,
     spec: Mapping[str, Any],
     device_ops: Sequence[DeviceOp] = (),
-) -> None:
+) -> set[str]:
     """Traces the objective on a batch's shapes; `forward` counts and keeps shapes.
+
+    Returns the keys of the batch that its losses or metrics depend on.
 
     Raises:
         ValueError: the objective needs a key that the batch lacks, or does not return
@@ -248,7 +263,35 @@ def trace_objective(
             ) from error
 
     shapes = {n: jax.ShapeDtypeStruct(x.shape, x.dtype) for n, x in spec.items()}
-    jax.eval_shape(run, shapes, jax.eval_shape(lambda: jax.random.key(0)))
+    jaxpr = jax.make_jaxpr(run)(shapes, jax.eval_shape(lambda: jax.random.key(0)))
+    inputs = zip(sorted(shapes), jaxpr.jaxpr.invars, strict=False)
+    return {name for name, variable in inputs if _reaches(jaxpr.jaxpr, variable)}
+
+
+def _reaches(jaxpr: core.Jaxpr, variable: Any) -> bool:
+    """Returns whether an output of `jaxpr` may depend on `variable`."""
+    reached = {variable}
+    for equation in jaxpr.eqns:
+        if any(
+            not isinstance(x, core.Literal) and x in reached for x in equation.invars
+        ):
+            reached.update(equation.outvars)
+    return any(not isinstance(x, core.Literal) and x in reached for x in jaxpr.outvars)
+
+
+def unused_labels(config: TrainConfig, outputs: Mapping[str, Any]) -> list[str]:
+    """Returns a sentence on labels that the objective does not use."""
+    # With logits the classes of the data are those of the head.
+    if "logits" in outputs:
+        return []
+    ways = {"label_key": "none", "labels": "false"}
+    there = [name for name in ways if hasattr(config.data.source, name)]
+    flags = [f"--config.data.source.{name}={ways[name]}" for name in there]
+    leave_out = f"; {flags[0]} leaves them out" if flags else ""
+    return [
+        f"labels of data.source are read but {type(config.objective).__name__} does "
+        f"not use them{leave_out}."
+    ]
 
 
 def check_head(

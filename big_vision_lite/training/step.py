@@ -10,10 +10,10 @@ import optax
 
 from big_vision_lite import trees
 from big_vision_lite.runtime import layout, sharding
-from big_vision_lite.schedules import Average
 from big_vision_lite.training import state as state_lib
 from big_vision_lite.training.accumulation import accumulate_gradients
 from big_vision_lite.training.forward import BoundModel, progress_of
+from big_vision_lite.training.gradient_point import GradientPoint
 from big_vision_lite.training.state import TrainState
 from big_vision_lite.types import (
     Array,
@@ -39,14 +39,15 @@ def make_train_step(
     seed: int = 0,
     device_ops: Sequence[DeviceOp] = (),
     micro_batches: int = 1,
-    ema: Average | None = None,
+    point: GradientPoint | None = None,
     num_steps: int | None = None,
     compiler_options: dict[str, Any] | None = None,
 ) -> Any:
     """Returns the jitted `train_step(state, batch) -> (state, metrics)`.
 
-    The state is donated. `num_steps`, the length of the run, serves `forward.progress`
-    and an `ema` whose decay grows. `metrics` are scalars of this step: the means of the
+    The state is donated. `point` is where gradients are taken, by default at the
+    parameters. `num_steps`, the length of the run, serves `forward.progress` and an
+    average whose decay grows. `metrics` are scalars of this step: the means of the
     objective's metrics, "loss", "gradient_norm" (before clipping) and "finite". If loss
     or gradient is not finite, the step changes only the step counter, which leaves the
     state for inspection.
@@ -56,6 +57,7 @@ def make_train_step(
             the whole batch; at the first step, an objective that does not return one
             loss per example.
     """
+    at = point or GradientPoint()
     frozen_names = set(trees.names(abstract.frozen))
     named = [*trees.names(abstract.params), *frozen_names]
     modules = frozenset(state_lib.frozen_modules(frozen_names, named))
@@ -128,15 +130,19 @@ def make_train_step(
         compute = whole_batch if micro_batches == 1 else accumulate
         progress = progress_of(state.step, num_steps)
         averages = (state.ema, state.ema_statistics)
-        held = (state.params, state.frozen, state.collections, averages)
-        gradients, sums, weight, collections = compute(*held, batch, rng, progress)
+        where = at.interpolated(state.params, state.ema)
+        others = (state.frozen, state.collections, averages, batch, rng, progress)
+        gradients, sums, weight, collections = compute(where, *others)
+        if at.radius:
+            # What the second pass says of the batch is not that of the parameters.
+            gradients, *_ = compute(at.ascended(where, gradients), *others)
         metrics = {name: total / weight for name, total in sums.items()}
         metrics["gradient_norm"] = optax.tree.norm(gradients)
-        updates, opt_state = optimizer.update(gradients, state.opt_state, state.params)
+        updates, opt_state = optimizer.update(gradients, state.opt_state, where)
         params = optax.apply_updates(state.params, updates)
         average, statistics = state.ema, state.ema_statistics
-        if average is not None and ema is not None:
-            decay = ema.decay(progress)
+        if average is not None:
+            decay = at.decay(opt_state, progress)
             average = jax.tree.map(
                 lambda old, new: decay * old + (1 - decay) * new, average, params
             )

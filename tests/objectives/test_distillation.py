@@ -2,12 +2,16 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from tiny_runs import rows, start
 
-from big_vision_lite.models.distilled import Distilled, resized
+from big_vision_lite import trees
+from big_vision_lite.models.distilled import Distilled, Queue, resized
 from big_vision_lite.models.vit import ViT
 from big_vision_lite.objectives.distillation import (
+    Distance,
     FeatureDistillation,
     LogitDistillation,
+    QueueDistillation,
     Target,
 )
 
@@ -51,6 +55,117 @@ def test_hard_targets_and_labels_are_mixed_as_said():
     known = -log_p[np.arange(4), LABELS]
     np.testing.assert_allclose(losses, 0.75 * hard + 0.25 * known, rtol=1e-5)
     np.testing.assert_array_equal(metrics["accuracy"], STUDENT.argmax(1) == LABELS)
+
+
+def test_a_distillation_token_learns_from_teachers_and_the_class_token_from_labels():
+    by_token, by_class = (R.normal(0, 2, (4, 5)).astype(np.float32) for _ in range(2))
+    parts = {
+        "distillation_logits": jnp.asarray(by_token),
+        "class_logits": jnp.asarray(by_class),
+    }
+    objective = LogitDistillation(target=Target.HARD, label_weight=0.5)
+    losses, _ = run(objective, teachers=(FIRST,), **parts)
+    hard = -np.log(softmax(by_token))[np.arange(4), FIRST.argmax(axis=1)]
+    known = -np.log(softmax(by_class))[np.arange(4), LABELS]
+    np.testing.assert_allclose(losses, (hard + known) / 2, rtol=1e-5)
+    with pytest.raises(ValueError, match=r"label_weight=0.5.*distillation_token=false"):
+        run(LogitDistillation(), teachers=(FIRST,), **parts)
+
+
+def test_standardised_features_are_compared_by_their_mean_square():
+    adapted, standard = R.normal(0, 1, (2, 4, 3)).astype(np.float32)
+    given = {"adapted_0": jnp.asarray(adapted), "standard_0": jnp.asarray(standard)}
+    objective = FeatureDistillation(distance=Distance.PHI_S)
+    losses, metrics = run(objective, teachers=(FIRST,), **given)
+    expected = ((adapted - standard) ** 2).mean(axis=1)
+    np.testing.assert_allclose(losses, expected, rtol=1e-5)
+    np.testing.assert_allclose(metrics["distance_teacher_0"], expected, rtol=1e-5)
+    with pytest.raises(ValueError, match="model.standardise_steps=50"):
+        run(objective, teachers=(FIRST,), adapted_0=jnp.asarray(adapted))
+
+
+def lengths_one(x):
+    return x / np.linalg.norm(x, axis=1, keepdims=True)
+
+
+def test_neighbours_in_the_queue_are_pseudo_classes():
+    adapted = R.normal(0, 1, (4, 3)).astype(np.float32)
+    queue = lengths_one(R.normal(0, 1, (6, 3)).astype(np.float32))
+    queue[5] = 0
+    given = {
+        "adapted_0": jnp.asarray(adapted),
+        "queue_0": jnp.asarray(queue),
+        "queue_0_filled": jnp.asarray(5),
+    }
+    losses, metrics = run(QueueDistillation(), teachers=(FIRST,), **given)
+    expected, entropies = [], []
+    for mine, theirs in zip(
+        lengths_one(adapted), lengths_one(FIRST[:, :3]), strict=True
+    ):
+        p = np.array([np.exp(theirs @ queue[j] / 0.07) for j in range(5)])
+        q = np.array([np.exp(mine @ queue[j] / 0.07) for j in range(5)])
+        p, q = p / p.sum(), q / q.sum()
+        expected.append(-(p * np.log(q)).sum())
+        entropies.append(-(p * np.log(p)).sum())
+    np.testing.assert_allclose(losses, expected, rtol=1e-4)
+    np.testing.assert_allclose(metrics["teacher_entropy"], entropies, atol=1e-4)
+    assert np.isfinite(run(QueueDistillation(), teachers=(FIRST,), **given | {
+        "queue_0_filled": jnp.asarray(0)})[0]).all()  # fmt: skip
+    with pytest.raises(ValueError, match="model.queue_length=8192"):
+        run(QueueDistillation(), teachers=(FIRST,), adapted_0=jnp.asarray(adapted))
+    with pytest.raises(ValueError, match=r"QueueDistillation compares .*adaptors=true"):
+        run(QueueDistillation(), teachers=(FIRST,), queue_0=jnp.asarray(queue))
+    with pytest.raises(ValueError, match=r"temperature=0.0\) must be above 0"):
+        QueueDistillation(temperature=0.0)
+
+
+def test_the_queue_holds_the_last_images_the_newest_first():
+    module, variables = Queue(length=5), {}
+    batches = R.normal(0, 1, (3, 2, 4)).astype(np.float32)
+    for count, batch in enumerate(batches, 1):
+        (rows, filled), variables = module.apply(
+            variables, jnp.asarray(batch), True, mutable=["queues"]
+        )
+        assert filled == min(5, 2 * count)
+        np.testing.assert_array_equal(rows[:2], batch)
+    newest = np.concatenate([*batches[2], *batches[1], batches[0][0]]).reshape(5, 4)
+    np.testing.assert_array_equal(rows, newest)
+    (read, filled), _ = module.apply(
+        variables, jnp.asarray(batches[0]), False, mutable=["queues"]
+    )
+    np.testing.assert_array_equal(read, newest)
+
+
+@pytest.mark.parametrize("devices", [pytest.param(2, marks=pytest.mark.slow), 8])
+@pytest.mark.parametrize("kind", ["queue", "phi_s"])
+def test_what_is_kept_of_the_teachers_is_global_over_devices(kind, devices):
+    fields = {"queue": {"queue_length": 40}, "phi_s": {"standardise_steps": 2}}[kind]
+    model = Distilled(
+        student=vit(), teachers=(vit(),), adaptors=True, adaptor_width=4, **fields
+    )
+    objective = FeatureDistillation(distance=Distance.PHI_S)
+    if kind == "queue":
+        objective = QueueDistillation()
+    found = []
+    frozen = ("teachers_.*",)
+    for count in (1, devices):
+        # As a function: equal arguments of `start` share a step, and are hashed.
+        loss = objective.__call__
+        run = start(model, objective=loss, devices=count, freeze=frozen)
+        metrics = run.advance(*(rows(seed=seed) for seed in range(3)))
+        kept = trees.flatten(jax.device_get(run.state.collections))
+        found.append(([m["loss"] for m in metrics], kept))
+    (one, first), (other, second) = found
+    np.testing.assert_allclose(other, one, rtol=2e-4)
+    for name, value in first.items():
+        if not name.endswith("kernel"):  # eigenvectors have no sign of their own
+            np.testing.assert_allclose(second[name], value, atol=1e-5, err_msg=name)
+
+
+def test_a_model_that_keeps_something_of_its_teachers_takes_whole_batches():
+    model = Distilled(student=vit(), teachers=(vit(),), queue_length=4)
+    with pytest.raises(ValueError, match=r"keeps queues.*micro_batches=1"):
+        start(model, freeze=("teachers_.*",), micro_batches=2)
 
 
 def test_a_teacher_that_agrees_costs_nothing():
@@ -119,3 +234,5 @@ def test_teachers_are_there_and_each_has_a_size():
         Distilled(student=vit(), teachers=())
     with pytest.raises(ValueError, match="another length than the 1 teachers"):
         Distilled(student=vit(), teachers=(vit(),), teacher_size_px=(8, 9))
+    with pytest.raises(ValueError, match="queue_length=-1 is negative"):
+        Distilled(student=vit(), teachers=(vit(),), queue_length=-1)

@@ -51,6 +51,7 @@ from big_vision_lite.objectives.contrastive import NTXent
 from big_vision_lite.objectives.distillation import (
     FeatureDistillation,
     LogitDistillation,
+    QueueDistillation,
 )
 from big_vision_lite.objectives.masked_patches import MaskedPatches
 from big_vision_lite.objectives.numbers import Numbers
@@ -71,7 +72,9 @@ from big_vision_lite.schedules import (
     WarmupLinear,
     WarmupRsqrt,
 )
-from big_vision_lite.training.optimizers import SGD, Adafactor, AdamW, Rule
+from big_vision_lite.training.gradient_point import SAM, ScheduleFreeAdamW
+from big_vision_lite.training.layerwise import LAMB, LARS, Muon
+from big_vision_lite.training.optimizers import SGD, Adafactor, AdamW, Lion, Rule
 
 DIGITS = sources.Digits
 TINY = pathlib.Path(__file__).parents[1] / "recipes" / "digits_tiny.py"
@@ -179,6 +182,14 @@ def everything() -> list[TrainConfig]:
         WarmupRsqrt(peak=0.1, cooldown_steps=2),
         StepDrops(peak=0.1, drop_fractions=(0.3, 0.6)),
     )
+    optimizers = (
+        Lion(schedule=schedules[0]),
+        LARS(schedule=schedules[0]),
+        LAMB(schedule=schedules[0]),
+        Muon(schedule=schedules[0], matrices=("block.*/kernel",)),
+        SAM(base=SGD(schedule=schedules[0])),
+        ScheduleFreeAdamW(schedule=Constant(peak=0.1, warmup_steps=3)),
+    )
     head = Classifier(num_classes=10)
     hybrid = ViT.of("S/1", stem=Trunk(stages=(1,), width=32), head=head)
     models = [
@@ -209,6 +220,7 @@ def everything() -> list[TrainConfig]:
         (MaskedClusters(encoder=vit, clusters=8), ClusterPrediction()),
         (distilled, LogitDistillation()),
         (distilled, FeatureDistillation()),
+        (distilled, QueueDistillation()),
     ]
     watched = {
         "probe": OnlineProbe(train=DIGITS(), test=DIGITS(split="test")),
@@ -222,6 +234,7 @@ def everything() -> list[TrainConfig]:
         recipe(optimizer=SGD(schedule=schedules[0]), data=repeated),
         recipe(optimizer=Adafactor(schedule=schedules[1])),
         recipe(optimizer=AdamW(schedule=schedules[2]), model=hybrid),
+        *(recipe(optimizer=optimizer) for optimizer in optimizers),
         *(recipe(model=model) for model in models),
         *(
             recipe(model=model, objective=objective, evaluators=watched)
@@ -252,8 +265,8 @@ NOT_CONFIG = {
 }  # fmt: skip
 PARTS = {
     *("StandardisedConv", "Conv", "BatchNorm", "Unit", "Stage", "Bottleneck"),
-    *("EncoderBlock", "Encoder", "MixerBlock", "_Multiplier", "MaskedModel"),
-    *("Dense", "LayerNorm", "GroupNorm", "SavedRun", "_Split"),
+    *("EncoderBlock", "Encoder", "MixerBlock", "Multiplier", "MaskedModel"),
+    *("PhiS", "Queue", "Dense", "LayerNorm", "GroupNorm", "SavedRun", "_Split"),
 }
 
 

@@ -14,6 +14,7 @@ from big_vision_lite.training.optimizers import (
     SGD,
     Adafactor,
     AdamW,
+    Lion,
     MomentumDtype,
     Rule,
 )
@@ -142,6 +143,19 @@ def adam_by_hand(optimizer):
     return direction
 
 
+def lion_by_hand(optimizer):
+    momentum = 0.0
+
+    def direction(g, step):
+        nonlocal momentum
+        sign = np.sign(optimizer.beta1 * momentum + (1 - optimizer.beta1) * g)
+        fresh = decayed(optimizer.beta2, momentum, optimizer.momentum_dtype)
+        momentum = stored(fresh + (1 - optimizer.beta2) * g, optimizer.momentum_dtype)
+        return sign
+
+    return direction
+
+
 def sgd_by_hand(optimizer):
     trace = 0.0
 
@@ -187,6 +201,8 @@ CASES = {
     "adamw, all on": (AdamW(**FULL, layer_decay=0.7, beta2=0.95), adam_by_hand),
     "adamw, bfloat16": (AdamW(**FULL, momentum_dtype=BFLOAT16), adam_by_hand),
     "adamw, not clipped": (AdamW(**FULL, clip_norm=None), adam_by_hand),
+    "lion": (Lion(schedule=SCHEDULE), lion_by_hand),
+    "lion, all on": (Lion(**FULL, layer_decay=0.7, beta1=0.95), lion_by_hand),
     "sgd": (SGD(schedule=SCHEDULE), sgd_by_hand),
     "sgd, all on": (SGD(**FULL, layer_decay=0.7, nesterov=True), sgd_by_hand),
     "sgd, bfloat16": (SGD(**FULL, momentum_dtype=BFLOAT16), sgd_by_hand),
@@ -304,6 +320,7 @@ def test_the_first_rule_that_matches_gives_both_multipliers():
         SGD(schedule=Constant(peak=0.05), clip_norm=None),
         SGD(schedule=Constant(peak=0.05), clip_norm=None, nesterov=True),
         Adafactor(schedule=WarmupCosine(peak=0.05)),
+        Lion(schedule=WarmupCosine(peak=0.02), weight_decay=0.0),
     ],
 )
 def test_every_optimizer_minimises_a_quadratic(optimizer):
@@ -332,6 +349,7 @@ def test_the_state_is_arrays_with_unique_names_and_the_promised_dtypes():
         (AdamW(schedule=SCHEDULE, momentum_dtype=BFLOAT16), {"mu": BFLOAT16}),
         (AdamW(schedule=SCHEDULE), {"mu": FLOAT32, "nu": FLOAT32}),
         (SGD(schedule=SCHEDULE, momentum_dtype=BFLOAT16), {"trace": BFLOAT16}),
+        (Lion(schedule=SCHEDULE, momentum_dtype=BFLOAT16), {"mu": BFLOAT16}),
         (Adafactor(schedule=SCHEDULE), {"ema": BFLOAT16}),
     ):
         state = optimizer.build(NUM_STEPS).init(params)
@@ -396,6 +414,7 @@ def test_a_warm_up_longer_than_the_run_is_refused_when_built():
         (lambda: AdamW(schedule=SCHEDULE, beta1=1.0), "beta1=1.0 must be"),
         (lambda: AdamW(schedule=SCHEDULE, beta2=9.0), "beta2=9.0 must be"),
         (lambda: AdamW(schedule=SCHEDULE, layer_decay=1.5), "layer_decay=1.5"),
+        (lambda: Lion(schedule=SCHEDULE, beta2=1.0), "beta2=1.0 must be"),
         (lambda: SGD(schedule=SCHEDULE, momentum=-0.1), "momentum=-0.1"),
         (lambda: SGD(schedule=SCHEDULE, momentum=0.0, nesterov=True), "does nothing"),
         (lambda: Adafactor(schedule=SCHEDULE, beta2_cap=1.0), "beta2_cap=1.0"),
@@ -422,6 +441,6 @@ def test_values_that_make_no_optimizer_are_refused(make, message):
 
 def test_every_optimizer_shares_the_fields_of_the_chain():
     shared = {"schedule", "weight_decay", "clip_norm", "rules", "layer_decay"}
-    for kind in (AdamW, SGD, Adafactor):
+    for kind in (AdamW, Lion, SGD, Adafactor):
         assert shared <= {field.name for field in dataclasses.fields(kind)}
-        assert isinstance(kind(schedule=SCHEDULE), optimizers._Config)
+        assert isinstance(kind(schedule=SCHEDULE), optimizers.ChainConfig)

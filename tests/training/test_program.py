@@ -16,7 +16,7 @@ from big_vision_lite.config import TrainConfig
 from big_vision_lite.data.ops import Decode
 from big_vision_lite.data.ops.device import Mixup
 from big_vision_lite.data.pipeline import Stream
-from big_vision_lite.data.sources import Digits
+from big_vision_lite.data.sources import Digits, ImageFolder
 from big_vision_lite.models.blocks.heads import Classifier
 from big_vision_lite.models.vit import ViT
 from big_vision_lite.objectives.classification import SigmoidClassification
@@ -122,6 +122,42 @@ def products(tokens: int) -> int:
     width, hidden = ENCODER["width"], ENCODER["mlp_dim"]
     dense = 4 * width * width + 2 * width * hidden
     return 2 * 2 * (tokens * dense + 2 * tokens * tokens * width)
+
+
+def notes(source, objective=None, head=None) -> tuple[str, ...]:
+    model = ViT(**ENCODER, head=head)
+    if objective is None:
+        model = MaskedAutoencoder(encoder=model, decoder_width=16)
+    config = TrainConfig(
+        num_steps=1,
+        model=model,
+        objective=objective or Reconstruction(patch_size=2),
+        data=Stream(source=source, batch_size=32),
+        preprocess=(Decode(channels=1),),
+        optimizer=AdamW(schedule=Constant(peak=0.1)),
+    )
+    mesh = sharding.make_mesh(config.mesh, jax.devices()[:1])
+    with jax.set_mesh(mesh):
+        spec = jax.eval_shape(rows)
+        return program.build(config, mesh, spec).notes
+
+
+def test_labels_that_an_objective_ignores_are_said(tmp_path):
+    (said,) = notes(Digits())
+    assert said == (
+        "labels of data.source are read but Reconstruction does not use them."
+    )
+    for name in "ab":
+        (tmp_path / name).mkdir()
+        for index in range(20):
+            (tmp_path / name / f"{index}.png").write_bytes(b"")
+    (said,) = notes(ImageFolder(path=str(tmp_path)))
+    assert "; --config.data.source.labels=false leaves them out." in said
+    # Used, or the classes of a head, or not there.
+    head = Classifier(num_classes=10)
+    assert not notes(Digits(), SigmoidClassification(), head)
+    unlabelled = ImageFolder(path=str(tmp_path), labels=False)
+    assert not notes(unlabelled)
 
 
 PATCHES = (SIZE // 2) ** 2

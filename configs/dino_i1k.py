@@ -139,6 +139,7 @@ def get_config(arg: str = "") -> TrainConfig:
             schedule=WarmupCosine(peak=PEAK, warmup_steps=STEPS // 10),
             # Per step at the peak: the published 0.04 to 0.4 times the learning rate.
             weight_decay=0.04 * PEAK,
+            weight_decay_end=0.4 * PEAK,
             clip_norm=3.0,
             layer_decay=0.9,
             rules=(

@@ -76,6 +76,8 @@ class AdamW:
     layer_decay^(L + 1 - d), as in BEiT's and MAE's fine-tuning: embeddings have depth
     0, block i has i + 1, everything after the blocks L + 1 (`trees.layers_above`
     of the model's `layers`).
+    `weight_decay_end` lets the decay move from `weight_decay` to it along half a cosine
+    over the run, beside the schedule, as in DINO (arXiv:2104.14294); None keeps it.
     """
 
     schedule: Schedule
@@ -83,6 +85,7 @@ class AdamW:
     beta2: float = 0.999
     epsilon: float = 1e-8
     weight_decay: float = 1e-4
+    weight_decay_end: float | None = None
     clip_norm: float | None = 1.0
     rules: tuple[Rule, ...] = ()
     layer_decay: float | None = None
@@ -92,6 +95,11 @@ class AdamW:
         check_chain(self)
         check_fraction("beta1", self.beta1)
         check_fraction("beta2", self.beta2)
+        if self.weight_decay_end is not None and not self.weight_decay_end >= 0:
+            raise ValueError(
+                f"optimizer.weight_decay_end={self.weight_decay_end}; use 0.0 or more, "
+                "or None to keep the decay."
+            )
 
     def build(
         self, num_steps: int, layers: Sequence[str] = ()
@@ -103,7 +111,10 @@ class AdamW:
             eps=self.epsilon,
             mu_dtype=jnp.dtype(self.momentum_dtype.value),
         )
-        return chain(self, direction, num_steps, layers)
+        decay = None
+        if (end := self.weight_decay_end) is not None:
+            decay = half_cosine(self.weight_decay, end, num_steps)
+        return chain(self, direction, num_steps, layers, decay)
 
 
 @dataclasses.dataclass(kw_only=True)
@@ -251,8 +262,12 @@ def chain(
     direction: optax.GradientTransformation,
     num_steps: int,
     layers: Sequence[str],
+    decay: optax.Schedule | None = None,
 ) -> optax.GradientTransformation:
-    """Returns clipping, `direction`, multipliers, decay and schedule as one chain."""
+    """Returns clipping, `direction`, multipliers, decay and schedule as one chain.
+
+    `decay` is the weight decay at each step, None for that of `config`.
+    """
     learning_rate, peak = config.schedule.build(num_steps), config.schedule.peak
     clip = optax.identity()
     if config.clip_norm is not None:
@@ -261,34 +276,51 @@ def chain(
         clip,
         direction,
         optax.scale(peak),
-        _multiply_and_decay(config, layers),
+        _multiply_and_decay(config, layers, decay),
         # After the decay, so that it follows the schedule's shape but not its peak.
         optax.scale_by_schedule(lambda step: learning_rate(step) / peak),
         optax.scale(-1.0),
     )
 
 
+def half_cosine(start: float, end: float, num_steps: int) -> optax.Schedule:
+    """Returns the schedule from `start` at step 0 to `end` at step `num_steps`."""
+
+    def value(step: Any) -> Any:
+        part = jnp.minimum(step / num_steps, 1)
+        return end + (start - end) * (1 + jnp.cos(jnp.pi * part)) / 2
+
+    return value
+
+
 def _multiply_and_decay(
-    config: ChainConfig, layers: Sequence[str]
+    config: ChainConfig, layers: Sequence[str], decay_at: optax.Schedule | None
 ) -> optax.GradientTransformation:
     """Multiplies updates and adds decay, both by the names of the parameters."""
 
-    def init(params: Any) -> optax.EmptyState:
-        multipliers_of(
-            config, layers, params
-        )  # so that a wrong rule fails before the first step
-        return optax.EmptyState()
+    def init(params: Any) -> Any:
+        # So that a wrong rule fails before the first step.
+        multipliers_of(config, layers, params)
+        if decay_at is None:
+            return optax.EmptyState()
+        return optax.ScaleByScheduleState(count=jnp.zeros((), jnp.int32))
 
     def update(updates: Any, state: Any, params: Any = None) -> tuple[Any, Any]:
         assert params is not None, "optimizer.update needs the parameters"
         by_name = multipliers_of(config, layers, params)
+        weight_decay: Any = config.weight_decay
+        if decay_at is not None:
+            weight_decay = decay_at(state.count)
+            state = optax.ScaleByScheduleState(count=state.count + 1)
 
         def one(multiplier: Multiplier, update: Any, param: Any) -> Any:
             if multiplier.learning_rate == 0:
                 return jnp.zeros_like(update)
             update = update * multiplier.learning_rate
-            decay = config.weight_decay * multiplier.weight_decay
-            return update + decay * param if decay else update
+            if decay_at is None and not config.weight_decay:
+                return update
+            share = multiplier.weight_decay
+            return update + weight_decay * share * param if share else update
 
         multipliers = trees.map_named(lambda name, _: by_name[name], params)
         return jax.tree.map(one, multipliers, updates, params), state

@@ -281,6 +281,23 @@ def test_decay_follows_the_schedule_but_not_its_height():
         np.testing.assert_array_equal(low[step]["head/bias"], start["head/bias"])
 
 
+def test_decay_moves_along_half_a_cosine_to_its_end():
+    optimizer = AdamW(schedule=SCHEDULE, weight_decay=0.04, weight_decay_end=0.4)
+    zeros = {name: np.zeros(shape, np.float32) for name, shape in SHAPES.items()}
+    history = run(optimizer, [zeros] * NUM_STEPS)
+    rate = SCHEDULE.build(NUM_STEPS)
+    kernel = random_leaves(99)["head/kernel"].astype(np.float64)
+    for step, params in enumerate(history):
+        decay = 0.4 - 0.36 * (1 + np.cos(np.pi * step / NUM_STEPS)) / 2
+        kernel = kernel * (1 - float(rate(step)) / SCHEDULE.peak * decay)
+        np.testing.assert_allclose(params["head/kernel"], kernel, rtol=1e-5)
+        np.testing.assert_array_equal(
+            params["head/bias"], random_leaves(99)["head/bias"]
+        )
+    with pytest.raises(ValueError, match="weight_decay_end=-1"):
+        AdamW(schedule=SCHEDULE, weight_decay_end=-1.0)
+
+
 def test_multiplier_zero_leaves_parameters_untouched_whatever_the_gradient():
     rules = (Rule(pattern="head/.*", learning_rate_multiplier=0.0),)
     gradients = [random_leaves(i) for i in range(NUM_STEPS)]

@@ -1,4 +1,11 @@
-"""LARS, LAMB and Muon: optimizers that scale the update of each layer as a whole."""
+"""LARS, LAMB and Muon: optimizers that scale the update of each layer as a whole.
+
+A kernel that starts at zero, as heads do, has a norm of zero, of which LARS and LAMB
+take a share: leave it out by Rule(pattern="head/.*", weight_decay_multiplier=0.0). So
+a ViT of two blocks comes to 74.1 % of 8 px digits in 150 steps of LAMB, with the head
+to 35.9 %; to 68.9 % with LARS, 82.4 % with Muon, 74.1 % with AdamW and 68.6 % with
+plain SGD (three seeds, sd 2 to 6: tests/training/test_optimizers_learn.py).
+"""
 
 import dataclasses
 import math

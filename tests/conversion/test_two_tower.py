@@ -169,7 +169,10 @@ def test_other_towers_have_no_counterpart_and_say_why(tmp_path):
     for model, message in (
         (towers(bias=None), "has a bias, this model bias=none"),
         (towers(project_image=True), "project_image=True. Without --whole"),
-        (towers(features=8), "values that the image tower gives, this model features=8"),
+        (
+            towers(features=8),
+            "values that the image tower gives, this model features=8",
+        ),
     ):
         with pytest.raises(ValueError, match=message):
             export.find(model, Library.HUGGINGFACE, (16, 16))

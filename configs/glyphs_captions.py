@@ -50,11 +50,11 @@ TEMPLATES = ("{}", "{} bold", "{} italic", "{} bold italic")
 def get_config(arg: str = "") -> TrainConfig:
     """Returns the recipe; `loss` is siglip or clip."""
     chosen = parse_arg(
-        arg, loss="siglip", data_dir="", dataset="glyphs32_latin", steps=1000
+        arg, loss="siglip", data_dir="", dataset="glyphs32_latin", steps=1200
     )
     losses = {
         # Temperature, bias and objective.
-        "siglip": (10.0, -10.0, SigLIP(equal_captions=True)),
+        "siglip": (20.0, -5.0, SigLIP(equal_captions=True)),
         "clip": (1 / 0.07, None, CLIP()),
     }
     if chosen.loss not in losses:
@@ -90,7 +90,7 @@ def get_config(arg: str = "") -> TrainConfig:
                 mlp_dim=256,
                 num_heads=4,
                 length=LENGTH,
-                pooling=TextPooling.ATTENTION,
+                pooling=TextPooling.AVERAGE,
             ),
             features=64,
             temperature=temperature,

@@ -171,7 +171,7 @@ def test_other_towers_have_no_counterpart_and_say_why(tmp_path):
         (towers(project_image=True), "project_image=True. Without --whole"),
         (
             towers(features=8),
-            "values that the image tower gives, this model features=8",
+            "image tower gives, this model features=8",
         ),
     ):
         with pytest.raises(ValueError, match=message):

@@ -39,7 +39,8 @@ class Empty(enum.StrEnum):
 
     # Stops with the name of the example.
     REFUSE = "refuse"
-    # As an image that does not decode: replaced in training, counted and listed.
+    # As an image that does not decode: another takes its place in training, it is
+    # counted and listed, and more than 0.1 % stop the run.
     SKIP = "skip"
     # A text of marks and padding alone.
     KEEP = "keep"

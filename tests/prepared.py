@@ -2,6 +2,8 @@
 
 import json
 import pathlib
+import types
+from collections.abc import Mapping, Sequence
 
 import cv2
 import numpy as np
@@ -24,8 +26,13 @@ def prepare(
     shape: tuple[int, int, int],
     num_classes: int,
     splits: dict[str, int],
+    texts: Mapping[str, Sequence] = types.MappingProxyType({}),
 ) -> None:
-    """Writes `data_dir/name/1.0.0` with random images of `shape` in every split."""
+    """Writes `data_dir/name/1.0.0` with random images of `shape` in every split.
+
+    `texts` are features {name: values in turn}; a tuple is a list of texts, and under
+    "a/b" all values are.
+    """
     folder = data_dir / name / "1.0.0"
     folder.mkdir(parents=True)
     rng = np.random.default_rng(0)
@@ -37,7 +44,8 @@ def prepare(
             pixels = rng.integers(0, 256, shape, np.uint8)
             image = cv2.imencode(".png", pixels)[1].tobytes()
             label = number % num_classes
-            writer.write(encode_example({"image": image, "label": label}))
+            more = {key: _bytes(x[number % len(x)]) for key, x in texts.items()}
+            writer.write(encode_example({"image": image, "label": label, **more}))
         writer.close()
         infos.append(
             {
@@ -67,6 +75,10 @@ def prepare(
             "classLabel": {"numClasses": str(num_classes)},
         },
     }
+    text = {"pythonClassName": f"{FEATURES}.text_feature.Text", "text": {}}
+    for key in texts:
+        name, _, inner = key.partition("/")
+        features[name] = text if not inner else _listed({inner: text})
     whole = {
         "pythonClassName": f"{FEATURES}.features_dict.FeaturesDict",
         "featuresDict": {"features": features},
@@ -75,3 +87,19 @@ def prepare(
     (folder / "features.json").write_text(json.dumps(whole))
     names = "".join(f"class {number}\n" for number in range(num_classes))
     (folder / "label.labels.txt").write_text(names)
+
+
+def _bytes(text):
+    return text.encode() if isinstance(text, str) else [x.encode() for x in text]
+
+
+def _listed(features):
+    """Returns a list of examples with these features, as TFDS describes it."""
+    inside = {
+        "pythonClassName": f"{FEATURES}.features_dict.FeaturesDict",
+        "featuresDict": {"features": features},
+    }
+    return {
+        "pythonClassName": f"{FEATURES}.sequence_feature.Sequence",
+        "sequence": {"feature": inside, "length": "-1"},
+    }

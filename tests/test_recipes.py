@@ -39,6 +39,9 @@ ARGUMENTS = {
     "mae_i1k": ("", "pixio=true"),
     "glyphs_views": ("", *(f"method={m}" for m in ("dino", "vicreg", "lejepa"))),
     "glyphs_distil": ("",),
+    "glyphs_captions": ("", "loss=clip"),
+    "siglip": ("", "tokenizer=c4_en"),
+    "cappa": ("", "probe=true"),
 }
 CASES = [(name, arg) for name, args in ARGUMENTS.items() for arg in args]
 
@@ -66,7 +69,7 @@ def test_a_recipe_resolves_to_what_is_checked_in(name, arg):
 
 NATIVE = {
     **{"quickstart": 8, "fashion_mnist": 28, "mae_fashion": 28},
-    **dict.fromkeys(("glyphs", "glyphs_views", "glyphs_distil"), 32),
+    **dict.fromkeys(("glyphs", "glyphs_views", "glyphs_distil", "glyphs_captions"), 32),
 }
 
 
@@ -100,6 +103,7 @@ def test_whatever_size_an_image_has_the_model_gets_its_own(name, arg):
 SIZES = {
     "imagenet2012": {"train": 1_281_167, "validation": 50_000},
     "fashion_mnist": {"train": 60_000, "test": 10_000},
+    "coco_captions": {"train": 82_783, "val": 5_000, "test": 5_000},
     "glyphs32_latin": {"train": 1009, "validation": 101, "test": 103},
 }
 
@@ -203,6 +207,7 @@ def as_flag(value) -> str | None:
 WITH_DATA_DIR = (
     *("fashion_mnist", "glyphs", "vit_s16_i1k", "bit_i1k"),
     *("mae_fashion", "mae_i1k", "glyphs_views", "glyphs_distil"),
+    *("glyphs_captions", "siglip", "cappa"),
 )
 
 
@@ -311,6 +316,33 @@ REDUCED = {
         ("--config.model.width=8",),
         ("glyphs32_latin", (32, 32, 1), 62),
     ),
+    **{
+        f"glyphs_captions, {loss}": (
+            f"loss={loss}",
+            (
+                "--config.model.image_tower.width=8",
+                "--config.model.text_tower.depth=1",
+                "--config.evaluators.fewshot.every_steps=0",
+                "--config.evaluators.new_fonts.source.split=test",
+            ),
+            ("glyphs32_latin", (32, 32, 1), 62, {"font": ["a-Bold.ttf", "b.ttf"]}),
+        )
+        for loss in ("siglip", "clip")
+    },
+    "siglip": (
+        "size=Ti/16,image_px=32",
+        (
+            "--config.model.image_tower.depth=1",
+            "--config.model.text_tower.depth=1",
+            "--config.evaluators.retrieval.captions=2",
+        ),
+        ("coco_captions", (40, 48, 3), 2, {"captions/text": [("a cat", "cats"), "a"]}),
+    ),
+    "cappa": (
+        "size=Ti/16,image_px=32",
+        ("--config.model.encoder.depth=1", "--config.model.decoder_depth=1"),
+        ("coco_captions", (40, 48, 3), 2, {"captions/text": [("a cat", "cats"), "a"]}),
+    ),
     "mae_i1k": (
         "size=Ti/16",
         (
@@ -337,9 +369,16 @@ def test_a_recipe_takes_two_steps_at_reduced_size(name, tmp_path, monkeypatch):
     arg, smaller, wanted = REDUCED[name]
     monkeypatch.setenv("TFDS_DATA_DIR", str(tmp_path))
     if wanted is not None:
-        dataset, shape, num_classes = wanted
-        splits = dict.fromkeys(("train", "validation", "test"), 100)
-        prepare(tmp_path, dataset, shape=shape, num_classes=num_classes, splits=splits)
+        dataset, shape, num_classes, *texts = wanted
+        splits = dict.fromkeys(("train", "validation", "val", "test"), 100)
+        prepare(
+            tmp_path,
+            dataset,
+            shape=shape,
+            num_classes=num_classes,
+            splits=splits,
+            texts=texts[0] if texts else {},
+        )
     steps = ("--config.num_steps=2", "--config.data.batch_size=8")
     config = parse(
         name.partition(",")[0], arg, *smaller, *steps, "--config.mesh.fsdp=4"

@@ -63,14 +63,16 @@ def parse_example(record: bytes, keys: Collection[str]) -> dict[str, list[Any]]:
     return parsed
 
 
-def encode_example(features: Mapping[str, bytes | int | list[int]]) -> bytes:
+def encode_example(
+    features: Mapping[str, bytes | int | list[int] | list[bytes]],
+) -> bytes:
     """Serialises byte strings and integers as a tf.train.Example, sorted by key."""
     example = _message()()
     for key, value in features.items():
         feature = example.features.feature[key]
-        if isinstance(value, bytes):
-            feature.bytes_list.value.append(value)
+        values = value if isinstance(value, list) else [value]
+        if values and isinstance(values[0], bytes):
+            feature.bytes_list.value.extend(values)
         else:
-            numbers = value if isinstance(value, list) else [value]
-            feature.int64_list.value.extend(numbers)
+            feature.int64_list.value.extend(values)
     return example.SerializeToString(deterministic=True)

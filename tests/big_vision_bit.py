@@ -112,5 +112,5 @@ def random_variables(model, image_size_px, channels=3, seed=0):
             values = rng.uniform(0.5, 1.5, shape)
         else:
             values = rng.normal(scale=0.3, size=shape)
-        found[name] = np.float32(values)
+        found[name] = np.asarray(values, np.float32)
     return found

@@ -2,7 +2,8 @@
 
 import json
 import pathlib
-from collections.abc import Sequence
+import types
+from collections.abc import Mapping, Sequence
 
 import cv2
 import numpy as np
@@ -27,10 +28,13 @@ def prepare(
     splits: dict[str, int],
     label_key: str = "label",
     words: Sequence[Sequence[str]] = (),
+    texts: Mapping[str, Sequence] = types.MappingProxyType({}),
 ) -> None:
     """Writes `data_dir/name/1.0.0` with random images of `shape` in every split.
 
     With `words` the n-th image has the n-th of them as "tags", from the first again.
+    `texts` are features {name: values in turn}; a tuple is a list of texts, and under
+    "a/b" all values are.
     """
     folder = data_dir / name / "1.0.0"
     folder.mkdir(parents=True)
@@ -46,7 +50,8 @@ def prepare(
             example = {"image": image, label_key: label}
             if words:
                 example["tags"] = [w.encode() for w in words[number % len(words)]]
-            writer.write(encode_example(example))
+            more = {key: _bytes(x[number % len(x)]) for key, x in texts.items()}
+            writer.write(encode_example(example | more))
         writer.close()
         infos.append(
             {
@@ -86,6 +91,10 @@ def prepare(
                 }
             },
         }
+    text = {"pythonClassName": f"{FEATURES}.text_feature.Text", "text": {}}
+    for key in texts:
+        name, _, inner = key.partition("/")
+        features[name] = text if not inner else _listed({inner: text})
     whole = {
         "pythonClassName": f"{FEATURES}.features_dict.FeaturesDict",
         "featuresDict": {"features": features},
@@ -94,3 +103,19 @@ def prepare(
     (folder / "features.json").write_text(json.dumps(whole))
     names = "".join(f"class {number}\n" for number in range(num_classes))
     (folder / "label.labels.txt").write_text(names)
+
+
+def _bytes(text):
+    return text.encode() if isinstance(text, str) else [x.encode() for x in text]
+
+
+def _listed(features):
+    """Returns a list of examples with these features, as TFDS describes it."""
+    inside = {
+        "pythonClassName": f"{FEATURES}.features_dict.FeaturesDict",
+        "featuresDict": {"features": features},
+    }
+    return {
+        "pythonClassName": f"{FEATURES}.sequence_feature.Sequence",
+        "sequence": {"feature": inside, "length": "-1"},
+    }

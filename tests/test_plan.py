@@ -334,6 +334,22 @@ SHRUNK = {
     ),
     "configs/masked_fashion.py": ("--config.model.encoder.depth=1",),
     "configs/comparison.py": ("--config.model.depth=1",),
+    "configs/glyphs_captions.py": (
+        "--config.model.image_tower.width=8",
+        "--config.model.image_tower.groups=4",
+        "--config.model.text_tower.depth=1",
+    ),
+    "configs/siglip.py": (
+        *(flag.replace("model.", "model.image_tower.") for flag in SMALL),
+        "--config.model.text_tower.depth=1",
+        "--config.model.features=24",
+        "--batch=64",
+    ),
+    "configs/cappa.py": (
+        *(flag.replace("model.", "model.encoder.") for flag in SMALL),
+        "--config.model.decoder_depth=1",
+        "--batch=64",
+    ),
     "configs/glyphs_views.py": (
         "--config.model.encoder.width=8",
         "--config.model.encoder.groups=4",

@@ -43,6 +43,9 @@ ARGUMENTS = {
     "glyphs_views": ("", *(f"method={m}" for m in ("dino", "vicreg", "lejepa"))),
     "glyphs_distil": ("",),
     "glyphs_tags": ("", "objective=sigmoid,resample=square_root,noise=0.1"),
+    "glyphs_captions": ("", "loss=clip"),
+    "siglip": ("", "tokenizer=c4_en"),
+    "cappa": ("", "probe=true"),
 }
 CASES = [(name, arg) for name, args in ARGUMENTS.items() for arg in args]
 
@@ -71,7 +74,7 @@ def test_a_recipe_resolves_to_what_is_checked_in(name, arg):
 NATIVE = {
     **{"quickstart": 8, "fashion_mnist": 28, "masked_fashion": 28},
     **dict.fromkeys(("glyphs", "glyphs_views", "glyphs_distil", "comparison"), 32),
-    "glyphs_tags": 32,
+    **{"glyphs_tags": 32, "glyphs_captions": 32},
 }
 
 
@@ -106,6 +109,7 @@ SIZES = {
     "imagenet2012": {"train": 1_281_167, "validation": 50_000},
     "imagenette/160px-v2": {"train": 9_469, "validation": 3_925},
     "fashion_mnist": {"train": 60_000, "test": 10_000},
+    "coco_captions": {"train": 82_783, "val": 5_000, "test": 5_000},
     "glyphs32_latin": {"train": 1009, "validation": 101, "test": 103},
     "glyphs32_tags": {"train": 1009, "validation": 101, "test": 103},
 }
@@ -213,6 +217,7 @@ WITH_DATA_DIR = (
     *("fashion_mnist", "glyphs", "vit_s16_i1k", "bit_i1k"),
     *("masked_fashion", "mae_i1k", "glyphs_views", "glyphs_distil", "comparison"),
     *("dino_i1k", "lejepa_imagenette", "glyphs_tags"),
+    *("glyphs_captions", "siglip", "cappa"),
 )
 
 
@@ -351,6 +356,33 @@ REDUCED = {
         ("--config.model.width=8", "--config.evaluators.fewshot.every_steps=0"),
         ("glyphs32_tags", (32, 32, 1), 62),
     ),
+    **{
+        f"glyphs_captions, {loss}": (
+            f"loss={loss}",
+            (
+                "--config.model.image_tower.width=8",
+                "--config.model.text_tower.depth=1",
+                "--config.evaluators.fewshot.every_steps=0",
+                "--config.evaluators.new_fonts.source.split=test",
+            ),
+            ("glyphs32_latin", (32, 32, 1), 62, {"font": ["a-Bold.ttf", "b.ttf"]}),
+        )
+        for loss in ("siglip", "clip")
+    },
+    "siglip": (
+        "size=Ti/16,image_px=32",
+        (
+            "--config.model.image_tower.depth=1",
+            "--config.model.text_tower.depth=1",
+            "--config.evaluators.retrieval.captions=2",
+        ),
+        ("coco_captions", (40, 48, 3), 2, {"captions/text": [("a cat", "cats"), "a"]}),
+    ),
+    "cappa": (
+        "size=Ti/16,image_px=32",
+        ("--config.model.encoder.depth=1", "--config.model.decoder_depth=1"),
+        ("coco_captions", (40, 48, 3), 2, {"captions/text": [("a cat", "cats"), "a"]}),
+    ),
     "mae_i1k": (
         "size=Ti/16",
         (
@@ -377,8 +409,8 @@ def test_a_recipe_takes_two_steps_at_reduced_size(name, tmp_path, monkeypatch):
     arg, smaller, wanted = REDUCED[name]
     monkeypatch.setenv("TFDS_DATA_DIR", str(tmp_path))
     if wanted is not None:
-        dataset, shape, num_classes = wanted
-        splits = dict.fromkeys(("train", "validation", "test"), 100)
+        dataset, shape, num_classes, *texts = wanted
+        splits = dict.fromkeys(("train", "validation", "val", "test"), 100)
         words = WORDS if dataset.endswith("_tags") else ()
         prepare(
             tmp_path,
@@ -387,6 +419,7 @@ def test_a_recipe_takes_two_steps_at_reduced_size(name, tmp_path, monkeypatch):
             num_classes=num_classes,
             splits=splits,
             words=words,
+            texts=texts[0] if texts else {},
         )
         # Where recipes look for it without data_dir.
         monkeypatch.chdir(tmp_path)

@@ -2,14 +2,17 @@
 
   python tools/convert_checkpoint.py RUN --to timm --out FOLDER
   ... --to torchvision | huggingface | npz | safetensors
+  ... --to huggingface --whole
   python tools/convert_checkpoint.py FILE --to orbax --out RUN
 
 RUN is a run folder, a checkpoints folder or one step folder; FILE a safetensors, npz or
 .pth file, a folder with config.json, or hub:organisation/name. Either can be the source
-of every conversion. FOLDER gets the weights, a config.json that the other side loads
-unchanged, use.py with the lines that use it, and parity.txt: both sides on random
-pixels and on eight photographs, layer by layer, when torch is installed, and what was
-assumed of the weights. The exit code is not zero when the bound is missed.
+of every conversion. What goes out is the backbone; with --whole all of the model, where
+the library has its like (both towers of SigLIP). FOLDER gets the weights, a config.json
+that the other side loads unchanged, use.py with the lines that use it, and parity.txt:
+both sides on random pixels and on eight photographs, layer by layer, when torch is
+installed, and what was assumed of the weights. The exit code is not zero when the bound
+is missed.
 """
 
 import argparse
@@ -32,6 +35,7 @@ from big_vision_lite.config import Checkpoints
 from big_vision_lite.conversion import assumption, export, foreign
 from big_vision_lite.conversion.formats import Library
 from big_vision_lite.conversion.preprocessing import Preprocessing
+from big_vision_lite.models.two_tower import TwoTower
 from big_vision_lite.objectives.regression import Regression
 from big_vision_lite.recipes import command_line, serialize
 from big_vision_lite.runs import hyperrule, inference, load, suggestions
@@ -50,9 +54,16 @@ LIBRARIES = {
 }
 
 
-def to_library(run: SavedRun, library: Library, out: pathlib.Path) -> bool:
-    """Writes `run` for another library; returns whether parity holds or is untested."""
-    part, model = backbone_of(run.config.model)
+def to_library(
+    run: SavedRun, library: Library, out: pathlib.Path, whole: bool = False
+) -> bool:
+    """Writes `run` for another library; returns whether parity holds or is untested.
+
+    Of its model the backbone, or with `whole` all.
+    """
+    part, model = ("", run.config.model) if whole else backbone_of(run.config.model)
+    if part and library == Library.HUGGINGFACE and _goes_whole(run):
+        print(f"note: of the model its {part} alone; --whole writes all of it.")
     found = state_lib.variables(run.state, averaged=True)
     variables = {
         name: np.asarray(jax.device_get(leaf))
@@ -92,6 +103,15 @@ def to_library(run: SavedRun, library: Library, out: pathlib.Path) -> bool:
     return proof.holds
 
 
+def _goes_whole(run: SavedRun) -> bool:
+    height, width, channels = input_shape(run)
+    try:
+        export.find(run.config.model, Library.HUGGINGFACE, (height, width), channels)
+    except ValueError:
+        return False
+    return True
+
+
 class Proof(NamedTuple):
     """What parity.txt says, and whether both sides agree as far as was compared."""
 
@@ -120,10 +140,45 @@ def _proof(
         return Proof(line, True)
     import parity
 
+    shape = (*preprocessing.image_size_px, channels)
     params, collections = state_lib.split_variables(variables)
     nested = {"params": params, **collections}
+    if isinstance(model, TwoTower):
+        image = jax.random.randint(jax.random.key(0), (4, *shape), 0, 256)
+        theirs = parity.load(exported, out)
+        return _proof_of_towers(model, nested, np.asarray(image, np.uint8), theirs)
     report = parity.compare(model, nested, preprocessing, channels, exported, out)
     return Proof(report.text(), report.passed)
+
+
+def _proof_of_towers(
+    model: TwoTower, variables: Any, image: np.ndarray, theirs: Any
+) -> Proof:
+    """Compares embeddings of random images and of random texts with SiglipModel's."""
+    import parity
+    import torch
+
+    tower = model.text_tower
+    ids = np.random.default_rng(0).integers(0, tower.vocabulary, (4, tower.length))
+    ours = jax.jit(model.apply)(variables, image, ids.astype(np.int32))
+    pixels = np.moveaxis(np.asarray(ours["image"]), -1, 1).copy()
+    with torch.no_grad():
+        found = theirs(
+            input_ids=torch.from_numpy(ids), pixel_values=torch.from_numpy(pixels)
+        )
+    differences = {
+        "random pixels": (ours["image_embedding"], found.image_embeds),
+        "random texts": (ours["text_embedding"], found.text_embeds),
+    }
+    lines, holds = [], True
+    for kind, (mine, other) in differences.items():
+        difference = parity.relative(np.asarray(mine), other.numpy())
+        holds &= difference <= parity.BOUND
+        lines.append(
+            f"embeddings of {kind}: {difference:.1e} of the largest value "
+            f"(bound {parity.BOUND:.0e})\n"
+        )
+    return Proof("".join(lines) + "FAILED\n" * (not holds), bool(holds))
 
 
 def _read_back(variables: dict[str, np.ndarray], out: pathlib.Path) -> Proof:
@@ -211,6 +266,7 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     add("--to", required=True, choices=choices, help="what to write")
     add("--out", required=True, help="a new folder")
     add("--part", default="", help="of a file with several models one: teacher")
+    add("--whole", action="store_true", help="all of the model, not its backbone")
     add("--allow_module", action="append", default=[], help="a module of your own")
     return parser.parse_args(list(argv)[1:])
 
@@ -228,7 +284,7 @@ def main(argv: Sequence[str]) -> None:
     )
     if options.to == ORBAX:
         to_run(run, out)
-    elif not to_library(run, Library(options.to), out):
+    elif not to_library(run, Library(options.to), out, options.whole):
         raise SystemExit(1)
 
 

@@ -171,7 +171,8 @@ def read(
                     f"  - {', '.join(entry.theirs)}  gives {name} {array.shape}, the "
                     f"model has {shape}"
                 )
-            ours[name] = np.ascontiguousarray(array)
+            # Not `ascontiguousarray`, which makes a row of a single number.
+            ours[name] = np.asarray(array, order="C")
     if lines:
         raise ValueError(report(what, lines))
     missing = sorted(shapes.keys() - ours.keys())

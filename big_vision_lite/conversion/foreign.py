@@ -21,7 +21,7 @@ from big_vision_lite.conversion.preprocessing import Preprocessing
 from big_vision_lite.conversion.problem_type import Meaning
 from big_vision_lite.conversion.weights import Weights
 from big_vision_lite.recipes import serialize
-from big_vision_lite.types import Logits, Op
+from big_vision_lite.types import Logits, Op, backbone_of
 
 # The key of the preprocessing in config.json of our exports.
 PREPROCESSING = "preprocessing"
@@ -88,7 +88,7 @@ def load(path: str, part: str = "") -> Foreign:
     variables = formats.load(found, form, architecture, (height, width))
     logits = _meaning(found, architecture, variables)
     class_names = _class_names(found, variables)
-    model = architecture.model.clone(mean=tuple(steps.mean), std=tuple(steps.std))
+    model = scaled(architecture.model, tuple(steps.mean), tuple(steps.std))
     return Foreign(
         path=path,
         format=form.name,
@@ -111,13 +111,22 @@ def load(path: str, part: str = "") -> Foreign:
     )
 
 
+def scaled(model: Any, mean: tuple[float, ...], std: tuple[float, ...]) -> Any:
+    """Returns the model with the scaling of pixels in its backbone."""
+    if not model.backbone:
+        return model.clone(mean=mean, std=std)
+    inner = scaled(getattr(model, model.backbone), mean, std)
+    return model.clone(**{model.backbone: inner})
+
+
 def check_scaling(found: Foreign) -> None:
     """Raises ValueError where no image can have the mean and std that came along.
 
     Weights that only start a run are not asked: its recipe has its own.
     """
     for name in ("mean", "std"):
-        count, channels = len(getattr(found.model, name)), found.channels
+        model = backbone_of(found.model)[1]
+        count, channels = len(getattr(model, name)), found.channels
         if count not in (1, channels):
             raise ValueError(
                 f"{found.path}: its {name} has {count} values, its images {channels} "

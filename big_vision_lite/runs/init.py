@@ -263,7 +263,10 @@ def model_differences(ours: Any, theirs: Any, where: str = "") -> list[str]:
         mine, other = getattr(ours, field.name), getattr(theirs, field.name)
         if field.name in (*ours.free_fields, ours.backbone):
             continue
-        if mine != other:
+        if isinstance(mine, Model) and type(mine) is type(other):
+            inside = "/".join(name for name in (where, field.name) if name)
+            lines += model_differences(mine, other, inside)
+        elif mine != other:
             lines.append(
                 f"the weights were made for {field.name}={other}, this recipe has "
                 f"{mine}: the features will differ. To follow the weights: "

@@ -31,7 +31,7 @@ from big_vision_lite.runtime import layout, sharding
 from big_vision_lite.schedules import WarmupCosine
 from big_vision_lite.training import state as state_lib
 from big_vision_lite.training.optimizers import AdamW
-from big_vision_lite.types import Logits, Op
+from big_vision_lite.types import Logits, Op, backbone_of
 
 OPTIMIZER = "opt_state/"
 # What stands for the objective of weights that came without one.
@@ -208,10 +208,11 @@ class ForeignWeights:
         return recipe(self._open())
 
     def pretrained(self, allowed_modules: Sequence[str] = ()) -> Pretrained:
-        """Returns the model and its preprocessing."""
+        """Returns the backbone and its preprocessing."""
         del allowed_modules  # classes of this package alone
         found = self._open()
-        return Pretrained(model=found.model, preprocess=found.preprocess)
+        _, model = backbone_of(found.model)
+        return Pretrained(model=model, preprocess=found.preprocess)
 
     def weights(
         self, log: Callable[[str], None], allowed_modules: Sequence[str] = ()
@@ -222,11 +223,13 @@ class ForeignWeights:
         found = foreign.load(self.path, self.part)
         for line in (f"{self.path}: {found.format}", *found.assumptions):
             log(f"init: {line}")
+        part, backbone = backbone_of(found.model)
         return Loaded(
             variables=found.variables,
             class_names=found.class_names,
             model=found.model,
-            backbone=found.model,
+            part=part,
+            backbone=backbone,
             origin=found.origin,
             opened_part=found.part,
         )

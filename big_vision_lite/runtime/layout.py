@@ -75,7 +75,7 @@ def pin_batch(x: Array) -> Array:
     Without it the partitioner may move activations instead of weights, many times the
     bytes.
     """
-    axes = _batch_axes()
+    axes = batch_axes()
     if not axes or x.ndim == 0:
         return x
     return jax.lax.with_sharding_constraint(x, PartitionSpec(axes))
@@ -98,13 +98,13 @@ def gathers_by_hand() -> bool:
 
 def gather(x: Array) -> Array:
     """Replicates a small `x` on every device."""
-    return jax.lax.with_sharding_constraint(x, PartitionSpec()) if _batch_axes() else x
+    return jax.lax.with_sharding_constraint(x, PartitionSpec()) if batch_axes() else x
 
 
 def batch_shards() -> int:
     """Returns the number of devices that the rows of a batch are sharded over."""
     shape = jax.sharding.get_abstract_mesh().shape
-    return math.prod(shape[axis] for axis in _batch_axes())
+    return math.prod(shape[axis] for axis in batch_axes())
 
 
 def tensor_shards() -> int:
@@ -112,7 +112,10 @@ def tensor_shards() -> int:
     return jax.sharding.get_abstract_mesh().shape.get(TENSOR_AXIS, 1)
 
 
-def _batch_axes() -> tuple[str, ...]:
-    # Inside the shard_map of gradient accumulation the rows are split already.
+def batch_axes() -> tuple[str, ...]:
+    """Returns the axes of the mesh over which the compiler splits rows, () without.
+
+    Inside the shard_map of gradient accumulation the rows are split already.
+    """
     mesh = jax.sharding.get_abstract_mesh()
     return tuple(axis for axis in BATCH_AXES if axis in mesh.auto_axes)

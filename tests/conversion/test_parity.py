@@ -27,6 +27,7 @@ from big_vision_lite.conversion.families import FORMATS  # noqa: E402
 from big_vision_lite.conversion.formats import Architecture, Library  # noqa: E402
 from big_vision_lite.conversion.weights import Weights  # noqa: E402
 from big_vision_lite.training import state as state_lib  # noqa: E402
+from big_vision_lite.types import backbone_of  # noqa: E402
 
 PLACES = [
     pytest.param(
@@ -122,11 +123,16 @@ def test_ours_go_there_as_a_folder_and_come_back_bit_for_bit(case, tmp_path):
         assert_same(back, variables)
         return
     found = foreign.load(str(tmp_path / "out"))
-    scaling = {"mean": found.model.mean, "std": found.model.std}
-    assert found.model == ours.model.clone(**scaling)
+    assert found.model == scaled_like(ours.model, found.model)
     assert (found.image_size_px, found.channels) == (ours.size, ours.channels)
     assert found.format == exported.form.name
     assert_same(found.variables, variables)
+
+
+def scaled_like(model, other):
+    """Returns the model with the scaling of pixels of another."""
+    backbone = backbone_of(other)[1]
+    return foreign.scaled(model, backbone.mean, backbone.std)
 
 
 NAMED = [case for case, made in THEIRS.items() if made.goes_by_name]
@@ -144,8 +150,7 @@ def test_what_came_from_a_library_goes_back_by_the_name_it_is_given(case, tmp_pa
     difference = both_sides.worst(found.model, found.variables, theirs, size, channels)
     assert difference <= BOUND
     back = foreign.load(str(tmp_path / "out"))
-    scaling = {"mean": back.model.mean, "std": back.model.std}
-    assert back.model == found.model.clone(**scaling)
+    assert back.model == scaled_like(found.model, back.model)
     assert_same(back.variables, found.variables)
     if library == Library.TORCHVISION:
         report = parity.compare(

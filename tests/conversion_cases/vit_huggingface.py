@@ -45,30 +45,30 @@ def huggingface_vit(kind: str, config: str, **arguments: Any) -> Any:
 
 
 def vit(kind: str = "ViTForImageClassification", **more: Any) -> Case:
-    return _huggingface("ViT", kind, "ViTConfig", {**TINY_HF, **more})
+    return huggingface("ViT", kind, "ViTConfig", {**TINY_HF, **more})
 
 
 def deit(kind: str, **more: Any) -> Case:
-    return _huggingface("DeiT", kind, "DeiTConfig", {**TINY_HF, **more})
+    return huggingface("DeiT", kind, "DeiTConfig", {**TINY_HF, **more})
 
 
 def siglip(kind: str = "SiglipVisionModel", **more: Any) -> Case:
     tower = {**TINY_HF, **more}
     if kind == "SiglipVisionModel":
-        return _huggingface("SigLIP tower", kind, "SiglipVisionConfig", tower)
+        return huggingface("SigLIP tower", kind, "SiglipVisionConfig", tower)
     both = {"vision_config": tower, "text_config": TEXT}
-    return _huggingface("SigLIP", kind, "SiglipConfig", both)
+    return huggingface("SigLIP", kind, "SiglipConfig", both)
 
 
 def dino(kind: str = "Dinov2Model", **more: Any) -> Case:
     given = {**TINY_DINO, **more}
     if "Registers" not in kind:
-        return _huggingface("DINOv2", kind, "Dinov2Config", given)
+        return huggingface("DINOv2", kind, "Dinov2Config", given)
     config = "Dinov2WithRegistersConfig"
-    return _huggingface("DINOv2 with registers", kind, config, given)
+    return huggingface("DINOv2 with registers", kind, config, given)
 
 
-def _huggingface(form: str, kind: str, config: str, given: Any) -> Case:
+def huggingface(form: str, kind: str, config: str, given: Any) -> Case:
     labels = {} if config == "SiglipVisionConfig" else {"id2label": LABELS}
     build = functools.partial(huggingface_vit, kind, config, **given, **labels)
     size = side(given.get("vision_config", given)["image_size"])
@@ -99,7 +99,6 @@ CASES = {
     "HF SigLIP, odd": slow(siglip(**HF_SEVEN)),
     "HF SigLIP, no pooling": siglip(vision_use_head=False),
     "HF SigLIP, classifier": siglip("SiglipForImageClassification"),
-    "HF SigLIP, with text": siglip("SiglipModel"),
     "HF DINOv2": slow(dino()),
     "HF DINOv2, odd": dino(**HF_SEVEN),
     "HF DINOv2, swiglu": dino(use_swiglu_ffn=True),

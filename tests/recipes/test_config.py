@@ -32,16 +32,22 @@ from big_vision_lite.evaluators.finetune import FineTune
 from big_vision_lite.evaluators.loss import Loss
 from big_vision_lite.evaluators.online_probe import OnlineProbe
 from big_vision_lite.evaluators.reconstructions import Reconstructions
+from big_vision_lite.evaluators.retrieval import Retrieval
+from big_vision_lite.evaluators.zero_shot import ZeroShot
 from big_vision_lite.models.bit import BiT
 from big_vision_lite.models.bit_v1 import Trunk
 from big_vision_lite.models.blocks.heads import Classifier
 from big_vision_lite.models.blocks.layers import Remat
 from big_vision_lite.models.blocks.patches import Positions
+from big_vision_lite.models.captioner import Captioner
 from big_vision_lite.models.distilled import Distilled
 from big_vision_lite.models.embedder import Embedder, Projector
 from big_vision_lite.models.masked_autoencoder import MaskedAutoencoder
 from big_vision_lite.models.masked_clusters import MaskedClusters
+from big_vision_lite.models.text_transformer import TextTransformer
+from big_vision_lite.models.two_tower import TwoTower
 from big_vision_lite.models.vit import ViT
+from big_vision_lite.objectives.captioning import Captioning
 from big_vision_lite.objectives.classification import (
     SigmoidClassification,
     SoftmaxClassification,
@@ -53,6 +59,7 @@ from big_vision_lite.objectives.distillation import (
     LogitDistillation,
     QueueDistillation,
 )
+from big_vision_lite.objectives.image_text import CLIP, SigLIP
 from big_vision_lite.objectives.masked_patches import MaskedPatches
 from big_vision_lite.objectives.numbers import Numbers
 from big_vision_lite.objectives.reconstruction import MaskedReconstruction
@@ -111,6 +118,10 @@ def everything() -> list[TrainConfig]:
         ops.Invert(),
         ops.Keep(),
         ops.Pad(key="boxes", length=4),
+        ops.Describe(names=("a",), text="file", words=("bold",)),
+        ops.Tokenize(tokenizer=ops.Bytes()),
+        ops.Tokenize(tokenizer=ops.SentencePiece(path="a.model"), end=1),
+        ops.Tokenize(tokenizer=ops.HuggingFaceTokenizer(path="tokenizer.json")),
         ops.Views(views=(ops.View(name="global", ops=(ops.Invert(),), count=2),)),
         randaugment.RandAugment(),
         ops.ColorJitter(hue=0.1),
@@ -208,6 +219,8 @@ def everything() -> list[TrainConfig]:
     embedder = Embedder(
         encoder=vit, projector=Projector(hidden=(4, 4), features=3), prototypes=5
     )
+    words = TextTransformer(vocabulary=9, width=8, depth=1, mlp_dim=8, num_heads=2)
+    towers = TwoTower(image_tower=vit, text_tower=words, features=8, bias=None)
     teachers = (hybrid, ViT.of("S/16"))
     distilled = Distilled(student=vit, teachers=teachers, teacher_size_px=(8, 9))
     without_labels = [
@@ -221,10 +234,15 @@ def everything() -> list[TrainConfig]:
         (distilled, LogitDistillation()),
         (distilled, FeatureDistillation()),
         (distilled, QueueDistillation()),
+        (towers, SigLIP(equal_captions=True)),
+        (towers, CLIP()),
+        (Captioner(encoder=vit, vocabulary=9), Captioning()),
     ]
     watched = {
         "probe": OnlineProbe(train=DIGITS(), test=DIGITS(split="test")),
         "pictures": Reconstructions(source=DIGITS(split="test")),
+        "zero_shot": ZeroShot(source=DIGITS(split="test"), tokenize=ops.Tokenize()),
+        "retrieval": Retrieval(source=DIGITS(split="test"), tokenize=ops.Tokenize()),
         "tune": FineTune(
             train=DIGITS(), test=DIGITS(split="test"), rule=AdamWRule(num_steps=5)
         ),
@@ -266,7 +284,8 @@ NOT_CONFIG = {
 PARTS = {
     *("StandardisedConv", "Conv", "BatchNorm", "Unit", "Stage", "Bottleneck"),
     *("EncoderBlock", "Encoder", "MixerBlock", "Multiplier", "MaskedModel"),
-    *("PhiS", "Queue", "Dense", "LayerNorm", "GroupNorm", "SavedRun", "_Split"),
+    *("DecoderBlock", "TextEmbedding", "PhiS", "Queue"),
+    *("Dense", "LayerNorm", "GroupNorm", "SavedRun", "_Split"),
 }
 
 

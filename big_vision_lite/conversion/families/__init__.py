@@ -12,6 +12,7 @@ FAMILIES = (
     "mixer",
     "ours",
     "resnet",
+    "two_tower_huggingface",
     "vit_huggingface",
     "vit_huggingface_dinov2",
     "vit_huggingface_siglip",

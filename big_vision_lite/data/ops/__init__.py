@@ -21,5 +21,12 @@ from big_vision_lite.data.ops.geometry import RandomResizedCrop as RandomResized
 from big_vision_lite.data.ops.geometry import Resize as Resize
 from big_vision_lite.data.ops.geometry import ResizeSmall as ResizeSmall
 from big_vision_lite.data.ops.orientation import Orientation as Orientation
+from big_vision_lite.data.ops.text import Describe as Describe
+from big_vision_lite.data.ops.text import Tokenize as Tokenize
+from big_vision_lite.data.ops.tokenizers import Bytes as Bytes
+from big_vision_lite.data.ops.tokenizers import (
+    HuggingFaceTokenizer as HuggingFaceTokenizer,
+)
+from big_vision_lite.data.ops.tokenizers import SentencePiece as SentencePiece
 from big_vision_lite.data.ops.views import View as View
 from big_vision_lite.data.ops.views import Views as Views

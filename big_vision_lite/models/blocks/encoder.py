@@ -1,7 +1,7 @@
 """The transformer encoder: pre-norm blocks of attention and MLP."""
 
 import flax.linen as nn
-from jaxtyping import Array, Float
+from jaxtyping import Array, Bool, Float
 
 from big_vision_lite.models.blocks.attention import Attention, MultiHeadAttention
 from big_vision_lite.models.blocks.layers import (
@@ -18,6 +18,7 @@ class EncoderBlock(nn.Module, kw_only=True):
     """Pre-norm block: x += attention(norm(x)); x += mlp(norm(x)).
 
     `layer_scale` is the initial value of a learned vector that multiplies each branch.
+    Where `mask` is False a token does not attend to another.
     """
 
     mlp_dim: int
@@ -34,7 +35,10 @@ class EncoderBlock(nn.Module, kw_only=True):
 
     @nn.compact
     def __call__(
-        self, x: Float[Array, "B N D"], train: bool = False
+        self,
+        x: Float[Array, "B N D"],
+        train: bool = False,
+        mask: Bool[Array, "#B N N"] | None = None,
     ) -> Float[Array, "B N D"]:
         y = layer_norm(self.dtype, "attention_norm", self.norm_epsilon)(x)
         y = MultiHeadAttention(
@@ -45,7 +49,7 @@ class EncoderBlock(nn.Module, kw_only=True):
             qk_norm=self.qk_norm,
             norm_epsilon=self.norm_epsilon,
             name="attention",
-        )(y, y)
+        )(y, y, mask)
         x = layout.pin_batch(x + self._drop("attention", y, train))
 
         y = layer_norm(self.dtype, "mlp_norm", self.norm_epsilon)(x)
@@ -95,7 +99,10 @@ class Encoder(nn.Module, kw_only=True):
 
     @nn.compact
     def __call__(
-        self, x: Float[Array, "B N D"], train: bool = False
+        self,
+        x: Float[Array, "B N D"],
+        train: bool = False,
+        mask: Bool[Array, "#B N N"] | None = None,
     ) -> Float[Array, "B N D"]:
         block = rematerialised(EncoderBlock, self.remat)
         for index in range(self.depth):
@@ -112,7 +119,7 @@ class Encoder(nn.Module, kw_only=True):
                 qkv_bias=self.qkv_bias,
                 qk_norm=self.qk_norm,
                 name=f"block_{index:02d}",
-            )(x, train)
+            )(x, train, mask)
         return (
             layer_norm(self.dtype, "norm", self.norm_epsilon)(x)
             if self.last_norm

@@ -154,6 +154,7 @@ class Dense(nn.Module, kw_only=True):
     """
 
     features: int
+    use_bias: bool = True
     dtype: Dtype = Dtype.FLOAT32
     bias_deviation: float = 0.0
 
@@ -161,10 +162,11 @@ class Dense(nn.Module, kw_only=True):
     def __call__(self, x: Float[Array, "*B I"]) -> Float[Array, "*B O"]:
         shape = (x.shape[-1], self.features)
         kernel = self.param("kernel", nn.initializers.xavier_uniform(), shape)
-        start = nn.initializers.normal(self.bias_deviation)
-        bias = self.param("bias", start, (self.features,))
         y = product(x.astype(self.dtype), kernel.astype(self.dtype))
-        return add_bias(y, bias)
+        if not self.use_bias:
+            return y
+        start = nn.initializers.normal(self.bias_deviation)
+        return add_bias(y, self.param("bias", start, (self.features,)))
 
 
 def convolve(

@@ -26,6 +26,7 @@ class Mlp(nn.Module, kw_only=True):
     """A two-layer MLP: D to `hidden_dim`, activation, back to D."""
 
     hidden_dim: int
+    use_bias: bool = True
     dropout: float = 0.0
     dtype: Dtype = Dtype.FLOAT32
     activation: Activation = Activation.GELU_TANH
@@ -37,6 +38,7 @@ class Mlp(nn.Module, kw_only=True):
         def dense(features: int, name: str) -> Dense:
             return Dense(
                 features=features,
+                use_bias=self.use_bias,
                 dtype=self.dtype,
                 bias_deviation=1e-6,
                 name=name,

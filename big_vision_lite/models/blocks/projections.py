@@ -87,17 +87,20 @@ class OutProjection(nn.Module, kw_only=True):
     """The parameters of the projection of all heads back to `width` values."""
 
     width: int
+    use_bias: bool
     dtype: Dtype
 
     @nn.compact
     def of_heads(self, num_heads: int, head_dim: int) -> Projection:
-        """Returns a kernel [H * D, W] and a bias [W]."""
+        """Returns a kernel [H * D, W] and a bias [W], or None for it."""
         shape = (num_heads, head_dim, self.width)
         kernel = self.param("kernel", flat_xavier(2), shape)
-        bias = self.param("bias", nn.initializers.zeros, (self.width,))
+        bias = None
+        if self.use_bias:
+            start = nn.initializers.zeros
+            bias = jnp.asarray(self.param("bias", start, (self.width,)))
         # One axis for heads and their values, or XLA:TPU lays x out by heads.
-        kernel = jnp.asarray(kernel, self.dtype).reshape(-1, self.width)
-        return Projection(kernel, jnp.asarray(bias))
+        return Projection(jnp.asarray(kernel, self.dtype).reshape(-1, self.width), bias)
 
 
 def flat_xavier(num_inputs: int) -> Callable[..., Array]:

@@ -5,8 +5,8 @@
 
 method    supervised: letters' labels; mae: reconstruction; capi: clusters of hidden
           patches; dino, ibot: self-distillation; ntxent: SimCLR's contrast; vicreg;
-          lejepa; distil: the probabilities of a trained `teacher`, a run of
-          configs/glyphs.py, no labels
+          lejepa; siglip: captions, such as "capital A bold", by their letters; distil:
+          the probabilities of a trained `teacher`, a run of configs/glyphs.py
 transfer  false leaves out what follows the training: few-shot, 10 images a class,
           penalty chosen on images of the pool: handwritten digits, letters of fonts
           never seen, clothes, categories of emoji; and 1,000 clothes fine-tuned.
@@ -22,8 +22,19 @@ Published: none. Ours: tools/comparison.md.
 Hardware: 2 CPU cores, 5 CPU-minutes a training.
 """
 
+import string
+
 from big_vision_lite.config import Checkpoints, Init, TrainConfig
-from big_vision_lite.data.ops import ColorJitter, Decode, RandomAffine, Resize
+from big_vision_lite.data.ops import (
+    Bytes,
+    ColorJitter,
+    Decode,
+    Describe,
+    Keep,
+    RandomAffine,
+    Resize,
+    Tokenize,
+)
 from big_vision_lite.data.ops.colour import RandomLowResolution
 from big_vision_lite.data.ops.resampling import Resampling
 from big_vision_lite.data.ops.views import View, Views
@@ -36,11 +47,14 @@ from big_vision_lite.models.distilled import Distilled
 from big_vision_lite.models.embedder import Embedder, Projector
 from big_vision_lite.models.masked_autoencoder import MaskedAutoencoder
 from big_vision_lite.models.masked_clusters import MaskedClusters
+from big_vision_lite.models.text_transformer import TextPooling, TextTransformer
+from big_vision_lite.models.two_tower import TwoTower
 from big_vision_lite.models.vit import ViT
 from big_vision_lite.objectives.classification import SoftmaxClassification
 from big_vision_lite.objectives.clusters import ClusterPrediction
 from big_vision_lite.objectives.contrastive import NTXent
 from big_vision_lite.objectives.distillation import LogitDistillation
+from big_vision_lite.objectives.image_text import SigLIP
 from big_vision_lite.objectives.masked_patches import MaskedPatches
 from big_vision_lite.objectives.reconstruction import MaskedReconstruction
 from big_vision_lite.objectives.regularised import LeJEPA, VICReg
@@ -55,10 +69,19 @@ from big_vision_lite.types import Evaluator, Model, Objective
 CLASSES = 62
 STEPS = {
     **{"supervised": 1500, "mae": 1200, "capi": 800, "dino": 300, "ibot": 220},
-    **{"ntxent": 720, "vicreg": 720, "lejepa": 720, "distil": 1100},
+    **{"ntxent": 720, "vicreg": 720, "lejepa": 720, "siglip": 1300, "distil": 1100},
 }
 VIEWS = ("dino", "ibot", "ntxent", "vicreg", "lejepa")
+# A caption is made of the label and the name of the font's file.
+LABELLED = ("supervised", "siglip")
 AVERAGED = ("dino", "ibot", "capi")
+LENGTH = 32
+NAMES = (
+    *(f"digit {digit}" for digit in string.digits),
+    *(f"capital {letter}" for letter in string.ascii_uppercase),
+    *(f"small {letter}" for letter in string.ascii_lowercase),
+)
+STYLES = ("bold", "italic", "oblique=>italic")
 TO_SIZE = Resize(size_px=32, resampling=Resampling.PIL_BILINEAR)
 PREPROCESS = (Decode(channels=1), TO_SIZE)
 
@@ -91,6 +114,19 @@ def model_and_objective(method: str, teacher: str) -> tuple[Model, Objective]:
         )
         masked = MaskedPatches(progress_end=0.3) if patches else None
         return model, SelfDistillation(teacher_temperature=0.025, patches=masked)
+    if method == "siglip":
+        text_tower = TextTransformer(
+            vocabulary=257,
+            width=64,
+            depth=2,
+            mlp_dim=256,
+            num_heads=4,
+            length=LENGTH,
+            pooling=TextPooling.AVERAGE,
+        )
+        towers = dict(image_tower=backbone(), text_tower=text_tower, features=64)
+        start = dict(temperature=20.0, temperature_max=100.0, bias=-5.0)
+        return TwoTower(**towers, **start), SigLIP(equal_captions=True)
     decoder = dict(decoder_width=48, decoder_depth=1, decoder_heads=3)
     if method == "mae":
         # Blocks of 8 px: of a patch of 4 px the neighbours tell the content.
@@ -180,6 +216,12 @@ def get_config(arg: str = "") -> TrainConfig:
         RandomLowResolution(side_min_px=8),
         ColorJitter(brightness=0.4, offset=20.0),
     )
+    if method == "siglip":
+        distort += (
+            Describe(names=NAMES, text="font", words=STYLES),
+            Tokenize(tokenizer=Bytes(offset=1), length=LENGTH),
+            Keep(keys=("image", "text")),
+        )
     if method in VIEWS:
         distort = (Views(views=(View(name="views", ops=distort, count=2),)),)
     distil, evaluators = method == "distil", {}
@@ -194,7 +236,8 @@ def get_config(arg: str = "") -> TrainConfig:
                 dataset="glyphs32_latin",
                 split="train",
                 data_dir=data_dir,
-                label_key="label" if method == "supervised" else None,
+                label_key="label" if method in LABELLED else None,
+                keys=("font",) if method == "siglip" else (),
             ),
             ops=(*PREPROCESS, *distort),
             batch_size=128,

@@ -36,7 +36,7 @@ ARGUMENTS = {
     "vit_s16_i1k": ("", "fewshot=true"),
     "bit_i1k": ("",),
     "masked_fashion": ("", "transfer=false", "method=capi"),
-    "comparison": ("", *(f"method={m}" for m in ("mae", "capi", "ibot", "vicreg"))),
+    "comparison": ("", *(f"method={m}" for m in ("mae", "capi", "ibot", "siglip"))),
     "mae_i1k": ("", "pixio=true"),
     "dino_i1k": ("", "blur=as_published"),
     "lejepa_imagenette": ("",),

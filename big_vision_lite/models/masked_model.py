@@ -12,7 +12,7 @@ from jaxtyping import Array, Float, Int, Num
 
 from big_vision_lite.models.blocks import layers
 from big_vision_lite.models.blocks.encoder import Encoder
-from big_vision_lite.models.blocks.patches import grid_size, sincos
+from big_vision_lite.models.blocks.patches import grid_size, put, sincos
 from big_vision_lite.models.vit import ViT
 from big_vision_lite.runtime import layout
 from big_vision_lite.types import Model
@@ -97,12 +97,9 @@ class MaskedModel(nn.Module, Model, kw_only=True):
         token = self.param(
             "mask_token", nn.initializers.normal(0.02), (1, 1, self.decoder_width)
         )
-        hidden = (len(image), number - visible.shape[1], self.decoder_width)
-        hidden = jnp.broadcast_to(token.astype(dtype), hidden)
-        # Back to their places: the rank of a patch in the order is where it lies.
-        rank = jnp.argsort(order, axis=1)
-        patches = jnp.concatenate([x[:, before:], hidden], axis=1)
-        patches = jnp.take_along_axis(patches, rank[:, :, None], axis=1)
+        masked = (jnp.arange(number) != visible[:, :, None]).all(axis=1)
+        patches = put(x[:, before:], visible, number)
+        patches = jnp.where(masked[:, :, None], token.astype(dtype), patches)
         patches = patches + jnp.asarray(sincos(*grid, self.decoder_width), dtype)
         x = jnp.concatenate([x[:, :before], patches], axis=1)
         x = Encoder(
@@ -117,7 +114,7 @@ class MaskedModel(nn.Module, Model, kw_only=True):
             name="decoder",
         )(layout.pin_batch(x), train)
         outputs = {
-            "masked": rank >= visible.shape[1],
+            "masked": masked,
             "image": encoded["image"],
             "pooled": encoded["pooled"],
         }

@@ -204,7 +204,7 @@ class ViT(nn.Module, Model, kw_only=True):
                 positions = self._learned_positions((rows, columns))
                 x = x + positions.reshape(x.shape[1:]).astype(self.dtype)
         if visible is not None:
-            x = jnp.take_along_axis(x, visible[:, :, None], axis=1)
+            x = patches.picked(x, visible)
         # After the positions, because these tokens have none.
         before = self._tokens_before_patches(batch)
         x = jnp.concatenate([*before, x], axis=1) if before else x

@@ -80,6 +80,8 @@ SHAPES = [  # tokens, heads, head dimension
     pytest.param((257, 2, 64), marks=SLOW),
     (577, 2, 64),  # three blocks of queries
     (50, 2, 80),
+    (50, 8, 32),  # four heads fill 128 lanes
+    pytest.param((197, 4, 32), marks=SLOW),  # a masked autoencoder's decoder
     pytest.param((196, 2, 72), marks=SLOW),
 ]
 
@@ -220,7 +222,8 @@ def test_the_kernel_says_what_it_does_not_take():
     assert refusal(queries=257, memory=257, num_heads=16, head_dim=88) is None
     assert refusal(dtype="float32") == "float32"
     assert refusal(queries=1) == "1 queries for 196 tokens"
-    assert refusal(head_dim=32) == "head dimension 32"
+    assert refusal(head_dim=48) == "head dimension 48"
+    assert refusal(queries=197, memory=197, num_heads=16, head_dim=32) is None
     assert refusal(queries=1025, memory=1025) == "1025 tokens with head dimension 64"
     long = refusal(queries=576, memory=576, num_heads=16, head_dim=72)
     assert long == "576 tokens with head dimension 72"

@@ -9,7 +9,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float, Num, Shaped
+from jaxtyping import Array, Float, Int, Num, Shaped
 
 from big_vision_lite.models.blocks.layers import Dtype, add_bias, product, scale_pixels
 
@@ -174,3 +174,23 @@ def bilinear(old: int, new: int) -> Float[np.ndarray, "new old"]:
 @functools.cache
 def _inverse_of_resize(old: int, new: int) -> np.ndarray:
     return np.linalg.pinv(bilinear(old, new).T)
+
+
+def picked(
+    x: Float[Array, "B N D"], places: Int[Array, "B K"]
+) -> Float[Array, "B K D"]:
+    """Returns the tokens of each image at its `places`.
+
+    By a product with zeros and ones, exact: a TPU gathers rows, and above all adds
+    their gradients back, one after the other.
+    """
+    chosen = jax.nn.one_hot(places, x.shape[1], dtype=x.dtype)
+    return jnp.einsum("bkn,bnd->bkd", chosen, x, precision="highest")
+
+
+def put(
+    x: Float[Array, "B K D"], places: Int[Array, "B K"], number: int
+) -> Float[Array, "B N D"]:
+    """Returns `number` tokens an image: those of x at their `places`, else zeros."""
+    chosen = jax.nn.one_hot(places, number, dtype=x.dtype)
+    return jnp.einsum("bkn,bkd->bnd", chosen, x, precision="highest")

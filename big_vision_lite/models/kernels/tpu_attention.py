@@ -37,7 +37,7 @@ VMEM_BYTES = 16 * 2**20
 # Most tokens that were compiled, by head dimension, for v4, v5e, v5p and v6e (64: TPU7x
 # too). Heads that do not fill 128 lanes in pairs straddle them and take more memory:
 # heads of 80 at 576 tokens need 18.2 MB of the 16.
-LONGEST = {64: 1024, 72: 257, 80: 257, 88: 257}
+LONGEST = {32: 257, 64: 1024, 72: 257, 80: 257, 88: 257}
 # The mesh axis that splits heads, if the mesh has it.
 HEADS_AXIS = "tensor"
 
@@ -257,11 +257,11 @@ def _lanes(tokens: int, width: int, head_dim: int) -> int | None:
     """
     unit = math.lcm(LANES, head_dim)
     parts = [n for n in range(unit, width, unit) if width % n == 0]
-    fitting = [n for n in (*parts, width) if _bytes(tokens, n) <= VMEM_BYTES]
+    fitting = [n for n in (*parts, width) if _bytes(tokens, n, head_dim) <= VMEM_BYTES]
     return max(fitting, default=None)
 
 
-def _bytes(tokens: int, lanes: int) -> int:
+def _bytes(tokens: int, lanes: int, head_dim: int) -> int:
     """Estimates the bytes that a backward program holds in VMEM."""
     tokens = -(-tokens // 16) * 16
     lanes = -(-lanes // LANES) * LANES
@@ -269,8 +269,9 @@ def _bytes(tokens: int, lanes: int) -> int:
     blocks = 7 * 2 * tokens * lanes * 2
     longest = max(rows.stop - rows.start for rows in _row_blocks(tokens))
     rows = -(-longest // LANES) * LANES
-    # For two heads, in float32: weights, their gradients and products of these.
-    weights = 2 * 4 * tokens * rows * 4
+    # For the heads of a window, in float32: weights, their gradients and products of
+    # these.
+    weights = max(2, LANES // head_dim) * 4 * tokens * rows * 4
     return blocks + weights + 4 * tokens * LANES * 4
 
 

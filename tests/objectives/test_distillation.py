@@ -214,6 +214,9 @@ def test_teachers_see_the_size_and_range_that_they_want_and_give_no_gradient():
         adaptor_width=4,
     )
     images = jnp.asarray(R.integers(0, 256, (2, 8, 8, 3)), jnp.uint8)
+    assert model.notes({"image": images}) == [
+        "teachers_1 sees the images of 8 x 8 px as 32 x 32 px (model.teacher_size_px)."
+    ]
     variables = model.init(KEY, images)
 
     def loss(params):

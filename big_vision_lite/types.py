@@ -145,6 +145,13 @@ class Model(Family, Protocol):
         """Returns the keyword arguments of `__call__` from the batch."""
         return {"image": batch["image"]}
 
+    def notes(self, batch: Batch) -> list[str]:
+        """Returns sentences on what the model does to such a batch; a run prints them.
+
+        `batch` may hold shapes in place of arrays.
+        """
+        return []
+
     def init(self, *args: Any, **kwargs: Any) -> Any: ...
 
     def apply(self, *args: Any, **kwargs: Any) -> Any: ...

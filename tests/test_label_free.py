@@ -320,7 +320,11 @@ def test_any_backbone_is_distilled_from_a_folder(method, tmp_path, capsys):
     words = distil(method, tmp_path / "run")
     if method == "phi_s":
         words.append("--config.model.standardise_steps=2")
+        words.append("--config.model.teacher_size_px=(16,)")
+        words.append("--config.data.ops[0].size_px=24")
     assert command_line.run(train.main, words) == 0
+    resized = "teachers_0 sees the images of 24 x 24 px as 16 x 16 px"
+    assert (resized in capsys.readouterr().out) == (method == "phi_s")
     records = read_history(epath.Path(tmp_path / "run"))
     losses = [r["train/loss"] for r in records if "train/loss" in r]
     assert len(losses) == 12 and np.isfinite(losses).all()

@@ -11,7 +11,7 @@ from big_vision_lite.models.blocks import layers
 from big_vision_lite.models.embedder import unit
 from big_vision_lite.models.phi_s import PhiS
 from big_vision_lite.runtime import layout
-from big_vision_lite.types import Model
+from big_vision_lite.types import Batch, Model
 
 
 class Distilled(nn.Module, Model, kw_only=True):
@@ -59,6 +59,16 @@ class Distilled(nn.Module, Model, kw_only=True):
                 f"{len(self.teachers)} teachers; give each one size, or none at all."
             )
         super().__post_init__()
+
+    def notes(self, batch: Batch) -> list[str]:
+        """Returns a sentence on each teacher that sees images of another size."""
+        height, width = batch["image"].shape[1:3]
+        return [
+            f"teachers_{index} sees the images of {height} x {width} px as {size} x "
+            f"{size} px (model.teacher_size_px)."
+            for index, size in enumerate(self.teacher_size_px)
+            if (height, width) != (size, size)
+        ]
 
     @nn.compact
     def __call__(

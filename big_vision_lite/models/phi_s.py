@@ -63,7 +63,7 @@ class PhiS(nn.Module, kw_only=True):
             # Not computed any more once the sample is complete.
             steps.value, mean.value, covariance.value, kernel.value = jax.lax.cond(
                 steps.value < self.sample_steps,
-                lambda held: _observe(*held, x, turn, self.sample_steps),
+                lambda held: _observe(held, x, turn, self.sample_steps),
                 lambda held: held,
                 (steps.value, mean.value, covariance.value, kernel.value),
             )
@@ -71,16 +71,13 @@ class PhiS(nn.Module, kw_only=True):
 
 
 def _observe(
-    steps: Array,
-    mean: Array,
-    covariance: Array,
-    kernel: Array,
+    held: tuple[Array, Array, Array, Array],
     x: Float[Array, "B D"],
     turn: np.ndarray,
     sample_steps: int,
 ) -> tuple[Array, Array, Array, Array]:
     """Adds a batch to mean and covariance; turns, too, when it is the last."""
-    del kernel
+    steps, mean, covariance, _ = held
     of_batch = x.mean(axis=0)
     share = 1 / (steps + 1)
     apart = of_batch - mean

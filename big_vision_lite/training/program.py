@@ -142,6 +142,7 @@ def build(
         flops_per_step=point.passes * counting.flops,
         outputs=tuple(counting.outputs),
         notes=(
+            *config.model.notes(spec),
             *(unused_labels(config, counting.outputs) if unused else ()),
             *(
                 ()

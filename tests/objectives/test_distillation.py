@@ -203,15 +203,20 @@ def vit(**fields):
     return ViT(width=8, depth=1, mlp_dim=8, num_heads=1, **{"patch_size": 4} | fields)
 
 
-def test_teachers_see_the_size_that_they_want_and_give_no_gradient():
+def test_teachers_see_the_size_and_range_that_they_want_and_give_no_gradient():
+    # Other patches, so another number of tokens, and another range of values.
+    second = vit(patch_size=16, mean=(10.0, 20.0, 30.0), std=(5.0,))
     model = Distilled(
         student=vit(),
-        teachers=(vit(), vit(patch_size=16)),
+        teachers=(vit(), second),
         teacher_size_px=(8, 32),
         adaptors=True,
         adaptor_width=4,
     )
     images = jnp.asarray(R.integers(0, 256, (2, 8, 8, 3)), jnp.uint8)
+    assert model.notes({"image": images}) == [
+        "teachers_1 sees the images of 8 x 8 px as 32 x 32 px (model.teacher_size_px)."
+    ]
     variables = jax.jit(model.init)(KEY, images)
 
     def loss(params):
@@ -221,7 +226,7 @@ def test_teachers_see_the_size_that_they_want_and_give_no_gradient():
     gradients = jax.jit(jax.grad(loss))(variables["params"])
     assert not any(np.any(x) for x in jax.tree.leaves(gradients))
     found = jax.jit(model.apply)(variables, images)
-    alone = jax.jit(vit(patch_size=16).apply)(
+    alone = jax.jit(second.apply)(
         {"params": variables["params"]["teachers_1"]}, resized(images, 32)
     )
     second = found["teacher_1"]["pooled"]

@@ -26,6 +26,7 @@ from big_vision_lite.runtime.processes import Stopped
 from big_vision_lite.schedules import Average, Constant
 from big_vision_lite.training import recalibration
 from big_vision_lite.training import state as state_lib
+from big_vision_lite.training.gradient_point import ScheduleFreeAdamW
 from big_vision_lite.training.optimizers import SGD
 from big_vision_lite.training.step import make_eval_step
 from tests.tiny_runs import Net, rows, start
@@ -222,6 +223,21 @@ def test_scores_and_weights_have_the_measured_statistics(straight):
         np.testing.assert_array_equal(loaded[name], leaf)
         if name in live:
             assert np.abs(leaf - live[name]).max() > 1e-3, name
+    assert recalibration.describe(saved.state).endswith("of 3 training batches")
+
+
+@pytest.mark.slow
+def test_schedule_free_weights_get_statistics_of_their_own(tmp_path):
+    optimizer = ScheduleFreeAdamW(
+        schedule=Constant(peak=0.05), recalibrate_statistics=3
+    )
+    config = dataclasses.replace(recipe(), optimizer=optimizer, ema=None)
+    folder = epath.Path(tmp_path / "run")
+    train.train(config, folder, quiet=True)
+    counts = {s: r.get("statistics_batches") for s, r in records(folder).items()}
+    assert counts == {2: 3, 4: 3}
+    assert "test_ema/accuracy" in records(folder)[4]
+    saved = load.load(folder)
     assert recalibration.describe(saved.state).endswith("of 3 training batches")
 
 

@@ -24,8 +24,11 @@ file is named by. Make both from glyphs32_latin (see configs/glyphs.py) with a t
 
 Scored by few-shot on frozen features, as in configs/glyphs_views.py: handwritten digits
 and letters of fonts that training never saw, beside raw pixels and the untrained
-network. Published: none. Ours: not yet run.
-Hardware: 2 CPU cores, 2 minutes.
+network. Published: none. Ours (three seeds): digits 90.6 +- 0.8 %, new fonts 75.4 +-
+0.5 %, raw pixels 83.6 and 44.6 %; of the noisy set with 600 steps natural 85.1 and
+69.0 %, square_root 85.7 and 70.0 %, its sigmoid 84.8 and 65.8 %, with a quarter of
+noise 84.5 and 66.8 %: tools/benchmarks.md. Settings are those of configs/glyphs.py.
+Hardware: 2 CPU cores, 2 CPU-minutes.
 """
 
 from big_vision_lite.config import Checkpoints, TrainConfig

@@ -9,8 +9,7 @@ from typing import Any, SupportsIndex
 import numpy as np
 
 from big_vision_lite.data.sources.arrays import Example, content_hash, fields_of
-from big_vision_lite.data.sources.tags import PADDING, Tags
-from big_vision_lite.types import Source
+from big_vision_lite.data.sources.tags import PADDING, Source, Tags
 
 # Grain shuffles indices of 32 bits with a sign.
 LONGEST = 2**31 - 1

@@ -3,7 +3,7 @@
 import dataclasses
 import functools
 from collections.abc import Iterable, Sequence
-from typing import Any, SupportsIndex
+from typing import TYPE_CHECKING, Any, Protocol, SupportsIndex, runtime_checkable
 
 import numpy as np
 
@@ -13,12 +13,31 @@ from big_vision_lite.data.sources.table import Table
 from big_vision_lite.data.sources.tfds.source import Tfds
 from big_vision_lite.data.sources.vocabulary import Vocabulary
 from big_vision_lite.runtime import files
-from big_vision_lite.types import Source
 
 # Of the rows of ids: no tag.
 PADDING = -1
 
 # N images, K tags of an image at most
+
+
+# The Source of types.py, which would import jax: worker processes load no jax.
+@runtime_checkable
+class Source(Protocol):
+    """A data set with random access to its examples."""
+
+    if TYPE_CHECKING:
+
+        @property
+        def class_names(self) -> tuple[str, ...]: ...
+
+        @property
+        def fingerprint(self) -> str: ...
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, index: int) -> Example: ...
+
+    def name(self, index: int) -> str: ...
 
 
 @dataclasses.dataclass(kw_only=True)

@@ -220,6 +220,7 @@ def silent(empty: Empty) -> TrainConfig:
     return config
 
 
+@pytest.mark.slow
 def test_an_empty_caption_stops_the_run_with_its_name(tmp_path):
     with pytest.raises(ValueError, match="picture .*no id is left.*Empty.SKIP"):
         train.train(silent(Empty.REFUSE), epath.Path(tmp_path / "run"), quiet=True)

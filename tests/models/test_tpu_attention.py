@@ -229,7 +229,10 @@ def test_the_kernel_says_what_it_does_not_take():
     assert long == "576 tokens with head dimension 72"
     with jax.set_mesh(make_mesh(data=1, fsdp=2, tensor=4)):
         assert refusal() == "6 heads on 4 devices of the axis tensor"
-        assert refusal(num_heads=12) is None
+        assert refusal(num_heads=8) is None
+        # Three of 64 a device: k would begin within a register of 128 lanes.
+        assert refusal(num_heads=12) == "196 tokens of 3 heads of 64"
+    assert refusal(num_heads=3) == "196 tokens of 3 heads of 64"
 
 
 @pytest.fixture

@@ -220,3 +220,40 @@ def test_the_step_costs_what_is_recorded(case):
     for name, found in compile_report.case(case).items():
         now = json.loads(json.dumps(found))
         assert not compile_report.differences(recorded[name], now), name
+
+
+# A batch of 1,024 a device: its pairs take 4 MB, more than all else of this model; the
+# towers' own attention is small, and its kernel another test's.
+PAIRS = (
+    "--config.model.image_tower.depth=1",
+    "--config.model.text_tower.depth=1",
+    "--config.model.text_tower.length=8",
+    "--config.data.ops[2].length=8",
+    "--config.model.image_tower.attention=xla",
+    "--config.model.text_tower.attention=xla",
+)
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("optimised")
+def test_pairs_take_as_much_memory_on_twice_the_devices_with_twice_the_batch():
+    if compile_report.versions() is None:
+        pytest.skip("needs the compilers of TPUs: pip install -e '.[plan]'")
+    recipe = compile_report.ROOT / "configs" / "siglip.py"
+    four, eight = (
+        compile_report.estimates(
+            [
+                f"{recipe}:size=Ti/16,image_px=32",
+                *PAIRS,
+                f"--config.data.batch_size={1024 * devices}",
+            ],
+            [machine],
+        )[0]
+        for machine, devices in (("v5e:2x2", 4), ("v5e:2x4", 8))
+    )
+    for name in ("activations and gradients",):
+        assert 4 * 1024**2 < eight.memory[name] <= 1.3 * four.memory[name]
+    assert eight.memory_needed <= 1.3 * four.memory_needed
+    # Chunks of texts travel, and no device gathers them.
+    for found in (four, eight):
+        assert found.collectives.keys() <= {"all-reduce", "collective-permute"}

@@ -70,7 +70,8 @@ def refusal(
         return f"{num_heads} heads on {size} devices of the axis {HEADS_AXIS}"
     if queries > LONGEST[head_dim]:
         return f"{queries} tokens with head dimension {head_dim}"
-    if _lanes(queries, num_heads // size * head_dim, head_dim) is None:
+    width = num_heads // size * head_dim
+    if width % LANES or _lanes(queries, width, head_dim) is None:  # k begins a register
         return f"{queries} tokens of {num_heads // size} heads of {head_dim}"
     return None
 

@@ -2,7 +2,7 @@
 
 import dataclasses
 import enum
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
@@ -95,8 +95,7 @@ class SelfDistillation(Objective):
                 "--config.data.batch_size=2 or more, hundreds are usual."
             )
         valid = valid_rows(batch, size)
-        teacher = forward(image=images, **self._as_teacher)
-        teacher = jax.lax.stop_gradient(teacher)
+        teacher = jax.lax.stop_gradient(self._teacher(forward, image=images))
         if self.patches is None:
             student = forward(image=images)
             masked, patch_metrics = 0.0, {}
@@ -133,10 +132,9 @@ class SelfDistillation(Objective):
         }
         return losses, metrics
 
-    @property
-    def _as_teacher(self) -> dict[str, str]:
-        of_batch = self.teacher_batch_statistics
-        return {"params": "ema", "statistics": "batch" if of_batch else "running"}
+    def _teacher(self, forward: Forward, **inputs: Any) -> dict[str, Array]:
+        statistics = "batch" if self.teacher_batch_statistics else "running"
+        return forward(params="ema", statistics=statistics, **inputs)
 
     def _predict_patches(
         self,
@@ -150,14 +148,15 @@ class SelfDistillation(Objective):
 
         The loss is one value an image, the mean over its views.
         """
-        patches, grid = self.patches, teacher["grid"].shape[1:3]
+        patches = self.patches
+        _, rows, columns, _ = teacher["grid"].shape
         assert patches is not None
-        places, hidden, replaced = patches.draw(rng, len(images), grid)
+        places, hidden, replaced = patches.draw(rng, len(images), (rows, columns))
         student = forward(image=images, replaced=replaced)
-        of_teacher, of_student = (
-            forward(method="score_patches", tokens=_at(outputs["grid"], places), **more)
-            for outputs, more in ((teacher, self._as_teacher), (student, {}))
-        )
+        tokens = _at(teacher["grid"], places)
+        of_teacher = self._teacher(forward, method="score_patches", tokens=tokens)
+        tokens = _at(student["grid"], places)
+        of_student = forward(method="score_patches", tokens=tokens)
         views = batch[self.global_views].shape[1]
         valid = jnp.repeat(valid_rows(batch, len(images) // views), views)[:, None]
         counted = valid & (hidden | (patches.visible_weight > 0))

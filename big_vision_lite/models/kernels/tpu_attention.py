@@ -270,8 +270,7 @@ def _bytes(tokens: int, lanes: int, head_dim: int) -> int:
     blocks = 7 * 2 * tokens * lanes * 2
     longest = max(rows.stop - rows.start for rows in _row_blocks(tokens))
     rows = -(-longest // LANES) * LANES
-    # For the heads of a window, in float32: weights, their gradients and products of
-    # these.
+    # For a window's heads, in float32: weights, their gradients, products of these.
     weights = max(2, LANES // head_dim) * 4 * tokens * rows * 4
     return blocks + weights + 4 * tokens * LANES * 4
 

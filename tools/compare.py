@@ -10,8 +10,8 @@ reading of images); its evaluation is another. What is done is a JSON file in
 tools/comparison/, with the commit of the code that made it; those are kept, so that the
 tool continues where it stopped, one seed of all methods after the other. A training
 that was stopped begins anew, since its CPU-seconds would be those of a part. The table
-goes to tools/comparison.md, that of another --out beside it likewise. --steps is for
-trials: all trainings get this length.
+goes beside that folder, as Markdown. --steps is for trials: all trainings get this
+length. Run it beside nothing else: on a shared core work costs more CPU-seconds.
 """
 
 import argparse

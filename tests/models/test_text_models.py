@@ -1,5 +1,7 @@
 """Text transformer, two towers, captioner: who sees whom, and what is refused."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -28,13 +30,9 @@ def text(**fields):
 
 def moved(params):
     """Parameters none of which is zero or the same in all places."""
-    leaves, tree = jax.tree.flatten(params)
-    keys = jax.random.split(jax.random.key(7), len(leaves))
-    moved = [
-        x + 0.3 * jax.random.normal(k, x.shape)
-        for k, x in zip(keys, leaves, strict=True)
-    ]
-    return jax.tree.unflatten(tree, moved)
+    r = np.random.default_rng(7)
+    noise = lambda x: np.float32(0.3) * r.standard_normal(x.shape, np.float32)  # noqa: E731
+    return jax.tree.map(lambda x: jnp.asarray(x + noise(x)), params)
 
 
 def run(model, ids, **changes):
@@ -96,12 +94,12 @@ def test_two_towers_give_unit_vectors_and_begin_where_they_are_told():
     assert outputs["temperature"] == pytest.approx(5.0) and outputs["bias"] == -3
     assert variables["params"]["log_temperature"] == pytest.approx(np.log(5))
     # Each tower alone gives the same.
-    alone = model.apply(variables, text=IDS)
+    alone = jax.jit(model.apply)(variables, text=IDS)
     assert "image_embedding" not in alone and "pooled" not in alone
     np.testing.assert_allclose(
         alone["text_embedding"], outputs["text_embedding"], atol=1e-6
     )
-    alone = model.apply(variables, IMAGE)
+    alone = jax.jit(model.apply)(variables, IMAGE)
     np.testing.assert_allclose(
         alone["image_embedding"], outputs["image_embedding"], atol=1e-6
     )
@@ -130,7 +128,7 @@ def test_without_bias_and_above_its_limit_the_temperature_is_that_of_clip():
     params = dict(jax.jit(model.init)(KEY, IMAGE)["params"])
     assert "bias" not in params
     params["log_temperature"] = jnp.float32(6.0)
-    outputs = model.apply({"params": params}, IMAGE)
+    outputs = jax.jit(model.apply)({"params": params}, IMAGE)
     assert outputs["temperature"] == pytest.approx(100) and "bias" not in outputs
 
 
@@ -138,7 +136,7 @@ def test_towers_that_cannot_be_compared_are_refused():
     with pytest.raises(ValueError, match="gives 16 values and features=6; use feat"):
         towers(project_image=False).init(KEY, IMAGE)
     plain = towers(project_image=False, features=16)
-    params = plain.init(KEY, IMAGE)["params"]
+    params = jax.jit(plain.init)(KEY, IMAGE)["params"]
     assert "image_projection" not in params and "text_projection" in params
     with pytest.raises(ValueError, match="temperature=200.0 must be above 0 and at"):
         towers(temperature=200.0, temperature_max=100.0)
@@ -148,10 +146,17 @@ def captioner(**fields):
     return Captioner(encoder=vit(), vocabulary=10, length=4, decoder_depth=2, **fields)
 
 
-def captions(model, ids, image=IMAGE):
+@functools.cache
+def made(model):
+    """(parameters, the captioner as one program)."""
     given = {"params": KEY, "mask": KEY}
-    params = moved(jax.jit(model.init)(given, image, ids)["params"])
-    return jax.jit(model.apply)({"params": params}, image, ids, rngs={"mask": KEY})
+    params = moved(jax.jit(model.init)(given, IMAGE, IDS)["params"])
+    return params, jax.jit(model.apply)
+
+
+def captions(model, ids, image=IMAGE):
+    params, apply = made(model)
+    return apply({"params": params}, image, ids, rngs={"mask": KEY})
 
 
 def test_a_caption_is_predicted_from_the_image_and_the_ids_before():
@@ -214,7 +219,7 @@ def test_captioning_equals_a_loop_over_ids_that_are_no_padding():
 @pytest.mark.slow
 def test_every_parameter_of_the_captioner_gets_a_gradient_and_decodes_no_bias():
     model = captioner(parallel_prediction=0.5)
-    params = moved(model.init({"params": KEY, "mask": KEY}, IMAGE)["params"])
+    params = moved(jax.jit(model.init)({"params": KEY, "mask": KEY}, IMAGE)["params"])
     assert not [
         n
         for n in trees.names(params)
@@ -222,7 +227,7 @@ def test_every_parameter_of_the_captioner_gets_a_gradient_and_decodes_no_bias():
     ]
 
     def loss(params):
-        found = model.apply({"params": params}, IMAGE, IDS, rngs={"mask": KEY})
+        found = jax.jit(model.apply)({"params": params}, IMAGE, IDS, rngs={"mask": KEY})
         return jnp.sin(found["token_logits"]).sum()
 
     gradients = trees.flatten(jax.jit(jax.grad(loss))(params))

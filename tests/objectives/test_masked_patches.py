@@ -14,8 +14,13 @@ KEY = jax.random.key(0)
 GRID = (14, 14)
 
 
+def drawn(patches, count, grid):
+    found = jax.jit(lambda: patches.draw(KEY, count, grid))()
+    return [np.asarray(x) for x in found]
+
+
 def test_half_of_the_views_hide_patches_and_their_ratios_are_spread():
-    places, hidden, replaced = MaskedPatches().draw(KEY, 64, GRID)
+    places, hidden, replaced = drawn(MaskedPatches(), 64, GRID)
     assert places.shape == hidden.shape == (64, 98) and replaced.shape == (64, 196)
     counts = np.sort(replaced.sum(axis=1))
     wanted = np.floor(np.linspace(0.1, 0.5, 32) * 196 + 1e-4)
@@ -27,9 +32,9 @@ def test_half_of_the_views_hide_patches_and_their_ratios_are_spread():
 
 def test_all_patches_have_a_place_where_visible_ones_count():
     patches = MaskedPatches(weight=2.0, visible_weight=0.5)
-    places, hidden, replaced = patches.draw(KEY, 8, (4, 4))
+    places, hidden, replaced = drawn(patches, 8, (4, 4))
     np.testing.assert_array_equal(np.sort(places, axis=1), np.tile(range(16), (8, 1)))
-    weights = patches.weights(hidden, jnp.float32(1))
+    weights = patches.weights(jnp.asarray(hidden), jnp.float32(1))
     some = np.asarray(hidden.any(axis=1))
     np.testing.assert_allclose(weights.sum(axis=1), np.where(some, 2.5, 0.5), rtol=1e-6)
     assert np.unique(weights[0][hidden[0]]).size <= 1
@@ -37,7 +42,7 @@ def test_all_patches_have_a_place_where_visible_ones_count():
 
 def test_hidden_patches_lie_in_blocks():
     hidden = jnp.full(200, 60)
-    order = np.asarray(block_order(KEY, hidden, GRID))
+    order = np.asarray(jax.jit(block_order, static_argnums=2)(KEY, hidden, GRID))
     np.testing.assert_array_equal(np.sort(order, axis=1), np.tile(range(196), (200, 1)))
     mask = np.zeros((200, 196), bool)
     np.put_along_axis(mask, order[:, :60], True, axis=1)
@@ -118,9 +123,15 @@ def test_the_loss_of_patches_is_that_of_a_loop(visible_weight):
         ratio_min=0.25, ratio_max=0.75, weight=3.0, visible_weight=visible_weight
     )
     with_patches = SelfDistillation(patches=patches)
-    losses, metrics = with_patches(forward, batch, KEY)
-    plain, _ = SelfDistillation()(forward, batch, KEY)
-    hidden = np.asarray(forward.replaced)
+
+    @jax.jit
+    def both():
+        losses, metrics = with_patches(forward, batch, KEY)
+        plain, _ = SelfDistillation()(forward, batch, KEY)
+        return losses, metrics, plain, forward.replaced
+
+    losses, metrics, plain, hidden = both()
+    hidden = np.asarray(hidden)
     counted = np.ones_like(hidden) if visible_weight else hidden
     rows = forward.of["ema"].reshape(24, 5) @ forward.heads["ema"]
     shares = sinkhorn(rows / 0.04, jnp.asarray(counted).reshape(-1))

@@ -112,4 +112,5 @@ def test_a_trial_trains_evaluates_and_is_not_done_again(tmp_path, capsys):
     before = (tmp_path / "trial" / "supervised_0.json").read_bytes()
     compare.main(words)
     assert (tmp_path / "trial" / "supervised_0.json").read_bytes() == before
-    assert "| supervised | 1 | 2 |" in (tmp_path / "trial.md").read_text()
+    (table,) = tmp_path.glob("*.md")
+    assert "| supervised | 1 | 2 |" in table.read_text()

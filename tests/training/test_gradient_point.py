@@ -10,6 +10,7 @@ import optax
 import pytest
 from etils import epath
 from recipes import digits_tiny
+from tiers import few
 from tiny_runs import OF_PACKAGE, Net, rows, start
 
 from big_vision_lite import train, trees
@@ -165,7 +166,8 @@ PLACES = {
 
 
 @pytest.mark.parametrize(
-    "optimizer", ["lion", "lars", "lamb", "muon", "sam", "schedule_free"]
+    "optimizer",
+    few(("lion", "lars", "lamb", "muon", "sam", "schedule_free"), "muon", "sam"),
 )
 @pytest.mark.parametrize(
     "place",
@@ -202,11 +204,8 @@ def of_a_run(name):
     return dataclasses.replace(config, optimizer=optimizer, **small)
 
 
-@pytest.mark.parametrize(
-    "name",
-    ["schedule_free"]
-    + [pytest.param(n, marks=pytest.mark.slow) for n in OF_PACKAGE if "free" not in n],
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("name", OF_PACKAGE)
 def test_a_resumed_run_is_the_straight_one_bit_for_bit(name, tmp_path):
     workdir = epath.Path(tmp_path / "run")
     straight = jax.device_get(train.train(of_a_run(name), workdir, quiet=True))

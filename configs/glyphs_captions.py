@@ -8,6 +8,16 @@ DATA_DIR is that of configs/glyphs.py; `dataset` names the set, whose records ho
 name of the font's file under "font". A caption says what is drawn and what that name
 says of its style: "capital A bold italic". Captions repeat in a batch, so equal ones
 are right for each other (SigLIP's loss; CLIP's does not know it).
+
+Captions stand in the place of labels. `new_fonts` names letters of fonts in test[:4000] by the
+nearest of the descriptions below. Pooling, temperature and bias were chosen by
+`validation`, whose fonts are in neither of the others, after 400 steps of one seed:
+pooling by attention 24.9 %, by the mean 45.4; bias -5 48.7, and temperature 20 51.9.
+The test images were looked at after that.
+Published: none. Ours (five seeds): fonts never seen 79.5 +- 1.2 % (chance 1.6; after
+400 steps 51.0 +- 6.3), validation 71.9 +- 1.2, handwritten digits from 10 images a
+class 92.3 +- 0.8 (raw pixels 83.6, untrained 64.7, each at its own penalty).
+Hardware: 2 shared CPU cores, 3 CPU-minutes.
 """
 
 from big_vision_lite.config import Checkpoints, TrainConfig

@@ -38,6 +38,8 @@ def prepare(
     """
     folder = data_dir / name / "1.0.0"
     folder.mkdir(parents=True)
+    # "imagenette/160px" is the folder of a variant; its files have the set's name.
+    name = name.partition("/")[0]
     rng = np.random.default_rng(0)
     infos = []
     for split, count in splits.items():

@@ -172,7 +172,7 @@ def transfer_to(
             sets=(digits, fonts, clothes, emoji),
             shots=(10,),
             every_steps=step,
-            batch_size=500,
+            batch_size=512,
             controls=controls,
         ),
         "finetune": FineTune(
@@ -180,7 +180,7 @@ def transfer_to(
             test=tfds("fashion_mnist", "test"),
             rule=AdamWRule(num_steps=240, ops=(*PREPROCESS, RandomAffine(degrees=5.0))),
             every_steps=step,
-            eval_batch_size=500,
+            eval_batch_size=512,
             controls=controls,
         ),
     }

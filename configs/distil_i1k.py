@@ -49,9 +49,12 @@ def get_config(arg: str = "") -> TrainConfig:
             "give a classifier, or distil features: configs/distil.py."
         )
 
-    def imagenet(split: str) -> Tfds:
+    def imagenet(split: str, labels: bool = True) -> Tfds:
         return Tfds(
-            dataset="imagenet2012", split=split, data_dir=chosen.data_dir or None
+            dataset="imagenet2012",
+            split=split,
+            data_dir=chosen.data_dir or None,
+            label_key="label" if labels else None,
         )
 
     student = BiT.of(
@@ -64,7 +67,7 @@ def get_config(arg: str = "") -> TrainConfig:
         model=Distilled(student=student, teachers=(teacher,)),
         objective=LogitDistillation(),
         data=Stream(
-            source=imagenet("train[:98%]"),
+            source=imagenet("train[:98%]", labels=False),
             ops=(DecodeInceptionCrop(size_px=224), FlipLeftRight()),
             device_ops=(Mixup(num_classes=None, alpha=1.0),),
             batch_size=4096,

@@ -317,7 +317,8 @@ def check_head(
         path: value
         for path, value, _ in mistakes.list_leaves(config)
         if path.endswith("num_classes")
-        and value != classes
+        # None: a mixture of images alone.
+        and value not in (None, classes)
         and (value == width or path.startswith("data.device_ops["))
     }
     if width == classes and not wrong:

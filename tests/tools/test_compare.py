@@ -6,7 +6,6 @@ import pathlib
 import sys
 
 import pytest
-from prepared import prepare
 
 sys.path.insert(0, str(pathlib.Path(__file__).parents[2] / "tools"))
 import compare  # noqa: E402
@@ -82,35 +81,3 @@ def test_what_is_missing_or_unknown_is_said(capsys, tmp_path):
         with pytest.raises(SystemExit):
             compare.main(words)
         assert said in capsys.readouterr().err
-
-
-@pytest.mark.slow
-@pytest.mark.tools
-def test_a_trial_trains_evaluates_and_is_not_done_again(tmp_path, capsys):
-    sets = {
-        "glyphs32_latin": ((32, 32, 1), 62, ("train", "test")),
-        "fashion_mnist": ((28, 28, 1), 10, ("train", "test")),
-    }
-    for name, (shape, classes, splits) in sets.items():
-        counts = dict.fromkeys(splits, 6100)
-        prepare(tmp_path, name, shape=shape, num_classes=classes, splits=counts)
-    prepare(
-        tmp_path,
-        "emoji64_free",
-        shape=(64, 64, 3),
-        num_classes=9,
-        splits=dict.fromkeys(("google_train", "google_test"), 60),
-        label_key="category",
-    )
-    words = [f"--data_dir={tmp_path}", f"--runs={tmp_path / 'runs'}", "--seeds=1"]
-    words += [f"--out={tmp_path / 'trial'}", "--steps=2", "--methods=supervised"]
-    compare.main(words)
-    (found,) = compare.read(tmp_path / "trial")
-    assert found.steps == 2 and found.cpu_seconds > 1 and found.commit
-    assert set(found.scores) == {*compare.COLUMNS, compare.FINE_TUNED}
-    assert set(found.controls) == {"raw pixels", "untrained"}
-    before = (tmp_path / "trial" / "supervised_0.json").read_bytes()
-    compare.main(words)
-    assert (tmp_path / "trial" / "supervised_0.json").read_bytes() == before
-    (table,) = tmp_path.glob("*.md")
-    assert "| supervised | 1 | 2 |" in table.read_text()

@@ -14,7 +14,7 @@ captions are predicted in parallel, `parallel=0` writes all one id after the oth
 
 Decoder of 6 blocks without biases, Adafactor with learning rate 1e-3, decay 1e-4, clip
 1, 10,000 steps of warm-up, batch 8,192, 366,500 steps, images resized without
-augmentation: section 3 of the paper and the recipe that its authors published.
+augmentation: the recipe that the paper's authors published.
 Published: the paper's tables; ours: not yet run.
 Hardware: a TPU slice; hours not yet measured.
 """

@@ -15,11 +15,11 @@ controls  false leaves out raw pixels and the untrained network beside them
 tools/compare.py runs all methods for several seeds and writes the table. Training
 images are printed letters in DATA_DIR, 32 px, as in configs/glyphs.py; digits are
 scikit-learn's; fashion_mnist and emoji64_free must lie in DATA_DIR, too. The lengths
-STEPS cost about the same CPU time, 240 CPU-seconds beside no other load. Settings are
-those of configs/glyphs_views.py and masked_fashion.py; nothing was chosen on the test
-sets.
+STEPS are estimates, from short runs, of 240 CPU-seconds on 2 cores without other load.
+Settings are those of configs/glyphs_views.py and masked_fashion.py; nothing was chosen
+on the test sets.
 Published: none. Ours: not yet run.
-Hardware: 2 CPU cores, 5 CPU-minutes a training.
+Hardware: 2 CPU cores, 4 CPU-minutes a training by the estimate.
 """
 
 import string

@@ -12,7 +12,7 @@ labels are not used. Section 3 and the published code: divergence at temperature
 mixup 1.0, Inception crops and flips at 224 px, Adam with a bfloat16 first moment,
 learning rate 0.03, decay 3e-4, clip 1, 5,000 steps of warm-up, batch 4,096, 98 % of the
 training images, 1,200 epochs.
-Published, after 9,600 epochs: 82.8 % with a teacher of 384 px. Ours: not yet run.
+Published, after 9,600 epochs: 82.8 %. Ours: not yet run.
 Hardware: a TPU slice; hours not yet measured.
 """
 

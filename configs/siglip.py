@@ -6,7 +6,7 @@
   ... --config configs/siglip.py:data_dir=DATA_DIR,tokenizer=FILE,prompts=prompts.json
 
 `dataset` names a set of DATA_DIR as TensorFlow Datasets prepares it and `captions` its
-feature of text: one or several a image, of which one is drawn. COCO's 83,000 images
+feature of text: one or several an image, of which one is drawn. COCO's 83,000 images
 only show that it runs; the published models saw WebLI. FILE is a SentencePiece model of
 `vocabulary` ids whose id 1 ends and pads texts, as T5's and SigLIP's do; without it a
 text is its first 63 bytes, which is for trying things only. `prompts` adds the
@@ -15,8 +15,8 @@ file). `locked` keeps an image tower as it is, of a run or of another library (L
 arXiv:2111.07991): only text is learnt, images are projected.
 
 Batch 32,768, learning rate 1e-3, decay 1e-4 and 20,000 steps of warm-up, 40 billion
-pairs, 64 tokens: arXiv:2502.14786, section 2.6; temperature 10 and bias -10:
-arXiv:2303.15343, section 3.2; beta2 0.95: there, section 4.5.
+pairs, 64 tokens: arXiv:2502.14786; temperature 10, bias -10 and beta2 0.95:
+arXiv:2303.15343.
 Published: 78.2 % zero-shot on ImageNet and 52.1 / 68.9 % recall@1 on COCO for SigLIP 2
 of this size, which adds captioning and self-distillation. Ours: not yet run.
 Hardware: a TPU slice; hours not yet measured.

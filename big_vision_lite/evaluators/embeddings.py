@@ -8,6 +8,7 @@ import numpy as np
 from jaxtyping import Float
 
 from big_vision_lite.data.ops.text import Tokenize
+from big_vision_lite.data.sources.arrays import content_hash
 from big_vision_lite.runs.evaluations import Context, EvalStep
 from big_vision_lite.types import Array, Batch, Example, Forward
 
@@ -18,7 +19,7 @@ class Texts:
     class_names = ()
 
     def __init__(self, texts: Sequence[str], key: str):
-        self.fingerprint = f"{len(texts)} texts"
+        self.fingerprint = content_hash(texts)
         self._texts = tuple(texts)
         self._key = key
 

@@ -115,6 +115,11 @@ class ZeroShot:
                 f"{context.name}: {where} has {len(names)} names for {len(classes)} "
                 f"classes, {some(classes)}; give one for each, in this order."
             )
+        if isinstance(names, list | tuple) and tuple(names) != classes:
+            pairs = [
+                f"{a} is called {b!r}" for a, b in zip(classes, names, strict=True)
+            ]
+            context.log(f"{context.name}: by their order {some(pairs, 3)}")
         return list(names), templates
 
 
@@ -149,7 +154,10 @@ def read_prompts(path: str) -> dict[str, Any]:
     """
     file = epath.Path(path)
     if not file.exists():
-        raise FileNotFoundError(f"There is no file of prompts {path}.")
+        raise FileNotFoundError(
+            f"There is no file of prompts {path}; give the path of a JSON file, or "
+            "names and templates in the recipe."
+        )
     try:
         found = json.loads(file.read_text())
     except ValueError as error:

@@ -125,7 +125,7 @@ class BoundModel:
         rngs = random_keys(self._model, self._rng, self._calls)
         self._calls += 1
         mutable = list(self.collections) if train or of_batch else []
-        mode = _normalise_by_batch if of_batch else self._evaluate_frozen
+        mode = self._normalise_by_batch if of_batch else self._evaluate_frozen
         with nn.intercept_methods(mode):
             outputs, changed = self._model.apply(
                 variables,
@@ -179,17 +179,24 @@ class BoundModel:
             object.__setattr__(context.module, "use_running_average", True)
         return call(*args, **kwargs)
 
+    def _normalise_by_batch(
+        self, call: Any, args: Any, kwargs: Any, context: Any
+    ) -> Any:
+        """Sets batch norms that are not frozen to training mode.
 
-def _normalise_by_batch(call: Any, args: Any, kwargs: Any, context: Any) -> Any:
-    """Sets batch norms to training mode, whose changes the caller throws away."""
-    module = context.module
-    if context.method_name == "__call__" and isinstance(module, BatchNorm):
-        return call(args[0], True)
-    if isinstance(module, nn.BatchNorm):
-        # Linen takes it from the field or from the call, not from both.
-        object.__setattr__(module, "use_running_average", None)
-        return call(args[0], use_running_average=False)
-    return call(*args, **kwargs)
+        The caller throws away what they write into the running averages.
+        """
+        module = context.module
+        frozen = "/".join(module.path) in self._frozen_modules
+        if frozen or context.method_name != "__call__":
+            return call(*args, **kwargs)
+        if isinstance(module, BatchNorm):
+            return call(args[0], True)
+        if isinstance(module, nn.BatchNorm):
+            # Linen takes it from the field or from the call, not from both.
+            object.__setattr__(module, "use_running_average", None)
+            return call(args[0], use_running_average=False)
+        return call(*args, **kwargs)
 
 
 def random_keys(model: Model, rng: Array | None, call: int) -> dict[str, Array]:

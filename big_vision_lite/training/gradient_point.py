@@ -106,7 +106,7 @@ class ScheduleFreeAdamW:
         moves = chain(self, direction, num_steps, layers)
         learning_rate = self.schedule.build(num_steps)
 
-        def init(params: Params) -> ScheduleFreeState:
+        def init(params: Any) -> Any:
             return ScheduleFreeState(
                 step=jnp.zeros((), jnp.int32),
                 weight_sum=jnp.zeros((), jnp.float32),
@@ -114,16 +114,13 @@ class ScheduleFreeAdamW:
                 base=moves.init(params),
             )
 
-        def update(
-            updates: Any, state: ScheduleFreeState, params: Any = None
-        ) -> tuple[Any, ScheduleFreeState]:
+        def update(updates: Any, state: Any, params: Any = None) -> tuple[Any, Any]:
             updates, base = moves.update(updates, state.base, params)
             largest = jnp.maximum(state.largest_rate, learning_rate(state.step))
             total = state.weight_sum + jnp.square(largest)
             return updates, ScheduleFreeState(state.step + 1, total, largest, base)
 
-        # optax's update may take further arguments, which this one has not.
-        return optax.GradientTransformation(init, update)  # type: ignore[arg-type]
+        return optax.GradientTransformation(init, update)
 
 
 class ScheduleFreeState(NamedTuple):

@@ -241,8 +241,8 @@ def _axes(name: str, update: jax.Array) -> optax.contrib.MuonDimensionNumbers:
 def _penalised(config: ChainConfig, params: Any) -> dict[str, float]:
     """Returns the decay multiplier of each parameter, without that of its layer."""
     # The chain scales the whole direction by layer; here it would cancel.
-    alike: Any = dataclasses.replace(config, layer_decay=None)  # type: ignore[type-var]
-    found = multipliers_of(alike, (), params)
+    fields: Any = config
+    found = multipliers_of(dataclasses.replace(fields, layer_decay=None), (), params)
     return {name: multiplier.weight_decay for name, multiplier in found.items()}
 
 

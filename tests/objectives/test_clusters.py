@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from evaluation_context import make_mesh
 
-from big_vision_lite.models.masked_model import Hidden, rolled_blocks
+from big_vision_lite.models.masked_model import rolled_blocks
 from big_vision_lite.objectives.clusters import ClusterPrediction
 from big_vision_lite.objectives.self_distillation import sinkhorn
 from big_vision_lite.runtime import layout
@@ -78,7 +78,6 @@ def test_settings_that_cannot_be_are_refused():
         ClusterPrediction(temperature=0.0)
     with pytest.raises(ValueError, match="every cluster the same share"):
         ClusterPrediction()(forward, {"image": jnp.zeros((1, 8, 8, 1))}, KEY)
-    assert Hidden("outside_block") is Hidden.OUTSIDE_BLOCK
 
 
 def test_eight_devices_give_the_loss_of_one():

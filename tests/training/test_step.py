@@ -848,3 +848,21 @@ def test_what_is_no_pair_of_losses_and_metrics_is_refused(returned, message):
 
     with pytest.raises(ValueError, match=message):
         start(objective=objective).advance(rows())
+
+
+def test_frozen_batch_norms_keep_the_running_statistics_in_the_averaged_model_too():
+    def objective(forward, batch, rng):
+        image = batch["image"]
+        of_batch = forward(image=image, params="ema", statistics="batch")["logits"]
+        running = forward(image=image, params="ema")["logits"]
+        online = forward(image=image)["logits"]
+        return jnp.square(online).sum(axis=-1), {
+            "apart": jnp.abs(of_batch - running).max(axis=-1)
+        }
+
+    options = dict(objective=objective, ema=0.9)
+    frozen = start(Net(batch_norm=True), freeze=("norm/.*",), **options)
+    (metrics,) = frozen.advance(rows())
+    assert metrics["apart"] == 0
+    (metrics,) = start(Net(batch_norm=True), **options).advance(rows())
+    assert metrics["apart"] > 1e-3

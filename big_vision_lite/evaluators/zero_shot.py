@@ -101,7 +101,8 @@ class ZeroShot:
             names = found.get("names", names)
             templates = tuple(found.get("templates", templates))
         where = self.file or "names"
-        if isinstance(names, Mapping):
+        by_name = isinstance(names, Mapping)
+        if by_name:
             missing = [name for name in classes if name not in names]
             if missing:
                 hint = did_you_mean(missing[0], names)
@@ -115,7 +116,7 @@ class ZeroShot:
                 f"{context.name}: {where} has {len(names)} names for {len(classes)} "
                 f"classes, {some(classes)}; give one for each, in this order."
             )
-        if isinstance(names, list | tuple) and tuple(names) != classes:
+        if not by_name and tuple(names) != classes:
             pairs = [
                 f"{a} is called {b!r}" for a, b in zip(classes, names, strict=True)
             ]

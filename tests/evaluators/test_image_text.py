@@ -55,9 +55,10 @@ SOURCE = InMemory(
 )
 
 
-def run(evaluator, tmp_path, devices=2, source=None):
+def run(evaluator, tmp_path, devices=2, messages=None):
     mesh = make_mesh(devices)
-    context = make_context(tmp_path, mesh, Towers(), NAMES, image_shape=SHAPE)
+    given = dict(image_shape=SHAPE, messages=messages)
+    context = make_context(tmp_path, mesh, Towers(), NAMES, **given)
     with jax.set_mesh(mesh):
         return evaluator.prepare(context)(make_state(Towers(), mesh, SHAPE))
 
@@ -97,8 +98,12 @@ def test_prompts_are_read_from_a_file(tmp_path):
     by_class = {"second": "b", "third": "c", "first": "a", "more": "d"}
     for names in (by_class, ["a", "b", "c"]):
         file.write_text(json.dumps({"names": names, "templates": ["{}"]}))
-        found = run(zero_shot(names=(), templates=("d{}",), file=str(file)), tmp_path)
+        evaluator = zero_shot(names=(), templates=("d{}",), file=str(file))
+        found = run(evaluator, tmp_path, messages=(messages := []))
         assert found["accuracy"] == 3 / 5
+        # Names without their classes are paired by order, which is said.
+        said = "first is called 'a', second is called 'b'" in "".join(messages)
+        assert said == isinstance(names, list)
 
 
 @pytest.mark.parametrize(
